@@ -1,0 +1,156 @@
+"""MoEFFN: the expert feed-forward network as a layer for any model."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moebert_kernels.activations import check_activation
+from moebert_kernels.ops import moe_ffn
+from moebert_kernels.routing.plan import RoutingPlan
+from moebert_kernels.routing.routers import RouterOutput
+
+
+class MoEFFN(nn.Module):
+    """E feed-forward networks of F neurons, of which each token uses K.
+
+    Plain, it replaces `Linear -> activation -> Linear -> Dropout`. With `norm_eps` it replaces a post-LN
+    block's whole second half, `LayerNorm(dropout(ffn(x)) + x)`, each expert with a LayerNorm of its own, as
+    in the authors' code. See `moe_ffn` for the formula.
+
+    Example:
+        >>> table = hash_random_tables(1, vocab_size=30522, num_experts=4)[0]
+        >>> ffn = MoEFFN(768, 768, 4, router=HashRouter(table, num_experts=4))
+        >>> y = ffn(x, input_ids=input_ids, mask=attention_mask)  # x: [batch, sequence, 768]
+
+    Args:
+        hidden_size: D.
+        expert_size: F, the neurons of one expert.
+        num_experts: E.
+        router: decides which expert a token uses: `HashRouter`, `TokenGate`, `SentenceGate` or a module
+            called like them. None if every call brings a plan.
+        activation: "gelu" (erf), "gelu_tanh", "relu" or "silu".
+        bias: whether the two linear maps have biases.
+        norm_eps: add the input and normalise, per expert, with this epsilon; None for the plain form.
+        dropout: probability, applied to the experts' output in training.
+
+    Attributes:
+        w1_EFD, b1_EF, w2_EDF, b2_ED: the experts, rows as in `nn.Linear`.
+        ln_w_ED, ln_b_ED: their LayerNorms; None in the plain form.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        expert_size: int,
+        num_experts: int,
+        *,
+        router: nn.Module | None = None,
+        activation: str = "gelu",
+        bias: bool = True,
+        norm_eps: float | None = None,
+        dropout: float = 0.0,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        for name, size in (
+            ("hidden_size", hidden_size),
+            ("expert_size", expert_size),
+            ("num_experts", num_experts),
+        ):
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
+        check_activation(activation)
+        self.hidden_size = hidden_size
+        self.expert_size = expert_size
+        self.num_experts = num_experts
+        self.activation = activation
+        self.norm_eps = norm_eps
+        self.dropout = dropout
+        self.router = router
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        E, F_, D = num_experts, expert_size, hidden_size
+        self.w1_EFD = parameter(E, F_, D)
+        self.w2_EDF = parameter(E, D, F_)
+        self.b1_EF = parameter(E, F_) if bias else None
+        self.b2_ED = parameter(E, D) if bias else None
+        self.ln_w_ED = parameter(E, D) if norm_eps is not None else None
+        self.ln_b_ED = parameter(E, D) if norm_eps is not None else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise every expert as `nn.Linear` and `nn.LayerNorm` initialise themselves."""
+        with torch.no_grad():
+            for weight, bias in ((self.w1_EFD, self.b1_EF), (self.w2_EDF, self.b2_ED)):
+                bound = weight.shape[-1] ** -0.5
+                weight.uniform_(-bound, bound)
+                if bias is not None:
+                    bias.uniform_(-bound, bound)
+            if self.ln_w_ED is not None and self.ln_b_ED is not None:
+                self.ln_w_ED.fill_(1)
+                self.ln_b_ED.zero_()
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        input_ids: Tensor | None = None,
+        mask: Tensor | None = None,
+        routing: RouterOutput | RoutingPlan | None = None,
+    ) -> Tensor:
+        """Apply to `x` [..., D]; leading axes are flattened to T tokens and restored.
+
+        Args:
+            x: the input, and the residual when there is a norm.
+            input_ids: leading shape of x; read by a `HashRouter`.
+            mask: leading shape of x, nonzero at real tokens; the others use no expert.
+            routing: a decision already made, such as a plan shared by layers; the router is not asked.
+
+        Raises:
+            ValueError: neither `routing` nor a router is at hand, or shapes do not fit.
+        """
+        if x.shape[-1] != self.hidden_size:
+            raise ValueError(f"x must end in hidden_size={self.hidden_size}, got shape {tuple(x.shape)}")
+        if routing is None:
+            routing = self.route(x, input_ids=input_ids, mask=mask)
+        plan, gate_TK = (routing, None) if isinstance(routing, RoutingPlan) else routing[:2]
+        dropout_p = self.dropout if self.training else 0.0
+        norm = None if self.ln_w_ED is None or self.ln_b_ED is None else (self.ln_w_ED, self.ln_b_ED)
+        y_TD = moe_ffn(
+            x.reshape(-1, self.hidden_size),
+            plan,
+            self.w1_EFD,
+            self.b1_EF,
+            self.w2_EDF,
+            self.b2_ED,
+            gate_TK=gate_TK,
+            activation=self.activation,
+            norm=norm,
+            norm_eps=self.norm_eps or 0.0,
+            dropout_p=0.0 if norm is None else dropout_p,
+        )
+        if norm is None and dropout_p:
+            y_TD = F.dropout(y_TD, dropout_p)
+        return y_TD.view(x.shape)
+
+    def route(
+        self, x: Tensor, *, input_ids: Tensor | None = None, mask: Tensor | None = None
+    ) -> RouterOutput:
+        """Ask the router alone: for callers who need the load-balance loss beside the output."""
+        if self.router is None:
+            raise ValueError("this MoEFFN has no router: pass routing=, a RoutingPlan or a RouterOutput")
+        return self.router(x, input_ids, mask)
+
+    def extra_repr(self) -> str:
+        """Sizes, as in the constructor."""
+        return (
+            f"hidden_size={self.hidden_size}, expert_size={self.expert_size}, num_experts={self.num_experts}, "
+            f"activation={self.activation!r}, norm_eps={self.norm_eps}, dropout={self.dropout}"
+        )

@@ -1,0 +1,159 @@
+"""RoutingPlan: tokens sorted by expert, once, for every layer and every pass that needs it.
+
+Notation: T tokens, K experts per token, S = T*K slots (slot s = t*K + k), E experts, L layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class RoutingPlan:
+    """Where every token goes, in the form that forward, backward and recomputation share.
+
+    The sort is stable and free of atomics: the same routing always gives the same plan. Slots without an
+    expert come last, so that `order_S` is a full permutation and kernels write every row of their output.
+
+    Attributes:
+        expert_ids_TK: int32, the expert of each slot; -1 where it has none.
+        order_S: int32, the slots sorted by expert, in token order within one expert; slots without an
+            expert last.
+        inverse_S: int32, the inverse permutation: `inverse_S[order_S[i]] == i`.
+        offsets_E1: int32, expert e's rows are `order_S[offsets_E1[e]:offsets_E1[e + 1]]`;
+            `offsets_E1[E]` is the number of slots that have an expert.
+    """
+
+    expert_ids_TK: Tensor
+    order_S: Tensor
+    inverse_S: Tensor
+    offsets_E1: Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        """T, the tokens the plan was made for, those without an expert included."""
+        return self.expert_ids_TK.shape[0]
+
+    @property
+    def top_k(self) -> int:
+        """K, the experts a token may use."""
+        return self.expert_ids_TK.shape[1]
+
+    @property
+    def num_experts(self) -> int:
+        """E, the experts there are, those without tokens included."""
+        return self.offsets_E1.shape[0] - 1
+
+    @property
+    def counts_E(self) -> Tensor:
+        """int32 [E]: the slots of each expert."""
+        return self.offsets_E1.diff()
+
+    @classmethod
+    def from_expert_ids(cls, expert_ids: Tensor, num_experts: int) -> RoutingPlan:
+        """Build the plan of one layer.
+
+        Args:
+            expert_ids: [T] or [T, K], any signed integer dtype; -1 marks a slot without an expert.
+            num_experts: E.
+
+        Returns:
+            The plan, on the device of `expert_ids`. No host synchronisation on an accelerator, where an
+            id outside [-1, E) therefore counts as no expert.
+
+        Raises:
+            TypeError: `expert_ids` is not a signed integer tensor.
+            ValueError: wrong shape, `num_experts` < 1, or (on the CPU) an id outside [-1, E).
+        """
+        expert_ids = _check_ids("expert_ids", expert_ids)
+        if expert_ids.dim() not in (1, 2):
+            raise ValueError(f"expert_ids must have shape [T] or [T, K], got {tuple(expert_ids.shape)}")
+        if num_experts < 1:
+            raise ValueError(f"num_experts must be at least 1, got {num_experts}")
+        if expert_ids.device.type == "cpu" and not torch.compiler.is_compiling() and expert_ids.numel():
+            low, high = (int(v) for v in expert_ids.aminmax())
+            if low < -1 or high >= num_experts:
+                raise ValueError(
+                    f"expert_ids must lie in [-1, {num_experts}) for num_experts={num_experts}, "
+                    f"found values from {low} to {high}"
+                )
+        expert_ids_TK = expert_ids.unsqueeze(1) if expert_ids.dim() == 1 else expert_ids
+        return _build(expert_ids_TK.unsqueeze(0), num_experts)[0]
+
+    @classmethod
+    def from_input_ids(
+        cls, input_ids: Tensor, tables_LV: Tensor, num_experts: int, mask: Tensor | None = None
+    ) -> tuple[RoutingPlan, ...]:
+        """Build the plans of all layers at once: a hash route is known before the first layer runs.
+
+        Args:
+            input_ids: token ids, any shape; flattened to T tokens.
+            tables_LV: int32, the expert of every token id for each layer.
+            num_experts: E.
+            mask: shape of `input_ids`, nonzero at real tokens; others (padding) get no expert.
+
+        Returns:
+            L plans with K = 1. No host synchronisation on an accelerator.
+
+        Raises:
+            TypeError: `input_ids` or `tables_LV` is not a signed integer tensor.
+            ValueError: shapes do not fit, or (on the CPU) a token id lies outside the table.
+        """
+        input_ids = _check_ids("input_ids", input_ids)
+        tables_LV = _check_ids("tables_LV", tables_LV)
+        if tables_LV.dim() != 2:
+            raise ValueError(f"tables_LV must have shape [L, V], got {tuple(tables_LV.shape)}")
+        if mask is not None and mask.shape != input_ids.shape:
+            raise ValueError(
+                f"mask must have the shape of input_ids, {tuple(input_ids.shape)}, got {tuple(mask.shape)}"
+            )
+        ids_T = input_ids.reshape(-1)
+        vocab_size = tables_LV.shape[1]
+        if ids_T.device.type == "cpu" and not torch.compiler.is_compiling() and ids_T.numel():
+            low, high = (int(v) for v in ids_T.aminmax())
+            if low < 0 or high >= vocab_size:
+                raise ValueError(
+                    f"input_ids must lie in [0, {vocab_size}), the vocabulary of the routing tables, "
+                    f"found values from {low} to {high}"
+                )
+        known_T = (ids_T >= 0) & (ids_T < vocab_size)
+        if mask is not None:
+            known_T = known_T & (mask.reshape(-1) != 0)
+        expert_ids_LT = tables_LV.index_select(1, ids_T.clamp(0, vocab_size - 1))
+        expert_ids_LT = torch.where(known_T, expert_ids_LT, -1)
+        return _build(expert_ids_LT.unsqueeze(2), num_experts)
+
+
+def _check_ids(name: str, ids: Tensor) -> Tensor:
+    if ids.dtype not in (torch.int32, torch.int64, torch.int16, torch.int8):
+        raise TypeError(f"{name} must be a signed integer tensor, got {ids.dtype}")
+    return ids
+
+
+def _build(expert_ids_LTK: Tensor, num_experts: int) -> tuple[RoutingPlan, ...]:
+    num_layers, num_tokens, top_k = expert_ids_LTK.shape
+    routed = (expert_ids_LTK >= 0) & (expert_ids_LTK < num_experts)
+    expert_ids_LTK = torch.where(routed, expert_ids_LTK, -1).to(torch.int32)
+    keys_LS = torch.where(routed, expert_ids_LTK, num_experts).reshape(num_layers, num_tokens * top_k)
+
+    sorted_keys_LS, order_LS = keys_LS.to(torch.int32).sort(dim=1, stable=True)
+    inverse_LS = torch.empty_like(order_LS).scatter_(
+        1, order_LS, torch.arange(keys_LS.shape[1], device=keys_LS.device).expand_as(order_LS)
+    )
+    bounds_LE1 = torch.arange(num_experts + 1, device=keys_LS.device, dtype=torch.int32)
+    offsets_LE1 = torch.searchsorted(
+        sorted_keys_LS, bounds_LE1.expand(num_layers, -1).contiguous(), out_int32=True
+    )
+    return tuple(
+        RoutingPlan(*layer)
+        for layer in zip(
+            expert_ids_LTK.unbind(),
+            order_LS.to(torch.int32).unbind(),
+            inverse_LS.to(torch.int32).unbind(),
+            offsets_LE1.unbind(),
+            strict=True,
+        )
+    )

@@ -1,0 +1,57 @@
+"""Hash tables: the expert of every token id, drawn or balanced before training and then fixed."""
+
+from __future__ import annotations
+
+import heapq
+
+import torch
+from torch import Tensor
+
+
+def hash_random_tables(num_layers: int, vocab_size: int, num_experts: int, *, seed: int = 0) -> Tensor:
+    """Draw one random table per layer (`hash-random`, the paper's default; Roller et al. 2021).
+
+    Args:
+        num_layers: L.
+        vocab_size: V.
+        num_experts: E.
+        seed: of a generator of its own; the global random state is neither read nor moved.
+
+    Returns:
+        int32 [L, V] with entries in [0, E), on the CPU.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(num_experts, (num_layers, vocab_size), generator=generator, dtype=torch.int32)
+
+
+def hash_balance_tables(num_layers: int, token_counts_V: Tensor, num_experts: int) -> Tensor:
+    """Deal token ids out so that experts see equally many running tokens (`hash-balance`).
+
+    Greedy, as in the authors' code: ids by falling count (the lower id first among equals), each to the
+    expert with the least load so far; among equal loads to the one with the fewest ids, then the first.
+    Every layer has the same table, as in the authors' code.
+
+    Args:
+        num_layers: L.
+        token_counts_V: [V], how often each token id occurs in the training data, padding not counted.
+        num_experts: E.
+
+    Returns:
+        int32 [L, V] with entries in [0, E), on the CPU.
+
+    Raises:
+        ValueError: `token_counts_V` is not one-dimensional or holds a negative count.
+    """
+    if token_counts_V.dim() != 1 or (token_counts_V.numel() and int(token_counts_V.min()) < 0):
+        raise ValueError(
+            f"token_counts_V must be one count >= 0 per token id, got shape {tuple(token_counts_V.shape)}"
+        )
+    counts = token_counts_V.tolist()
+    by_falling_count = sorted(range(len(counts)), key=lambda token: (-counts[token], token))
+    least_loaded = [(0, 0, expert) for expert in range(num_experts)]
+    table_V = torch.empty(len(counts), dtype=torch.int32)
+    for token in by_falling_count:
+        load, num_ids, expert = heapq.heappop(least_loaded)
+        table_V[token] = expert
+        heapq.heappush(least_loaded, (load + counts[token], num_ids + 1, expert))
+    return table_V.repeat(num_layers, 1)

@@ -122,7 +122,7 @@ def expert_norm_forward(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `ops.expert_norm`."""
-    num_tokens, top_k = expert_ids_TK.shape
+    top_k = expert_ids_TK.shape[1]
     xhat_TKD, mean_S, rstd_S = _normalised(z_SD, residual_TD, top_k, seed, eps, dropout_p)
     expert_TK = expert_ids_TK.clamp(min=0)
     out_TKD = xhat_TKD * ln_w_ED[expert_TK] + ln_b_ED[expert_TK]
@@ -148,7 +148,7 @@ def expert_norm_backward(
     need_gate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `ops.expert_norm_backward`."""
-    num_tokens, top_k = expert_ids_TK.shape
+    top_k = expert_ids_TK.shape[1]
     u_TKD, keep_TKD = _residual_sum(z_SD, residual_TD, top_k, seed, dropout_p)
     xhat_TKD = (u_TKD - mean_S.view(-1, top_k, 1)) * rstd_S.view(-1, top_k, 1)
     expert_TK = expert_ids_TK.clamp(min=0)

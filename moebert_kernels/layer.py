@@ -151,6 +151,7 @@ class MoEFFN(nn.Module):
     def extra_repr(self) -> str:
         """Sizes, as in the constructor."""
         return (
-            f"hidden_size={self.hidden_size}, expert_size={self.expert_size}, num_experts={self.num_experts}, "
-            f"activation={self.activation!r}, norm_eps={self.norm_eps}, dropout={self.dropout}"
+            f"hidden_size={self.hidden_size}, expert_size={self.expert_size}, "
+            f"num_experts={self.num_experts}, activation={self.activation!r}, "
+            f"norm_eps={self.norm_eps}, dropout={self.dropout}"
         )

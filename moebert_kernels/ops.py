@@ -142,8 +142,8 @@ def _check_arguments(
             continue
         if tensor.shape != shape:
             raise ValueError(
-                f"{name} must have shape {shape} to fit the plan (T={T}, K={K}) and w1_EFD (E={E}, F={F}, D={D}), "
-                f"got {tuple(tensor.shape)}"
+                f"{name} must have shape {shape} to fit the plan (T={T}, K={K}) and w1_EFD "
+                f"(E={E}, F={F}, D={D}), got {tuple(tensor.shape)}"
             )
         if not tensor.is_floating_point():
             raise ValueError(f"{name} must be floating point, got {tensor.dtype}")

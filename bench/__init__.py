@@ -1,0 +1,1 @@
+"""Microbenchmarks: kernels, dispatch, whole models and importance, with the peers beside us."""

@@ -29,7 +29,8 @@ def hash_balance_tables(num_layers: int, token_counts_V: Tensor, num_experts: in
 
     Greedy, as in the authors' code: ids by falling count (the lower id first among equals), each to the
     expert with the least load so far; among equal loads to the one with the fewest ids, then the first.
-    Ids that never occur add no load and go to the expert with the fewest ids. Every layer has the same table, as in the authors' code.
+    Ids that never occur add no load and go to the expert with the fewest ids. Every layer has the same
+    table, as in the authors' code.
 
     Args:
         num_layers: L.

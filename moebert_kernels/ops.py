@@ -64,7 +64,7 @@ def moe_ffn(
         ValueError: shapes, dtypes, devices or options do not fit; the message names the argument.
     """
     if torch.is_autocast_enabled(x_TD.device.type):
-        residual_TD = x_TD if residual_TD is None else residual_TD
+        residual_TD = x_TD if norm and residual_TD is None else residual_TD
         dtype = torch.get_autocast_dtype(x_TD.device.type)
         x_TD, w1_EFD, w2_EDF = x_TD.to(dtype), w1_EFD.to(dtype), w2_EDF.to(dtype)
         b1_EF = None if b1_EF is None else b1_EF.to(dtype)

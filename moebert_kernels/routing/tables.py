@@ -29,7 +29,8 @@ def hash_balance_tables(num_layers: int, token_counts_V: Tensor, num_experts: in
 
     Greedy, as in the authors' code: ids by falling count (the lower id first among equals), each to the
     expert with the least load so far; among equal loads to the one with the fewest ids, then the first.
-    Every layer has the same table, as in the authors' code.
+    Ids that never occur add no load and go to the expert with the fewest ids. Every layer has the same
+    table, as in the authors' code.
 
     Args:
         num_layers: L.
@@ -48,10 +49,18 @@ def hash_balance_tables(num_layers: int, token_counts_V: Tensor, num_experts: in
         )
     counts = token_counts_V.tolist()
     by_falling_count = sorted(range(len(counts)), key=lambda token: (-counts[token], token))
-    least_loaded = [(0, 0, expert) for expert in range(num_experts)]
-    table_V = torch.empty(len(counts), dtype=torch.int32)
-    for token in by_falling_count:
-        load, num_ids, expert = heapq.heappop(least_loaded)
-        table_V[token] = expert
-        heapq.heappush(least_loaded, (load + counts[token], num_ids + 1, expert))
-    return table_V.repeat(num_layers, 1)
+    num_seen = sum(count > 0 for count in counts)
+    table = [0] * len(counts)
+
+    queue = [(0, 0, expert) for expert in range(num_experts)]
+    for token in by_falling_count[:num_seen]:
+        load, num_ids, expert = queue[0]
+        table[token] = expert
+        heapq.heapreplace(queue, (load + counts[token], num_ids + 1, expert))
+    queue = [(num_ids, 0, expert) for _, num_ids, expert in queue]
+    heapq.heapify(queue)
+    for token in by_falling_count[num_seen:]:
+        num_ids, _, expert = queue[0]
+        table[token] = expert
+        heapq.heapreplace(queue, (num_ids + 1, 0, expert))
+    return torch.tensor(table, dtype=torch.int32).repeat(num_layers, 1)

@@ -1,0 +1,37 @@
+# make demo   the main job on real input: a BERT becomes a MoEBERT, results in runs/demo
+# make test   the test suite
+# make lint   ruff and mypy
+#
+# Each builds what it needs in .venv first. PYTHON=python3.12 picks another interpreter.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+
+.PHONY: demo test lint format clean
+.DEFAULT_GOAL := test
+
+demo: $(VENV)/installed
+	$(BIN)/moebert demo --output runs/demo
+
+test: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(VENV)/installed: pyproject.toml constraints.txt $(wildcard setup.py csrc/*)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "moebert_kernels needs Python 3.10 or newer, but $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=/path/to/python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,test,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,188 @@
+"""Plans, tables and routers against their definitions."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import python_ref.routing as ref
+from moebert_kernels.routing import (
+    HashRouter,
+    RoutingPlan,
+    SentenceGate,
+    TokenGate,
+    hash_balance_tables,
+    hash_random_tables,
+    load_balance_loss,
+)
+
+property_test = settings(max_examples=40, deadline=None, derandomize=True)
+
+
+@st.composite
+def expert_ids(draw):
+    num_experts = draw(st.integers(1, 9))
+    tokens, top_k = draw(st.sampled_from([0, 1, 2, 7, 31, 64, 65])), draw(st.integers(1, 3))
+    seed = draw(st.integers(0, 2**31))
+    low = draw(st.sampled_from([-1, 0]))
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(low, num_experts, (tokens, top_k), generator=generator)
+    return ids, num_experts
+
+
+@property_test
+@given(expert_ids(), st.sampled_from([torch.int32, torch.int64, torch.int16]))
+def test_plan_is_the_stable_sort_of_the_reference(case, dtype):
+    ids, num_experts = case
+    plan = RoutingPlan.from_expert_ids(ids.to(dtype), num_experts)
+    order, inverse, counts, offsets = ref.sort_by_expert(ids, num_experts)
+    assert torch.equal(plan.order_S.long(), order)
+    assert torch.equal(plan.inverse_S.long(), inverse)
+    assert torch.equal(plan.counts_E.long(), counts)
+    assert torch.equal(plan.offsets_E1.long(), offsets)
+    assert torch.equal(plan.expert_ids_TK.long(), ids)
+    assert (plan.num_tokens, plan.top_k, plan.num_experts) == (*ids.shape, num_experts)
+
+
+def test_plan_of_a_hand_worked_batch():
+    plan = RoutingPlan.from_expert_ids(torch.tensor([2, 0, -1, 2, 0]), num_experts=4)
+    assert plan.order_S.tolist() == [1, 4, 0, 3, 2]
+    assert plan.inverse_S.tolist() == [2, 0, 4, 3, 1]
+    assert plan.offsets_E1.tolist() == [0, 2, 2, 4, 4]
+    assert plan.counts_E.tolist() == [2, 0, 2, 0]
+    assert all(t.dtype == torch.int32 for t in (plan.order_S, plan.inverse_S, plan.offsets_E1))
+
+
+def test_plans_of_all_layers_equal_one_plan_per_layer():
+    tables_LV = hash_random_tables(3, 50, 4, seed=1)
+    input_ids = torch.randint(0, 50, (4, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(4, 9)
+    mask[1, 5:] = 0
+    plans = RoutingPlan.from_input_ids(input_ids, tables_LV, 4, mask)
+    assert len(plans) == 3
+    for plan, table_V in zip(plans, tables_LV, strict=True):
+        ids_T1 = ref.hash_expert_ids(input_ids.reshape(-1), table_V.long(), mask.reshape(-1).bool())
+        alone = RoutingPlan.from_expert_ids(ids_T1, 4)
+        assert torch.equal(plan.order_S, alone.order_S)
+        assert torch.equal(plan.offsets_E1, alone.offsets_E1)
+        assert torch.equal(plan.expert_ids_TK, alone.expert_ids_TK)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: RoutingPlan.from_expert_ids(torch.tensor([0, 4]), 4), ValueError, "expert_ids.*from 0 to 4"),
+        (lambda: RoutingPlan.from_expert_ids(torch.tensor([-2, 1]), 4), ValueError, "expert_ids.*from -2"),
+        (lambda: RoutingPlan.from_expert_ids(torch.tensor([0.0]), 4), TypeError, "expert_ids.*float32"),
+        (
+            lambda: RoutingPlan.from_expert_ids(torch.zeros(1, 1, 1, dtype=torch.int32), 4),
+            ValueError,
+            "shape",
+        ),
+        (lambda: RoutingPlan.from_expert_ids(torch.tensor([0]), 0), ValueError, "num_experts.*0"),
+        (
+            lambda: RoutingPlan.from_input_ids(torch.tensor([7]), torch.zeros(1, 7, dtype=torch.int32), 4),
+            ValueError,
+            r"input_ids.*\[0, 7\).*7",
+        ),
+        (
+            lambda: RoutingPlan.from_input_ids(
+                torch.tensor([1, 2]), torch.zeros(1, 7, dtype=torch.int32), 4, torch.ones(3)
+            ),
+            ValueError,
+            "mask",
+        ),
+    ],
+)
+def test_bad_routing_is_refused_with_the_argument_named(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
+
+
+def test_random_tables_depend_on_the_seed_alone():
+    """The authors' code drew tables from the global generator, so that a reload routed at random."""
+    torch.manual_seed(0)
+    first = hash_random_tables(2, 1000, 4, seed=3)
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    assert torch.equal(first, hash_random_tables(2, 1000, 4, seed=3))
+    assert torch.equal(state, torch.get_rng_state())
+    assert not torch.equal(first, hash_random_tables(2, 1000, 4, seed=4))
+    assert not torch.equal(first[0], first[1])
+    assert torch.bincount(first[0], minlength=4).min() > 200
+
+
+@property_test
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=60), st.integers(1, 6))
+def test_balanced_tables_equal_the_reference(counts, num_experts):
+    counts_V = torch.tensor(counts)
+    tables_LV = hash_balance_tables(2, counts_V, num_experts)
+    assert torch.equal(tables_LV[0].long(), ref.hash_balance_table(counts_V, num_experts))
+    assert torch.equal(tables_LV[0], tables_LV[1])
+
+
+def gate(kind, num_experts, top_k):
+    torch.manual_seed(0)
+    return kind(6, num_experts, top_k, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize(
+    ("kind", "reference"), [(TokenGate, ref.gate_token), (SentenceGate, ref.gate_sentence)]
+)
+def test_gates_equal_the_reference(kind, reference, top_k):
+    router = gate(kind, 4, top_k)
+    x_BSD = torch.randn(3, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    mask_BS = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 1, 0]])
+    out = router(x_BSD, mask_BS=mask_BS)
+    ids_TK, gate_TK, probs_TE = reference(x_BSD, router.gate.weight, top_k, mask_BS.bool())
+    assert torch.equal(out.plan.expert_ids_TK.long(), ids_TK)
+    torch.testing.assert_close(out.gate_TK, gate_TK)
+    expected = ref.load_balance_loss(probs_TE, ids_TK, mask_BS.bool().reshape(-1))
+    torch.testing.assert_close(out.balance_loss, expected)
+    torch.testing.assert_close(load_balance_loss(probs_TE, ids_TK), expected)
+
+
+def test_a_sentence_is_gated_alike_alone_and_in_a_batch():
+    """The authors' gate-sentence skipped the probability at batch size 1."""
+    router = gate(SentenceGate, 4, 1)
+    x_BSD = torch.randn(2, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    mask_BS = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    batch, alone = router(x_BSD, mask_BS=mask_BS), router(x_BSD[:1, :3])
+    torch.testing.assert_close(batch.gate_TK[:3], alone.gate_TK)
+    assert torch.equal(batch.plan.expert_ids_TK[:3], alone.plan.expert_ids_TK)
+
+
+@pytest.mark.parametrize("kind", [TokenGate, SentenceGate])
+def test_padding_reaches_no_expert_and_no_loss_whatever_it_holds(kind):
+    router = gate(kind, 4, 1)
+    x_BSD = torch.randn(2, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    mask_BS = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+    clean = router(x_BSD, mask_BS=mask_BS)
+    x_BSD[0, 2:] = float("nan")
+    poisoned = router(x_BSD, mask_BS=mask_BS)
+    assert poisoned.plan.expert_ids_TK[2:4].eq(-1).all()
+    assert torch.equal(clean.plan.order_S, poisoned.plan.order_S)
+    torch.testing.assert_close(clean.balance_loss, poisoned.balance_loss)
+    torch.testing.assert_close(clean.gate_TK, poisoned.gate_TK)
+
+
+def test_the_balance_loss_is_one_when_balanced_and_trains_the_gate():
+    probs_TE = torch.full((8, 4), 0.25, requires_grad=True)
+    ids_TK = torch.arange(8).remainder(4).unsqueeze(1)
+    loss = load_balance_loss(probs_TE, ids_TK)
+    assert loss.item() == pytest.approx(1.0)
+    collapsed = load_balance_loss(torch.eye(4)[torch.zeros(8, dtype=torch.long)], torch.zeros(8, 1).long())
+    assert collapsed.item() == pytest.approx(4.0)
+    loss.backward()
+    assert probs_TE.grad.abs().sum() > 0
+
+
+def test_hash_router_keeps_its_table_in_the_state_dict_and_needs_ids():
+    table_V = hash_random_tables(1, 20, 4)[0]
+    router = HashRouter(table_V, 4)
+    assert torch.equal(router.state_dict()["table_V"], table_V)
+    with pytest.raises(ValueError, match="input_ids"):
+        router(torch.zeros(1, 3, 8), None)
+    with pytest.raises(ValueError, match=r"\[0, 2\)"):
+        HashRouter(torch.tensor([0, 2]), 2)

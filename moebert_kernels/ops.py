@@ -287,11 +287,11 @@ def _expert_ffn_autograd(ctx, dy, _dpreact):
         return (None,) * 12
     need = ctx.needs_input_grad
     needs = [need[0], need[3], need[4], need[5], need[6], need[7]]
-    grads = expert_ffn_backward(dy, *ctx.saved_tensors, *ctx.options, needs)
+    saved = ctx.saved_tensors  # once: checkpointing refuses to unpack a tensor a second time
+    grads = expert_ffn_backward(dy, *saved, *ctx.options, needs)
     dx, dw1, db1, dw2, db2, dgate = (g if n else None for g, n in zip(grads, needs, strict=True))
-    gate_TK = ctx.saved_tensors[-1]
     if dgate is not None:
-        dgate = dgate.to(gate_TK.dtype)
+        dgate = dgate.to(saved[-1].dtype)
     return dx, None, None, dw1, db1, dw2, db2, dgate, None, None, None, None
 
 
@@ -423,10 +423,10 @@ def _expert_norm_autograd(ctx, dy_TD, _dmean, _drstd):
     if dy_TD is None:
         return (None,) * 11
     need = ctx.needs_input_grad
-    gate_TK = ctx.saved_tensors[9]
-    grads = expert_norm_backward(dy_TD, *ctx.saved_tensors, ctx.dropout_p, need[7])
+    saved = ctx.saved_tensors  # once: checkpointing refuses to unpack a tensor a second time
+    grads = expert_norm_backward(dy_TD, *saved, ctx.dropout_p, need[7])
     dz, dresidual, dln_w, dln_b, dgate = grads
-    dgate = dgate.to(gate_TK.dtype) if need[7] else None
+    dgate = dgate.to(saved[9].dtype) if need[7] else None
     return dz, dresidual, None, None, None, dln_w, dln_b, dgate, None, None, None
 
 

@@ -200,7 +200,7 @@ def _scoring(ffns: list[DenseFFN]) -> Iterator[list[Tensor]]:
 
     def collect(layer: int, activity_BSF: Tensor, bias_F: Tensor | None, gradient_BSF: Tensor) -> None:
         wide = torch.promote_types(activity_BSF.dtype, torch.float32)
-        activity_BSF = activity_BSF.detach().to(wide)
+        activity_BSF = activity_BSF.to(wide)
         if bias_F is not None:
             activity_BSF = activity_BSF - bias_F.to(wide)
         products_LBF[layer] += (activity_BSF * gradient_BSF.to(wide)).sum(1)
@@ -210,15 +210,17 @@ def _scoring(ffns: list[DenseFFN]) -> Iterator[list[Tensor]]:
             if not h_BSF.requires_grad:
                 # No parameter asks for a gradient, so the graph begins here, at the first scored layer.
                 h_BSF = h_BSF.detach().requires_grad_()
-            h_BSF.register_hook(lambda gradient: collect(layer, h_BSF, w1.bias, gradient))
+            # The hooks hold detached values: holding the tensor they sit on would keep both alive for ever.
+            values_BSF = h_BSF.detach()
+            h_BSF.register_hook(lambda gradient: collect(layer, values_BSF, w1.bias, gradient))
             return h_BSF
 
         return hook
 
     def before_w2(layer: int):
         def hook(w2: nn.Module, args: tuple[Tensor, ...]) -> None:
-            a_BSF = args[0]
-            a_BSF.register_hook(lambda gradient: collect(layer, a_BSF, None, gradient))
+            values_BSF = args[0].detach()
+            args[0].register_hook(lambda gradient: collect(layer, values_BSF, None, gradient))
 
         return hook
 

@@ -197,10 +197,10 @@ class MoEBertPreTrainedModel(BertPreTrainedModel):
 def _tables_from_scratch(config: MoEBertConfig) -> Tensor:
     """The tables of a model that has none yet. With no corpus to balance by, ids are dealt out in turn."""
     num_layers, vocab_size = config.num_hidden_layers, config.vocab_size
-    with torch.device("cpu"):
-        if config.routing == "hash-balance":
-            return hash_balance_tables(num_layers, torch.ones(vocab_size), config.num_experts)
-        return hash_random_tables(num_layers, vocab_size, config.num_experts, seed=config.hash_seed)
+    if config.routing == "hash-balance":
+        counts_V = torch.ones(vocab_size, device="cpu")
+        return hash_balance_tables(num_layers, counts_V, config.num_experts)
+    return hash_random_tables(num_layers, vocab_size, config.num_experts, seed=config.hash_seed)
 
 
 def _resized(tables_LV: Tensor, vocab_size: int, config: MoEBertConfig) -> Tensor:

@@ -20,8 +20,9 @@ def hash_random_tables(num_layers: int, vocab_size: int, num_experts: int, *, se
     Returns:
         int32 [L, V] with entries in [0, E), on the CPU.
     """
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(num_experts, (num_layers, vocab_size), generator=generator, dtype=torch.int32)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    shape = (num_layers, vocab_size)
+    return torch.randint(num_experts, shape, generator=generator, dtype=torch.int32, device="cpu")
 
 
 def hash_balance_tables(num_layers: int, token_counts_V: Tensor, num_experts: int) -> Tensor:
@@ -63,4 +64,4 @@ def hash_balance_tables(num_layers: int, token_counts_V: Tensor, num_experts: in
         num_ids, _, expert = queue[0]
         table[token] = expert
         heapq.heapreplace(queue, (num_ids + 1, 0, expert))
-    return torch.tensor(table, dtype=torch.int32).repeat(num_layers, 1)
+    return torch.tensor(table, dtype=torch.int32, device="cpu").repeat(num_layers, 1)

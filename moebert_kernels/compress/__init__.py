@@ -1,0 +1,1 @@
+"""From a fine-tuned encoder to a distilled MoEBERT: importance, adaptation, distillation, evaluation."""

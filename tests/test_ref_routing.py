@@ -50,9 +50,9 @@ def test_balance_table_takes_tokens_by_count_not_by_id():
 
 
 def test_balance_table_breaks_a_tie_of_loads_by_number_of_ids():
-    # 0 (4): expert 0. 1, 2 (2): expert 1, load 4. 3 (1): loads 4 and 4, expert 0 has one id, expert 1 two.
-    # 4 (1): expert 1. 5 (1): loads 5 and 5, two ids and three: expert 0.
-    assert hash_balance_table(torch.tensor([4, 2, 2, 1, 1, 1]), 2).tolist() == [0, 1, 1, 0, 1, 0]
+    # id 0 (8): expert 0. ids 1, 2 (5): expert 1, load 10. ids 3, 4 (1): expert 0, load 10 with three ids.
+    # id 5 (1): a tie of loads, and expert 1 has but two ids.
+    assert hash_balance_table(torch.tensor([8, 5, 5, 1, 1, 1]), 2).tolist() == [0, 1, 1, 0, 0, 1]
 
 
 def test_balance_table_spreads_ids_never_seen():

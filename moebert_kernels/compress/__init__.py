@@ -1,1 +1,1 @@
-"""From a fine-tuned encoder to a distilled MoEBERT: importance, adaptation, distillation, evaluation."""
+"""From a fine-tuned encoder to its MoE: data, importance, adaptation, distillation, report."""

@@ -53,8 +53,8 @@ def rows_fingerprint(rows: Dataset) -> str:
 def replace_whole(path: Path) -> Iterator[Path]:
     """Give a temporary name beside `path` to write a file or folder to; it becomes `path` if all goes well.
 
-    What was at `path` is replaced at the end, and left alone if the body raises. A reader finds the old or the
-    new, or for a moment none, but never a part.
+    What was at `path` is replaced at the end, and left alone if the body raises. A reader finds the old or
+    the new, or for a moment none, but never a part.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     room = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=path.parent))

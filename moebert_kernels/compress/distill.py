@@ -44,9 +44,9 @@ class DistillationTrainer(Trainer):
     its configuration's `balance_loss_weight`. Everything else is the Trainer's: arguments, callbacks, mixed
     precision, checkpoints and resuming, gradient accumulation, whose step equals that of one large batch.
 
-    The logs carry, beside `loss` (the total), the unweighted terms `ce`, `layer`, `prediction` and, with learned
-    gates, `balance`, each averaged over the steps since the last log. Evaluation asks the student alone:
-    `eval_loss` is the loss from labels, so that it compares with any other training of the same task.
+    The logs carry, beside `loss` (the total), the unweighted terms `ce`, `layer`, `prediction` and, with
+    learned gates, `balance`, each averaged over the steps since the last log. Evaluation asks the student
+    alone: `eval_loss` is the loss from labels, so that it compares with any other training of the same task.
 
     The teacher is not part of the student, nor of any checkpoint. It is frozen (its parameters no longer
     require gradients), put into eval mode and moved to the training device.
@@ -293,8 +293,8 @@ def distill(
         callbacks: of the Trainer.
 
     Returns:
-        The loss curves: at each logged step "step", "ce", "layer", "prediction", "balance" with learned gates,
-        and "total", averaged since the log before.
+        The loss curves: at each logged step "step", "ce", "layer", "prediction", with learned gates
+        "balance", and "total", averaged since the log before.
 
     Raises:
         UserError: the loss became infinite or NaN.

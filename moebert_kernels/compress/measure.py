@@ -47,10 +47,10 @@ def time_models(
     max_seconds: float = 60.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, list[float]]:
-    """Time one forward pass of each model in turn, over and over, so that a slow spell of the machine meets all.
+    """Time one forward pass of each model in turn, over and over: a slow spell of the machine meets all.
 
-    On CUDA by events, with the device idle before each pass; elsewhere by the wall clock, with torch's current
-    number of threads.
+    On CUDA by events, with the device idle before each pass; elsewhere by the wall clock, with torch's
+    current number of threads.
 
     Args:
         models: by name, all on one device; put into eval mode.
@@ -107,8 +107,8 @@ def measure(
         progress: called with (rounds done, rounds in all), over both.
 
     Returns:
-        By model, "latency_ms" (milliseconds per pass) and "throughput_per_s" (sequences per second), each with
-        "median", "low" and "high" (the 10th and 90th percentile), "batch_size" and "sequence_length".
+        By model, "latency_ms" (milliseconds per pass) and "throughput_per_s" (sequences per second), each
+        with "median", "low" and "high" (the 10th and 90th percentile), "batch_size" and "sequence_length".
     """
 
     def timed(batch_size: int, rounds_before: int) -> dict[str, list[float]]:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import Dataset
 
 from moebert_kernels.compress.tasks import Task, TaskData
 
@@ -107,10 +107,10 @@ def load_docstrings(
         name="docstrings",
         kind="classification",
         label_names=tuple(packages),
-        metric_names=("accuracy", "f1_macro"),
+        metric_names=("accuracy", "macro_f1"),
         main_metric="accuracy",
     )
-    return TaskData(task, _dataset(train, packages, seed), _dataset(validation, packages, seed))
+    return TaskData(task, _dataset(train, seed), _dataset(validation, seed))
 
 
 def standard_library_snippets(library: Path) -> Iterator[Snippet]:
@@ -175,9 +175,6 @@ def _is_held_out(seed: int, snippet: Snippet, fraction: float) -> bool:
     return int(_digest(seed, f"{snippet.package}.{snippet.definition}")[:8], 16) < fraction * 16**8
 
 
-def _dataset(rows: list[tuple[str, int]], packages: list[str], seed: int) -> Dataset:
+def _dataset(rows: list[tuple[str, int]], seed: int) -> Dataset:
     rows = sorted(rows, key=lambda row: _digest(seed, row[0]))
-    return Dataset.from_dict(
-        {"text": [text for text, _ in rows], "label": [label for _, label in rows]},
-        features=Features({"text": Value("string"), "label": ClassLabel(names=packages)}),
-    )
+    return Dataset.from_dict({"text": [text for text, _ in rows], "label": [label for _, label in rows]})

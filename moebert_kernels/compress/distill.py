@@ -23,9 +23,9 @@ from transformers import (
 
 from moebert_kernels.compress.losses import IGNORED_LABEL, Prediction, label_loss, layer_loss, prediction_loss
 from moebert_kernels.errors import UserError
+from moebert_kernels.models import decay_parameters
 
 _LABELS = ("labels", "start_positions", "end_positions")
-_UNDECAYED = ("b1_EF", "b2_ED", "ln_w_ED", "ln_b_ED")
 
 
 class _Units(NamedTuple):
@@ -99,7 +99,7 @@ class DistillationTrainer(Trainer):
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Leave out the experts' biases and LayerNorms too, which are not `nn.LayerNorm` modules."""
-        return [name for name in super().get_decay_parameter_names(model) if not name.endswith(_UNDECAYED)]
+        return decay_parameters(model)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """Draw the batches of one optimizer step and count what its loss terms are means over."""

@@ -102,6 +102,12 @@ class Stage:
     fingerprint: str
     outputs: tuple[Path, ...] = ()
 
+    @property
+    def is_done(self) -> bool:
+        """Whether `run` would do nothing but return the recorded result."""
+        record = self._read()
+        return record is not None and record["done"] and all(path.exists() for path in self.outputs)
+
     def run(self, work: Callable[[], Any]) -> Any:
         """Return the recorded result if the stage is done; otherwise do `work` and record what it returns.
 
@@ -109,7 +115,7 @@ class Stage:
             work: makes the outputs and returns what json can write.
         """
         record = self._read()
-        if record is not None and record["done"] and all(path.exists() for path in self.outputs):
+        if record is not None and self.is_done:
             return record["result"]
         seconds_before = 0.0 if record is None or record["done"] else record["seconds"]
         start = time.monotonic()

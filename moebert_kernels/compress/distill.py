@@ -23,9 +23,9 @@ from transformers import (
 
 from moebert_kernels.compress.losses import IGNORED_LABEL, Prediction, label_loss, layer_loss, prediction_loss
 from moebert_kernels.errors import UserError
+from moebert_kernels.models import decay_parameters
 
 _LABELS = ("labels", "start_positions", "end_positions")
-_UNDECAYED = ("b1_EF", "b2_ED", "ln_w_ED", "ln_b_ED")
 
 
 class _Units(NamedTuple):
@@ -99,7 +99,7 @@ class DistillationTrainer(Trainer):
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Leave out the experts' biases and LayerNorms too, which are not `nn.LayerNorm` modules."""
-        return [name for name in super().get_decay_parameter_names(model) if not name.endswith(_UNDECAYED)]
+        return decay_parameters(model)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """Draw the batches of one optimizer step and count what its loss terms are means over."""
@@ -169,7 +169,7 @@ class DistillationTrainer(Trainer):
             if self._shares_counts():  # the gradients of the processes are averaged, their shares must add up
                 terms = {name: term * self.args.world_size for name, term in terms.items()}
         self._add_terms(terms)
-        loss = sum(weights[name] * term for name, term in terms.items())
+        loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -209,7 +209,8 @@ class DistillationTrainer(Trainer):
 
     def _add_terms(self, terms: dict[str, Tensor]) -> None:
         for name, term in terms.items():
-            self._term_totals[name] = self._term_totals.get(name, 0) + term.detach()
+            previous = self._term_totals.get(name)
+            self._term_totals[name] = term.detach() if previous is None else previous + term.detach()
         self._num_steps += self.accelerator.sync_gradients
 
     def _reset_terms(self) -> None:
@@ -224,13 +225,13 @@ def _prediction(outputs: Any) -> Prediction:
 
 def _count_units(batch: dict[str, Any]) -> _Units:
     ids = batch["input_ids"] if batch.get("input_ids") is not None else batch["inputs_embeds"][..., 0]
-    mask_BS = batch.get("attention_mask")
+    mask_BS, labels = batch.get("attention_mask"), batch.get("labels")
     # torch.full, not torch.tensor: the latter copies from the host and waits for the device.
     sequences = torch.full((), ids.shape[0], device=ids.device)
-    tokens = torch.full((), ids.numel(), device=ids.device) if mask_BS is None else (mask_BS != 0).sum()
-    labels = batch.get("labels")
-    all_count = labels is None or labels.is_floating_point()  # spans; regression, where -100 is a number
-    return _Units(sequences if all_count else (labels != IGNORED_LABEL).sum(), tokens, sequences)
+    tokens = torch.full((), ids.numel(), device=ids.device) if mask_BS is None else mask_BS.ne(0).sum()
+    if labels is None or labels.is_floating_point():  # spans; regression, where -100 is a number like others
+        return _Units(sequences, tokens, sequences)
+    return _Units(labels.ne(IGNORED_LABEL).sum(), tokens, sequences)
 
 
 def _check_models(student: PreTrainedModel, teacher: PreTrainedModel) -> None:

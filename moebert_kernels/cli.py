@@ -77,12 +77,15 @@ def _say_on_stderr(sentence: str, style: str | None = None) -> None:
 
 def _quiet_libraries() -> None:
     """Their bars and warnings would run through ours."""
+    import warnings
+
     import datasets
     import transformers
 
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")  # asked for by default, also without a GPU
 
 
 def _print_version(asked: bool) -> None:

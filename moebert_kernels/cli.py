@@ -200,8 +200,8 @@ def compress(
     moebert compress --teacher my-bert --task csv --data reviews.csv --text-column review --label-column stars
     --output runs/reviews
 
-    The student is in OUTPUT/student: load it with transformers after `import moebert_kernels`. A stage whose
-    inputs are unchanged is reused.
+    The student is in OUTPUT/student: load it with transformers after `import moebert_kernels`. An interrupted
+    run goes on where it was when it is given again; a stage whose inputs are unchanged is reused.
     """
     from moebert_kernels.compress import pipeline, report
     from moebert_kernels.compress.terminal import StageBars, results_table

@@ -32,13 +32,15 @@ COMMANDS = ("demo", "finetune", "importance", "adapt", "distill", "evaluate", "c
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny BERT classifier in teacher/, and reviews.csv, whose label is whether the text says good or bad."""
+    """A tiny BERT classifier in teacher/, and reviews.csv, labelled by whether the text says good or bad."""
     folder = tmp_path_factory.mktemp("cli")
     with (folder / "reviews.csv").open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["review", "stars"])
         filler = ["a", "b c", "d a b", "c c c d"]
-        table.writerows([f"{filler[i % 4]} {('bad', 'good')[i % 2]}", ("low", "high")[i % 2]] for i in range(40))
+        table.writerows(
+            [f"{filler[i % 4]} {('bad', 'good')[i % 2]}", ("low", "high")[i % 2]] for i in range(40)
+        )
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(WORDS),
@@ -67,6 +69,7 @@ def call(folder, monkeypatch):
     return run
 
 
+COMPRESS = "compress --teacher teacher --output x --measure-length 8"
 TABLE = "--task csv --data reviews.csv --text-column review --label-column stars --max-length 12"
 
 
@@ -163,16 +166,22 @@ def test_published_importance_converts(call, folder):
             ["belong to task csv"],
         ),
         (
-            f"compress --teacher teacher {TABLE} --validation-data reviews.csv --validation-fraction 0.2 --output x",
+            f"{COMPRESS} {TABLE} --validation-data reviews.csv --validation-fraction 0.2",
             ["not both"],
         ),
-        (f"compress --teacher teacher {TABLE} --experts 4 --expert-size 16 --shared 0 --output x", ["need 64", "32"]),
-        (f"compress --teacher teacher {TABLE} --expert-size 8 --shared 9 --output x", ["expert size 8", "got 9"]),
-        (f"compress --teacher teacher {TABLE} --experts 0 --output x", ["at least 1", "got 0"]),
-        (f"compress --teacher teacher {TABLE} --top-k 2 --output x", ["hash-random", "top_k"]),
-        (f"compress --teacher teacher {TABLE} --epochs 0 --output x", ["epochs", "more than 0"]),
-        (f"compress --teacher teacher {TABLE} --lr -1 --output x", ["learning_rate", "-1"]),
-        (f"compress --teacher teacher {TABLE} --measure-length 99 --output x", ["99", "at most 16"]),
+        (
+            f"{COMPRESS} {TABLE} --experts 4 --expert-size 16 --shared 0",
+            ["need 64", "32"],
+        ),
+        (
+            f"{COMPRESS} {TABLE} --expert-size 8 --shared 9",
+            ["expert size 8", "got 9"],
+        ),
+        (f"{COMPRESS} {TABLE} --experts 0", ["at least 1", "got 0"]),
+        (f"{COMPRESS} {TABLE} --top-k 2", ["hash-random", "top_k"]),
+        (f"{COMPRESS} {TABLE} --epochs 0", ["epochs", "more than 0"]),
+        (f"{COMPRESS} {TABLE} --lr -1", ["learning_rate", "-1"]),
+        (f"{COMPRESS} {TABLE} --measure-length 99", ["99", "at most 16"]),
         (f"compress --teacher teacher {TABLE} --measure-length 8 --output teacher", ["the teacher's"]),
         (f"importance {TABLE} --output x", ["--teacher", "--convert"]),
         ("importance --teacher teacher --output x", ["--task"]),
@@ -196,10 +205,13 @@ def test_wrong_input_gets_one_sentence(call, folder, command, words):
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("compress --routing hash-fancy --teacher t --output o", ["hash-fancy", "hash-balance", "gate-token"]),
+        (
+            "compress --routing hash-fancy --teacher t --output o",
+            ["hash-fancy", "hash-balance", "gate-token"],
+        ),
         ("compress --task imdb --teacher t --output o", ["imdb", "sst2", "csv"]),
         ("compress --output o", ["--teacher"]),
-        ("compress --epochs many --teacher t --output o", ["many"]),
+        ("compress --epochs many --teacher t --output o", ["--epochs", "valid number"]),
         ("squeeze", ["squeeze"]),
     ],
 )
@@ -211,10 +223,21 @@ def test_wrong_usage_is_refused_before_anything_is_imported(call, monkeypatch, c
         assert word in result.stderr
 
 
-def test_no_traceback_names_the_color_and_the_stream(folder, tmp_path):
+def test_a_process_of_its_own_says_it_on_stderr():
     """What the tests above see through a runner, once for real: stderr, exit code, standard output empty."""
     done = subprocess.run(
-        [sys.executable, "-m", "moebert_kernels.cli", "evaluate", "--model", "x", "--task", "csv", "--data", "y.csv"],
+        [
+            sys.executable,
+            "-m",
+            "moebert_kernels.cli",
+            "evaluate",
+            "--model",
+            "x",
+            "--task",
+            "csv",
+            "--data",
+            "y.csv",
+        ],
         capture_output=True,
         text=True,
     )
@@ -229,7 +252,7 @@ def test_ctrl_c_says_how_to_go_on(call, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pipeline, "compress", interrupt)
-    result = call(f"compress --teacher teacher {TABLE} --output x")
+    result = call(f"{COMPRESS} {TABLE} ")
     assert result.exit_code == INTERRUPTED == 130
     assert result.stderr.strip() == "interrupted; run the same command again to go on"
 
@@ -241,7 +264,7 @@ def test_a_defect_keeps_its_traceback(call, monkeypatch):
         raise ValueError("shapes differ")
 
     monkeypatch.setattr(pipeline, "compress", fail)
-    result = call(f"compress --teacher teacher {TABLE} --output x")
+    result = call(f"{COMPRESS} {TABLE} ")
     assert result.exit_code == 1
     assert isinstance(result.exception, ValueError)
 

@@ -254,7 +254,7 @@ def _figures(results: dict[str, Any]) -> Iterable[str]:
             "A curve per layer. The most important quarter of a layer's neurons holds between "
             f"{min(quarter):.0%} and {max(quarter):.0%} of its importance.",
             f"Taken on {importance['num_samples']:,} training rows with one backward pass per batch. The "
-            "further a curve bends away from the dotted line, the more a split that ignores importance loses.",
+            "further a curve bends from the dotted line, the more a split that ignores importance loses.",
         )
     load = results.get("expert_load_LE")
     if load:

@@ -18,7 +18,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from moebert_kernels.compress.distill import DistillationTrainer, DistillSettings, distill, last_checkpoint
+from moebert_kernels.compress.distill import DistillationTrainer, DistillSettings, distill
+from moebert_kernels.compress.finetune import last_checkpoint
 from moebert_kernels.errors import UserError
 from python_ref import distillation as ref
 
@@ -301,17 +302,6 @@ def test_an_interrupted_run_ends_where_an_undisturbed_one_does(tmp_path, tokeniz
     assert [entry["step"] for entry in log] == list(range(1, 49))
     for entry in log:
         assert entry["total"] == pytest.approx(entry["ce"] + entry["layer"] + entry["prediction"], rel=1e-4)
-
-
-def test_half_a_checkpoint_is_passed_over(tmp_path):
-    """A process killed while saving leaves the newest checkpoint without its last file, or part of it."""
-    for step, state in ((10, '{"global_step": 10}'), (20, '{"global_'), (30, None)):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        if state:
-            (folder / "trainer_state.json").write_text(state)
-    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
-    assert last_checkpoint(tmp_path / "nowhere") is None
 
 
 def test_divergence_is_said_in_words(tmp_path, tokenizer):

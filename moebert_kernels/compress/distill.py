@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from moebert_kernels.compress.batching import LengthGroupedTrainer
+from moebert_kernels.compress.finetune import last_checkpoint
 from moebert_kernels.compress.losses import IGNORED_LABEL, Prediction, label_loss, layer_loss, prediction_loss
 from moebert_kernels.errors import UserError
 from moebert_kernels.models import decay_parameters
@@ -323,7 +324,7 @@ def distill(
         arguments._n_gpu = (
             1  # DataParallel would multiply the batch size, and the result depend on the machine
         )
-    trainer = DistillationTrainer(
+    trainer = _LengthGroupedDistillationTrainer(
         student,
         teacher,
         args=arguments,
@@ -342,19 +343,8 @@ def distill(
     ]
 
 
-def last_checkpoint(folder: Path) -> str | None:
-    """Return the newest whole checkpoint of a Trainer's output folder, if there is one.
-
-    A Trainer that is killed while it saves leaves a part, which has no readable `trainer_state.json`: that is
-    written last.
-    """
-    found = []
-    for path in folder.glob("checkpoint-*"):
-        try:
-            found.append((json.loads((path / "trainer_state.json").read_text())["global_step"], str(path)))
-        except (OSError, ValueError):
-            continue
-    return max(found)[1] if found else None
+class _LengthGroupedDistillationTrainer(DistillationTrainer, LengthGroupedTrainer):
+    """Both models compute less padding; order of rows by seed and epoch alone."""
 
 
 class _Report(TrainerCallback):

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import DataCollatorWithPadding, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
+from moebert_kernels.compress.batching import padded_batches
 from moebert_kernels.compress.tasks import TaskData, compute_metrics
 
 
@@ -21,7 +22,7 @@ def batches(
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield tokenised rows in order, padded to the longest of each batch.
+    """Yield tokenised rows, shortest first, in padded batches; see `padded_batches`.
 
     Args:
         rows: as `tasks.tokenize` returns them.
@@ -30,13 +31,12 @@ def batches(
         device: where the tensors go.
         progress: called after each batch has been used with (rows done, rows in all).
     """
-    collate = DataCollatorWithPadding(tokenizer)
-    for start in range(0, len(rows), batch_size):
-        stop = min(start + batch_size, len(rows))
-        batch = collate([rows[i] for i in range(start, stop)])
+    done = 0
+    for batch in padded_batches(rows, tokenizer, batch_size):
         yield {name: tensor.to(device) for name, tensor in batch.items()}
+        done += len(batch["input_ids"])
         if progress is not None:
-            progress(stop, len(rows))
+            progress(done, len(rows))
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from moebert_kernels import __version__
@@ -58,9 +58,9 @@ FORMAT = 1
 class Progress(Protocol):
     """What hears how far a stage is.
 
-    Called at the start of a stage, where done is 0 unless it goes on where it was, and until done == total; the
-    unit is the stage's own: rows, steps, rounds. Called once with total = 0 when the stage's output of an
-    earlier run is reused.
+    A stage begins with (0, 1) and ends with done == total. Between, it counts in a unit of its own (rows,
+    steps, rounds), with the total known from the first of these calls; distillation that goes on where it was
+    starts at that step. A stage whose output of an earlier run is reused says so by the single call (0, 0).
     """
 
     def __call__(self, stage: str, done: int, total: int) -> None:
@@ -80,8 +80,8 @@ def compress(
 ) -> dict[str, Any]:
     """Compress a fine-tuned encoder into a MoE, and measure what that costs and brings.
 
-    On the first CUDA device if there is one, otherwise on the CPU. The same seed gives the same student on the
-    same machine. Interrupted at any point and called again, it goes on where it was.
+    On the first CUDA device if there is one, otherwise on the CPU. The same seed gives the same student on
+    the same machine. Interrupted at any point and called again, it goes on where it was.
 
     Args:
         settings: what to make.
@@ -160,7 +160,7 @@ class _Variant:
 _STUDENT = _Variant(
     "student",
     "student",
-    build=lambda run: run.split_by(run.importance.scores_LF),
+    build=lambda run: run.split_by(run.importance),
     made_from=lambda run: [run.importance_print, *run.split_inputs],
 )
 _COMPARISONS = {
@@ -197,13 +197,14 @@ class _Run:
         self.output_dir = output_dir
         self.progress = progress
         self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-        self.teacher = teacher.to(self.device)
+        self.teacher = teacher
+        nn.Module.to(teacher, self.device)  # transformers' own `to` does not say what it takes
         self.timings: dict[str, float] = {}
 
         self.teacher_print = model_fingerprint(teacher_dir)
         self.train_print = fingerprint(rows_fingerprint(data.train), settings.max_length)
         self.validation_print = fingerprint(rows_fingerprint(data.validation), settings.max_length)
-        self.importance_print = fingerprint(
+        self.importance_print: str = fingerprint(
             self.teacher_print, self.train_print, settings.importance_rows, settings.seed
         )
 
@@ -222,7 +223,9 @@ class _Run:
             name, before = variant.name, f"{variant.name} before distillation"
             folders[before], prints[before] = self.adapted(variant)
             models[before] = self.evaluated(before, folders[before], prints[before])
-            folders[name], prints[name], losses[name] = self.distilled(variant, folders[before], prints[before])
+            folders[name], prints[name], losses[name] = self.distilled(
+                variant, folders[before], prints[before]
+            )
             models[name] = self.evaluated(name, folders[name], prints[name])
         load = self.expert_load(folders["student"], prints["student"])
         speed = self.speed(folders, prints)
@@ -279,7 +282,7 @@ class _Run:
         sizes = [s.num_experts, s.expert_size, s.num_shared]
         return [self.teacher_print, *sizes, s.routing, s.top_k, s.seed, counts]
 
-    def split_by(self, scores_LF: Tensor) -> PreTrainedModel:
+    def split_by(self, scores: Importance | Tensor) -> PreTrainedModel:
         """The MoE whose experts take the teacher's neurons by falling score."""
         s = self.settings
         counts_V = None
@@ -287,7 +290,7 @@ class _Run:
             counts_V = token_counts(self.data.train, self.teacher.config.vocab_size)
         return adapt(
             self.teacher,
-            scores_LF,
+            scores,
             num_experts=s.num_experts,
             expert_size=s.expert_size,
             num_shared=s.num_shared,
@@ -376,14 +379,19 @@ class _Run:
     def stage(self, name: str, made_from: str, work: Callable[[Report], Any], *outputs: Path) -> Any:
         """Do a stage or reuse it; tell progress and note the time it took."""
 
+        last = (0, 1)
+
         def report(done: int, total: int) -> None:
+            nonlocal last
+            last = (done, total)
             if self.progress is not None:
                 self.progress(name, done, total)
 
         def reported_work() -> Any:
             report(0, 1)
             result = work(report)
-            report(1, 1)
+            if last[0] != last[1]:
+                report(last[1], last[1])
             return result
 
         record = self.output_dir / "work" / "stages" / f"{name.replace(' ', '-')}.json"
@@ -396,7 +404,8 @@ class _Run:
 
     def load(self, folder: Path) -> PreTrainedModel:
         model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
-        return model.to(self.device).eval()
+        model.to(device=self.device)
+        return model.eval()
 
     def save(self, model: PreTrainedModel, folder: Path) -> None:
         with replace_whole(folder) as fresh:

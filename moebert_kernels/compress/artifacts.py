@@ -1,0 +1,177 @@
+"""Outputs that are whole or absent, and reused while what they were made from is unchanged."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from moebert_kernels.errors import UserError
+
+_MODEL_SUFFIXES = {".json", ".safetensors", ".bin", ".txt", ".model"}
+_NOT_OF_THE_MODEL = {"training_args.bin", "optimizer.pt", "scheduler.pt", "trainer_state.json"}
+_UNFINISHED = ".unfinished-"
+
+
+def fingerprint(*parts: Any) -> str:
+    """Return the sha256 of values that json can write; the order of a dict's keys does not count."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def model_fingerprint(folder: Path) -> str:
+    """Return the sha256 of a saved model: names and contents of its weights, configuration and tokenizer."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in _MODEL_SUFFIXES and path.name not in _NOT_OF_THE_MODEL and path.is_file():
+            digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+            with path.open("rb") as file:
+                while block := file.read(1 << 22):
+                    digest.update(block)
+    return digest.hexdigest()
+
+
+def rows_fingerprint(rows: Dataset) -> str:
+    """Return the sha256 of a dataset's rows, in order."""
+    digest = hashlib.sha256(json.dumps(rows.column_names).encode())
+    for batch in rows.iter(batch_size=1024):
+        digest.update(json.dumps(batch, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+@contextmanager
+def replace_whole(path: Path) -> Iterator[Path]:
+    """Give a temporary name beside `path` to write a file or folder to; it becomes `path` if all goes well.
+
+    What was at `path` is replaced at the end, and left alone if the body raises. A reader finds the old or
+    the new, or for a moment none, but never a part.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    room = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=path.parent))
+    try:
+        fresh = room / path.name
+        yield fresh
+        if path.is_dir():
+            os.rename(path, room / "old")
+        os.replace(fresh, path)
+    finally:
+        shutil.rmtree(room, ignore_errors=True)
+
+
+def discard_unfinished(folder: Path) -> None:
+    """Remove what killed processes left of `replace_whole`; only for a folder held by `exclusive`."""
+    for room in folder.rglob(f"{_UNFINISHED}*"):
+        shutil.rmtree(room, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a json file whole or not at all.
+
+    Raises:
+        ValueError: a number is not finite, which json has no word for.
+    """
+    text = json.dumps(value, indent=2, allow_nan=False)
+    with replace_whole(path) as fresh:
+        fresh.write_text(text + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a run, done once for given inputs.
+
+    Its record, a json file, holds the fingerprint of its inputs, the seconds it took (interrupted attempts
+    included, unless the process was killed) and a small result; its files lie elsewhere.
+
+    Attributes:
+        record_path: of the record.
+        fingerprint: of everything the stage's outcome depends on.
+        outputs: files or folders it makes, which must be there for it to count as done.
+    """
+
+    record_path: Path
+    fingerprint: str
+    outputs: tuple[Path, ...] = ()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether `run` would do nothing but return the recorded result."""
+        record = self._read()
+        return record is not None and record["done"] and all(path.exists() for path in self.outputs)
+
+    def run(self, work: Callable[[], Any]) -> Any:
+        """Return the recorded result if the stage is done; otherwise do `work` and record what it returns.
+
+        Args:
+            work: makes the outputs and returns what json can write.
+        """
+        record = self._read()
+        if record is not None and self.is_done:
+            return record["result"]
+        seconds_before = 0.0 if record is None or record["done"] else record["seconds"]
+        start = time.monotonic()
+        self._write(False, seconds_before, None)
+        try:
+            result = work()
+        except BaseException:
+            self._write(False, seconds_before + time.monotonic() - start, None)
+            raise
+        self._write(True, seconds_before + time.monotonic() - start, result)
+        return result
+
+    @property
+    def seconds(self) -> float:
+        """How long the stage has taken; 0 if it has not begun."""
+        record = self._read()
+        return 0.0 if record is None else record["seconds"]
+
+    def _read(self) -> dict[str, Any] | None:
+        try:
+            record = json.loads(self.record_path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return record if record.get("fingerprint") == self.fingerprint else None
+
+    def _write(self, done: bool, seconds: float, result: Any) -> None:
+        self.record_path.parent.mkdir(parents=True, exist_ok=True)
+        record = {"fingerprint": self.fingerprint, "done": done, "seconds": seconds, "result": result}
+        write_json(self.record_path, record)
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold an output folder, created if need be, for this process alone.
+
+    The lock is the operating system's and goes with the process, however it ends: none is ever stale.
+
+    Raises:
+        UserError: the folder cannot be made or written, or another process holds it.
+    """
+    lock_path = folder / ".lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = lock_path.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write to the output folder {folder}: {error.strerror or error}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.seek(0)
+            holder = lock.read().strip() or "another process"
+            raise UserError(
+                f"the output folder {folder} is in use by {holder}; wait for it, or give another folder"
+            ) from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()}")
+        lock.flush()
+        yield

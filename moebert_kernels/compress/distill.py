@@ -1,0 +1,367 @@
+"""Distillation: the student learns from labels and from every layer of its frozen teacher, at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from moebert_kernels.compress.batching import LengthGroupedTrainer
+from moebert_kernels.compress.finetune import last_checkpoint
+from moebert_kernels.compress.losses import IGNORED_LABEL, Prediction, label_loss, layer_loss, prediction_loss
+from moebert_kernels.errors import UserError
+from moebert_kernels.models import decay_parameters
+
+_LABELS = ("labels", "start_positions", "end_positions")
+
+
+class _Units(NamedTuple):
+    """How many things the loss terms are means over: labelled items, real tokens, sequences."""
+
+    labels: Tensor
+    tokens: Tensor
+    sequences: Tensor
+
+
+class DistillationTrainer(Trainer):
+    """A `transformers.Trainer` whose loss is CE + lambda (L_trm + L_pred) (section 3.3 and Eq. 5 to 7).
+
+    CE is the loss from labels (mean squared error for regression), L_trm compares the L + 1 hidden states at
+    real tokens, L_pred the predictions. A student with learned gates adds its load-balance loss, weighted by
+    its configuration's `balance_loss_weight`. Everything else is the Trainer's: arguments, callbacks, mixed
+    precision, checkpoints and resuming, gradient accumulation, whose step equals that of one large batch.
+
+    The logs carry, beside `loss` (the total), the unweighted terms `ce`, `layer`, `prediction` and, with
+    learned gates, `balance`, each averaged over the steps since the last log. Evaluation asks the student
+    alone: `eval_loss` is the loss from labels, so that it compares with any other training of the same task.
+
+    The teacher is not part of the student, nor of any checkpoint. It is frozen (its parameters no longer
+    require gradients), put into eval mode and moved to the training device.
+
+    Args:
+        model: the student: sequence classification or regression, token classification, masked LM or
+            question answering.
+        teacher: a model with the same head and as many layers of the same hidden size.
+        args: as for `Trainer`.
+        distill_weight: lambda, the weight of the distillation terms.
+        trainer_options: the other arguments of `Trainer`, such as `train_dataset`, `processing_class`,
+            `compute_metrics` and `callbacks`.
+
+    Raises:
+        ValueError: the models do not fit each other, `distill_weight` is negative, or an option asks for a
+            loss of its own (`compute_loss_func`, multi-label classification).
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        teacher: PreTrainedModel,
+        *,
+        args: TrainingArguments,
+        distill_weight: float = 1.0,
+        **trainer_options: Any,
+    ):
+        if distill_weight < 0:
+            raise ValueError(f"distill_weight must not be negative, got {distill_weight}")
+        if trainer_options.get("compute_loss_func") is not None:
+            raise ValueError("compute_loss_func does not apply: DistillationTrainer defines the loss")
+        _check_models(model, teacher)
+        super().__init__(model, args, **trainer_options)
+        self.learned_gates = str(getattr(model.config, "routing", "")).startswith("gate-")
+        if self.learned_gates and self.args.n_gpu > 1:
+            raise ValueError(
+                "learned gates do not train under DataParallel, which splits one batch over "
+                f"{self.args.n_gpu} GPUs: start one process per GPU with torchrun, or show only one GPU"
+            )
+        self.teacher = teacher.requires_grad_(False).eval().to(self.args.device)
+        self.distill_weight = distill_weight
+        # Says that compute_loss divides by what get_batch_samples counted, so that training_step does not.
+        self.model_accepts_loss_kwargs = True
+        self._reset_terms()
+
+    def train(self, *args, **kwargs):
+        """Train as `Trainer.train` does, resuming included."""
+        self._reset_terms()
+        return super().train(*args, **kwargs)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Leave out the experts' biases and LayerNorms too, which are not `nn.LayerNorm` modules."""
+        return decay_parameters(model)
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
+        """Draw the batches of one optimizer step and count what its loss terms are means over."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        counts = torch.stack([torch.stack(_count_units(batch)) for batch in batches]).sum(0).to(device)
+        if self._shares_counts():
+            counts = self.accelerator.reduce(counts, "sum")
+        return batches, _Units(*counts.unbind())
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: _Units | Tensor | int | None = None,
+    ):
+        """The loss of one (micro-)batch; in eval mode the loss from labels alone.
+
+        Args:
+            model: the student, wrapped or not.
+            inputs: of the student, with labels.
+            return_outputs: also return the student's outputs.
+            num_items_in_batch: what `get_batch_samples` counted: terms are then divided by the counts of the
+                whole step. Otherwise they are means over this batch.
+        """
+        labels = {name: inputs[name] for name in _LABELS if inputs.get(name) is not None}
+        if not labels:
+            raise ValueError(f"distillation needs labels; the batch holds only {', '.join(inputs)}")
+        features = {name: value for name, value in inputs.items() if name not in _LABELS}
+        if not model.training:
+            outputs = model(**features)
+            loss = self._label_loss(outputs, labels)
+            return (loss, outputs) if return_outputs else loss
+
+        routers: list[Any] = []
+        extra = {"router_outputs": routers} if self.learned_gates else {}
+        outputs = model(**features, **extra, output_hidden_states=True)
+        with torch.no_grad(), self.accelerator.autocast():
+            teacher_outputs = self.teacher(**features, output_hidden_states=True)
+        kind = self._kind(outputs)
+        mask_BS = features.get("attention_mask")
+        terms = {
+            "ce": self._label_loss(outputs, labels),
+            "layer": layer_loss(outputs.hidden_states, teacher_outputs.hidden_states, mask_BS),
+            "prediction": prediction_loss(kind, _prediction(outputs), _prediction(teacher_outputs), mask_BS),
+        }
+        weights = {"ce": 1.0, "layer": self.distill_weight, "prediction": self.distill_weight}
+        if self.learned_gates:
+            terms["balance"] = torch.stack([router.balance_loss for router in routers]).mean()
+            weights["balance"] = self._student_config.balance_loss_weight
+
+        if isinstance(num_items_in_batch, _Units):
+            here = _count_units(inputs)
+            share = _Units(
+                *(n / total.clamp(min=1) for n, total in zip(here, num_items_in_batch, strict=True))
+            )
+            per_token = kind == "token_classification"
+            shares = {
+                "ce": share.labels,
+                "layer": share.tokens,
+                "prediction": share.tokens if per_token else share.sequences,
+                "balance": share.tokens,
+            }
+            terms = {name: term * shares[name] for name, term in terms.items()}
+            if self._shares_counts():  # the gradients of the processes are averaged, their shares must add up
+                terms = {name: term * self.args.world_size for name, term in terms.items()}
+        self._add_terms(terms)
+        loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the loss terms beside the Trainer's own `loss`."""
+        if "loss" in logs and self._num_steps:
+            for name, total in self._term_totals.items():
+                if self.args.world_size > 1:
+                    total = self.accelerator.reduce(total, "mean")
+                logs[name] = total.item() / self._num_steps
+            self._reset_terms()
+        super().log(logs, start_time)
+
+    @property
+    def _student_config(self):
+        return self.accelerator.unwrap_model(self.model).config
+
+    def _kind(self, outputs: Any) -> str:
+        if "start_logits" in outputs:
+            return "question_answering"
+        if outputs.logits.dim() == 3:
+            return "token_classification"
+        config = self._student_config
+        regression = config.problem_type == "regression" or (
+            config.problem_type is None and config.num_labels == 1
+        )
+        return "regression" if regression else "classification"
+
+    def _label_loss(self, outputs: Any, labels: dict[str, Tensor]) -> Tensor:
+        values = (
+            labels["labels"] if "labels" in labels else (labels["start_positions"], labels["end_positions"])
+        )
+        smoothing = self.args.label_smoothing_factor
+        return label_loss(self._kind(outputs), _prediction(outputs), values, label_smoothing=smoothing)
+
+    def _shares_counts(self) -> bool:
+        return self.args.world_size > 1 and self.args.average_tokens_across_devices
+
+    def _add_terms(self, terms: dict[str, Tensor]) -> None:
+        for name, term in terms.items():
+            previous = self._term_totals.get(name)
+            self._term_totals[name] = term.detach() if previous is None else previous + term.detach()
+        self._num_steps += self.accelerator.sync_gradients
+
+    def _reset_terms(self) -> None:
+        # Tensors on the device until a log is due: reading one each step would wait for the device each step.
+        self._term_totals: dict[str, Tensor] = {}
+        self._num_steps = 0
+
+
+def _prediction(outputs: Any) -> Prediction:
+    return (outputs.start_logits, outputs.end_logits) if "start_logits" in outputs else outputs.logits
+
+
+def _count_units(batch: dict[str, Any]) -> _Units:
+    ids = batch["input_ids"] if batch.get("input_ids") is not None else batch["inputs_embeds"][..., 0]
+    mask_BS, labels = batch.get("attention_mask"), batch.get("labels")
+    # torch.full, not torch.tensor: the latter copies from the host and waits for the device.
+    sequences = torch.full((), ids.shape[0], device=ids.device)
+    tokens = torch.full((), ids.numel(), device=ids.device) if mask_BS is None else mask_BS.ne(0).sum()
+    if labels is None or labels.is_floating_point():  # spans; regression, where -100 is a number like others
+        return _Units(sequences, tokens, sequences)
+    return _Units(labels.ne(IGNORED_LABEL).sum(), tokens, sequences)
+
+
+def _check_models(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    if {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}:
+        raise ValueError("model and teacher share parameters; freezing the teacher would freeze the student")
+    for name in ("num_hidden_layers", "hidden_size", "num_labels"):
+        ours, theirs = getattr(student.config, name), getattr(teacher.config, name)
+        if ours != theirs:
+            raise ValueError(f"model and teacher must have the same {name}, got {ours} and {theirs}")
+    if student.config.problem_type == "multi_label_classification":
+        raise ValueError(
+            "multi-label classification is not supported: the paper has no distillation loss for it"
+        )
+
+
+@dataclass(frozen=True)
+class DistillSettings:
+    """How to distil.
+
+    Attributes:
+        epochs: passes over the training rows; may be a fraction.
+        learning_rate: at the start; it falls linearly to 0.
+        distill_weight: lambda.
+        batch_size: rows of a step.
+        weight_decay: of AdamW; biases and LayerNorms are exempt.
+        seed: of data order and dropout.
+    """
+
+    epochs: float = 5.0
+    learning_rate: float = 3e-5
+    distill_weight: float = 1.0
+    batch_size: int = 32
+    weight_decay: float = 0.0
+    seed: int = 0
+
+
+def distill(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: DistillSettings,
+    checkpoints: Path,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> list[dict[str, float]]:
+    """Distil on one device, in place; go on from the last checkpoint if there is one.
+
+    An interrupted run that is called again ends with the same weights as an undisturbed one.
+
+    Args:
+        student: as it was at the start of the run, also when resuming.
+        teacher: as for `DistillationTrainer`.
+        rows: tokenised training rows.
+        tokenizer: pads, and is saved with each checkpoint.
+        settings: the same when resuming.
+        checkpoints: folder for this run's checkpoints and nothing else.
+        progress: called with (steps done, steps in all), at the start and after each step.
+        callbacks: of the Trainer.
+
+    Returns:
+        The loss curves: at each logged step "step", "ce", "layer", "prediction", with learned gates
+        "balance", and "total", averaged since the log before.
+
+    Raises:
+        UserError: the loss became infinite or NaN.
+    """
+    on_cuda = torch.cuda.is_available()
+    steps_per_epoch = math.ceil(len(rows) / settings.batch_size)
+    logging_steps = min(max(math.ceil(settings.epochs * steps_per_epoch / 50), 1), 100)
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints),
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        seed=settings.seed,
+        logging_steps=logging_steps,
+        logging_nan_inf_filter=False,  # it waits for the device each step, and hides what we report
+        save_steps=5 * logging_steps,  # a multiple: a resumed run's logs average over the same steps
+        save_total_limit=1,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=not on_cuda,
+        dataloader_pin_memory=on_cuda,
+    )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = (
+            1  # DataParallel would multiply the batch size, and the result depend on the machine
+        )
+    trainer = _LengthGroupedDistillationTrainer(
+        student,
+        teacher,
+        args=arguments,
+        distill_weight=settings.distill_weight,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        callbacks=[*callbacks, _StopWhenDiverged(), *([_Report(progress)] if progress else [])],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
+    terms = ("ce", "layer", "prediction", "balance")
+    return [
+        {"step": entry["step"], **{t: entry[t] for t in terms if t in entry}, "total": entry["loss"]}
+        for entry in trainer.state.log_history
+        if "layer" in entry
+    ]
+
+
+class _LengthGroupedDistillationTrainer(DistillationTrainer, LengthGroupedTrainer):
+    """Both models compute less padding; order of rows by seed and epoch alone."""
+
+
+class _Report(TrainerCallback):
+    def __init__(self, progress: Callable[[int, int], None]):
+        self.progress = progress
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.progress(state.global_step, state.max_steps)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.progress(state.global_step, state.max_steps)
+
+
+class _StopWhenDiverged(TrainerCallback):
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs and not math.isfinite(logs.get("loss", 0.0)):
+            raise UserError(
+                f"distillation diverged: the loss is {logs['loss']} at step {state.global_step} of "
+                f"{state.max_steps}; use a lower learning rate than {args.learning_rate:g}"
+            )

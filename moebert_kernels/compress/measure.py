@@ -1,0 +1,157 @@
+"""Latency and throughput of models on the device at hand, measured side by side."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain, cycle, islice
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+Timing = dict[str, float]
+
+
+def packed_inputs(rows: Sequence[Sequence[int]], batch_size: int, sequence_length: int) -> dict[str, Tensor]:
+    """Cut a task's token ids into full sequences without padding.
+
+    Where a token goes depends on its id, so drawn ids would measure another load than the task's.
+
+    Args:
+        rows: token ids of each row, at least one of them; repeated as often as needed.
+        batch_size: B.
+        sequence_length: S.
+
+    Returns:
+        "input_ids" and "attention_mask", int64 [B, S].
+
+    Raises:
+        ValueError: there are no token ids.
+    """
+    if not any(len(row) for row in rows):
+        raise ValueError("rows hold no token ids")
+    stream = islice(chain.from_iterable(cycle(rows)), batch_size * sequence_length)
+    input_ids = torch.tensor(list(stream)).view(batch_size, sequence_length)
+    return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+
+
+@torch.no_grad()
+def time_models(
+    models: Mapping[str, PreTrainedModel],
+    inputs: dict[str, Tensor],
+    *,
+    rounds: int = 20,
+    warmup: int = 2,
+    max_seconds: float = 20.0,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, list[float]]:
+    """Time one forward pass of each model in turn, over and over: a slow spell of the machine meets all.
+
+    On CUDA by events, with the device idle before each pass; elsewhere by the wall clock, with torch's
+    current number of threads.
+
+    Args:
+        models: by name, all on one device; put into eval mode.
+        inputs: of every model; moved to that device.
+        rounds: passes of each model.
+        warmup: further passes of each before, not counted.
+        max_seconds: stop early, after no fewer than 3 rounds, when the rounds take longer than this.
+        progress: called with (rounds done, rounds in all).
+
+    Returns:
+        Seconds of every pass, by model.
+    """
+    for model in models.values():
+        model.eval()
+    device = next(iter(models.values())).device
+    inputs = {name: value.to(device) for name, value in inputs.items()}
+    time_once = _time_on_cuda if device.type == "cuda" else _time_on_host
+    for model in models.values():
+        for _ in range(warmup):
+            time_once(model, inputs)
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    names = list(models)
+    start = time.perf_counter()
+    for done in range(rounds):
+        if done >= 3 and time.perf_counter() - start > max_seconds:
+            break
+        for name in names:
+            seconds[name].append(time_once(models[name], inputs))
+        names = names[1:] + names[:1]  # no model always follows the same one
+        if progress is not None:
+            progress(done + 1, rounds)
+    return seconds
+
+
+def measure(
+    models: Mapping[str, PreTrainedModel],
+    rows: Sequence[Sequence[int]],
+    *,
+    sequence_length: int = 128,
+    throughput_batch_size: int = 32,
+    rounds: int = 20,
+    max_seconds: float = 20.0,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, dict[str, Timing]]:
+    """Measure latency at batch size 1 and throughput at a larger one, the models interleaved.
+
+    Args:
+        models: by name, all on one device.
+        rows: token ids of the task's rows, see `packed_inputs`.
+        sequence_length: tokens of every sequence, none of them padding.
+        throughput_batch_size: sequences at once for throughput.
+        rounds: passes of each model and batch size.
+        max_seconds: bound on each of the two measurements, see `time_models`.
+        progress: called with (rounds done, rounds in all), over both.
+
+    Returns:
+        By model, "latency_ms" (milliseconds per pass) and "throughput_per_s" (sequences per second), each
+        with "median", "low" and "high" (the 10th and 90th percentile), "batch_size" and "sequence_length".
+    """
+
+    def timed(batch_size: int, rounds_before: int) -> dict[str, list[float]]:
+        def report(done: int, _total: int) -> None:
+            if progress is not None:
+                progress(rounds_before + done, 2 * rounds)
+
+        inputs = packed_inputs(rows, batch_size, sequence_length)
+        seconds = time_models(models, inputs, rounds=rounds, max_seconds=max_seconds, progress=report)
+        report(rounds, rounds)
+        return seconds
+
+    latency_s, batch_s = timed(1, 0), timed(throughput_batch_size, rounds)
+    shape = {"sequence_length": sequence_length}
+    return {
+        name: {
+            "latency_ms": summarize([1e3 * s for s in latency_s[name]]) | {"batch_size": 1, **shape},
+            "throughput_per_s": summarize([throughput_batch_size / s for s in batch_s[name]])
+            | {"batch_size": throughput_batch_size, **shape},
+        }
+        for name in models
+    }
+
+
+def summarize(values: Sequence[float]) -> Timing:
+    """The median of measured values, and as low and high their 10th and 90th percentile."""
+    if len(values) == 1:
+        return {"median": values[0], "low": values[0], "high": values[0]}
+    deciles = statistics.quantiles(values, n=10, method="inclusive")
+    return {"median": statistics.median(values), "low": deciles[0], "high": deciles[-1]}
+
+
+def _time_on_host(model: PreTrainedModel, inputs: dict[str, Tensor]) -> float:
+    start = time.perf_counter()
+    model(**inputs)
+    return time.perf_counter() - start
+
+
+def _time_on_cuda(model: PreTrainedModel, inputs: dict[str, Tensor]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    model(**inputs)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3

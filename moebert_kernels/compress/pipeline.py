@@ -1,0 +1,418 @@
+"""From a fine-tuned encoder to a distilled MoE and what it is worth, stage by stage.
+
+Every stage's output is reused while its inputs are unchanged; distillation, the long one, also goes on from
+its last checkpoint. In the output folder:
+
+    student/                the distilled model, to be loaded from there
+    results.json            every figure (format 1)
+    importance.safetensors  the scores the split was made by
+    work/NAME/adapted/      each model before distillation
+    work/NAME/distilled/    the comparison models after it
+    work/stages/*.json      what each stage was made from, how long it took, its small results
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+
+from moebert_kernels import __version__
+from moebert_kernels.compress.adapt import adapt, random_scores, token_counts
+from moebert_kernels.compress.artifacts import (
+    Stage,
+    discard_unfinished,
+    exclusive,
+    fingerprint,
+    model_fingerprint,
+    replace_whole,
+    rows_fingerprint,
+    write_json,
+)
+from moebert_kernels.compress.distill import DistillSettings, distill
+from moebert_kernels.compress.evaluate import batches, evaluate, expert_load
+from moebert_kernels.compress.importance import Importance, compute_importance
+from moebert_kernels.compress.measure import measure
+from moebert_kernels.compress.settings import CompressSettings, load_teacher, resolve
+from moebert_kernels.compress.tasks import TaskData, match_labels, tokenize
+from moebert_kernels.environment import describe_environment
+from moebert_kernels.errors import UserError
+from moebert_kernels.models import (
+    count_parameters,
+    ffn_flops_per_token,
+    find_ffns,
+    parameters_used_per_token,
+)
+
+FORMAT = 1
+
+
+class Progress(Protocol):
+    """What hears how far a stage is.
+
+    A stage begins with (0, 1) and ends with done == total. Between, it counts in a unit of its own (rows,
+    steps, rounds), with the total known from the first of these calls; distillation that goes on where it was
+    starts at that step. A stage whose output of an earlier run is reused says so by the single call (0, 0).
+    """
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Take note."""
+
+
+Report = Callable[[int, int], None]
+
+
+def compress(
+    settings: CompressSettings,
+    data: TaskData,
+    teacher_dir: str | Path,
+    output_dir: str | Path,
+    *,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Compress a fine-tuned encoder into a MoE, and measure what that costs and brings.
+
+    On the first CUDA device if there is one, otherwise on the CPU. The same seed gives the same student on
+    the same machine. Interrupted at any point and called again, it goes on where it was.
+
+    Args:
+        settings: what to make.
+        data: raw rows, as `load_task` returns them.
+        teacher_dir: of a BERT for sequence classification or regression, fine-tuned on the task, with its
+            tokenizer.
+        output_dir: made if need be; one run at a time.
+        progress: hears about every stage of `stage_names`, in that order.
+
+    Returns:
+        The content of results.json.
+
+    Raises:
+        UserError: teacher, data, settings or output folder do not fit, said before any long work; or
+            distillation diverged.
+    """
+    teacher_dir, output_dir = Path(teacher_dir), Path(output_dir)
+    teacher, tokenizer = load_teacher(teacher_dir)
+    settings = resolve(settings, teacher, tokenizer, len(data.train))
+    data = match_labels(data, teacher.config)
+    if output_dir.resolve() == teacher_dir.resolve():
+        raise UserError(f"the output folder {output_dir} is the teacher's; give another one")
+    with exclusive(output_dir):
+        _check_ours(output_dir)
+        discard_unfinished(output_dir)
+        return _Run(settings, data, teacher, tokenizer, teacher_dir, output_dir, progress).results()
+
+
+def stage_names(settings: CompressSettings) -> list[str]:
+    """The stages of `compress` in their order, as `Progress` and "timings_s" of the results name them."""
+    names = ["importance", "evaluate teacher"]
+    for variant in _variants(settings).values():
+        before = f"evaluate {variant.name} before distillation"
+        names += [f"adapt {variant.name}", before, f"distill {variant.name}", f"evaluate {variant.name}"]
+    return [*names, "expert load", "measure"]
+
+
+def share_curves(importance: Importance, points: int = 101) -> list[list[float]]:
+    """How much of a layer's importance its most important neurons hold.
+
+    Returns:
+        [L][points]: at index q the share held by the fraction q / (points - 1) of the neurons, from 0 to 1.
+    """
+    sorted_LF = importance.scores_LF.double().sort(dim=1, descending=True).values
+    share_LF = sorted_LF.cumsum(1) / sorted_LF.sum(1, keepdim=True).clamp(min=1e-300)
+    share_LF1 = torch.nn.functional.pad(share_LF, (1, 0))
+    index_Q = torch.linspace(0, sorted_LF.shape[1], points).round().long()
+    return share_LF1[:, index_Q].tolist()
+
+
+def _check_ours(output_dir: Path) -> None:
+    """Refuse to replace a folder that no run of ours has made."""
+    if (output_dir / "student").exists() and not (output_dir / "work" / "stages").exists():
+        raise UserError(
+            f"{output_dir / 'student'} exists and was not made by this command; give another output folder"
+        )
+
+
+@dataclass(frozen=True)
+class _Variant:
+    """A model to be made of the teacher, distilled and measured.
+
+    Attributes:
+        name: in results.json.
+        folder: of its files, under the output folder's work/.
+        build: makes it.
+        made_from: everything that decides what `build` makes, for json.
+    """
+
+    name: str
+    folder: str
+    build: Callable[[_Run], PreTrainedModel]
+    made_from: Callable[[_Run], Any]
+
+
+_STUDENT = _Variant(
+    "student",
+    "student",
+    build=lambda run: run.split_by(run.importance),
+    made_from=lambda run: [run.importance_print, *run.split_inputs],
+)
+_COMPARISONS = {
+    "random": _Variant(
+        "random split",
+        "random",
+        build=lambda run: run.split_by(run.random_scores()),
+        made_from=lambda run: run.split_inputs,
+    ),
+}
+
+
+def _variants(settings: CompressSettings) -> dict[str, _Variant]:
+    return {"student": _STUDENT, **{name: _COMPARISONS[name] for name in settings.comparisons}}
+
+
+class _Run:
+    """One call of `compress`, everything checked."""
+
+    def __init__(
+        self,
+        settings: CompressSettings,
+        data: TaskData,
+        teacher: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        teacher_dir: Path,
+        output_dir: Path,
+        progress: Progress | None,
+    ):
+        self.settings = settings
+        self.raw = data
+        self.tokenizer = tokenizer
+        self.teacher_dir = teacher_dir
+        self.output_dir = output_dir
+        self.progress = progress
+        self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        self.teacher = teacher
+        nn.Module.to(teacher, self.device)  # transformers' own `to` does not say what it takes
+        self.timings: dict[str, float] = {}
+
+        self.teacher_print = model_fingerprint(teacher_dir)
+        self.train_print = fingerprint(rows_fingerprint(data.train), settings.max_length)
+        self.validation_print = fingerprint(rows_fingerprint(data.validation), settings.max_length)
+        self.importance_print: str = fingerprint(
+            self.teacher_print, self.train_print, settings.importance_rows, settings.seed
+        )
+
+    @cached_property
+    def data(self) -> TaskData:
+        """The rows as token ids, made when a stage first needs them."""
+        return tokenize(self.raw, self.tokenizer, self.settings.max_length)
+
+    def results(self) -> dict[str, Any]:
+        """Run all stages, in the order of `stage_names`."""
+        _ = self.importance
+        models = {"teacher": self.evaluated("teacher", self.teacher_dir, self.teacher_print)}
+        folders, prints = {"teacher": self.teacher_dir}, {"teacher": self.teacher_print}
+        losses = {}
+        for variant in _variants(self.settings).values():
+            name, before = variant.name, f"{variant.name} before distillation"
+            folders[before], prints[before] = self.adapted(variant)
+            models[before] = self.evaluated(before, folders[before], prints[before])
+            folders[name], prints[name], losses[name] = self.distilled(
+                variant, folders[before], prints[before]
+            )
+            models[name] = self.evaluated(name, folders[name], prints[name])
+        load = self.expert_load(folders["student"], prints["student"])
+        speed = self.speed(folders, prints)
+        task = self.raw.task
+        results = {
+            "format": FORMAT,
+            "environment": asdict(describe_environment()),
+            "task": {
+                "name": task.name,
+                "kind": task.kind,
+                "main_metric": task.main_metric,
+                "train_rows": len(self.raw.train),
+                "validation_rows": len(self.raw.validation),
+            },
+            "settings": asdict(self.settings),
+            "models": [{"name": name, **models[name], **speed[name]} for name in models],
+            "importance": {
+                "model": self.importance.model,
+                "task": self.importance.task,
+                "num_samples": self.importance.num_samples,
+                "share_curve_LQ": share_curves(self.importance),
+            },
+            "expert_load_LE": load,
+            "losses": losses,
+            "timings_s": self.timings,
+        }
+        write_json(self.output_dir / "results.json", results)
+        return results
+
+    @cached_property
+    def importance(self) -> Importance:
+        path = self.output_dir / "importance.safetensors"
+
+        def work(report: Report) -> None:
+            count = self.settings.importance_rows
+            order = np.random.default_rng(self.settings.seed).permutation(len(self.data.train))
+            rows = self.data.train.select(np.sort(order[:count]))
+            compute_importance(
+                self.teacher,
+                batches(rows, self.tokenizer, device=self.device),
+                task=self.raw.task.name,
+                model_name=self.teacher_dir.resolve().name,
+                progress=lambda done: report(done, len(rows)),
+            ).save(path)
+
+        self.stage("importance", self.importance_print, work, path)
+        return Importance.load(path)
+
+    @property
+    def split_inputs(self) -> list[Any]:
+        """What the teacher's split depends on beside the scores."""
+        s = self.settings
+        counts = self.train_print if s.routing == "hash-balance" else None
+        sizes = [s.num_experts, s.expert_size, s.num_shared]
+        return [self.teacher_print, *sizes, s.routing, s.top_k, s.seed, counts]
+
+    def split_by(self, scores: Importance | Tensor) -> PreTrainedModel:
+        """The MoE whose experts take the teacher's neurons by falling score."""
+        s = self.settings
+        counts_V = None
+        if s.routing == "hash-balance":
+            counts_V = token_counts(self.data.train, self.teacher.config.vocab_size)
+        return adapt(
+            self.teacher,
+            scores,
+            num_experts=s.num_experts,
+            expert_size=s.expert_size,
+            num_shared=s.num_shared,
+            routing=s.routing,
+            top_k=s.top_k,
+            seed=s.seed,
+            token_counts_V=counts_V,
+        )
+
+    def random_scores(self) -> Tensor:
+        ffns = find_ffns(self.teacher)
+        return random_scores(len(ffns), ffns[0].w1.out_features, seed=self.settings.seed)
+
+    def adapted(self, variant: _Variant) -> tuple[Path, str]:
+        folder = self.output_dir / "work" / variant.folder / "adapted"
+        made_from = fingerprint(variant.folder, variant.made_from(self))
+
+        def work(report: Report) -> None:
+            self.save(variant.build(self), folder)
+
+        self.stage(f"adapt {variant.name}", made_from, work, folder)
+        return folder, made_from
+
+    def distilled(self, variant: _Variant, adapted: Path, made_from: str) -> tuple[Path, str, list]:
+        s, room = self.settings, self.output_dir / "work" / variant.folder
+        folder = self.output_dir / "student" if variant is _STUDENT else room / "distilled"
+        assert s.learning_rate is not None  # resolved
+        how = DistillSettings(
+            s.epochs, s.learning_rate, s.distill_weight, s.batch_size, s.weight_decay, s.seed
+        )
+        made_from = fingerprint(made_from, self.teacher_print, self.train_print, asdict(how))
+        checkpoints = room / f"checkpoints-{made_from[:16]}"
+
+        def work(report: Report) -> list[dict[str, float]]:
+            _remove(path for path in room.glob("checkpoints-*") if path != checkpoints)
+            student = self.load(adapted)
+            log = distill(
+                student,
+                self.teacher,
+                self.data.train,
+                self.tokenizer,
+                how,
+                checkpoints,
+                progress=report,
+            )
+            self.save(student, folder)
+            return log
+
+        log = self.stage(f"distill {variant.name}", made_from, work, folder)
+        _remove(room.glob("checkpoints-*"))
+        return folder, made_from, log
+
+    def evaluated(self, name: str, folder: Path, made_from: str) -> dict[str, Any]:
+        def work(report: Report) -> dict[str, Any]:
+            model = self.load(folder)
+            return {
+                "quality": evaluate(model, self.data, self.tokenizer, progress=report),
+                "parameters_stored": count_parameters(model),
+                "parameters_used_per_token": parameters_used_per_token(model),
+                "ffn_flops_per_token": ffn_flops_per_token(model),
+            }
+
+        return self.stage(f"evaluate {name}", fingerprint(made_from, self.validation_print), work)
+
+    def expert_load(self, student: Path, made_from: str) -> list[list[float]]:
+        def work(report: Report) -> list[list[float]]:
+            rows = self.data.validation
+            inputs = batches(rows, self.tokenizer, device=self.device, progress=report)
+            return expert_load(self.load(student), inputs)
+
+        return self.stage("expert load", fingerprint(made_from, self.validation_print), work)
+
+    def speed(self, folders: dict[str, Path], prints: dict[str, str]) -> dict[str, Any]:
+        environment = describe_environment()
+        machine = [environment.cpu, environment.threads, environment.devices]
+        length = self.settings.measure_length
+        made_from = fingerprint(prints, self.validation_print, length, machine)
+
+        def work(report: Report) -> dict[str, Any]:
+            models = {name: self.load(folder) for name, folder in folders.items()}
+            rows = self.data.validation["input_ids"]
+            return measure(models, rows, sequence_length=length, progress=report)
+
+        return self.stage("measure", made_from, work)
+
+    def stage(self, name: str, made_from: str, work: Callable[[Report], Any], *outputs: Path) -> Any:
+        """Do a stage or reuse it; tell progress and note the time it took."""
+
+        last = (0, 1)
+
+        def report(done: int, total: int) -> None:
+            nonlocal last
+            last = (done, total)
+            if self.progress is not None:
+                self.progress(name, done, total)
+
+        def reported_work() -> Any:
+            report(0, 1)
+            result = work(report)
+            if last[0] != last[1]:
+                report(last[1], last[1])
+            return result
+
+        record = self.output_dir / "work" / "stages" / f"{name.replace(' ', '-')}.json"
+        stage = Stage(record, fingerprint(__version__, made_from), outputs)
+        if stage.is_done:
+            report(0, 0)
+        result = stage.run(reported_work)
+        self.timings[name] = stage.seconds
+        return result
+
+    def load(self, folder: Path) -> PreTrainedModel:
+        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+        model.to(device=self.device)
+        return model.eval()
+
+    def save(self, model: PreTrainedModel, folder: Path) -> None:
+        with replace_whole(folder) as fresh:
+            model.save_pretrained(fresh)
+            self.tokenizer.save_pretrained(fresh)
+
+
+def _remove(folders) -> None:
+    for folder in folders:
+        shutil.rmtree(folder)

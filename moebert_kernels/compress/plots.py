@@ -1,0 +1,200 @@
+"""The report's figures: SVG that takes its colours from the page, so that it fits light, dark and print."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+# Colours no plot would use by chance; each becomes a CSS variable of the page.
+_VARIABLES = {
+    "ink": "#a10001",
+    "muted": "#a10002",
+    "grid": "#a10003",
+    "paper": "#a10004",
+    "teacher": "#a10005",
+    "student": "#a10006",
+    "random": "#a10007",
+    "term-a": "#a10008",
+    "term-b": "#a10009",
+    "term-c": "#a10010",
+    "term-d": "#a10011",
+}
+_INK, _MUTED, _GRID, _PAPER = (_VARIABLES[name] for name in ("ink", "muted", "grid", "paper"))
+
+# From the first layer to the last; every step stands out from white and from near-black.
+_LAYER_COLOURS = LinearSegmentedColormap.from_list("layers", ["#2aa198", "#4a86d8", "#8c62d0", "#d0478f"])
+
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "text.color": _INK,
+    "axes.edgecolor": _GRID,
+    "axes.facecolor": "none",
+    "axes.labelcolor": _MUTED,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "grid.color": _GRID,
+    "grid.linewidth": 0.7,
+    "xtick.color": _GRID,
+    "ytick.color": _GRID,
+    "xtick.labelcolor": _MUTED,
+    "ytick.labelcolor": _MUTED,
+    "legend.frameon": False,
+    "legend.labelcolor": _INK,
+    "figure.facecolor": "none",
+}
+
+
+def model_colour(name: str) -> str:
+    """The colour of a row of results.json's "models"."""
+    for kind in ("teacher", "student", "random"):
+        if name.startswith(kind):
+            return _VARIABLES[kind]
+    return _MUTED
+
+
+def plot_quality_against_speed(models: Sequence[dict[str, Any]], metric: str) -> str | None:
+    """A point for each model with a measured latency; hollow before distillation. None if none has one."""
+    measured = [model for model in models if model["latency_ms"]]
+    if not measured:
+        return None
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+        axes = figure.add_subplot()
+        for model in measured:
+            latency, quality = model["latency_ms"], model["quality"][metric]
+            before = model["name"].endswith("before distillation")
+            colour = model_colour(model["name"])
+            axes.plot([latency["low"], latency["high"]], [quality] * 2, color=colour, linewidth=1, alpha=0.5)
+            face = _PAPER if before else colour
+            style: Any = {"linestyle": "none", "marker": "o", "markersize": 8, "markerfacecolor": face}
+            axes.plot(latency["median"], quality, color=colour, label=model["name"], **style)
+        axes.margins(y=0.12)
+        axes.set_xlim(0, 1.05 * max(model["latency_ms"]["high"] for model in measured))
+        sample = measured[0]["latency_ms"]
+        axes.set_xlabel(f"latency in ms, {_batch(sample)} (left is better)")
+        axes.set_ylabel(metric.replace("_", " "))
+        figure.legend(loc="outside lower center", ncols=2, fontsize=9)
+        return _svg(figure, "speed")
+
+
+def plot_importance(share_curve_LQ: Sequence[Sequence[float]]) -> str:
+    """Cumulative share of importance against the share of neurons, a curve per layer."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+        axes = figure.add_subplot()
+        num_layers = len(share_curve_LQ)
+        for layer, curve_Q in enumerate(share_curve_LQ):
+            x_Q = [100 * q / (len(curve_Q) - 1) for q in range(len(curve_Q))]
+            colour = _LAYER_COLOURS(layer / max(num_layers - 1, 1))
+            axes.plot(
+                x_Q, [100 * y for y in curve_Q], color=colour, label=f"layer {layer + 1}", linewidth=1.8
+            )
+        axes.plot([0, 100], [0, 100], color=_MUTED, linestyle=":", linewidth=1.2, label="all alike")
+        axes.set_xlim(0, 100)
+        axes.set_ylim(0, 101)
+        axes.set_xlabel("neurons, most important first (%)")
+        axes.set_ylabel("share of the layer's importance (%)")
+        axes.legend(loc="lower right", ncols=1 + num_layers // 9, fontsize=9)
+        return _svg(figure, "importance")
+
+
+def plot_expert_load(load_LE: Sequence[Sequence[float]]) -> str:
+    """A bar per layer, cut into its experts' shares of the tokens; dotted lines mark even shares."""
+    num_layers, num_experts = len(load_LE), len(load_LE[0])
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(6.4, 0.9 + 0.34 * num_layers), layout="constrained")
+        axes = figure.add_subplot()
+        axes.grid(visible=False)
+        for layer, load_E in enumerate(load_LE):
+            total, left = sum(load_E) or 1, 0.0
+            for expert, load in enumerate(load_E):
+                share = 100 * load / total
+                axes.add_patch(
+                    Rectangle(
+                        (left, layer - 0.38),
+                        share,
+                        0.76,
+                        facecolor=_VARIABLES["student"],
+                        alpha=0.28 if expert % 2 else 0.5,
+                    )
+                )
+                if share >= 4 and num_experts <= 16:
+                    axes.text(left + share / 2, layer, f"{share:.0f}", ha="center", va="center", fontsize=9)
+                left += share
+        for expert in range(1, num_experts):
+            axes.axvline(100 * expert / num_experts, color=_INK, linestyle=":", linewidth=1)
+        axes.set_xlim(0, 100)
+        axes.set_ylim(num_layers - 0.5, -0.5)
+        axes.set_yticks(range(num_layers), [f"layer {layer + 1}" for layer in range(num_layers)])
+        axes.tick_params(length=0)
+        axes.spines[["left", "bottom"]].set_visible(False)
+        axes.set_xlabel(f"share of the tokens each of {num_experts} experts gets (%)")
+        return _svg(figure, "load")
+
+
+def plot_losses(losses: dict[str, Sequence[dict[str, float]]]) -> str | None:
+    """The terms of each distilled model's loss by step, on a logarithmic scale. None if none was logged."""
+    logged = {name: points for name, points in losses.items() if points}
+    if not logged:
+        return None
+    terms = list(dict.fromkeys(key for points in logged.values() for key in points[0] if key != "step"))
+    colours = [_VARIABLES[f"term-{letter}"] for letter in "abcd"]
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(6.4, 3.4), layout="constrained")
+        panels = figure.subplots(1, len(logged), sharey=True, squeeze=False)[0]
+        for axes, (name, points) in zip(panels, logged.items(), strict=True):
+            for i, term in enumerate(terms):
+                drawn = [(point["step"], point[term]) for point in points if point.get(term, 0) > 0]
+                colour, width = (_INK, 2.0) if term == "total" else (colours[i % 4], 1.5)
+                axes.plot(
+                    [s for s, _ in drawn], [v for _, v in drawn], label=term, color=colour, linewidth=width
+                )
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+            axes.set_title(name)
+            axes.set_xlabel("step")
+        panels[0].set_ylabel("loss")
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(terms), fontsize=9)
+        return _svg(figure, "losses")
+
+
+def _batch(timing: dict[str, Any]) -> str:
+    return f"batch {timing['batch_size']} of {timing['sequence_length']} tokens"
+
+
+def _svg(figure: Figure, name: str) -> str:
+    """Draw, then make it fit to stand inside a page: no XML head, no links, ids of its own, CSS colours."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        figure.savefig(
+            buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+        )
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = svg.replace("url(#", f"url(#{name}-").replace('href="#', f'href="#{name}-')
+    for variable, colour in _VARIABLES.items():
+        svg = svg.replace(colour, f"var(--{variable})")
+    width_height = re.search(r'width="([\d.]+)pt" height="([\d.]+)pt"', svg)
+    if width_height:
+        svg = svg.replace(width_height[0], 'aria-hidden="true" focusable="false"', 1)
+    return svg

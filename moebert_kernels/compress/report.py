@@ -1,0 +1,332 @@
+"""report.html: what results.json holds, as one page that needs nothing else."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable
+from html import escape
+from importlib import resources
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from moebert_kernels.compress import plots
+
+FORMAT = 1
+
+_NAMES = {
+    "teacher": "the dense model",
+    "student": "the MoE, distilled",
+    "random split": "the same MoE from a split at random, distilled",
+}
+
+
+def write_report(results: dict[str, Any], path: str | Path) -> None:
+    """Write the page, whole or not at all.
+
+    Args:
+        results: the content of results.json, format 1.
+        path: of the file to write; its folder must exist.
+
+    Raises:
+        ValueError: `results` is of another format, or holds no models.
+    """
+    path = Path(path)
+    page = render_report(results)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(page, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def render_report(results: dict[str, Any]) -> str:
+    """The page as text; see `write_report`."""
+    if results.get("format") != FORMAT:
+        raise ValueError(f"results must be of format {FORMAT}, found {results.get('format')!r}")
+    if not results["models"]:
+        raise ValueError("results hold no models")
+    task, environment = results["task"], results["environment"]
+    title = f"MoEBERT on {task['name']}"
+    device = ", ".join(environment.get("devices") or ()) or environment.get("cpu", "CPU")
+    subtitle = (
+        f"{task['train_rows']:,} training and {task['validation_rows']:,} validation rows; "
+        f"measured on {device}, {environment.get('threads', '?')} CPU threads."
+    )
+    template = Template(resources.files(__package__).joinpath("report.html").read_text("utf-8"))
+    return template.substitute(
+        title=escape(title),
+        subtitle=escape(subtitle),
+        summary="\n".join(f"<p>{escape(sentence)}</p>" for sentence in summarize(results)),
+        tiles=_tiles(results),
+        table=_models_table(results),
+        table_note=f'<p class="note">{escape(_table_note(results))}</p>',
+        figures="\n".join(_figures(results)),
+        facts="\n".join(_facts(results)),
+    )
+
+
+def summarize(results: dict[str, Any]) -> list[str]:
+    """What the figures mean, a paragraph each."""
+    models = {model["name"]: model for model in results["models"]}
+    teacher, student = models.get("teacher"), models.get("student")
+    if teacher is None or student is None:
+        return []
+    task = results["task"]
+    metric = task["main_metric"]
+    label = metric.replace("_", " ")
+
+    def quality(name: str) -> float:
+        return models[name]["quality"][metric]
+
+    paragraphs = []
+    text = f"The fine-tuned teacher reaches {label} {quality('teacher'):.3f} on the validation rows. "
+    text += "Its feed-forward networks, cut into experts by the importance of their neurons, "
+    if "student before distillation" in models:
+        text += f"score {quality('student before distillation'):.3f} at once and "
+    text += f"{quality('student'):.3f} after distillation from the teacher"
+    text += f": {_difference(quality('student') - quality('teacher'))} against it."
+    if "random split" in models:
+        text += " Cut at random instead, the same experts "
+        if "random split before distillation" in models:
+            text += f"start from {quality('random split before distillation'):.3f} and "
+        text += f"end at {quality('random split'):.3f}."
+    paragraphs.append(text)
+
+    error = _standard_error(metric, quality("student"), task["validation_rows"])
+    if error is not None:
+        paragraphs.append(
+            f"With {task['validation_rows']:,} validation rows one standard error of {label} is about "
+            f"{error:.3f}: read nothing into differences of that size."
+        )
+
+    flops = teacher["ffn_flops_per_token"] / student["ffn_flops_per_token"]
+    text = f"A token uses few of the experts: {flops:.1f} times less work in the feed-forward networks. "
+    if teacher["latency_ms"] and student["latency_ms"]:
+        before, after = teacher["latency_ms"], student["latency_ms"]
+        text += (
+            f"A batch of {before['batch_size']} ({before['sequence_length']} tokens) takes "
+            f"{after['median']:.1f} ms where the teacher takes {before['median']:.1f} ms"
+        )
+        if teacher["throughput_per_s"] and student["throughput_per_s"]:
+            batches, dense = student["throughput_per_s"], teacher["throughput_per_s"]
+            ratio = batches["median"] / dense["median"]
+            text += f", and batches of {batches['batch_size']} run at {ratio:.2f} times its throughput"
+        text += ". Attention and embeddings are as before, so the whole model gains less than the part."
+    paragraphs.append(text)
+    paragraphs.append(_storage_sentence(teacher, student))
+    return paragraphs
+
+
+def _storage_sentence(teacher: dict[str, Any], student: dict[str, Any]) -> str:
+    stored, before = student["parameters_stored"], teacher["parameters_stored"]
+    text = "The checkpoint does not shrink: " if stored > 0.95 * before else ""
+    text += f"every expert is stored, in all {_millions(stored)} parameters against the teacher's "
+    text += f"{_millions(before)}. "
+    used = _millions(student["parameters_used_per_token"])
+    return f"{text[:1].upper()}{text[1:]}What shrinks is what one token uses of them: {used}."
+
+
+def _difference(value: float) -> str:
+    return "no difference" if abs(value) < 5e-4 else f"{value:+.3f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _standard_error(metric: str, value: float, rows: int) -> float | None:
+    if metric != "accuracy" or rows < 1:
+        return None
+    return math.sqrt(value * (1 - value) / rows)
+
+
+def _millions(count: float) -> str:
+    digits = 2 if count < 1e7 else 1
+    return f"{count / 1e6:.{digits}f}\N{NO-BREAK SPACE}M"
+
+
+def _tiles(results: dict[str, Any]) -> str:
+    models = {model["name"]: model for model in results["models"]}
+    teacher, student = models.get("teacher"), models.get("student")
+    if teacher is None or student is None:
+        return ""
+    metric = results["task"]["main_metric"]
+    tiles = [
+        (
+            metric.replace("_", " ").capitalize(),
+            f"{student['quality'][metric]:.3f}",
+            f"teacher {teacher['quality'][metric]:.3f}",
+        ),
+        (
+            "Feed-forward work per token",
+            f"{student['ffn_flops_per_token'] / teacher['ffn_flops_per_token']:.0%}",
+            "of the teacher's",
+        ),
+        (
+            "Parameters used per token",
+            _millions(student["parameters_used_per_token"]),
+            f"of {_millions(student['parameters_stored'])} stored",
+        ),
+    ]
+    for key, name in (("latency_ms", "Speed"), ("throughput_per_s", "Throughput")):
+        if teacher[key] and student[key]:
+            ratio = student[key]["median"] / teacher[key]["median"]
+            ratio = 1 / ratio if key == "latency_ms" else ratio
+            detail = f"the teacher's, batch {student[key]['batch_size']}"
+            tiles.append((name, f"{ratio:.2f}\N{MULTIPLICATION SIGN}", detail))
+    cells = (
+        f'<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd><dd class="small">{escape(detail)}</dd></div>'
+        for name, value, detail in tiles
+    )
+    return f'<dl class="tiles">{"".join(cells)}</dl>'
+
+
+def _models_table(results: dict[str, Any]) -> str:
+    main = results["task"]["main_metric"]
+    others = sorted({name for model in results["models"] for name in model["quality"]} - {main})
+    columns: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
+        *((name.replace("_", " "), lambda m, name=name: _quality(m, name)) for name in (main, *others)),
+        ("parameters stored", lambda m: _millions(m["parameters_stored"])),
+        ("used per token", lambda m: _millions(m["parameters_used_per_token"])),
+        ("FFN FLOPs per token", lambda m: _millions(m["ffn_flops_per_token"])),
+        ("latency, ms", lambda m: _timing(m["latency_ms"], 2)),
+        ("throughput, sequences/s", lambda m: _timing(m["throughput_per_s"], 0)),
+    ]
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name, _ in columns)
+    rows = []
+    for model in results["models"]:
+        name = model["name"]
+        cells = "".join(f"<td>{cell(model)}</td>" for _, cell in columns)
+        kind = "student" if name == "student" else ""
+        rows.append(f'<tr class="{kind}"><th scope="row">{_dot(name)}{escape(name)}</th>{cells}</tr>')
+    head = f'<thead><tr><th scope="col">model</th>{head}</tr></thead>'
+    return f"<table>{head}<tbody>{''.join(rows)}</tbody></table>"
+
+
+def _dot(name: str) -> str:
+    kind = next((kind for kind in ("teacher", "student", "random") if name.startswith(kind)), "muted")
+    fill = "transparent" if name.endswith("before distillation") else f"var(--{kind})"
+    return (
+        f'<span class="dot" aria-hidden="true" style="border-color:var(--{kind});background:{fill}"></span>'
+    )
+
+
+def _quality(model: dict[str, Any], metric: str) -> str:
+    return f"{model['quality'][metric]:.3f}" if metric in model["quality"] else "–"
+
+
+def _timing(timing: dict[str, Any] | None, digits: int) -> str:
+    if not timing:
+        return "–"
+    low, high = (f"{timing[key]:,.{digits}f}" for key in ("low", "high"))
+    return f'{timing["median"]:,.{digits}f}<span class="range">{low} to {high}</span>'
+
+
+def _table_note(results: dict[str, Any]) -> str:
+    present = [name for name in _NAMES if any(model["name"] == name for model in results["models"])]
+    note = "; ".join(f"{name}: {_NAMES[name]}" for name in present)
+    note = f"{note[:1].upper()}{note[1:]}." if note else ""
+    for key, name in (("latency_ms", "Latency"), ("throughput_per_s", "Throughput")):
+        timing = next((model[key] for model in results["models"] if model[key]), None)
+        if timing:
+            note += f" {name}: batch {timing['batch_size']} of {timing['sequence_length']} tokens, "
+            note += "median, and below it the middle four fifths of the measurements."
+    return note + " A FLOP is a multiplication or an addition, biases not counted."
+
+
+def _figures(results: dict[str, Any]) -> Iterable[str]:
+    metric = results["task"]["main_metric"]
+    models = [model for model in results["models"] if model["latency_ms"]]
+    svg = plots.plot_quality_against_speed(results["models"], metric)
+    if svg:
+        points = "; ".join(
+            f"{m['name']} {m['quality'][metric]:.3f} at {m['latency_ms']['median']:.2f} ms" for m in models
+        )
+        yield _figure(
+            "Quality against speed",
+            svg,
+            f"Scatter plot. {points}.",
+            "Hollow: before distillation. Lines: the middle four fifths of the measurements.",
+        )
+    importance = results.get("importance")
+    if importance:
+        curves = importance["share_curve_LQ"]
+        quarter = [curve[(len(curve) - 1) // 4] for curve in curves]
+        yield _figure(
+            "Importance of neurons",
+            plots.plot_importance(curves),
+            "A curve per layer. The most important quarter of a layer's neurons holds between "
+            f"{min(quarter):.0%} and {max(quarter):.0%} of its importance.",
+            f"Taken on {importance['num_samples']:,} training rows with one backward pass per batch. The "
+            "further a curve bends from the dotted line, the more a split that ignores importance loses.",
+        )
+    load = results.get("expert_load_LE")
+    if load:
+        shares = [value / (sum(load_E) or 1) for load_E in load for value in load_E]
+        yield _figure(
+            "Load of the experts",
+            plots.plot_expert_load(load),
+            f"A bar per layer, cut by expert. Shares run from {min(shares):.0%} to {max(shares):.0%}; "
+            f"even ones would be {1 / len(load[0]):.0%}.",
+            "Share of the validation rows' tokens that each expert gets; padding is not routed.",
+        )
+    svg = plots.plot_losses(results.get("losses") or {})
+    if svg:
+        ends = "; ".join(
+            f"{name}: total from {points[0]['total']:.3g} to {points[-1]['total']:.3g}"
+            for name, points in results["losses"].items()
+            if points and "total" in points[0]
+        )
+        yield _figure(
+            "Distillation losses by term",
+            svg,
+            f"Curves of each term by training step. {ends}.",
+            "ce: from the labels. layer: squared error against the teacher's hidden states, every layer. "
+            "prediction: distance from the teacher's predictions.",
+        )
+
+
+def _figure(heading: str, svg: str, alternative: str, caption: str) -> str:
+    return (
+        f'<h2>{escape(heading)}</h2>\n<figure><div role="img" aria-label="{escape(alternative)}">{svg}</div>'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+    )
+
+
+def _facts(results: dict[str, Any]) -> Iterable[str]:
+    yield _facts_table("Settings", results.get("settings", {}))
+    yield _facts_table("Environment", _flatten_environment(results["environment"]))
+    timings = {stage: _duration(seconds) for stage, seconds in results.get("timings_s", {}).items()}
+    if timings:
+        timings["all together"] = _duration(sum(results["timings_s"].values()))
+    yield _facts_table("Time of the stages", timings)
+
+
+def _flatten_environment(environment: dict[str, Any]) -> dict[str, Any]:
+    flat = {key: value for key, value in environment.items() if key not in ("versions", "backends")}
+    flat |= {name: version or "not installed" for name, version in environment.get("versions", {}).items()}
+    for backend in environment.get("backends", ()):
+        flat[backend["name"]] = ("" if backend["usable"] else "no: ") + backend["detail"]
+    return flat
+
+
+def _facts_table(heading: str, facts: dict[str, Any]) -> str:
+    if not facts:
+        return ""
+    rows = "".join(
+        f'<tr><th scope="row">{escape(str(key).replace("_", " "))}</th><td>{escape(_plain(value))}</td></tr>'
+        for key, value in facts.items()
+    )
+    return f"<table><caption>{escape(heading)}</caption><tbody>{rows}</tbody></table>"
+
+
+def _plain(value: Any) -> str:
+    if value is None or value in ([], ()):
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_plain, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{int(seconds) // 60} min {int(seconds) % 60:02} s"

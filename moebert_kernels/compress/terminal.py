@@ -1,0 +1,152 @@
+"""What the commands show in a terminal: how far the stages are, and the table of results."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from transformers import TrainerCallback
+
+from moebert_kernels.environment import Environment
+
+
+class StageBars:
+    """A bar per stage, fed by the calls of `pipeline.Progress`; lines instead where there is no terminal.
+
+    A bar moves only when work is done. A stage whose output is reused has none, but a line that says so.
+    """
+
+    def __init__(self, console: Console):
+        self._console = console
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        self._stage: str | None = None
+        self._task = TaskID(0)
+        self._started = 0.0
+
+    def __enter__(self) -> StageBars:
+        if self._console.is_terminal:
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None:
+            self._close_stage()
+        if self._console.is_terminal:
+            self._bars.stop()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Take note that `stage` has done `done` of `total` units; a total of 0 means that it was reused."""
+        if stage != self._stage:
+            self._close_stage()
+            if total == 0:
+                self._console.print(f"{stage}: reused")
+                return
+            self._stage, self._started = stage, time.monotonic()
+            self._task = self._bars.add_task(stage, total=None)
+            if not self._console.is_terminal:
+                self._console.print(f"{stage} ...")
+        # A stage that is said to be at (0, 1) has begun and does not yet know how much it has to do.
+        self._bars.update(self._task, completed=done, total=None if (done, total) == (0, 1) else total)
+
+    def _close_stage(self) -> None:
+        if self._stage is not None:
+            self._bars.remove_task(self._task)
+            self._console.print(f"{self._stage}: {time.monotonic() - self._started:.1f} s")
+            self._stage = None
+
+
+class TrainingProgress(TrainerCallback):
+    """Tells a `StageBars` how many steps a Trainer has done; a resumed one begins where it was.
+
+    Args:
+        stage: name of the stage.
+        bars: told.
+    """
+
+    def __init__(self, stage: str, bars: StageBars):
+        self._stage = stage
+        self._bars = bars
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Tell where training begins."""
+        self._bars(self._stage, state.global_step, state.max_steps)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Tell that a step is done."""
+        self._bars(self._stage, state.global_step, state.max_steps)
+
+
+def results_table(results: dict[str, Any]) -> Table:
+    """The models of results.json, a row each."""
+    main = results["task"]["main_metric"]
+    table = Table(title=f"{results['task']['name']}, {results['task']['validation_rows']:,} validation rows")
+    table.add_column("model")
+    headings = (main.replace("_", " "), "parameters\nstored", "used\nper token", "FFN FLOPs\nper token")
+    for heading in (*headings, *_speed_headings(results["models"])):
+        table.add_column(heading, justify="right")
+    for model in results["models"]:
+        table.add_row(
+            model["name"],
+            f"{model['quality'][main]:.3f}",
+            *(
+                f"{model[key] / 1e6:.2f} M"
+                for key in ("parameters_stored", "parameters_used_per_token", "ffn_flops_per_token")
+            ),
+            _median(model["latency_ms"], 2),
+            _median(model["throughput_per_s"], 0),
+            style="bold" if model["name"] == "student" else None,
+        )
+    return table
+
+
+def _speed_headings(models: list[dict[str, Any]]) -> tuple[str, str]:
+    latency = next((model["latency_ms"] for model in models if model["latency_ms"]), None)
+    throughput = next((model["throughput_per_s"] for model in models if model["throughput_per_s"]), None)
+    return (
+        f"latency ms\nbatch {latency['batch_size']}" if latency else "latency ms",
+        f"sequences/s\nbatch {throughput['batch_size']}" if throughput else "sequences/s",
+    )
+
+
+def _median(timing: dict[str, Any] | None, digits: int) -> str:
+    return f"{timing['median']:,.{digits}f}" if timing else "-"
+
+
+def environment_table(environment: Environment) -> Table:
+    """What `describe_environment` found, a row each."""
+    table = Table.grid(padding=(0, 2))
+    table.add_row("python", environment.python)
+    for name, version in environment.versions.items():
+        table.add_row(name, version or "not installed")
+    table.add_row("commit", environment.commit or "not a git checkout")
+    table.add_row("platform", environment.platform)
+    table.add_row("cpu", f"{environment.cpu}, {environment.cpu_count} usable, {environment.threads} threads")
+    table.add_row("devices", ", ".join(environment.devices) or "no accelerator")
+    for backend in environment.backends:
+        verdict = "[green]yes[/green]" if backend.usable else "[yellow]no[/yellow]"
+        table.add_row(backend.name, f"{verdict}: {escape(backend.detail)}")
+    return table

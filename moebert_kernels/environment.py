@@ -1,0 +1,149 @@
+"""What a result was obtained with: versions, devices, and which backends can run here (or why not)."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+_PACKAGES = ("moebert-kernels", "torch", "triton", "transformers", "numpy", "datasets", "accelerate")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run the layer or its routing.
+
+    Attributes:
+        name: in plain words.
+        usable: whether it runs here.
+        detail: what it runs on, or what is missing.
+    """
+
+    name: str
+    usable: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Everything about this machine and installation that a measured figure depends on.
+
+    `dataclasses.asdict` of it goes into results.json.
+
+    Attributes:
+        python: version of the interpreter.
+        platform: operating system and architecture.
+        versions: of the packages that matter; None for one that is not installed.
+        cpu: the processor's name.
+        threads: threads torch computes with on the CPU.
+        cpu_count: processors this process may run on.
+        devices: accelerators that torch sees, by name.
+        commit: the git commit of this package's checkout, with "+changes" if files differ; None when it is
+            installed.
+        backends: in order of preference.
+    """
+
+    python: str
+    platform: str
+    versions: dict[str, str | None]
+    cpu: str
+    threads: int
+    cpu_count: int
+    devices: tuple[str, ...]
+    commit: str | None
+    backends: tuple[Backend, ...]
+
+
+def describe_environment() -> Environment:
+    """Look around; starts no computation on any device."""
+    return Environment(
+        python=platform.python_version(),
+        platform=f"{platform.system()} {platform.machine()}",
+        versions={name: _version(name) for name in _PACKAGES},
+        cpu=_cpu_name(),
+        threads=torch.get_num_threads(),
+        cpu_count=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        devices=tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())),
+        commit=_commit(Path(__file__).resolve().parents[1]),
+        backends=(
+            _triton_backend(),
+            *_native_backends(),
+            Backend("PyTorch", True, "any device torch runs on"),
+        ),
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    if package == "moebert-kernels":  # run from a source tree that is not installed
+        from moebert_kernels import __version__
+
+        return __version__
+    return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _commit(root: Path) -> str | None:
+    if not (root / ".git").exists():
+        return None
+    try:
+        commit = _git(root, "rev-parse", "--short=12", "HEAD")
+        changes = _git(root, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("+changes" if changes else "")
+
+
+def _git(root: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=True
+    )
+    return done.stdout.strip()
+
+
+def _triton_backend() -> Backend:
+    name = "Triton kernels"
+    if importlib.util.find_spec("moebert_kernels.kernels") is None:
+        return Backend(name, False, "this version of moebert-kernels has none")
+    if importlib.util.find_spec("triton") is None:
+        return Backend(name, False, "triton is not installed: pip install triton")
+    if not torch.cuda.is_available():
+        built_for = (
+            "torch is built without CUDA" if torch.version.cuda is None else "torch finds no CUDA device"
+        )
+        return Backend(name, False, built_for)
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return Backend(
+            name, False, f"needs compute capability 8.0, {torch.cuda.get_device_name()} has {major}.{minor}"
+        )
+    return Backend(name, True, f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}")
+
+
+def _native_backends() -> tuple[Backend, ...]:
+    names = ("Native routing plans, host", "Native routing plans, CUDA")
+    if importlib.util.find_spec("moebert_kernels.native") is None:
+        return tuple(Backend(name, False, "this version of moebert-kernels has none") for name in names)
+    status = importlib.import_module("moebert_kernels.native").status()
+    return (
+        Backend(names[0], status.cpu, status.cpu_detail),
+        Backend(names[1], status.cuda, status.cuda_detail),
+    )

@@ -1,0 +1,101 @@
+import dataclasses
+import json
+import subprocess
+import sys
+import types
+
+import torch
+
+from moebert_kernels import environment
+from moebert_kernels.environment import Backend, describe_environment
+
+
+def test_it_is_plain_data():
+    found = dataclasses.asdict(describe_environment())
+    assert json.loads(json.dumps(found))["versions"]["torch"].startswith(torch.__version__.split("+")[0])
+    assert found["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert found["threads"] == torch.get_num_threads()
+    assert found["cpu"]
+
+
+def test_pytorch_is_always_usable_and_every_absent_backend_says_why():
+    backends = describe_environment().backends
+    assert backends[-1].name == "PyTorch"
+    assert backends[-1].usable
+    assert all(backend.detail for backend in backends)
+
+
+def test_a_missing_package_has_no_version(monkeypatch):
+    monkeypatch.setattr(environment, "_PACKAGES", ("torch", "no-such-package-anywhere"))
+    versions = describe_environment().versions
+    assert versions["no-such-package-anywhere"] is None
+    assert versions["torch"]
+
+
+def test_triton_without_a_gpu_says_so(monkeypatch):
+    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert environment._triton_backend() == Backend("Triton kernels", False, "torch finds no CUDA device")
+
+
+def test_triton_on_an_old_gpu_names_what_it_needs(monkeypatch):
+    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "V100")
+    backend = environment._triton_backend()
+    assert not backend.usable
+    assert "8.0" in backend.detail
+    assert "V100 has 7.0" in backend.detail
+
+
+def test_the_native_extension_reports_for_itself(monkeypatch):
+    native = types.ModuleType("moebert_kernels.native")
+    native.status = lambda: types.SimpleNamespace(
+        cpu=True, cpu_detail="GCC 12", cuda=False, cuda_detail="no nvcc"
+    )
+    monkeypatch.setitem(sys.modules, "moebert_kernels.native", native)
+    monkeypatch.setattr("moebert_kernels.native", native, raising=False)
+    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: object())
+    host, device = environment._native_backends()
+    assert (host.usable, host.detail) == (True, "GCC 12")
+    assert (device.usable, device.detail) == (False, "no nvcc")
+
+
+def git(folder, *arguments):
+    identity = ["-c", "user.name=n", "-c", "user.email=e@example.org", "-c", "commit.gpgsign=false"]
+    subprocess.run(["git", *identity, "-C", str(folder), *arguments], check=True, capture_output=True)
+
+
+def test_commit_of_a_checkout(tmp_path):
+    assert environment._commit(tmp_path) is None
+    git(tmp_path, "init")
+    (tmp_path / "file").write_text("one")
+    git(tmp_path, "add", "file")
+    git(tmp_path, "commit", "-m", "first")
+    clean = environment._commit(tmp_path)
+    assert len(clean) == 12
+    (tmp_path / "file").write_text("two")
+    assert environment._commit(tmp_path) == clean + "+changes"
+
+
+def test_no_git_program_is_no_error(tmp_path, monkeypatch):
+    (tmp_path / ".git").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert environment._commit(tmp_path) is None
+
+
+def test_cpu_name_is_the_first_processors(monkeypatch):
+    monkeypatch.setattr(
+        environment.Path, "read_text", lambda self: "model name\t: Some CPU\nmodel name\t: Other\n"
+    )
+    assert environment._cpu_name() == "Some CPU"
+
+
+def test_cpu_name_without_proc_is_not_empty(monkeypatch):
+    def missing(self):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(environment.Path, "read_text", missing)
+    assert environment._cpu_name()

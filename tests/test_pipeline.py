@@ -1,0 +1,383 @@
+"""The whole pipeline on a tiny BERT: what it writes, what it reuses, and that it survives interruption."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertTokenizerFast
+
+from moebert_kernels.compress import pipeline
+from moebert_kernels.compress.artifacts import Stage, exclusive, fingerprint, replace_whole, write_json
+from moebert_kernels.compress.importance import Importance
+from moebert_kernels.compress.pipeline import compress, share_curves, stage_names
+from moebert_kernels.compress.settings import CompressSettings
+from moebert_kernels.compress.tasks import Task, TaskData
+from moebert_kernels.errors import UserError
+from moebert_kernels.models import MoEBertForSequenceClassification
+
+WORDS = [f"w{i}" for i in range(40)]
+SETTINGS = CompressSettings(epochs=2, batch_size=8, max_length=16, measure_length=16, learning_rate=1e-3)
+
+
+def make_teacher(folder, head=BertForSequenceClassification, **options):
+    folder.mkdir(parents=True)
+    (folder / "words.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
+    tokenizer = BertTokenizerFast(str(folder / "words.txt"), model_max_length=32)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=45,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=32,
+        **options,
+    )
+    head(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_data(n=48, kind="classification", seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def rows(n):
+        ids = [torch.randint(0, 40, (5 + i % 7,), generator=generator).tolist() for i in range(n)]
+        labels = [sum(row) / 100 if kind == "regression" else sum(row) % 2 for row in ids]
+        return Dataset.from_dict({"text": [" ".join(WORDS[i] for i in row) for row in ids], "label": labels})
+
+    if kind == "regression":
+        task = Task("toy", kind, (), ("pearson", "spearman"), "pearson")
+    else:
+        task = Task("toy", kind, ("even", "odd"), ("accuracy",), "accuracy")
+    return TaskData(task, rows(n), rows(24))
+
+
+@pytest.fixture
+def teacher(tmp_path):
+    return make_teacher(tmp_path / "teacher")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One whole run, not to be written to."""
+    folder = tmp_path_factory.mktemp("finished")
+    calls = []
+    results = compress(
+        SETTINGS,
+        make_data(),
+        make_teacher(folder / "teacher"),
+        folder / "out",
+        progress=lambda *call: calls.append(call),
+    )
+    return folder / "out", results, calls
+
+
+def test_results_hold_what_the_report_needs(finished):
+    output, results, _ = finished
+    assert json.loads((output / "results.json").read_text()) == json.loads(json.dumps(results))
+    assert results["format"] == 1
+    assert results["task"] == {
+        "name": "toy",
+        "kind": "classification",
+        "main_metric": "accuracy",
+        "train_rows": 48,
+        "validation_rows": 24,
+    }
+    assert results["settings"]["expert_size"] == 16
+    assert results["settings"]["num_shared"] == 11
+    assert results["settings"]["importance_rows"] == 48
+    models = {model["name"]: model for model in results["models"]}
+    assert list(models) == [
+        "teacher",
+        "student before distillation",
+        "student",
+        "random split before distillation",
+        "random split",
+    ]
+    for model in models.values():
+        assert 0 <= model["quality"]["accuracy"] <= 1
+        assert model["latency_ms"]["batch_size"] == 1
+        assert model["throughput_per_s"]["batch_size"] == 32
+        for timing in (model["latency_ms"], model["throughput_per_s"]):
+            assert 0 < timing["low"] <= timing["median"] <= timing["high"]
+            assert timing["sequence_length"] == 16
+    assert models["student"]["ffn_flops_per_token"] * 4 == models["teacher"]["ffn_flops_per_token"]
+    assert models["student"]["parameters_used_per_token"] < models["teacher"]["parameters_stored"]
+    for shares in results["expert_load_LE"]:
+        assert len(shares) == 4
+        assert sum(shares) == pytest.approx(1)
+    for name in ("student", "random split"):
+        curve = results["losses"][name]
+        assert [point["step"] for point in curve] == list(range(1, 13))
+        assert set(curve[0]) == {"step", "ce", "layer", "prediction", "total"}
+        assert curve[-1]["layer"] < curve[0]["layer"]
+    for curve in results["importance"]["share_curve_LQ"]:
+        assert curve[0] == 0
+        assert curve[-1] == pytest.approx(1)
+        assert curve[50] > 0.5
+    assert results["importance"]["num_samples"] == 48
+    assert list(results["timings_s"]) == stage_names(SETTINGS)
+
+
+def test_progress_tells_the_truth(finished):
+    _, _, calls = finished
+    order = list(dict.fromkeys(name for name, *_ in calls))
+    assert order == stage_names(SETTINGS)
+    for name in order:
+        counts = [(done, total) for stage, done, total in calls if stage == name]
+        assert counts[0] == (0, 1)
+        assert counts[-1][0] == counts[-1][1] > 0
+        own = counts[1:]
+        assert len({total for _, total in own}) == 1
+        assert [done for done, _ in own] == sorted(done for done, _ in own)
+    assert ("distill student", 12, 12) in calls
+    assert ("importance", 48, 48) in calls
+
+
+def test_the_student_loads_in_a_new_process(finished):
+    """The authors drew a new routing on loading: outputs differed from process to process."""
+    output, _, _ = finished
+    code = """
+import sys, moebert_kernels
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+print(model(**tokenizer("w1 w2 w3", return_tensors="pt")).logits.tolist())
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(pipeline.__file__).parents[2])}
+    printed = subprocess.run(
+        [sys.executable, "-c", code, str(output / "student")],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+    ).stdout
+    student = MoEBertForSequenceClassification.from_pretrained(output / "student")
+    tokenizer = BertTokenizerFast.from_pretrained(output / "student")
+    logits = student(**tokenizer("w1 w2 w3", return_tensors="pt")).logits
+    torch.testing.assert_close(torch.tensor(json.loads(printed)), logits.detach())
+
+
+def test_the_student_folder_holds_a_model_and_nothing_else(finished):
+    output, _, _ = finished
+    names = {path.name for path in (output / "student").iterdir()}
+    assert {"config.json", "model.safetensors"} <= names
+    training = ("optimizer", "scheduler", "rng_state", "training_args")
+    assert not {name for name in names if name.startswith(training)}
+    assert set(load_file(output / "student" / "model.safetensors")) == set(
+        load_file(output / "work" / "student" / "adapted" / "model.safetensors")
+    )
+    assert not list((output / "work").rglob("checkpoint-*"))
+    assert not list(output.rglob(".unfinished-*"))
+
+
+def weights(output):
+    return {
+        name: load_file(output / where / "model.safetensors")
+        for name, where in (("student", "student"), ("random", "work/random/distilled"))
+    }
+
+
+def assert_same_outcome(output, other):
+    for name, tensors in weights(output).items():
+        for key, value in weights(other)[name].items():
+            assert torch.equal(tensors[key], value), (name, key)
+    first, second = (json.loads((folder / "results.json").read_text()) for folder in (output, other))
+    assert first["losses"] == second["losses"]
+    assert [m["quality"] for m in first["models"]] == [m["quality"] for m in second["models"]]
+
+
+@pytest.mark.parametrize(
+    "interrupted_at",
+    [("importance", 32), ("adapt student", 0), ("distill student", 9), ("distill random split", 7)],
+)
+def test_interrupted_anywhere_and_started_again_it_ends_the_same(finished, teacher, tmp_path, interrupted_at):
+    calls = []
+
+    def interrupt(stage, done, total):
+        if (stage, done) == interrupted_at:
+            raise KeyboardInterrupt
+
+    output = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        compress(SETTINGS, make_data(), teacher, output, progress=interrupt)
+    assert not (output / "results.json").exists()
+    compress(SETTINGS, make_data(), teacher, output, progress=lambda *call: calls.append(call))
+    assert_same_outcome(finished[0], output)
+    reused = [name for name, done, total in calls if total == 0]
+    names = stage_names(SETTINGS)
+    assert reused == names[: names.index(interrupted_at[0])]
+    if interrupted_at[0].startswith("distill"):
+        first_step = next(c for c in calls if c[0] == interrupted_at[0] and c[2] == 12)
+        assert first_step[1] == 5  # the last checkpoint, not the start
+
+
+def test_unchanged_stages_are_reused_and_changed_ones_are_not(teacher, tmp_path):
+    calls = []
+    output, settings = tmp_path / "out", replace(SETTINGS, epochs=1, comparisons=())
+
+    def again(settings, data=None):
+        calls.clear()
+        compress(settings, data or make_data(), teacher, output, progress=lambda *call: calls.append(call))
+        return list(dict.fromkeys(name for name, _, total in calls if total > 0))
+
+    everything = stage_names(settings)
+    assert again(settings) == everything
+    assert again(settings) == []
+    assert again(replace(settings, distill_weight=2.0)) == everything[4:]
+    assert again(replace(settings, distill_weight=2.0, measure_length=8)) == ["measure"]
+    changed = make_data()
+    changed = TaskData(changed.task, changed.train, make_data(seed=1).validation)
+    evaluations = [name for name in everything if name.startswith("evaluate")]
+    assert again(replace(settings, distill_weight=2.0, measure_length=8), changed) == [
+        *evaluations,
+        "expert load",
+        "measure",
+    ]
+    shutil.rmtree(output / "student")
+    assert "distill student" in again(replace(settings, distill_weight=2.0, measure_length=8), changed)
+
+
+def test_regression_and_learned_gates_run_through(tmp_path):
+    teacher = make_teacher(tmp_path / "teacher", num_labels=1)
+    settings = replace(SETTINGS, epochs=1, routing="gate-token", top_k=2, comparisons=())
+    results = compress(settings, make_data(kind="regression"), teacher, tmp_path / "out")
+    assert results["task"]["kind"] == "regression"
+    assert set(results["models"][0]["quality"]) == {"pearson", "spearman"}
+    for point in results["losses"]["student"]:
+        assert point["balance"] >= 0.9
+        weighted = point["ce"] + point["layer"] + point["prediction"] + 0.01 * point["balance"]
+        assert point["total"] == pytest.approx(weighted, rel=1e-4)
+
+
+def test_balanced_hashing_counts_the_training_tokens(teacher, tmp_path):
+    settings = replace(SETTINGS, epochs=0.1, routing="hash-balance", comparisons=())
+    results = compress(settings, make_data(), teacher, tmp_path / "out")
+    for shares in results["expert_load_LE"]:
+        assert max(shares) - min(shares) < 0.15
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"routing": "hash"}, "routing must be one of hash-random"),
+        ({"epochs": 0}, "epochs must be more than 0, got 0"),
+        ({"num_experts": 0}, "num_experts must be at least 1"),
+        ({"distill_weight": -1}, "distill_weight must not be negative"),
+        ({"top_k": 2}, "top_k must be 1"),
+        ({"routing": "gate-token", "top_k": 5}, "must not exceed the 4 experts"),
+        ({"comparisons": ("best",)}, "comparison 'best' is unknown"),
+    ],
+)
+def test_senseless_settings_are_refused(changes, sentence):
+    with pytest.raises(UserError, match=sentence):
+        replace(SETTINGS, **changes)
+
+
+def test_what_cannot_work_is_said_before_any_work(teacher, tmp_path):
+    output = tmp_path / "out"
+
+    def refused(sentence, settings=SETTINGS, data=None, teacher=teacher, output=output):
+        with pytest.raises(UserError, match=sentence):
+            compress(settings, data or make_data(), teacher, output)
+        assert not output.exists() or not list(output.glob("work/**/*"))
+
+    refused("holds no config.json", teacher=tmp_path / "nowhere")
+    refused("not a model for sequence", teacher=make_teacher(tmp_path / "mlm", head=BertForMaskedLM))
+    refused("need 142 neurons", settings=replace(SETTINGS, expert_size=40, num_shared=6))
+    refused("max_length is 64", settings=replace(SETTINGS, max_length=64))
+    refused("has 2 outputs", data=make_data(kind="regression"))
+    refused("is the teacher's", output=teacher)
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(UserError, match="cannot write to the output folder"):
+        compress(SETTINGS, make_data(), teacher, file)
+    (output / "student").mkdir(parents=True)
+    (output / "student" / "thesis.tex").write_text("years of work")
+    refused("was not made by this command")
+    assert (output / "student" / "thesis.tex").exists()
+
+
+def test_damaged_teachers_are_refused(teacher, tmp_path):
+    (teacher / "model.safetensors").write_bytes(b"\0" * 100)
+    with pytest.raises(UserError, match="cannot use the model"):
+        compress(SETTINGS, make_data(), teacher, tmp_path / "out")
+
+
+def test_a_second_run_on_the_same_folder_is_told_so(teacher, tmp_path):
+    with exclusive(tmp_path / "out"), pytest.raises(UserError, match=f"in use by process {os.getpid()}"):
+        compress(SETTINGS, make_data(), teacher, tmp_path / "out")
+
+
+def test_the_lock_of_a_killed_process_does_not_stay(tmp_path):
+    child = os.fork()
+    if child == 0:
+        with exclusive(tmp_path):
+            os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert (tmp_path / ".lock").exists()
+    with exclusive(tmp_path):
+        pass
+
+
+def test_files_and_folders_are_written_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "model"
+    with replace_whole(target) as fresh:
+        fresh.mkdir()
+        (fresh / "weights").write_text("first")
+
+    def write_half():
+        with replace_whole(target) as fresh:
+            fresh.mkdir()
+            (fresh / "weights").write_text("half of the sec")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_half()
+    assert (target / "weights").read_text() == "first"
+    with replace_whole(target) as fresh:
+        fresh.mkdir()
+        (fresh / "other").write_text("second")
+    assert [path.name for path in target.iterdir()] == ["other"]
+
+    write_json(tmp_path / "a.json", [1])
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "a.json", [float("nan")])
+    assert json.loads((tmp_path / "a.json").read_text()) == [1]
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "a.json"}
+
+
+def test_a_stage_counts_the_time_of_interrupted_attempts(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    stage = Stage(tmp_path / "stage.json", fingerprint("a"))
+
+    def work():
+        now[0] += 7
+        if now[0] < 110:
+            raise KeyboardInterrupt
+        return "result"
+
+    with pytest.raises(KeyboardInterrupt):
+        stage.run(work)
+    assert stage.run(work) == "result"
+    assert stage.seconds == 14
+    assert stage.run(work) == "result"
+    assert stage.seconds == 14
+    assert Stage(tmp_path / "stage.json", fingerprint("b")).seconds == 0
+
+
+def test_share_curves_of_known_scores():
+    scores = torch.tensor([[1.0, 4.0, 2.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
+    curves = share_curves(Importance(scores, "m", "t", 1), points=5)
+    assert curves == [[0, 0.5, 0.75, 0.875, 1], [0, 0, 0, 0, 0]]

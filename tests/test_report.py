@@ -1,0 +1,250 @@
+import copy
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from moebert_kernels.compress.report import render_report, summarize, write_report
+
+VOID = {"meta", "br", "img", "link", "input", "hr"}
+
+
+def timing(median, batch_size):
+    return {
+        "median": median,
+        "low": 0.9 * median,
+        "high": 1.2 * median,
+        "batch_size": batch_size,
+        "sequence_length": 64,
+    }
+
+
+def model(name, accuracy, stored, used, flops, latency, throughput):
+    return {
+        "name": name,
+        "quality": {"accuracy": accuracy, "macro_f1": accuracy - 0.01},
+        "parameters_stored": stored,
+        "parameters_used_per_token": used,
+        "ffn_flops_per_token": flops,
+        "latency_ms": timing(latency, 1),
+        "throughput_per_s": timing(throughput, 32),
+    }
+
+
+@pytest.fixture
+def results():
+    moe = (22_740_000, 17_400_000, 3_538_944)
+    return {
+        "format": 1,
+        "environment": {
+            "python": "3.11.7",
+            "cpu": "Some <CPU>",
+            "threads": 2,
+            "devices": [],
+            "commit": None,
+            "versions": {"torch": "2.11.0", "triton": None},
+            "backends": [{"name": "Triton kernels", "usable": False, "detail": "torch finds no CUDA device"}],
+        },
+        "task": {
+            "name": "docstrings",
+            "kind": "classification",
+            "main_metric": "accuracy",
+            "train_rows": 3000,
+            "validation_rows": 1000,
+        },
+        "settings": {"experts": 4, "routing": "hash-random", "learning_rate": 1e-4, "publish": False},
+        "models": [
+            model("teacher", 0.87, 22_713_000, 22_713_000, 14_155_776, 9.1, 310),
+            model("student before distillation", 0.74, *moe, 6.6, 390),
+            model("student", 0.862, *moe, 6.5, 392),
+            model("random split before distillation", 0.31, *moe, 6.6, 391),
+            model("random split", 0.85, *moe, 6.7, 388),
+        ],
+        "importance": {
+            "model": "teacher",
+            "task": "docstrings",
+            "num_samples": 3000,
+            "share_curve_LQ": [[0, 0.5, 0.75, 0.9, 1], [0, 0.6, 0.8, 0.95, 1]],
+        },
+        "expert_load_LE": [[0.3, 0.3, 0.2, 0.2], [0.1, 0.4, 0.25, 0.25]],
+        "losses": {
+            name: [
+                {
+                    "step": step,
+                    "ce": 2 / step,
+                    "layer": 1 / step,
+                    "prediction": 0.5 / step,
+                    "total": 3.5 / step,
+                }
+                for step in (1, 2, 3)
+            ]
+            for name in ("student", "random split")
+        },
+        "timings_s": {"finetune": 41.25, "distill": 130.0},
+    }
+
+
+class Reader(HTMLParser):
+    """Collects text, alternatives and ids, and checks that every element is closed."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.open, self.ids, self.alternatives, self.text, self.links = [], [], [], [], []
+        self.feed(page)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
+        if tag not in VOID:
+            self.open.append(tag)
+        self.see(values)
+
+    def handle_startendtag(self, tag, attributes):
+        self.see(dict(attributes))
+
+    def see(self, values):
+        if "id" in values:
+            self.ids.append(values["id"])
+        if values.get("role") == "img":
+            self.alternatives.append(values["aria-label"])
+        self.links += [values[key] for key in ("href", "src") if key in values]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def words(page):
+    text = re.sub(r"<style>.*?</style>", "", page, flags=re.DOTALL)
+    return " ".join(" ".join(Reader(text).text).split())
+
+
+def test_it_holds_every_model_figure_and_fact(results):
+    page = render_report(results)
+    text = words(page)
+    for entry in results["models"]:
+        assert entry["name"] in text
+        assert f"{entry['quality']['accuracy']:.3f}" in text
+    for expected in ("22.7 M", "17.4 M", "3.54 M", "9.10", "8.19 to 10.92", "hash-random", "0.0001"):
+        assert expected in text
+    for expected in ("Some <CPU>", "not installed", "torch finds no CUDA device", "2 min 10 s", "2 min 51 s"):
+        assert expected in text
+    assert page.count("<svg") == 4
+
+
+def test_it_asks_nothing_of_the_network(results):
+    page = render_report(results)
+    assert not re.search(r"https?:|//\w+\.\w|@import|<script|<link", page)
+    assert all(link.startswith("#") for link in Reader(page).links)
+
+
+def test_figures_have_their_own_ids_and_their_alternatives(results):
+    """Inline drawings share the page's ids: a clip path of one must not cut another."""
+    reader = Reader(render_report(results))
+    assert len(reader.ids) == len(set(reader.ids))
+    assert {link[1:] for link in reader.links} <= set(reader.ids)
+    assert len(reader.alternatives) == 4
+    assert "student 0.862 at 6.50 ms" in reader.alternatives[0]
+    assert "between 50% and 60%" in reader.alternatives[1]
+    assert "from 10% to 40%" in reader.alternatives[2]
+    assert "student: total from 3.5 to 1.17" in reader.alternatives[3]
+
+
+def test_figures_take_their_colours_from_the_page(results):
+    page = render_report(results)
+    assert "#a100" not in page
+    assert "var(--student)" in page
+    assert "prefers-color-scheme: dark" in page
+    assert "@media print" in page
+
+
+def test_the_same_results_give_the_same_page(results):
+    assert render_report(results) == render_report(json.loads(json.dumps(results)))
+
+
+def test_it_says_in_words_what_the_numbers_mean(results):
+    text = " ".join(summarize(results)).replace("\N{NO-BREAK SPACE}", " ")
+    assert "reaches accuracy 0.870" in text
+    assert "0.740 at once and 0.862 after distillation" in text
+    assert "\N{MINUS SIGN}0.008 against it" in text
+    assert "start from 0.310 and end at 0.850" in text
+    assert "one standard error of accuracy is about 0.011" in text
+    assert "4.0 times less work" in text
+    assert "1.26 times its throughput" in text
+    assert "The checkpoint does not shrink: every expert is stored, in all 22.7 M" in text
+
+
+def test_a_checkpoint_that_does_shrink_is_not_said_to_stay(results):
+    for entry in results["models"][1:]:
+        entry["parameters_stored"] = 15_000_000
+    text = " ".join(summarize(results))
+    assert "does not shrink" not in text
+    assert "15.0\N{NO-BREAK SPACE}M parameters against the teacher's 22.7\N{NO-BREAK SPACE}M" in text
+
+
+def test_names_from_outside_are_escaped(results):
+    results["task"]["name"] = "<script>alert(1)</script>"
+    results["settings"]["teacher"] = "a&b<c>"
+    page = render_report(results)
+    assert "<script" not in page
+    assert "a&amp;b&lt;c&gt;" in page
+
+
+def test_a_plain_compression_without_extras(results):
+    """`compress` has no random split, and may have measured, logged and scored less."""
+    results["models"] = [entry for entry in results["models"] if entry["name"] in ("teacher", "student")]
+    for entry in results["models"]:
+        entry |= {"quality": {"pearson": 0.8}, "latency_ms": None, "throughput_per_s": None}
+    results["task"] |= {"kind": "regression", "main_metric": "pearson"}
+    results |= {"importance": None, "losses": {"student": []}, "timings_s": {}}
+    results.pop("expert_load_LE")
+    page = render_report(results)
+    assert "<svg" not in page
+    assert "Cut at random" not in page
+    assert "standard error" not in page
+    assert "0.800" in words(page)
+
+
+def test_one_layer_and_many_experts(results):
+    results["importance"]["share_curve_LQ"] = [[0.0, 0.7, 1.0]]
+    results["expert_load_LE"] = [[1 / 64] * 64]
+    text = words(render_report(results))
+    assert "layer 1" in text
+    assert "layer 2" not in text
+
+
+def test_terms_that_are_zero_or_absent_are_not_drawn(results):
+    """A logarithmic axis has no place for the layer loss of weight 0."""
+    for point in results["losses"]["student"]:
+        point["layer"] = 0.0
+        del point["prediction"]
+    assert render_report(results).count("<svg") == 4
+
+
+@pytest.mark.parametrize("found", [2, None, "1"])
+def test_another_format_is_refused(results, found):
+    results["format"] = found
+    with pytest.raises(ValueError, match=f"format 1, found {found!r}"):
+        render_report(results)
+
+
+def test_no_models_is_refused(results):
+    results["models"] = []
+    with pytest.raises(ValueError, match="no models"):
+        render_report(results)
+
+
+def test_a_page_that_cannot_be_made_leaves_the_old_one(results, tmp_path):
+    path = tmp_path / "report.html"
+    write_report(results, path)
+    before = path.read_text()
+    broken = copy.deepcopy(results)
+    del broken["models"][0]["quality"]
+    with pytest.raises(KeyError):
+        write_report(broken, path)
+    assert path.read_text() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["report.html"]

@@ -77,12 +77,15 @@ def _say_on_stderr(sentence: str, style: str | None = None) -> None:
 
 def _quiet_libraries() -> None:
     """Their bars and warnings would run through ours."""
+    import warnings
+
     import datasets
     import transformers
 
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")  # asked for by default, also without a GPU
 
 
 def _print_version(asked: bool) -> None:
@@ -197,8 +200,8 @@ def compress(
     moebert compress --teacher my-bert --task csv --data reviews.csv --text-column review --label-column stars
     --output runs/reviews
 
-    The student is in OUTPUT/student: load it with transformers after `import moebert_kernels`. A stage whose
-    inputs are unchanged is reused.
+    The student is in OUTPUT/student: load it with transformers after `import moebert_kernels`. An interrupted
+    run goes on where it was when it is given again; a stage whose inputs are unchanged is reused.
     """
     from moebert_kernels.compress import pipeline, report
     from moebert_kernels.compress.terminal import StageBars, results_table

@@ -71,7 +71,8 @@ def test_round_trip_is_bit_for_bit(dense_class, auto_class, routing, tmp_path):
     for name, tensor in expected.items():
         assert actual[name].dtype == tensor.dtype
         assert torch.equal(actual[name], tensor), name
-    assert torch.equal(reloaded(**inputs)[0], model(**inputs)[0])
+    # Not bit for bit: a loaded file is aligned in its own way, and a GEMM rounds by alignment.
+    torch.testing.assert_close(reloaded(**inputs)[0], model(**inputs)[0])
     assert [path.name for path in tmp_path.iterdir() if path.suffix in (".bin", ".pt", ".pkl")] == []
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         names = list(file.keys())
@@ -99,7 +100,7 @@ def test_a_base_model_loads_from_a_heads_folder_and_the_other_way_round(tmp_path
     base.save_pretrained(tmp_path / "base")
     again = MoEBertForSequenceClassification.from_pretrained(tmp_path / "base")
     assert torch.equal(again.bert.encoder.tables_LV, head.bert.encoder.tables_LV)
-    assert torch.equal(again.bert(**batch())[0], head.bert(**batch())[0])
+    torch.testing.assert_close(again.bert(**batch())[0], head.bert(**batch())[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -115,7 +116,7 @@ def test_loading_with_a_device_map(tmp_path):
     model, inputs = moe_of(BertForSequenceClassification), batch()
     model.save_pretrained(tmp_path)
     reloaded = AutoModelForSequenceClassification.from_pretrained(tmp_path, device_map="cpu")
-    assert torch.equal(reloaded(**inputs).logits, model(**inputs).logits)
+    torch.testing.assert_close(reloaded(**inputs).logits, model(**inputs).logits)
 
 
 def test_a_resized_model_comes_back_with_its_tables(tmp_path):

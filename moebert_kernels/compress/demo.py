@@ -55,7 +55,7 @@ class Recipe:
     train_per_package: int = 360
     max_length: int = 48
     teacher_epochs: float = 3.0
-    student_epochs: float = 3.0
+    student_epochs: float = 2.0
     learning_rate: float = 1e-4
     importance_rows: int = 2048
     measure_length: int = 64

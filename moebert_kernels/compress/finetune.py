@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
+    PrinterCallback,
     TrainerCallback,
     TrainingArguments,
     set_seed,
@@ -102,6 +103,7 @@ def finetune(
         compute_metrics=compute_metrics(data.task),
         callbacks=list(callbacks),
     )
+    trainer.remove_callback(PrinterCallback)  # the Trainer's stand-in for a bar that was switched off
     trainer.train(resume_from_checkpoint=last_checkpoint(unfinished))
     found = trainer.evaluate()
     finished = unfinished / "finished"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -92,7 +92,6 @@ def split_teacher(
     """
     _check_no_model(output_dir)
     teacher, tokenizer = load_teacher(teacher_dir)
-    settings = resolve(settings, teacher, tokenizer, train_rows=1)
     ffns = find_ffns(teacher)
     scores: Importance | torch.Tensor
     if importance is None:
@@ -152,8 +151,9 @@ def distill_student(
     student = _load(student_dir)[0]
     if not isinstance(student.config, MoEBertConfig):
         raise UserError(f"the model in {student_dir} has no experts: make a MoE of it with `moebert adapt`")
+    settings = replace(settings, measure_length=settings.max_length)  # nothing is measured here
     settings = resolve(settings, teacher, tokenizer, len(data.train))
-    assert settings.learning_rate is not None  # resolved
+    assert settings.learning_rate is not None
     how = DistillSettings(
         epochs=settings.epochs,
         learning_rate=settings.learning_rate,

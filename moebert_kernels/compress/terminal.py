@@ -55,7 +55,8 @@ class StageBars:
     ) -> None:
         if error is None:
             self._close_stage()
-        self._bars.stop()
+        if self._console.is_terminal:
+            self._bars.stop()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Take note that `stage` has done `done` of `total` units; a total of 0 means that it was reused."""

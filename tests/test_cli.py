@@ -1,0 +1,326 @@
+import csv
+import dataclasses
+import inspect
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    BertTokenizerFast,
+)
+from typer.testing import CliRunner
+
+import moebert_kernels
+from moebert_kernels import cli, cli_options
+from moebert_kernels.cli import INTERRUPTED, USER_ERROR, app
+from moebert_kernels.compress import pipeline
+from moebert_kernels.compress.finetune import finetune
+from moebert_kernels.compress.importance import Importance
+from moebert_kernels.compress.settings import CompressSettings
+from moebert_kernels.compress.tasks import task_names
+from moebert_kernels.models import ROUTINGS, MoEBertConfig
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "a", "b", "c", "d"]
+COMMANDS = ("demo", "finetune", "importance", "adapt", "distill", "evaluate", "compress", "env")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny BERT classifier in teacher/, and reviews.csv, labelled by whether the text says good or bad."""
+    folder = tmp_path_factory.mktemp("cli")
+    with (folder / "reviews.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["review", "stars"])
+        filler = ["a", "b c", "d a b", "c c c d"]
+        table.writerows(
+            [f"{filler[i % 4]} {('bad', 'good')[i % 2]}", ("low", "high")[i % 2]] for i in range(40)
+        )
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(WORDS),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=16,
+        id2label={0: "high", 1: "low"},
+    )
+    BertForSequenceClassification(config).save_pretrained(folder / "teacher")
+    (folder / "vocab.txt").write_text("\n".join(WORDS))
+    BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=16).save_pretrained(folder / "teacher")
+    return folder
+
+
+@pytest.fixture
+def call(folder, monkeypatch):
+    """Run the command in `folder`; the two outputs apart, wide enough for no line to be broken."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(command):
+        return CliRunner().invoke(app, command.split())
+
+    return run
+
+
+COMPRESS = "compress --teacher teacher --output x --measure-length 8"
+TABLE = "--task csv --data reviews.csv --text-column review --label-column stars --max-length 12"
+
+
+def assert_user_error(result, *words):
+    """One sentence on stderr, exit code 2, no traceback."""
+    assert result.exit_code == USER_ERROR
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    assert len(result.stderr.strip().splitlines()) == 1
+    for word in words:
+        assert word in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_compress_end_to_end(call, folder):
+    command = f"compress --teacher teacher {TABLE} --output out --epochs 1 --measure-length 8 --compare"
+    result = call(command)
+    assert result.exit_code == 0, result.output + result.stderr
+    for expected in ("student before distillation", "random split", "importance:", "distill student:"):
+        assert expected in result.stdout
+    results = json.loads((folder / "out" / "results.json").read_text())
+    assert [model["name"] for model in results["models"]][:1] == ["teacher"]
+    assert results["settings"]["expert_size"] == 8
+    assert "MoEBERT on csv" in (folder / "out" / "report.html").read_text()
+    student = AutoModelForSequenceClassification.from_pretrained(folder / "out" / "student")
+    assert isinstance(student.config, MoEBertConfig)
+
+    again = call(command)
+    assert again.exit_code == 0
+    assert "distill student: reused" in again.stdout
+    assert json.loads((folder / "out" / "results.json").read_text()) == results
+
+
+def test_the_stages_one_by_one_make_what_compress_makes(call, folder):
+    common = f"--teacher teacher {TABLE}"
+    for command in (
+        f"importance {common} --output one/scores.safetensors",
+        "adapt --teacher teacher --importance one/scores.safetensors --output one/adapted",
+        f"distill --student one/adapted {common} --epochs 1 --output one/student",
+        f"evaluate --model one/student {TABLE} --output one/metrics.json",
+        f"compress {common} --epochs 1 --measure-length 8 --output all",
+    ):
+        result = call(command)
+        assert result.exit_code == 0, command + result.output + result.stderr
+    mine = AutoModelForSequenceClassification.from_pretrained(folder / "one" / "student")
+    theirs = AutoModelForSequenceClassification.from_pretrained(folder / "all" / "student")
+    assert mine.state_dict().keys() == theirs.state_dict().keys()
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(mine.state_dict()[name], value), name
+    models = json.loads((folder / "all" / "results.json").read_text())["models"]
+    quality = {model["name"]: model["quality"] for model in models}
+    assert json.loads((folder / "one" / "metrics.json").read_text()) == quality["student"]
+    assert not list((folder / "one" / "student").glob("checkpoints-*"))
+
+
+def test_finetune_makes_a_teacher(call, folder):
+    result = call(f"finetune --model teacher {TABLE} --epochs 1 --lr 1e-3 --output fresh")
+    assert result.exit_code == 0, result.output + result.stderr
+    assert "accuracy" in result.stdout
+    assert AutoModelForSequenceClassification.from_pretrained(folder / "fresh").config.num_labels == 2
+
+
+def test_random_split_and_hash_balance(call, folder):
+    result = call(f"adapt --teacher teacher --random-split --routing hash-balance {TABLE} --output balanced")
+    assert result.exit_code == 0, result.output + result.stderr
+    assert "4 experts of 8 neurons per layer, 5 of them shared" in result.stdout
+    config = json.loads((folder / "balanced" / "config.json").read_text())
+    assert config["routing"] == "hash-balance"
+
+
+def test_published_importance_converts(call, folder):
+    import pickle
+
+    published = {"importance": [[3.0, 2.0, 1.0]] * 1, "idx": [[2, 0, 1]]}
+    (folder / "importance_sst2.pkl").write_bytes(pickle.dumps(published))
+    result = call("importance --convert importance_sst2.pkl --output converted.safetensors")
+    assert result.exit_code == 0, result.output + result.stderr
+    assert "1 layers of 3 neurons" in result.stdout
+    assert Importance.load(folder / "converted.safetensors").scores_LF.tolist() == [[2.0, 1.0, 3.0]]
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (f"compress --teacher nowhere {TABLE} --output x", ["nowhere", "saved transformers model"]),
+        ("compress --teacher teacher --task sst2 --data nowhere --output x", ["nowhere", "train.tsv"]),
+        ("compress --teacher teacher --task csv --data nowhere.csv --output x", ["nowhere.csv"]),
+        ("compress --teacher teacher --output x", ["--task", "--data"]),
+        (
+            "compress --teacher teacher --task csv --data reviews.csv --output x",
+            ["no column 'label'", "review, stars"],
+        ),
+        (
+            "compress --teacher teacher --task sst2 --data . --text-column review --output x",
+            ["belong to task csv"],
+        ),
+        (
+            f"{COMPRESS} {TABLE} --validation-data reviews.csv --validation-fraction 0.2",
+            ["not both"],
+        ),
+        (
+            f"{COMPRESS} {TABLE} --experts 4 --expert-size 16 --shared 0",
+            ["need 64", "32"],
+        ),
+        (
+            f"{COMPRESS} {TABLE} --expert-size 8 --shared 9",
+            ["expert size 8", "got 9"],
+        ),
+        (f"{COMPRESS} {TABLE} --experts 0", ["at least 1", "got 0"]),
+        (f"{COMPRESS} {TABLE} --top-k 2", ["hash-random", "top_k"]),
+        (f"{COMPRESS} {TABLE} --epochs 0", ["epochs", "more than 0"]),
+        (f"{COMPRESS} {TABLE} --lr -1", ["learning_rate", "-1"]),
+        (f"{COMPRESS} {TABLE} --measure-length 99", ["99", "at most 16"]),
+        (f"compress --teacher teacher {TABLE} --measure-length 8 --output teacher", ["the teacher's"]),
+        (f"importance {TABLE} --output x", ["--teacher", "--convert"]),
+        ("importance --teacher teacher --output x", ["--task"]),
+        ("importance --convert reviews.csv --output x", ["reviews.csv"]),
+        ("adapt --teacher teacher --output x", ["--importance", "--random-split"]),
+        ("adapt --teacher teacher --importance nowhere --output x", ["no importance file nowhere"]),
+        ("adapt --teacher teacher --random-split --routing hash-balance --output x", ["--task"]),
+        ("adapt --teacher teacher --random-split --output teacher", ["already holds a model"]),
+        (f"distill --student teacher --teacher teacher {TABLE} --output x", ["no experts", "moebert adapt"]),
+        (f"evaluate --model nowhere {TABLE}", ["nowhere"]),
+        (f"finetune --model nowhere/at/all {TABLE} --output x", ["nowhere/at/all", "cannot be loaded"]),
+        (f"finetune --model teacher {TABLE} --output teacher", ["teacher exists already"]),
+    ],
+)
+def test_wrong_input_gets_one_sentence(call, folder, command, words):
+    before = sorted(folder.iterdir())
+    assert_user_error(call(command), *words)
+    assert sorted(folder.iterdir()) == before, "something was begun"
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (
+            "compress --routing hash-fancy --teacher t --output o",
+            ["hash-fancy", "hash-balance", "gate-token"],
+        ),
+        ("compress --task imdb --teacher t --output o", ["imdb", "sst2", "csv"]),
+        ("compress --output o", ["--teacher"]),
+        ("compress --epochs many --teacher t --output o", ["--epochs", "valid number"]),
+        ("squeeze", ["squeeze"]),
+    ],
+)
+def test_wrong_usage_is_refused_before_anything_is_imported(call, monkeypatch, command, words):
+    monkeypatch.setattr(cli, "_quiet_libraries", pytest.fail)
+    result = call(command)
+    assert result.exit_code == 2
+    for word in words:
+        assert word in result.stderr
+
+
+def test_a_process_of_its_own_says_it_on_stderr():
+    """What the tests above see through a runner, once for real: stderr, exit code, standard output empty."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "moebert_kernels.cli",
+            "evaluate",
+            "--model",
+            "x",
+            "--task",
+            "csv",
+            "--data",
+            "y.csv",
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == USER_ERROR
+    assert done.stdout == ""
+    assert "y.csv" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_ctrl_c_says_how_to_go_on(call, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "compress", interrupt)
+    result = call(f"{COMPRESS} {TABLE}")
+    assert result.exit_code == INTERRUPTED == 130
+    assert result.stderr.strip() == "interrupted; run the same command again to go on"
+
+
+def test_a_defect_keeps_its_traceback(call, monkeypatch):
+    """Only what a user can put right is said without one: a plain ValueError is ours."""
+
+    def fail(*args, **kwargs):
+        raise ValueError("shapes differ")
+
+    monkeypatch.setattr(pipeline, "compress", fail)
+    result = call(f"{COMPRESS} {TABLE}")
+    assert result.exit_code == 1
+    assert isinstance(result.exception, ValueError)
+
+
+def test_help_names_every_command_and_shows_how_to_begin(call):
+    text = call("--help").stdout
+    for name in COMMANDS:
+        assert re.search(rf"^\W*{name}\s", text, re.MULTILINE), name
+    assert "moebert demo" in text
+    assert "moebert compress --teacher" in text
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_every_command_has_an_example_or_needs_none(call, name):
+    result = call(f"{name} --help")
+    assert result.exit_code == 0
+    if name not in ("demo", "env"):
+        assert f"moebert {name} --" in result.stdout
+
+
+def test_help_of_compress_says_where_defaults_come_from(call):
+    text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", call("compress --help").stdout).split())
+    for expected in (
+        "4 in the paper",
+        "dense width / experts",
+        "two thirds of the expert size",
+        "1e-5 to 5e-5 in the paper",
+        "1 to 5 in the paper",
+        "goes on where it was",
+    ):
+        assert expected in text
+
+
+def test_version(call):
+    result = call("--version")
+    assert result.exit_code == 0
+    assert moebert_kernels.__version__ in result.stdout
+
+
+def test_env_in_words_and_for_programs(call):
+    text = call("env").stdout
+    assert torch.__version__.split("+")[0] in text
+    assert "PyTorch" in text
+    found = json.loads(call("env --json").stdout)
+    assert found["versions"]["torch"] in text
+
+
+def test_the_options_are_those_of_the_library():
+    """The command line repeats names and defaults to answer without importing the library."""
+    assert cli_options.Routing.__args__ == ROUTINGS
+    assert cli_options.TaskName.__args__ == task_names()
+    theirs = {field.name: field.default for field in dataclasses.fields(CompressSettings)}
+    mine = cli_options.compress_settings(
+        cli_options.RunOptions(), cli_options.ExpertOptions(), cli_options.DistillOptions()
+    )
+    assert dataclasses.asdict(mine) == theirs
+    signature = inspect.signature(finetune).parameters
+    for field in dataclasses.fields(cli_options.FinetuneOptions):
+        assert signature[field.name].default == field.default, field.name

@@ -47,20 +47,23 @@ def load_weight(
     `w` is stored [E, N, K] if ROWS_ARE_N, else [E, K, N], and is a TMA descriptor of it if W_TMA: one of three
     axes, so that a tile that overhangs reads zeros and never the next expert.
     """
-    if W_TMA:
-        if ROWS_ARE_N:
-            return w.load([expert, n, k]).reshape(BLOCK_N, BLOCK_K).T
-        return w.load([expert, k, n]).reshape(BLOCK_K, BLOCK_N)
-    rows_K = k + tl.arange(0, BLOCK_K)
-    cols_N = n + tl.arange(0, BLOCK_N)
-    base = w + expert.to(tl.int64) * (N * K)
-    if ROWS_ARE_N:
-        ptrs = base + cols_N.to(tl.int64)[None, :] * K + rows_K[:, None]
+    if W_TMA and ROWS_ARE_N:
+        w_KN = w.load([expert, n, k]).reshape(BLOCK_N, BLOCK_K).T
+    elif W_TMA:
+        w_KN = w.load([expert, k, n]).reshape(BLOCK_K, BLOCK_N)
     else:
-        ptrs = base + rows_K.to(tl.int64)[:, None] * N + cols_N[None, :]
-    if K % BLOCK_K == 0 and N % BLOCK_N == 0:
-        return tl.load(ptrs)
-    return tl.load(ptrs, mask=(rows_K < K)[:, None] & (cols_N < N)[None, :], other=0.0)
+        rows_K = k + tl.arange(0, BLOCK_K)
+        cols_N = n + tl.arange(0, BLOCK_N)
+        ptrs = w + expert.to(tl.int64) * (N * K)
+        if ROWS_ARE_N:
+            ptrs += cols_N.to(tl.int64)[None, :] * K + rows_K[:, None]
+        else:
+            ptrs += rows_K.to(tl.int64)[:, None] * N + cols_N[None, :]
+        if K % BLOCK_K == 0 and N % BLOCK_N == 0:
+            w_KN = tl.load(ptrs)
+        else:
+            w_KN = tl.load(ptrs, mask=(rows_K < K)[:, None] & (cols_N < N)[None, :], other=0.0)
+    return w_KN
 
 
 @triton.jit
@@ -103,8 +106,24 @@ def multiply(
 
 
 @triton.jit
-def split_columns(tile_MN):
-    """The left and the right half of a tile: an epilogue in halves needs half the registers."""
+def split_columns(tile_MN, PARTS: tl.constexpr):
+    """The tile in 1, 2 or 4 column blocks from left to right: an epilogue in parts needs fewer registers."""
+    if PARTS == 1:
+        parts = (tile_MN,)
+    else:
+        left, right = _halves(tile_MN)
+        if PARTS == 2:
+            parts = (left, right)
+        else:
+            tl.static_assert(PARTS == 4)
+            left_0, left_1 = _halves(left)
+            right_0, right_1 = _halves(right)
+            parts = (left_0, left_1, right_0, right_1)
+    return parts
+
+
+@triton.jit
+def _halves(tile_MN):
     M: tl.constexpr = tile_MN.shape[0]
     N: tl.constexpr = tile_MN.shape[1]
     return tile_MN.reshape(M, 2, N // 2).permute(0, 2, 1).split()

@@ -13,14 +13,14 @@ import torch
 
 @dataclass(frozen=True)
 class Tile:
-    """One GEMM's tile and how it is compiled; `halves` runs the epilogue on half the columns at a time."""
+    """One GEMM's tile and how it is compiled; the epilogue takes its columns in `parts`."""
 
     m: int
     n: int
     k: int
     warps: int
     stages: int
-    halves: bool = False
+    parts: int = 1
 
 
 @dataclass(frozen=True)

@@ -243,7 +243,7 @@ def _tile(tile: Tile, num_experts: int, like: Tensor) -> dict:
         "BLOCK_M": tile.m,
         "BLOCK_N": tile.n,
         "BLOCK_K": tile.k,
-        "HALVES": tile.halves,
+        "PARTS": tile.parts,
         "GROUPS": groups_of(num_experts),
         "num_warps": tile.warps,
         "num_stages": tile.stages,

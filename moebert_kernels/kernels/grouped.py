@@ -43,7 +43,7 @@ def gather_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    HALVES: tl.constexpr,
+    PARTS: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
     """a = act(x[order // TOP_K] W1_e^T + b1_e); the pre-activation is kept if there is room for it."""
@@ -62,12 +62,11 @@ def gather_kernel(
         x_ptr, 0, token_M.to(tl.int64) * x_stride, w1, group, n,
         D, F, True, False, W_TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    if HALVES:
-        left, right = split_columns(acc_MN)
-        _finish_gather(left, group, begin, end, n, b1_ptr, a_ptr, preact_ptr, F, ACTIVATION)
-        _finish_gather(right, group, begin, end, n + BLOCK_N // 2, b1_ptr, a_ptr, preact_ptr, F, ACTIVATION)
-    else:
-        _finish_gather(acc_MN, group, begin, end, n, b1_ptr, a_ptr, preact_ptr, F, ACTIVATION)
+    h_parts = split_columns(acc_MN, PARTS)
+    for i in tl.static_range(PARTS):
+        _finish_gather(
+            h_parts[i], group, begin, end, n + i * (BLOCK_N // PARTS), b1_ptr, a_ptr, preact_ptr, F, ACTIVATION
+        )
 
 
 @triton.jit
@@ -105,7 +104,7 @@ def gather_backward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    HALVES: tl.constexpr,
+    PARTS: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
     """dh = (dy[order // DY_TOP_K] W2_e) * act'(h) * gate, and what W2's and the gate's gradients need of a."""
@@ -122,17 +121,11 @@ def gather_backward_kernel(
         D, F, False, False, W_TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     gate_M = _load_gate(gate_ptr, slot_M, SCALE)
-    if HALVES:
-        left, right = split_columns(acc_MN)
-        dgate_M = _finish_gather_backward(
-            left, gate_M, begin, end, n, preact_ptr, dh_ptr, ga_ptr, F, ACTIVATION
-        )
+    dgate_M = tl.zeros((BLOCK_M,), tl.float32)
+    da_parts = split_columns(acc_MN, PARTS)
+    for i in tl.static_range(PARTS):
         dgate_M += _finish_gather_backward(
-            right, gate_M, begin, end, n + BLOCK_N // 2, preact_ptr, dh_ptr, ga_ptr, F, ACTIVATION
-        )
-    else:
-        dgate_M = _finish_gather_backward(
-            acc_MN, gate_M, begin, end, n, preact_ptr, dh_ptr, ga_ptr, F, ACTIVATION
+            da_parts[i], gate_M, begin, end, n + i * (BLOCK_N // PARTS), preact_ptr, dh_ptr, ga_ptr, F, ACTIVATION
         )
     if dgate_ptr is not None:
         tl.store(dgate_ptr + col_tile.to(tl.int64) * num_slots + rows_M, dgate_M, mask=rows_M < end)
@@ -176,7 +169,7 @@ def scatter_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    HALVES: tl.constexpr,
+    PARTS: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
     """out[order] = (a W_e + b_e) * gate, and 0 in the slots that have no expert."""
@@ -197,12 +190,11 @@ def scatter_kernel(
         K, N, ROWS_ARE_N, A_TMA, W_TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     gate_M = _load_gate(gate_ptr, slot_M, SCALE)
-    if HALVES:
-        left, right = split_columns(acc_MN)
-        _finish_scatter(left, group, slot_M, rows_M < end, gate_M, n, b_ptr, out_ptr, N)
-        _finish_scatter(right, group, slot_M, rows_M < end, gate_M, n + BLOCK_N // 2, b_ptr, out_ptr, N)
-    else:
-        _finish_scatter(acc_MN, group, slot_M, rows_M < end, gate_M, n, b_ptr, out_ptr, N)
+    z_parts = split_columns(acc_MN, PARTS)
+    for i in tl.static_range(PARTS):
+        _finish_scatter(
+            z_parts[i], group, slot_M, rows_M < end, gate_M, n + i * (BLOCK_N // PARTS), b_ptr, out_ptr, N
+        )
 
 
 @triton.jit
@@ -215,8 +207,10 @@ def _finish_scatter(z_MN, expert, slot_M, live_M, gate_M, n, b_ptr, out_ptr, N: 
 @triton.jit
 def _load_gate(gate_ptr, slot_M, SCALE: tl.constexpr):
     if gate_ptr is None:
-        return tl.full(slot_M.shape, SCALE, tl.float32)
-    return tl.load(gate_ptr + slot_M).to(tl.float32)
+        gate_M = tl.full(slot_M.shape, SCALE, tl.float32)
+    else:
+        gate_M = tl.load(gate_ptr + slot_M).to(tl.float32)
+    return gate_M
 
 
 @triton.jit

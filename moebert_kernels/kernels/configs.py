@@ -74,6 +74,11 @@ def arithmetic(dtype: torch.dtype) -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
+def precision(dtype: torch.dtype) -> str:
+    """How `tl.dot` is to multiply."""
+    return "tf32" if arithmetic(dtype) == "tf32" else "ieee"
+
+
 @cache
 def family(device: torch.device) -> str:
     """The row of the table a device belongs to."""

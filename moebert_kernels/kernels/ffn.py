@@ -14,6 +14,7 @@ from moebert_kernels.kernels.grouped import gather_backward_kernel, gather_kerne
 from moebert_kernels.kernels.launch import ceil_div, describe, descriptor_fits, groups_of, launch, on_device_of
 from moebert_kernels.kernels.launch import rows as with_contiguous_rows
 from moebert_kernels.kernels.rows import gate_grad_kernel, sum_slots_kernel
+from moebert_kernels.kernels.wgrad import weight_grads
 
 
 def expert_ffn_forward(
@@ -88,6 +89,7 @@ def expert_ffn_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `ops.expert_ffn_backward`."""
     need_x, need_w1, need_b1, need_w2, need_b2, need_gate = needs
+    need_b1, need_b2 = need_b1 and b1_EF is not None, need_b2 and b2_ED is not None
     S = order_S.shape[0]
     E, F, D = w1_EFD.shape
     config = config or configs.select(x_TD.device, x_TD.dtype, S, E)
@@ -99,12 +101,13 @@ def expert_ffn_backward(
     nothing = x_TD.new_empty(0)
 
     need_dh = need_x or need_w1 or need_b1
+    need_ga = need_w2 or need_b2
     dh_SF = x_TD.new_empty(S, F) if need_dh else None
-    ga_SF = x_TD.new_empty(S, F) if need_w2 else None
+    ga_SF = x_TD.new_empty(S, F) if need_ga else None
     col_tiles = ceil_div(F, config.down_backward.n)
     parts = x_TD.new_empty(col_tiles, S, dtype=torch.float32) if need_gate else None
     with on_device_of(x_TD):
-        if need_dh or need_w2 or need_gate:
+        if need_dh or need_ga or need_gate:
             launch(
                 gather_backward_kernel,
                 _grid(S, E, F, config.down_backward),
@@ -157,7 +160,18 @@ def expert_ffn_backward(
                 BLOCK_D=128,
                 GROUPS=groups_of(E),
             )
-    return dx_TD, nothing, nothing, nothing, nothing, dgate_TK
+        dw1 = db1 = dw2 = db2 = None
+        if need_w1 or need_b1:
+            dw1, db1 = weight_grads(
+                dh_SF, x_TD, order_S, offsets_E1, None, 1.0, top_k, False, need_b1, config
+            )
+        if need_w2 or need_b2:
+            dw2, db2 = weight_grads(
+                dy, ga_SF, order_S, offsets_E1, gate_S, scale, dy_top_k, True, need_b2, config
+            )
+    weights = (dw1 if need_w1 else None, db1, dw2 if need_w2 else None, db2)
+    dw1, db1, dw2, db2 = (nothing if grad is None else grad for grad in weights)
+    return dx_TD, dw1, db1, dw2, db2, dgate_TK
 
 
 def _scatter(
@@ -237,9 +251,8 @@ def _grid(num_slots: int, num_experts: int, cols: int, tile: Tile) -> tuple[int]
 
 
 def _tile(tile: Tile, num_experts: int, like: Tensor) -> dict:
-    precision = "tf32" if configs.arithmetic(like.dtype) == "tf32" else "ieee"
     return {
-        "PRECISION": precision,
+        "PRECISION": configs.precision(like.dtype),
         "BLOCK_M": tile.m,
         "BLOCK_N": tile.n,
         "BLOCK_K": tile.k,

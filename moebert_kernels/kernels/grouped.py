@@ -47,7 +47,7 @@ def gather_kernel(
     GROUPS: tl.constexpr,
 ):
     """a = act(x[order // TOP_K] W1_e^T + b1_e); the pre-activation is kept if there is room for it."""
-    col_tiles: tl.constexpr = tl.cdiv(F, BLOCK_N)
+    col_tiles: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
     n = tl.program_id(0) % col_tiles * BLOCK_N
     group, begin, end = find_rows(tl.program_id(0) // col_tiles, offsets_ptr, num_slots, E, BLOCK_M, GROUPS)
     if group > E:
@@ -108,7 +108,7 @@ def gather_backward_kernel(
     GROUPS: tl.constexpr,
 ):
     """dh = (dy[order // DY_TOP_K] W2_e) * act'(h) * gate, and what W2's and the gate's gradients need of a."""
-    col_tiles: tl.constexpr = tl.cdiv(F, BLOCK_N)
+    col_tiles: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
     col_tile = tl.program_id(0) % col_tiles
     n = col_tile * BLOCK_N
     group, begin, end = find_rows(tl.program_id(0) // col_tiles, offsets_ptr, num_slots, E, BLOCK_M, GROUPS)
@@ -173,7 +173,7 @@ def scatter_kernel(
     GROUPS: tl.constexpr,
 ):
     """out[order] = (a W_e + b_e) * gate, and 0 in the slots that have no expert."""
-    col_tiles: tl.constexpr = tl.cdiv(N, BLOCK_N)
+    col_tiles: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     n = tl.program_id(0) % col_tiles * BLOCK_N
     group, begin, end = find_rows(tl.program_id(0) // col_tiles, offsets_ptr, num_slots, E, BLOCK_M, GROUPS)
     if group > E:

@@ -13,7 +13,7 @@ from moebert_kernels.kernels.configs import Config, Tile
 from moebert_kernels.kernels.grouped import gather_backward_kernel, gather_kernel, scatter_kernel
 from moebert_kernels.kernels.launch import ceil_div, describe, descriptor_fits, groups_of, launch, on_device_of
 from moebert_kernels.kernels.launch import rows as with_contiguous_rows
-from moebert_kernels.kernels.rows import gate_grad_kernel, sum_slots_kernel
+from moebert_kernels.kernels.rows import gate_grad_kernel, over_experts
 from moebert_kernels.kernels.wgrad import weight_grads
 
 
@@ -67,7 +67,7 @@ def expert_ffn_forward(
         _scatter(
             a_SF, order_S, offsets_E1, w2_EDF, b2_ED, gate_S, z_SD, scale, True, config.tma, config.down
         )
-        return _over_experts(z_SD, 1 if per_slot else top_k), preact_SF
+        return over_experts(z_SD, 1 if per_slot else top_k), preact_SF
 
 
 def expert_ffn_backward(
@@ -137,7 +137,7 @@ def expert_ffn_backward(
             _scatter(
                 dh_SF, order_S, offsets_E1, w1_EFD, None, None, dx_SD, 1.0, False, config.tma, config.up_backward
             )
-            dx_TD = _over_experts(dx_SD, top_k)
+            dx_TD = over_experts(dx_SD, top_k)
         dgate_TK = nothing
         if need_gate:
             dgate_TK = dy.new_empty(S // top_k, top_k)
@@ -210,24 +210,6 @@ def _scatter(
         W_TMA=tma and descriptor_fits(w),
         **_tile(tile, E, a_SK),
     )
-
-
-def _over_experts(z_SD: Tensor, top_k: int) -> Tensor:
-    """The sum over each token's slots [T, D]; the slots themselves if there is one per token."""
-    if top_k == 1:
-        return z_SD
-    T, D = z_SD.shape[0] // top_k, z_SD.shape[1]
-    y_TD = z_SD.new_empty(T, D)
-    launch(
-        sum_slots_kernel,
-        (T, ceil_div(D, 1024)),
-        z_ptr=z_SD,
-        y_ptr=y_TD,
-        D=D,
-        TOP_K=top_k,
-        BLOCK_D=1024,
-    )
-    return y_TD
 
 
 def _gate(gate_TK: Tensor | None, top_k: int, per_slot: bool) -> tuple[Tensor | None, float]:

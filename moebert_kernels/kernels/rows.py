@@ -1,9 +1,31 @@
 """Small row kernels beside the GEMMs: the sum over a token's experts, the gate's gradient."""
 
+from __future__ import annotations
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from moebert_kernels.kernels.blocks import find_rows
+from moebert_kernels.kernels.launch import ceil_div, launch
+
+
+def over_experts(z_SD: Tensor, top_k: int) -> Tensor:
+    """The sum over each token's slots [T, D]; the slots themselves if there is one per token."""
+    if top_k == 1:
+        return z_SD
+    T, D = z_SD.shape[0] // top_k, z_SD.shape[1]
+    y_TD = z_SD.new_empty(T, D)
+    launch(
+        sum_slots_kernel,
+        (T, ceil_div(D, 1024)),
+        z_ptr=z_SD,
+        y_ptr=y_TD,
+        D=D,
+        TOP_K=top_k,
+        BLOCK_D=1024,
+    )
+    return y_TD
 
 
 @triton.jit

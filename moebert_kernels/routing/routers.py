@@ -156,7 +156,7 @@ class SentenceGate(_Gate):
             # where, not a product: a padding row may hold anything, NaN included.
             total_BD = torch.where(real_BS1, x_BSD, 0).sum(1)
             mean_BD, mask_T = total_BD / real_BS1.sum(1).clamp(min=1), real_BS1.reshape(-1)
-        probs_BE, gate_BK, expert_ids_BK = self._choose(self.gate(mean_BD))
-        return self._output(
-            *(v.repeat_interleave(sentence_length, 0) for v in (probs_BE, gate_BK, expert_ids_BK)), mask_T
+        probs_TE, gate_TK, expert_ids_TK = (
+            v.repeat_interleave(sentence_length, 0) for v in self._choose(self.gate(mean_BD))
         )
+        return self._output(probs_TE, gate_TK, expert_ids_TK, mask_T)

@@ -56,14 +56,14 @@ def _config(gemm: Tile, weight_grad: Tile, down_backward: Tile | None = None, **
 
 
 _SAFE = _config(Tile(64, 64, 32, 4, 2, parts=2), Tile(64, 64, 32, 4, 3))
-_IEEE = _config(Tile(64, 64, 32, 4, 3, parts=2), Tile(64, 64, 32, 4, 4))
+_IEEE = _config(Tile(64, 64, 32, 4, 3, parts=2), Tile(64, 64, 32, 8, 5))
 
 TABLE: dict[tuple[str, str, str], Config] = {
     # Ampere and Ada. 99 KiB of shared memory is what 8.6 and 8.9 have.
-    ("sm_80", "half", "small"): _config(Tile(64, 64, 64, 4, 4, parts=2), Tile(64, 128, 32, 4, 5)),
-    ("sm_80", "half", "medium"): _config(Tile(64, 128, 64, 4, 4, parts=4), Tile(64, 128, 32, 4, 5)),
+    ("sm_80", "half", "small"): _config(Tile(64, 64, 64, 4, 4, parts=2), Tile(64, 128, 32, 4, 7)),
+    ("sm_80", "half", "medium"): _config(Tile(64, 128, 64, 4, 4, parts=4), Tile(64, 128, 32, 4, 7)),
     ("sm_80", "half", "large"): _config(
-        Tile(128, 128, 64, 8, 3, parts=4), Tile(128, 128, 32, 8, 5), stream_k=True
+        Tile(128, 128, 64, 8, 3, parts=4), Tile(128, 128, 32, 8, 7), stream_k=True
     ),
     ("sm_80", "tf32", "small"): _config(Tile(64, 64, 32, 4, 4, parts=2), Tile(64, 64, 32, 4, 5)),
     ("sm_80", "tf32", "medium"): _config(Tile(64, 128, 32, 4, 4, parts=4), Tile(64, 64, 32, 4, 5)),
@@ -72,14 +72,14 @@ TABLE: dict[tuple[str, str, str], Config] = {
     ),
     # Hopper
     ("sm_90", "half", "small"): _config(
-        Tile(64, 64, 64, 4, 5, parts=2), Tile(128, 128, 64, 8, 4), tma=True
+        Tile(64, 64, 64, 4, 5, parts=2), Tile(128, 128, 64, 8, 5), tma=True
     ),
     ("sm_90", "half", "medium"): _config(
-        Tile(64, 128, 64, 4, 4, parts=4), Tile(128, 128, 64, 8, 4), tma=True
+        Tile(64, 128, 64, 4, 4, parts=4), Tile(128, 128, 64, 8, 5), tma=True
     ),
     ("sm_90", "half", "large"): _config(
         Tile(128, 256, 64, 8, 4, parts=4),
-        Tile(128, 256, 64, 8, 4),
+        Tile(128, 256, 64, 8, 7),
         down_backward=Tile(128, 128, 64, 8, 3, parts=4),
         stream_k=True,
         tma=True,

@@ -9,9 +9,13 @@ from torch import Tensor
 from moebert_kernels import RoutingPlan, moe_ffn
 from python_ref import ffn as ref
 
-EPSILON = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
-# Rounding a result is half an epsilon of each element; rms and max of some hundred elements vary beyond that.
-SLACK = {"rms": 0.5, "max": 4.0}
+# Added to 1.5 times plain torch's own error, as (rms, max). Groups are small here, a dozen to some hundred
+# elements, so that plain torch's error is a sample of a few roundings and may happen to be near zero.
+SLACK = {
+    torch.float32: (2.0**-23, 16 * 2.0**-23),
+    torch.float16: (2.0**-12, 2 * 2.0**-10),
+    torch.bfloat16: (2.0**-9, 2 * 2.0**-7),
+}
 
 
 def call(case: Case, t: dict[str, Tensor], plan: RoutingPlan, **options) -> Tensor:
@@ -97,10 +101,8 @@ def assert_as_good_as(
                 assert not got.any(), f"{where}: expected zeros, found up to {got.abs().max():.3g}"
                 continue
             scale = want.square().mean().sqrt()
-            eps = EPSILON[ours["y"].dtype]
-            for kind, measure in (("rms", _rms), ("max", _max)):
-                error, limit = measure(got - want) / scale, 1.5 * measure(beside - want) / scale
-                limit += SLACK[kind] * eps
+            for kind, measure, slack in zip(("rms", "max"), (_rms, _max), SLACK[ours["y"].dtype], strict=True):
+                error, limit = measure(got - want) / scale, 1.5 * measure(beside - want) / scale + slack
                 assert error <= limit, f"{where}: {kind} error {error:.3g} of rms, limit {limit:.3g}"
 
 

@@ -98,7 +98,6 @@ def expert_ffn_backward(
     order_S, offsets_E1 = order_S.contiguous(), offsets_E1.contiguous()
     gate_S, scale = _gate(gate_TK, top_k, per_slot)
     dy_top_k = 1 if per_slot else top_k
-    nothing = x_TD.new_empty(0)
 
     need_dh = need_x or need_w1 or need_b1
     need_ga = need_w2 or need_b2
@@ -138,7 +137,7 @@ def expert_ffn_backward(
                 dh_SF, order_S, offsets_E1, w1_EFD, None, None, dx_SD, 1.0, False, config.tma, config.up_backward
             )
             dx_TD = over_experts(dx_SD, top_k)
-        dgate_TK = nothing
+        dgate_TK = None
         if need_gate:
             dgate_TK = dy.new_empty(S // top_k, top_k)
             launch(
@@ -169,8 +168,9 @@ def expert_ffn_backward(
             dw2, db2 = weight_grads(
                 dy, ga_SF, order_S, offsets_E1, gate_S, scale, dy_top_k, True, need_b2, config
             )
-    weights = (dw1 if need_w1 else None, db1, dw2 if need_w2 else None, db2)
-    dw1, db1, dw2, db2 = (nothing if grad is None else grad for grad in weights)
+    # Each output its own tensor: an operator's results may not alias.
+    results = (dw1 if need_w1 else None, db1, dw2 if need_w2 else None, db2, dgate_TK)
+    dw1, db1, dw2, db2, dgate_TK = (x_TD.new_empty(0) if grad is None else grad for grad in results)
     return dx_TD, dw1, db1, dw2, db2, dgate_TK
 
 

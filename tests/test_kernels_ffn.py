@@ -20,13 +20,16 @@ pytestmark = [
 triton = pytest.importorskip("triton", reason="the kernels are written in Triton")
 
 from moebert_kernels import kernels  # noqa: E402
-from moebert_kernels.kernels import configs  # noqa: E402
+from moebert_kernels.kernels import configs, launch  # noqa: E402
 from moebert_kernels.kernels.configs import Config, Tile  # noqa: E402
 
 SQUARE = Tile(16, 16, 16, 4, 2)
 WIDE = Tile(16, 32, 16, 4, 2, parts=4)
 PLAIN = Config(SQUARE, SQUARE, SQUARE, SQUARE, SQUARE)
 STREAMED = Config(WIDE, WIDE, WIDE, WIDE, Tile(16, 32, 16, 4, 2), stream_k=True, tma=True)
+
+
+DENSE = dataclasses.replace(PLAIN, dense_slots=64, dense=SQUARE)
 
 
 @pytest.fixture(autouse=True)
@@ -143,3 +146,38 @@ def test_gates_of_any_floating_dtype():
         assert result["dgate"].dtype == dtype
         assert torch.equal(result["y"], expected["y"]), dtype
         assert torch.equal(result["dx"], expected["dx"]), dtype
+
+
+DENSE_CASES = [c for c in CASES if c.T < 30 and c.E <= 4 and not c.norm]
+
+
+@pytest.mark.parametrize("tma", [False, True])
+@pytest.mark.parametrize("case", DENSE_CASES, ids=str)
+def test_case_masked_for_few_tokens(case, tma, monkeypatch):
+    """Inference on few tokens runs all experts on all of them: the same values within the same bounds."""
+    t = inputs(case, torch.float32, "cpu")
+    plan = RoutingPlan.from_expert_ids(expert_ids(case), case.E)
+    with torch.no_grad():
+        grouped = {"y": call(case, t, plan)}
+        monkeypatch.setattr(configs, "select", lambda *_: dataclasses.replace(DENSE, tma=tma))
+        with launch.recorded() as launches:
+            call(case, t, plan)
+        masked = {"y": call(case, t, plan)}
+    assert case.T == 0 or [l.kernel.__name__ for l in launches] == ["dense_up_kernel", "dense_down_kernel"]
+    exact = {"y": reference(case, t)["y"]}
+    assert_as_good_as(grouped, masked, exact, expert_ids(case), case.E)
+
+
+def test_an_experts_infinities_stay_with_its_tokens(monkeypatch):
+    """Masking by multiplication would spread them: 0 * inf is NaN."""
+    case = Case(9, E=3)
+    t = inputs(case, torch.float32, "cpu")
+    t["w1"][1] = torch.inf
+    t["b2"][1] = torch.inf
+    ids_TK = expert_ids(case)
+    plan = RoutingPlan.from_expert_ids(ids_TK, case.E)
+    for config in (PLAIN, STREAMED, DENSE):
+        monkeypatch.setattr(configs, "select", lambda *_, config=config: config)
+        with torch.no_grad():
+            finite_T = call(case, t, plan).isfinite().all(1)
+        assert finite_T.equal(ids_TK[:, 0] != 1)

@@ -34,6 +34,7 @@ class Config:
         stream_k: split the weight gradients' token loops evenly over the multiprocessors.
         tma: load weights, and rows that are sorted already, through TMA descriptors.
         dense_slots: with at most this many slots, inference runs all experts on all tokens and masks.
+        dense: the tile of both GEMMs then.
     """
 
     up: Tile
@@ -44,6 +45,7 @@ class Config:
     stream_k: bool = False
     tma: bool = False
     dense_slots: int = 0
+    dense: Tile = Tile(64, 32, 64, 4, 4)
 
 
 FAMILIES = ("sm_80", "sm_90", "sm_100", "default")

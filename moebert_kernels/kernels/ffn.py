@@ -10,8 +10,9 @@ from torch import Tensor
 
 from moebert_kernels.kernels import configs
 from moebert_kernels.kernels.configs import Config, Tile
+from moebert_kernels.kernels.dense import dense_forward
 from moebert_kernels.kernels.grouped import gather_backward_kernel, gather_kernel, scatter_kernel
-from moebert_kernels.kernels.launch import ceil_div, describe, descriptor_fits, groups_of, launch, on_device_of
+from moebert_kernels.kernels.launch import ceil_div, describe, descriptor_fits, groups_of, launch, on_device_of, weight
 from moebert_kernels.kernels.launch import rows as with_contiguous_rows
 from moebert_kernels.kernels.rows import gate_grad_kernel, over_experts
 from moebert_kernels.kernels.wgrad import weight_grads
@@ -39,7 +40,16 @@ def expert_ffn_forward(
     x_TD = with_contiguous_rows(x_TD)
     w1_EFD, w2_EDF = w1_EFD.contiguous(), w2_EDF.contiguous()
     order_S, offsets_E1 = order_S.contiguous(), offsets_E1.contiguous()
+    b1_EF, b2_ED = _contiguous(b1_EF), _contiguous(b2_ED)
     gate_S, scale = _gate(gate_TK, top_k, per_slot)
+    one_row_per_token = top_k == 1 or not per_slot
+    if 0 < S <= config.dense_slots and one_row_per_token and not save_preact:
+        with on_device_of(x_TD):
+            y_TD = dense_forward(
+                x_TD, order_S, offsets_E1, w1_EFD, b1_EF, w2_EDF, b2_ED, gate_S, scale, activation, top_k, config
+            )
+        return y_TD, x_TD.new_empty(0, F)
+    w1, w1_tma = weight(w1_EFD, config.tma, config.up.n, config.up.k)
     a_SF = x_TD.new_empty(S, F)
     preact_SF = x_TD.new_empty(S if save_preact else 0, F)
     z_SD = x_TD.new_empty(S, D)
@@ -51,8 +61,8 @@ def expert_ffn_forward(
             x_stride=x_TD.stride(0),
             order_ptr=order_S,
             offsets_ptr=offsets_E1,
-            w1=_weight(w1_EFD, config.tma, config.up.n, config.up.k),
-            b1_ptr=_contiguous(b1_EF),
+            w1=w1,
+            b1_ptr=b1_EF,
             a_ptr=a_SF,
             preact_ptr=preact_SF if save_preact else None,
             num_slots=S,
@@ -61,7 +71,7 @@ def expert_ffn_forward(
             F=F,
             TOP_K=top_k,
             ACTIVATION=activation,
-            W_TMA=config.tma and descriptor_fits(w1_EFD),
+            W_TMA=w1_tma,
             **_tile(config.up, E, x_TD),
         )
         _scatter(
@@ -101,6 +111,7 @@ def expert_ffn_backward(
 
     need_dh = need_x or need_w1 or need_b1
     need_ga = need_w2 or need_b2
+    w2, w2_tma = weight(w2_EDF, config.tma, config.down_backward.k, config.down_backward.n)
     dh_SF = x_TD.new_empty(S, F) if need_dh else None
     ga_SF = x_TD.new_empty(S, F) if need_ga else None
     col_tiles = ceil_div(F, config.down_backward.n)
@@ -114,7 +125,7 @@ def expert_ffn_backward(
                 dy_stride=dy.stride(0),
                 order_ptr=order_S,
                 offsets_ptr=offsets_E1,
-                w2=_weight(w2_EDF, config.tma, config.down_backward.k, config.down_backward.n),
+                w2=w2,
                 gate_ptr=gate_S,
                 preact_ptr=preact_SF,
                 dh_ptr=dh_SF,
@@ -127,7 +138,7 @@ def expert_ffn_backward(
                 DY_TOP_K=dy_top_k,
                 SCALE=scale,
                 ACTIVATION=activation,
-                W_TMA=config.tma and descriptor_fits(w2_EDF),
+                W_TMA=w2_tma,
                 **_tile(config.down_backward, E, x_TD),
             )
         dx_TD = x_TD.new_empty(0, D)
@@ -190,13 +201,14 @@ def _scatter(
     """out[order] = (a W_e + b_e) * gate, with w [E, N, K] if `rows_are_n` else [E, K, N]."""
     (S, K), N, E = a_SK.shape, out_SN.shape[1], w.shape[0]
     a_tma = tma and descriptor_fits(a_SK)
+    w_argument, w_tma = weight(w, tma, *((tile.n, tile.k) if rows_are_n else (tile.k, tile.n)))
     launch(
         scatter_kernel,
         _grid(S, E, N, tile),
         a=describe(a_SK, tile.m, tile.k) if a_tma else a_SK,
         order_ptr=order_S,
         offsets_ptr=offsets_E1,
-        w=_weight(w, tma, *((tile.n, tile.k) if rows_are_n else (tile.k, tile.n))),
+        w=w_argument,
         b_ptr=_contiguous(b_EN),
         gate_ptr=gate_S,
         out_ptr=out_SN,
@@ -207,7 +219,7 @@ def _scatter(
         SCALE=scale,
         ROWS_ARE_N=rows_are_n,
         A_TMA=a_tma,
-        W_TMA=tma and descriptor_fits(w),
+        W_TMA=w_tma,
         **_tile(tile, E, a_SK),
     )
 
@@ -221,10 +233,6 @@ def _gate(gate_TK: Tensor | None, top_k: int, per_slot: bool) -> tuple[Tensor | 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
-
-
-def _weight(w: Tensor, tma: bool, *block: int):
-    return describe(w, 1, *block) if tma and descriptor_fits(w) else w
 
 
 def _grid(num_slots: int, num_experts: int, cols: int, tile: Tile) -> tuple[int]:

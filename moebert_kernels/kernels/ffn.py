@@ -77,7 +77,7 @@ def expert_ffn_forward(
         _scatter(
             a_SF, order_S, offsets_E1, w2_EDF, b2_ED, gate_S, z_SD, scale, True, config.tma, config.down
         )
-        return over_experts(z_SD, 1 if per_slot else top_k), preact_SF
+        return over_experts(z_SD, 1 if per_slot else top_k, x_TD.dtype), preact_SF
 
 
 def expert_ffn_backward(
@@ -147,7 +147,7 @@ def expert_ffn_backward(
             _scatter(
                 dh_SF, order_S, offsets_E1, w1_EFD, None, None, dx_SD, 1.0, False, config.tma, config.up_backward
             )
-            dx_TD = over_experts(dx_SD, top_k)
+            dx_TD = over_experts(dx_SD, top_k, x_TD.dtype)
         dgate_TK = None
         if need_gate:
             dgate_TK = dy.new_empty(S // top_k, top_k)

@@ -85,7 +85,8 @@ def expert_norm_backward(
     block = _rows_per_program(S, configs.multiprocessors(z_SD.device))
     tiles = min(S, ceil_div(S, block) + E)
     dz_SD = torch.empty_like(z_SD, memory_format=torch.contiguous_format)
-    du_SD = residual_TD.new_empty(S, D)
+    # Rounded once: after the sum over a token's experts.
+    du_SD = residual_TD.new_empty(S, D, dtype=residual_TD.dtype if K == 1 else torch.float32)
     dln_w_ED, dln_b_ED = (torch.empty_like(ln, memory_format=torch.contiguous_format) for ln in (ln_w_ED, ln_b_ED))
     dgate_TK = mean_S.new_empty((T, K) if need_gate else 0)
     shares = mean_S.new_empty(2, tiles, D)
@@ -131,7 +132,7 @@ def expert_norm_backward(
             GROUPS=groups_of(E),
             **sorted_rows,
         )
-        return dz_SD, over_experts(du_SD, K), dln_w_ED, dln_b_ED, dgate_TK
+        return dz_SD, over_experts(du_SD, K, residual_TD.dtype), dln_w_ED, dln_b_ED, dgate_TK
 
 
 def _row(num_cols: int) -> dict[str, int]:

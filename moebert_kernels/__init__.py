@@ -1,5 +1,6 @@
 """MoEBERT: fine-tuned encoders whose feed-forward networks become fast, importance-guided experts."""
 
+from moebert_kernels import models  # registers the models with transformers' Auto classes
 from moebert_kernels.layer import MoEFFN
 from moebert_kernels.ops import moe_ffn
 from moebert_kernels.routing import (
@@ -23,5 +24,6 @@ __all__ = [
     "TokenGate",
     "hash_balance_tables",
     "hash_random_tables",
+    "models",
     "moe_ffn",
 ]

@@ -1,0 +1,164 @@
+"""Adaptation: which neurons each expert takes, and the model made of such experts."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from moebert_kernels.compress.importance import Importance
+from moebert_kernels.errors import UserError
+from moebert_kernels.models.surgery import find_ffns, to_moe
+from moebert_kernels.routing import hash_balance_tables
+
+
+def default_sizes(ffn_width: int, num_experts: int) -> tuple[int, int]:
+    """Return (expert_size, num_shared) in the paper's proportions: width / E, and two thirds of that.
+
+    BERT-base, 3072 with 4 experts, gives (768, 512). A width that E does not divide is cut.
+
+    Raises:
+        UserError: there are fewer neurons than experts, or no expert.
+    """
+    if not 1 <= num_experts <= ffn_width:
+        raise UserError(f"{num_experts} experts cannot be made of {ffn_width} neurons")
+    expert_size = ffn_width // num_experts
+    return expert_size, round(expert_size * 2 / 3)
+
+
+def split_neurons(importance_LF: Tensor, num_experts: int, expert_size: int, num_shared: int) -> Tensor:
+    """Deal every layer's neurons out to experts (section 3.1 of the paper).
+
+    Sorted by falling importance (the lower index first among equals), the first `num_shared` go to every
+    expert; of the rest, expert e takes every E-th starting at e until it is full. The least important are
+    left out.
+
+    Args:
+        importance_LF: floating point, F the dense width.
+        num_experts: E.
+        expert_size: neurons of one expert.
+        num_shared: how many of them all experts have.
+
+    Returns:
+        int64 [L, E, expert_size], indices of dense neurons, by falling importance.
+
+    Raises:
+        UserError: the sizes do not fit each other, or need more neurons than there are.
+    """
+    width = importance_LF.shape[1]
+    check_sizes(width, num_experts, expert_size, num_shared)
+    order_LF = importance_LF.argsort(dim=1, descending=True, stable=True)
+    shared_EF = torch.arange(num_shared).expand(num_experts, -1)
+    own_EF = num_shared + torch.arange(num_experts * (expert_size - num_shared)).view(-1, num_experts).T
+    return order_LF[:, torch.cat([shared_EF, own_EF], dim=1)]
+
+
+def check_sizes(ffn_width: int, num_experts: int, expert_size: int, num_shared: int) -> None:
+    """Raise a UserError unless layers of `ffn_width` neurons can be split this way."""
+    if num_experts < 1:
+        raise UserError(f"the number of experts must be at least 1, got {num_experts}")
+    if not 1 <= expert_size <= ffn_width:
+        raise UserError(f"the expert size must be 1 to the dense width {ffn_width}, got {expert_size}")
+    if not 0 <= num_shared <= expert_size:
+        raise UserError(f"the shared neurons must be 0 to the expert size {expert_size}, got {num_shared}")
+    needed = num_experts * (expert_size - num_shared) + num_shared
+    if needed > ffn_width:
+        raise UserError(
+            f"{num_experts} experts of {expert_size} neurons, {num_shared} of them shared, need {needed}"
+            f" neurons, but the model's layers have {ffn_width}: take smaller experts or share more"
+        )
+
+
+def random_scores(num_layers: int, ffn_width: int, *, seed: int = 0) -> Tensor:
+    """Return float32 [L, F] scores that make `split_neurons` a random split, each layer in its own order.
+
+    Drawn from a generator of its own; the global random state is neither read nor moved.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randperm(ffn_width, generator=generator) for _ in range(num_layers)]).float()
+
+
+def token_counts(dataset: Dataset, vocab_size: int) -> Tensor:
+    """Count how often each token id occurs, padding left out.
+
+    Args:
+        dataset: tokenized, with "input_ids" and, if any are padded, "attention_mask".
+        vocab_size: V.
+
+    Returns:
+        int64 [V].
+
+    Raises:
+        UserError: an id is not in the vocabulary.
+    """
+    counts_V = np.zeros(vocab_size, dtype=np.int64)
+    for rows in dataset.iter(batch_size=1000):
+        ids = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows["input_ids"]])
+        if "attention_mask" in rows:
+            ids = ids[np.concatenate([np.asarray(row) for row in rows["attention_mask"]]) != 0]
+        if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
+            raise UserError(
+                f"the data has token ids from {ids.min()} to {ids.max()}, but the model's vocabulary has"
+                f" {vocab_size}: tokenize with the model's own tokenizer"
+            )
+        counts_V += np.bincount(ids, minlength=vocab_size)
+    return torch.from_numpy(counts_V)
+
+
+def adapt(
+    teacher: PreTrainedModel,
+    importance: Importance | Tensor,
+    *,
+    num_experts: int = 4,
+    expert_size: int | None = None,
+    num_shared: int | None = None,
+    routing: str = "hash-random",
+    top_k: int = 1,
+    seed: int = 0,
+    token_counts_V: Tensor | None = None,
+) -> PreTrainedModel:
+    """Make a MoE model of a fine-tuned one; the teacher is left as it is.
+
+    Args:
+        teacher: a BERT with any head that `to_moe` knows.
+        importance: of the teacher, or scores_LF from elsewhere such as `random_scores`.
+        num_experts: E.
+        expert_size: neurons of one expert; None for `default_sizes`.
+        num_shared: how many of them all experts have; None for two thirds of the expert size.
+        routing: "hash-random", "hash-balance", "gate-token" or "gate-sentence".
+        top_k: experts per token.
+        seed: of random hash tables and of a gate's first weights.
+        token_counts_V: how often each token occurs in training; needed by "hash-balance".
+
+    Returns:
+        The model, in the teacher's mode and on its device.
+
+    Raises:
+        UserError: importance or sizes do not fit the teacher, or counts are missing.
+    """
+    ffns = find_ffns(teacher)
+    width = ffns[0].w1.out_features
+    if not isinstance(importance, Importance):
+        importance = Importance(importance, "", "", 0)
+    importance.check(teacher)
+    if expert_size is None:
+        expert_size = default_sizes(width, num_experts)[0]
+    if num_shared is None:
+        num_shared = round(expert_size * 2 / 3)
+    index_LEF = split_neurons(importance.scores_LF, num_experts, expert_size, num_shared)
+    tables_LV = None
+    if routing == "hash-balance":
+        if token_counts_V is None:
+            raise UserError("hash-balance needs token_counts_V, how often each token occurs in training")
+        tables_LV = hash_balance_tables(len(ffns), token_counts_V, num_experts)
+    return to_moe(
+        teacher,
+        index_LEF,
+        num_shared_neurons=num_shared,
+        routing=routing,
+        tables_LV=tables_LV,
+        top_k=top_k,
+        seed=seed,
+    )

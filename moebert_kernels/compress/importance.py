@@ -1,0 +1,298 @@
+"""Importance: what each neuron of a model's feed-forward networks is worth to its task."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from moebert_kernels.errors import UserError
+from moebert_kernels.models.surgery import DenseFFN, find_ffns
+
+LossFunction = Callable[[Any, Mapping[str, Tensor]], Tensor]
+
+_FORMAT = "moebert-importance 1"
+_LABELS = ("labels", "start_positions", "end_positions")
+
+
+@dataclass(frozen=True, eq=False)
+class Importance:
+    """The score of every neuron, and where it comes from.
+
+    Attributes:
+        scores_LF: [layers, dense width] finite and not negative; float32 on the CPU.
+        model: name or folder of the model that was scored.
+        task: the task it was scored on.
+        num_samples: how many samples the scores sum over; 0 if unknown.
+
+    Raises:
+        UserError: the scores are not of this kind.
+    """
+
+    scores_LF: Tensor
+    model: str
+    task: str
+    num_samples: int
+
+    def __post_init__(self):
+        scores_LF = self.scores_LF
+        if scores_LF.dim() != 2 or 0 in scores_LF.shape or not scores_LF.is_floating_point():
+            raise UserError(
+                "importance scores must be floating-point numbers of shape [layers, neurons], got"
+                f" {tuple(scores_LF.shape)} {scores_LF.dtype}"
+            )
+        scores_LF = scores_LF.detach().to("cpu", torch.float32).contiguous()
+        if not bool((scores_LF.isfinite() & (scores_LF >= 0)).all()):
+            raise UserError("importance scores must be finite and not negative, and some are not")
+        if self.num_samples < 0:
+            raise UserError(f"num_samples must not be negative, got {self.num_samples}")
+        object.__setattr__(self, "scores_LF", scores_LF)
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file, whole or not at all; model, task and sample count are in its header."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        header = {
+            "format": _FORMAT,
+            "model": self.model,
+            "task": self.task,
+            "num_samples": str(self.num_samples),
+        }
+        try:
+            save_file({"scores_LF": self.scores_LF}, unfinished, header)
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Importance:
+        """Read a file that `save` wrote.
+
+        Raises:
+            UserError: it is missing, damaged, or some other file.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise UserError(f"there is no importance file {path}")
+        try:
+            with safe_open(path, "pt") as file:
+                header = file.metadata() or {}
+                if header.get("format") != _FORMAT or list(file.keys()) != ["scores_LF"]:
+                    raise UserError(f"{path} is a safetensors file, but not of importance scores ({_FORMAT})")
+                scores_LF = file.get_tensor("scores_LF")
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{path} is damaged or not an importance file ({error}); files published with the authors'"
+                " code are read by convert_published"
+            ) from None
+        try:
+            return cls(scores_LF, header["model"], header["task"], int(header["num_samples"]))
+        except (KeyError, ValueError) as error:
+            raise UserError(f"{path} does not hold importance scores as they are saved: {error}") from None
+
+    def check(self, model: nn.Module) -> None:
+        """Make sure the scores can belong to `model`; its name is not compared, folders move.
+
+        Raises:
+            UserError: the model's layers or their widths are others.
+            ValueError: `find_ffns` found none.
+        """
+        num_layers, width = self.scores_LF.shape
+        widths = [ffn.w1.out_features for ffn in find_ffns(model)]
+        if widths != [width] * num_layers:
+            found = f"{len(widths)} of {' or '.join(map(str, sorted(set(widths))))}"
+            raise UserError(
+                f"the importance scores of {self.model!r} are for {num_layers} layers of {width} neurons,"
+                f" but the model has {found}: score this model"
+            )
+
+
+def compute_importance(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    *,
+    loss: str | LossFunction = "labels",
+    task: str = "",
+    model_name: str | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Importance:
+    """Score every neuron by Eq. 4 of the paper, with one backward pass per batch.
+
+    I_j sums over samples | <w1_j, dL/dw1_j> + <w2_j, dL/dw2_j> |. With h = x w1^T + b1 and a = act(h), the
+    products of a sample are sums over its tokens of (h_tj - b1_j) dL/dh_tj and a_tj dL/da_tj, and a backward
+    pass of the summed losses gives every sample its own gradients at h and a: none flow between samples.
+    How samples are batched therefore changes nothing but rounding.
+
+    The model is scored in evaluation mode and left as it was: modes, requires_grad and gradients.
+
+    Args:
+        model: a fine-tuned encoder whose layers `find_ffns` knows, on any device.
+        batches: training samples as the model takes them, on any device, with their labels.
+        loss: "labels" for the model's own training loss, summed over samples (see `labelled_loss`), or a
+            function of the model's output and the batch that gives a scalar sum over samples.
+        task: recorded.
+        model_name: recorded; None for the name the model was loaded by.
+        progress: called after each batch with the number of samples so far.
+
+    Raises:
+        ValueError: there are no batches, a batch has no labels, labels do not fit the output, or `find_ffns`
+            found nothing to score.
+        UserError: the model's gradients are not finite.
+    """
+    ffns = find_ffns(model)
+    device = ffns[0].w1.weight.device
+    dtype = torch.promote_types(ffns[0].w1.weight.dtype, torch.float32)
+    scores_LF = torch.zeros(len(ffns), ffns[0].w1.out_features, dtype=dtype, device=device)
+    loss_function = _labelled_loss_of(model) if loss == "labels" else loss
+    if not callable(loss_function):
+        raise ValueError(f'loss must be "labels" or a function, got {loss!r}')
+    num_samples = 0
+    # The fused attention kernels for CUDA add up their gradients in no fixed order.
+    attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else nullcontext()
+    with _in_evaluation(model), torch.enable_grad(), attention:
+        for batch in batches:
+            batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+            with _scoring(ffns) as products_LBF:
+                output = model(**{name: value for name, value in batch.items() if name not in _LABELS})
+                loss_function(output, batch).backward()
+            for layer, product_BF in enumerate(products_LBF):
+                scores_LF[layer] += product_BF.abs().sum(0)
+            num_samples += len(next(iter(batch.values())))
+            if progress is not None:
+                progress(num_samples)
+    if num_samples == 0:
+        raise ValueError("batches is empty: importance needs training samples")
+    if model_name is None:
+        model_name = str(getattr(getattr(model, "config", None), "name_or_path", ""))
+    return Importance(scores_LF, model_name, task, num_samples)
+
+
+@contextmanager
+def _in_evaluation(model: nn.Module) -> Iterator[None]:
+    modules = [(module, module.training) for module in model.modules()]
+    parameters = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.eval()
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, training in modules:
+            module.training = training
+        for parameter, requires_grad in parameters:
+            parameter.requires_grad_(requires_grad)
+
+
+@contextmanager
+def _scoring(ffns: list[DenseFFN]) -> Iterator[list[Tensor]]:
+    """Collect, in a backward pass inside, each layer's per-sample products [B, F]; B is known only then."""
+    products_LBF: list[Any] = [0.0] * len(ffns)
+
+    def collect(layer: int, activity_BSF: Tensor, bias_F: Tensor | None, gradient_BSF: Tensor) -> None:
+        wide = torch.promote_types(activity_BSF.dtype, torch.float32)
+        activity_BSF = activity_BSF.detach().to(wide)
+        if bias_F is not None:
+            activity_BSF = activity_BSF - bias_F.to(wide)
+        products_LBF[layer] += (activity_BSF * gradient_BSF.to(wide)).sum(1)
+
+    def after_w1(layer: int):
+        def hook(w1: nn.Linear, args: tuple[Tensor, ...], h_BSF: Tensor) -> Tensor:
+            if not h_BSF.requires_grad:
+                # No parameter asks for a gradient, so the graph begins here, at the first scored layer.
+                h_BSF = h_BSF.detach().requires_grad_()
+            h_BSF.register_hook(lambda gradient: collect(layer, h_BSF, w1.bias, gradient))
+            return h_BSF
+
+        return hook
+
+    def before_w2(layer: int):
+        def hook(w2: nn.Module, args: tuple[Tensor, ...]) -> None:
+            a_BSF = args[0]
+            a_BSF.register_hook(lambda gradient: collect(layer, a_BSF, None, gradient))
+
+        return hook
+
+    handles = []
+    for layer, ffn in enumerate(ffns):
+        handles.append(ffn.w1.register_forward_hook(after_w1(layer)))
+        handles.append(ffn.w2.register_forward_pre_hook(before_w2(layer)))
+    try:
+        yield products_LBF
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _labelled_loss_of(model: nn.Module) -> LossFunction:
+    problem_type = getattr(getattr(model, "config", None), "problem_type", None)
+    return lambda output, batch: labelled_loss(output, batch, problem_type)
+
+
+def labelled_loss(output: Any, batch: Mapping[str, Tensor], problem_type: str | None = None) -> Tensor:
+    """Return the sum over samples of the training loss of transformers' heads.
+
+    * "start_positions" and "end_positions": question answering, the mean of the two cross entropies over
+      the real positions; answers beyond them count nothing. (transformers' own loss has the padding among
+      the possible answers, so that a sample's loss would depend on its batch.)
+    * "labels" of the logits' leading shape, integer: cross entropy, of a classified sequence or summed over
+      a sample's tokens (token classification, masked language modelling); -100 counts nothing.
+    * "labels" of one number per sample and `problem_type` "regression" or logits of width 1: squared error.
+    * "labels" of the logits' shape: binary cross entropy, or under "regression" squared error, averaged
+      over the outputs.
+
+    Args:
+        output: of the model, with `logits`, or `start_logits` and `end_logits`.
+        batch: with the labels.
+        problem_type: of the model's configuration.
+
+    Returns:
+        A scalar, float32 or wider.
+
+    Raises:
+        ValueError: no labels, or of a shape that fits none of these.
+    """
+    if "start_positions" in batch and "end_positions" in batch:
+        mask_BS = batch.get("attention_mask", torch.ones_like(output.start_logits))
+        start = _position_loss(output.start_logits, batch["start_positions"], mask_BS)
+        return (start + _position_loss(output.end_logits, batch["end_positions"], mask_BS)) / 2
+    if "labels" not in batch:
+        raise ValueError(f"a batch has no labels, only {', '.join(batch)}")
+    logits, labels = _widen(output.logits), batch["labels"]
+    if logits.dim() == 2 and (logits.shape[1] == 1 or problem_type == "regression"):
+        if labels.numel() == logits.numel():
+            labels = labels.to(logits.dtype).view_as(logits)
+            return F.mse_loss(logits, labels, reduction="sum") / logits.shape[1]
+    elif labels.shape == logits.shape[:-1] and not labels.is_floating_point():
+        return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum")
+    elif labels.shape == logits.shape and labels.is_floating_point():
+        labels = labels.to(logits.dtype)
+        return F.binary_cross_entropy_with_logits(logits, labels, reduction="sum") / logits.shape[1]
+    raise ValueError(
+        f"labels {tuple(labels.shape)} {labels.dtype} do not fit logits of shape {tuple(logits.shape)}"
+    )
+
+
+def _position_loss(logits_BS: Tensor, positions_B: Tensor, mask_BS: Tensor) -> Tensor:
+    ignored = logits_BS.shape[1]
+    positions_B = positions_B.clamp(0, ignored)
+    is_real_B = F.pad(mask_BS.bool(), (0, 1)).gather(1, positions_B.unsqueeze(1)).squeeze(1)
+    return F.cross_entropy(
+        _widen(logits_BS).masked_fill(mask_BS == 0, -torch.inf),
+        positions_B.masked_fill(~is_real_B, ignored),
+        ignore_index=ignored,
+        reduction="sum",
+    )
+
+
+def _widen(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -1,0 +1,147 @@
+import pytest
+import torch
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import BertConfig, BertForSequenceClassification
+
+from moebert_kernels.compress.adapt import (
+    adapt,
+    default_sizes,
+    random_scores,
+    split_neurons,
+    token_counts,
+)
+from moebert_kernels.compress.importance import Importance
+from moebert_kernels.errors import UserError
+from python_ref import adaptation
+
+
+@pytest.mark.parametrize(
+    ("width", "num_experts", "expected"),
+    [(3072, 4, (768, 512)), (1536, 4, (384, 256)), (4096, 4, (1024, 683)), (10, 3, (3, 2)), (2, 2, (1, 1))],
+)
+def test_default_sizes_are_the_papers_proportions(width, num_experts, expected):
+    assert default_sizes(width, num_experts) == expected
+    split_neurons(torch.rand(1, width), num_experts, *expected)
+
+
+def test_more_experts_than_neurons_are_refused():
+    with pytest.raises(UserError, match="5 experts cannot be made of 4 neurons"):
+        default_sizes(4, 5)
+
+
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(data=st.data())
+def test_the_split_equals_the_reference(data):
+    num_experts = data.draw(st.integers(1, 5))
+    num_shared = data.draw(st.integers(0, 6))
+    own = data.draw(st.integers(0 if num_shared else 1, 4))
+    width = num_experts * own + num_shared + data.draw(st.integers(0, 5))
+    # Few distinct scores: ties must fall the same way.
+    score = st.sampled_from([0.0, 1.0, 2.0, 3.5])
+    scores = st.lists(score, min_size=width, max_size=width)
+    importance_LF = torch.tensor(data.draw(st.lists(scores, min_size=1, max_size=3)))
+    sizes = (num_experts, num_shared + own, num_shared)
+    index_LEF = split_neurons(importance_LF, *sizes)
+    assert index_LEF.dtype == torch.int64
+    expected = torch.stack([adaptation.split_neurons(importance_F, *sizes) for importance_F in importance_LF])
+    assert torch.equal(index_LEF, expected)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((0, 2, 1), "number of experts must be at least 1, got 0"),
+        ((2, 11, 11), "expert size must be 1 to the dense width 10, got 11"),
+        ((2, 0, 0), "expert size must be 1 to the dense width 10, got 0"),
+        ((2, 4, 5), "shared neurons must be 0 to the expert size 4, got 5"),
+        ((2, 4, -1), "shared neurons must be 0 to the expert size 4, got -1"),
+        (
+            (4, 4, 1),
+            "4 experts of 4 neurons, 1 of them shared, need 13 neurons, but the model's layers have 10",
+        ),
+    ],
+)
+def test_sizes_that_do_not_fit_are_named(sizes, message):
+    with pytest.raises(UserError, match=message):
+        split_neurons(torch.rand(2, 10), *sizes)
+
+
+def test_random_scores_depend_on_the_seed_alone():
+    state = torch.get_rng_state()
+    scores_LF = random_scores(3, 50, seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(scores_LF, random_scores(3, 50, seed=1))
+    assert not torch.equal(scores_LF, random_scores(3, 50, seed=2))
+    orders = scores_LF.argsort(1)
+    assert torch.equal(orders.sort(1).values, torch.arange(50).expand(3, -1))
+    assert not torch.equal(orders[0], orders[1])
+
+
+def test_token_counts_leave_padding_out():
+    rows = Dataset.from_dict({"input_ids": [[1, 2, 2], [4, 0, 0]], "attention_mask": [[1, 1, 1], [1, 0, 0]]})
+    assert token_counts(rows, 6).tolist() == [0, 1, 2, 0, 1, 0]
+    assert token_counts(rows.remove_columns("attention_mask"), 6).tolist() == [2, 1, 2, 0, 1, 0]
+    with pytest.raises(UserError, match="token ids from 0 to 4, but the model's vocabulary has 4"):
+        token_counts(rows.remove_columns("attention_mask"), 4)
+
+
+VOCAB = 30
+
+
+@pytest.fixture
+def teacher():
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=VOCAB,
+        hidden_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=12,
+        num_labels=3,
+        initializer_range=0.5,
+    )
+    return BertForSequenceClassification(config).eval()
+
+
+def test_one_expert_of_all_neurons_computes_what_the_teacher_does(teacher):
+    input_ids = torch.arange(2, 12).view(2, 5)
+    moe = adapt(teacher, random_scores(2, 12), num_experts=1, expert_size=12, num_shared=0)
+    torch.testing.assert_close(moe(input_ids).logits, teacher(input_ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_adapt_fills_in_the_papers_sizes_and_leaves_the_teacher(teacher):
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    moe = adapt(teacher, Importance(random_scores(2, 12), "m", "t", 1), num_experts=2)
+    assert (moe.config.num_experts, moe.config.expert_size, moe.config.num_shared_neurons) == (2, 6, 4)
+    assert moe.config.routing == "hash-random"
+    after = teacher.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_experts_hold_the_neurons_of_the_split(teacher):
+    scores_LF = random_scores(2, 12, seed=3)
+    moe = adapt(teacher, scores_LF, num_experts=3, expert_size=4, num_shared=2)
+    index_LEF = split_neurons(scores_LF, 3, 4, 2)
+    w1_EFD = [value for name, value in moe.state_dict().items() if name.endswith("w1_EFD")]
+    for layer in range(2):
+        dense_FD = teacher.bert.encoder.layer[layer].intermediate.dense.weight
+        assert torch.equal(w1_EFD[layer], dense_FD[index_LEF[layer]])
+
+
+def test_hash_balance_needs_token_counts_and_follows_them(teacher):
+    with pytest.raises(UserError, match="token_counts_V"):
+        adapt(teacher, random_scores(2, 12), routing="hash-balance")
+    counts_V = torch.zeros(VOCAB, dtype=torch.long)
+    counts_V[:4] = 100
+    moe = adapt(teacher, random_scores(2, 12), routing="hash-balance", token_counts_V=counts_V)
+    plans = []
+    moe(torch.arange(4)[None], router_outputs=plans)
+    assert all(sorted(output.plan.counts_E.tolist()) == [1, 1, 1, 1] for output in plans)
+
+
+def test_scores_of_another_model_are_refused(teacher):
+    with pytest.raises(UserError, match="3 layers of 12 neurons, but the model has 2 of 12"):
+        adapt(teacher, random_scores(3, 12))

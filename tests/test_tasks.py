@@ -1,0 +1,283 @@
+import numpy as np
+import pytest
+from datasets import Dataset
+from transformers import BertConfig, BertTokenizerFast, EvalPrediction
+
+from moebert_kernels.compress.tasks import (
+    CsvOptions,
+    Task,
+    TaskData,
+    compute_metrics,
+    load_task,
+    match_labels,
+    task_names,
+    tokenize,
+)
+from moebert_kernels.errors import UserError
+
+SST2 = "sentence\tlabel\nfine \t1\nit 's \" bad\t0\n"
+COLA = "gj04\t1\t\tThe sailors rode.\nbc01\t0\t*\tRode sailors the.\n"
+MRPC = (
+    "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n"
+    '1\t10\t11\t" He said so .\tHe said so .\r\n'
+    '0\t12\t13\tShe left .\t" I stay , " he said\u2028 .\r\n'
+)
+STSB = (
+    "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore\n"
+    '0\tmain\tx\t2012\t0001\tnone\tnone\tA "plane.\tAn air plane.\t5.000\n'
+    "1\tmain\tx\t2012\t0004\tnone\tnone\tA man.\tA girl.\t0.250"
+)
+FILES = {"sst2": SST2, "cola": COLA, "mrpc": MRPC, "stsb": STSB}
+
+
+def glue_folder(tmp_path, text, dev=None):
+    (tmp_path / "train.tsv").write_bytes(text.encode())
+    (tmp_path / "dev.tsv").write_bytes((dev or text).encode())
+    return tmp_path
+
+
+def rows(dataset):
+    return dataset.to_list()
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("sst2", [{"text": "fine ", "label": 1}, {"text": "it 's \" bad", "label": 0}]),
+        ("cola", [{"text": "The sailors rode.", "label": 1}, {"text": "Rode sailors the.", "label": 0}]),
+        (
+            "mrpc",
+            [
+                {"text": '" He said so .', "text_pair": "He said so .", "label": 1},
+                {"text": "She left .", "text_pair": '" I stay , " he said\u2028 .', "label": 0},
+            ],
+        ),
+        (
+            "stsb",
+            [
+                {"text": 'A "plane.', "text_pair": "An air plane.", "label": 5.0},
+                {"text": "A man.", "text_pair": "A girl.", "label": 0.25},
+            ],
+        ),
+    ],
+)
+def test_glue_files_are_read_as_published(tmp_path, name, expected):
+    """Stops quote-aware readers, byte-order marks, \\r, U+2028 and missing last newlines from eating rows."""
+    data = load_task(name, glue_folder(tmp_path, FILES[name]))
+    assert rows(data.train) == rows(data.validation) == expected
+    assert data.task.name == name
+    assert data.task.main_metric in data.task.metric_names
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("sst2", "sentence\tlabel\nfine\t1\nbad\n", r"train\.tsv, line 3: 1 fields, expected 2"),
+        (
+            "sst2",
+            "sentence\tlabel\nfine\t1\nbad\t2\n",
+            r"line 3: label '2' is unknown, expected one of '0', '1'",
+        ),
+        ("sst2", "text\tlabel\nfine\t1\n", r"no column 'sentence'; its columns are text, label"),
+        ("sst2", "sentence\tlabel\n", "no rows of data"),
+        ("sst2", "", "no rows of data"),
+        ("cola", "source\tlabel\tmark\tsentence\n", "line 1: label 'label' is unknown"),
+        ("stsb", STSB.replace("0.250", "high"), "line 3: label 'high' in column 'score' is not a number"),
+        ("stsb", STSB.replace("0.250", "nan"), "line 3: label 'nan' in column 'score' is not a number"),
+    ],
+)
+def test_a_wrong_glue_file_is_named_with_its_line(tmp_path, name, text, message):
+    with pytest.raises(UserError, match=message):
+        load_task(name, glue_folder(tmp_path, text, dev=FILES[name]))
+
+
+def test_wrong_paths_and_names(tmp_path):
+    with pytest.raises(UserError, match="task 'sst' is unknown; there are sst2, cola, mrpc, stsb, csv"):
+        load_task("sst", tmp_path)
+    with pytest.raises(UserError, match="absent is not a folder"):
+        load_task("sst2", tmp_path / "absent")
+    with pytest.raises(UserError, match=r"train\.tsv is not a file; .* is empty"):
+        load_task("sst2", tmp_path)
+    (tmp_path / "SST-2").mkdir()
+    glue_folder(tmp_path / "SST-2", SST2)
+    with pytest.raises(UserError, match=r"SST-2 does: give that folder"):
+        load_task("sst2", tmp_path)
+    with pytest.raises(UserError, match="belong to task csv"):
+        load_task("sst2", tmp_path / "SST-2", csv=CsvOptions())
+
+
+def test_text_that_is_not_utf8_is_named_with_its_line(tmp_path):
+    glue_folder(tmp_path, SST2)
+    (tmp_path / "dev.tsv").write_bytes("sentence\tlabel\nfine\t1\ncafé\t1\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"dev\.tsv, line 3: not UTF-8"):
+        load_task("sst2", tmp_path)
+
+
+def write(path, text):
+    path.write_bytes(text.encode())
+    return path
+
+
+def test_csv_keeps_the_names_of_labels_and_the_text_inside_quotes(tmp_path):
+    table = write(tmp_path / "mine.csv", 'id,body,kind\n1,"a, ""b""\nc",spam\n2,d,ham\n\n3,e,spam\n')
+    other = write(tmp_path / "dev.csv", "kind,body\nham,x\n")
+    data = load_task("csv", table, csv=CsvOptions(text="body", label="kind", validation_file=other))
+    assert data.task == Task("csv", "classification", ("ham", "spam"), ("accuracy", "macro_f1"), "accuracy")
+    assert rows(data.train) == [
+        {"text": 'a, "b"\nc', "label": 1},
+        {"text": "d", "label": 0},
+        {"text": "e", "label": 1},
+    ]
+    assert rows(data.validation) == [{"text": "x", "label": 0}]
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind", "expected_kind", "names"),
+    [
+        (("10", "9", "-1"), None, "classification", ("-1", "9", "10")),
+        (("1.0", "0.0", "1.0"), None, "classification", ("0.0", "1.0")),
+        (("1", "2.5", "3"), None, "regression", ()),
+        (("1", "2", "3"), "regression", "regression", ()),
+        (("1.5", "2.5", "1.5"), "classification", "classification", ("1.5", "2.5")),
+        (("1.5", "b", "c"), None, "classification", ("1.5", "b", "c")),
+    ],
+)
+def test_the_kind_of_a_csv_task_is_inferred_or_given(tmp_path, labels, kind, expected_kind, names):
+    table = write(tmp_path / "t.tsv", "text\tlabel\n" + "".join(f"x\t{label}\n" for label in labels))
+    task = load_task("csv", table, csv=CsvOptions(kind=kind)).task
+    assert (task.kind, task.label_names) == (expected_kind, names)
+
+
+def test_held_out_rows_depend_on_the_seed_alone_and_leave_nothing_out(tmp_path):
+    table = write(tmp_path / "t.csv", "text,label\n" + "".join(f"row {i},{i % 2}\n" for i in range(40)))
+
+    def split(seed):
+        data = load_task("csv", table, csv=CsvOptions(validation_fraction=0.2, seed=seed))
+        return data.train["text"][:], data.validation["text"][:]
+
+    train, validation = split(0)
+    assert len(validation) == 8
+    assert sorted(train + validation) == sorted(f"row {i}" for i in range(40))
+    assert split(0) == (train, validation)
+    assert split(1) != (train, validation)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "options", "message"),
+    [
+        ("t.csv", "text,label\na,1\nb\n", {}, r"t\.csv, line 3: 1 fields, expected 2"),
+        ("t.csv", 'text,label\n"a\nb",1\nc,"2\n', {}, r"t\.csv, line 4: unexpected end of data"),
+        ("t.csv", "text,text,label\na,b,1\nc,d,0\n", {}, "more than one column 'text'"),
+        ("t.csv", "text,label\na,1\nb,1\n", {}, "one label in column 'label', '1'; two are needed"),
+        ("t.csv", "text,label\na,1\nb,\n", {}, "line 3: the label in column 'label' is empty"),
+        ("t.csv", "text,label\na,1\nb,x\n", {"kind": "regression"}, "line 3: label 'x' .* is not a number"),
+        ("t.csv", "text,label\na,1\nb,2\n", {"text_pair": "other"}, "no column 'other'"),
+        ("t.csv", "text,label\na,1\nb,2\n", {"kind": "ranking"}, "kind is 'ranking'"),
+        ("t.csv", "text,label\na,1\nb,2\n", {"validation_fraction": 1.0}, "fraction is 1.0"),
+        ("t.csv", "text,label\na,1.5\n", {}, "too few to hold any out"),
+        ("t.txt", "text,label\na,1\n", {}, r"must be named \.csv .* or \.tsv"),
+    ],
+)
+def test_wrong_csv_input_gets_a_sentence(tmp_path, name, text, options, message):
+    with pytest.raises(UserError, match=message):
+        load_task("csv", write(tmp_path / name, text), csv=CsvOptions(**options))
+
+
+def test_a_validation_label_that_training_lacks_is_named(tmp_path):
+    table = write(tmp_path / "t.csv", "text,label\na,yes\nb,no\n")
+    other = write(tmp_path / "v.csv", "text,label\na,maybe\n")
+    with pytest.raises(
+        UserError, match=r"v\.csv, line 2: label 'maybe' is unknown, expected one of 'no', 'yes'"
+    ):
+        load_task("csv", table, csv=CsvOptions(validation_file=other))
+
+
+def small_data(label_names=("no", "yes"), kind="classification"):
+    task = Task("csv", kind, label_names, ("accuracy", "macro_f1"), "accuracy")
+    train = Dataset.from_dict({"text": ["a b", "c"], "text_pair": ["b", "a b c"], "label": [0, 1]})
+    return TaskData(task, train, train.select([1]))
+
+
+def test_labels_follow_the_models_order():
+    """Stops a model that calls class 0 "Yes" from being scored, or distilled, on swapped labels."""
+    data = match_labels(small_data(), BertConfig(id2label={0: "Yes", 1: "No"}))
+    assert data.task.label_names == ("Yes", "No")
+    assert data.train["label"][:] == [1, 0]
+    assert data.validation["label"][:] == [0]
+    assert data.train["text_pair"][:] == ["b", "a b c"]
+
+
+def test_models_without_label_names_keep_the_tasks_order():
+    data = small_data()
+    assert match_labels(data, BertConfig(num_labels=2)) is data
+    assert match_labels(data, BertConfig(id2label={0: "0", 1: "1"})) is data
+    regression = small_data((), "regression")
+    assert match_labels(regression, BertConfig(num_labels=1)) is regression
+
+
+def test_labels_that_differ_only_by_case_stay_apart():
+    data = match_labels(small_data(("A", "a")), BertConfig(id2label={0: "a", 1: "A"}))
+    assert data.train["label"][:] == [1, 0]
+
+
+def test_a_model_of_another_task_is_refused():
+    with pytest.raises(UserError, match=r"3 outputs, but task csv .* needs 2"):
+        match_labels(small_data(), BertConfig(num_labels=3))
+    with pytest.raises(UserError, match="labels are up, down, the task's no, yes"):
+        match_labels(small_data(), BertConfig(id2label={0: "up", 1: "down"}))
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    vocab = write(
+        tmp_path / "vocab.txt", "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "c"])
+    )
+    return BertTokenizerFast(str(vocab), model_max_length=16)
+
+
+def test_tokenize_pairs_cuts_and_leaves_padding_out(tokenizer):
+    data = tokenize(small_data(), tokenizer, max_length=5)
+    assert data.train["input_ids"][:] == [[2, 5, 3, 6, 3], [2, 7, 3, 5, 3]]
+    assert data.train["token_type_ids"][:] == [[0, 0, 0, 1, 1], [0, 0, 0, 1, 1]]
+    assert data.train["labels"][:] == [0, 1]
+    assert "text" not in data.train.column_names
+    assert data.validation["input_ids"][:] == [[2, 7, 3, 5, 3]]
+
+
+def test_tokenize_refuses_lengths_the_model_cannot_take(tokenizer):
+    with pytest.raises(UserError, match="max_length is 17, but the model takes 16"):
+        tokenize(small_data(), tokenizer, max_length=17)
+    with pytest.raises(UserError, match="max_length is 2, expected at least 3"):
+        tokenize(small_data(), tokenizer, max_length=2)
+
+
+@pytest.fixture
+def score(tmp_path):
+    def score(name, logits, labels):
+        task = (
+            small_data().task if name == "csv" else load_task(name, glue_folder(tmp_path, FILES[name])).task
+        )
+        return compute_metrics(task)(EvalPrediction(np.array(logits), np.array(labels)))
+
+    return score
+
+
+def test_official_metrics_against_numbers_worked_by_hand(score):
+    """Two true and one false positive, one true and one false negative."""
+    logits = [[0, 1], [0, 2], [1, 0], [3, 0], [-1, 1]]
+    labels = [1, 0, 0, 1, 1]
+    assert score("sst2", logits, labels) == pytest.approx({"accuracy": 0.6})
+    assert score("mrpc", logits, labels) == pytest.approx({"accuracy": 0.6, "f1": 2 / 3})
+    assert score("cola", logits, labels) == pytest.approx({"matthews": (2 * 1 - 1 * 1) / 6})
+    assert score("csv", logits, labels) == pytest.approx({"accuracy": 0.6, "macro_f1": (2 / 3 + 1 / 2) / 2})
+    stsb = score("stsb", [[1.0], [2.0], [4.0]], [1.0, 2.0, 3.0])
+    assert stsb == pytest.approx({"pearson": 3 / np.sqrt(2 * 14 / 3), "spearman": 1.0})
+
+
+def test_a_constant_prediction_has_no_correlation(score):
+    """Stops NaN from entering result files."""
+    assert score("stsb", [[2.0], [2.0]], [1.0, 3.0]) == {"pearson": 0.0, "spearman": 0.0}
+
+
+def test_every_task_has_a_name():
+    assert task_names() == ("sst2", "cola", "mrpc", "stsb", "csv")

@@ -22,7 +22,7 @@ PLAN_FIELDS = [field.name for field in dataclasses.fields(RoutingPlan)]
 
 @pytest.fixture(autouse=True)
 def kernels_and_ieee():
-    """A fallback to PyTorch would pass most of these tests: it may not happen. Nor may a stray TF32 switch."""
+    """A fallback to PyTorch would pass most of these tests: it may not happen. Nor may stray TF32."""
     from moebert_kernels import kernels
 
     assert ops._cuda_backend(torch.empty(0, device="cuda")) is kernels
@@ -101,7 +101,9 @@ def test_twenty_runs_are_bitwise_equal(T):
             assert torch.equal(value, first[name]), f"{name} differs in run {i}"
 
 
-@pytest.mark.parametrize("case", [bert_base(16, norm=True), bert_base(700, "dropped", gate=True, K=2)], ids=str)
+@pytest.mark.parametrize(
+    "case", [bert_base(16, norm=True), bert_base(700, "dropped", gate=True, K=2)], ids=str
+)
 def test_nothing_waits_for_the_device(case):
     """No host synchronisation in plan, forward and backward."""
     t = inputs(case, torch.bfloat16, "cuda")

@@ -2,9 +2,9 @@
 
     python -m bench.tune [--arithmetic half tf32 ieee]
 
-For each size class, each GEMM's tile is chosen while the others stay as committed, from a forward and backward
-pass at the BERT-base sizes, in a CUDA graph, with cold caches. Afterwards the number of tokens up to which
-inference is faster with all experts masked. Paste what is printed into
+For each size class, each GEMM's tile is chosen while the others stay as they are, from a forward and a
+backward pass at the BERT-base sizes, in a CUDA graph, with cold caches. Afterwards the number of tokens up to
+which inference is faster with all experts masked. Paste what is printed into
 `moebert_kernels/kernels/configs.py` and read it with `python -m moebert_kernels.kernels.inspect`: an entry
 that spills is a bug, however fast.
 """
@@ -15,6 +15,7 @@ import argparse
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 import triton
@@ -93,7 +94,8 @@ def best(run: Callable[[Config], None], start: Config, arithmetic: str) -> Confi
     chosen, time = start, milliseconds(run, start)
     for gemm in GEMMS:
         for tile in candidates(gemm, arithmetic):
-            trial = replace(chosen, **{gemm: tile})
+            change: dict[str, Any] = {gemm: tile}
+            trial = replace(chosen, **change)
             if (now := milliseconds(run, trial)) < time:
                 chosen, time = trial, now
     other = replace(chosen, stream_k=not chosen.stream_k)

@@ -118,21 +118,21 @@ def launches(
     ln = meta(E, D, dtype=torch.float32)
     offsets, seed = meta(E + 1, dtype=torch.int32), meta(1, dtype=torch.int64)
 
-    def call(T: int) -> Any:
+    def call(T: int) -> list[Any]:
         order, gate = meta(T * K, dtype=torch.int32), meta(T, K, dtype=torch.float32)
-        return (order, offsets, w1, b1, w2, b2, gate, "gelu", K, False)
+        return [order, offsets, w1, b1, w2, b2, gate, "gelu", K, False]
 
     with recorded() as record:
         x, z, ids = meta(T, D), meta(T * K, D), meta(T, K, dtype=torch.int32)
         order, gate = call(T)[0], call(T)[6]
-        _, preact = ffn.expert_ffn_forward(x, *call(T), True, config)
-        ffn.expert_ffn_backward(x, x, preact, *call(T), [True] * 6, config)
+        _, preact = ffn.expert_ffn_forward(x, *[*call(T), True, config])
+        ffn.expert_ffn_backward(x, x, preact, *[*call(T), [True] * 6, config])
         norm_call = (ids, order, offsets, ln, ln, gate, seed)
         _, mean, rstd = norm.expert_norm_forward(z, x, *norm_call, 1e-12, 0.1)
         norm.expert_norm_backward(x, z, x, mean, rstd, *norm_call, 0.1, True)
         few = config.dense_slots // K
         if few:
-            ffn.expert_ffn_forward(meta(few, D), *call(few), False, config)
+            ffn.expert_ffn_forward(meta(few, D), *[*call(few), False, config])
     return record
 
 

@@ -5,9 +5,9 @@
 
 The work is a list: expert by expert, tile of dW by tile, one step per BLOCK_K rows. Plain, a program takes
 the steps of one tile. Streamed, a fixed number of programs take equal shares of the list, whatever the
-routing; a tile cut by a share's boundary goes to `partial` in pieces, which `join_kernel` adds in the order of
-the programs: bitwise the same for the same routing. An expert without rows has one empty step, which writes
-its zeros. Invariant: every element of dW and db is written exactly once.
+routing; a tile cut by a share's boundary goes to `partial` in pieces, which `join_kernel` adds in the order
+of the programs: bitwise the same for the same routing. An expert without rows has one empty step, which
+writes its zeros. Invariant: every element of dW and db is written exactly once.
 """
 
 # ruff: noqa: SIM102 - a test for None is settled when the kernel is compiled, the other one when it runs

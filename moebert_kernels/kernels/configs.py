@@ -1,0 +1,153 @@
+"""The committed tuning table: tile shapes by device family, arithmetic and rows per expert.
+
+Nothing is tuned at run time. `python -m bench.tune` measures the candidates on a GPU and prints this table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One GEMM's tile and how it is compiled; the epilogue takes its columns in `parts`."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    parts: int = 1
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that is chosen for one call.
+
+    Attributes:
+        up, down: the forward GEMMs, with W1 and with W2.
+        down_backward, up_backward: the GEMMs of the data gradients, with W2 and with W1.
+        weight_grad: the GEMMs of both weight gradients; m and n are sides of dW, k counts tokens.
+        stream_k: split the weight gradients' token loops evenly over the multiprocessors.
+        tma: load weights, and rows that are sorted already, through TMA descriptors.
+        dense_slots: with at most this many slots, inference runs all experts on all tokens and masks.
+        dense: the tile of both GEMMs then.
+    """
+
+    up: Tile
+    down: Tile
+    down_backward: Tile
+    up_backward: Tile
+    weight_grad: Tile
+    stream_k: bool = False
+    tma: bool = False
+    dense_slots: int = 0
+    dense: Tile = Tile(64, 32, 64, 4, 4)
+
+
+FAMILIES = ("sm_80", "sm_90", "sm_100", "default")
+ARITHMETICS = ("half", "tf32", "ieee")
+SIZES = {"small": 128, "medium": 2048, "large": None}  # rows per expert, at most
+
+
+def _config(gemm: Tile, weight_grad: Tile, down_backward: Tile | None = None, **options) -> Config:
+    return Config(gemm, gemm, down_backward or gemm, gemm, weight_grad, **options)
+
+
+SAFE = _config(Tile(64, 64, 32, 4, 2, parts=2), Tile(64, 64, 32, 4, 3))
+_IEEE = _config(Tile(64, 64, 32, 4, 3, parts=2), Tile(64, 64, 32, 8, 5))
+
+TABLE: dict[tuple[str, str, str], Config] = {
+    # Ampere and Ada. 99 KiB of shared memory is what 8.6 and 8.9 have.
+    ("sm_80", "half", "small"): _config(
+        Tile(64, 64, 64, 4, 4, parts=2), Tile(64, 128, 32, 4, 7), dense_slots=32
+    ),
+    ("sm_80", "half", "medium"): _config(Tile(64, 128, 64, 4, 4, parts=4), Tile(64, 128, 32, 4, 7)),
+    ("sm_80", "half", "large"): _config(
+        Tile(128, 128, 64, 8, 3, parts=4), Tile(128, 128, 32, 8, 7), stream_k=True
+    ),
+    ("sm_80", "tf32", "small"): _config(Tile(64, 64, 32, 4, 4, parts=2), Tile(64, 64, 32, 4, 5)),
+    ("sm_80", "tf32", "medium"): _config(Tile(64, 128, 32, 4, 4, parts=4), Tile(64, 64, 32, 4, 5)),
+    ("sm_80", "tf32", "large"): _config(
+        Tile(128, 128, 32, 8, 3, parts=4), Tile(64, 128, 32, 8, 4), stream_k=True
+    ),
+    # Hopper
+    ("sm_90", "half", "small"): _config(
+        Tile(64, 64, 64, 4, 5, parts=2), Tile(128, 128, 64, 8, 5), tma=True, dense_slots=32
+    ),
+    ("sm_90", "half", "medium"): _config(
+        Tile(64, 128, 64, 4, 4, parts=4), Tile(128, 128, 64, 8, 5), tma=True
+    ),
+    ("sm_90", "half", "large"): _config(
+        Tile(128, 256, 64, 8, 4, parts=4),
+        Tile(128, 256, 64, 8, 7),
+        down_backward=Tile(128, 128, 64, 8, 3, parts=4),
+        stream_k=True,
+        tma=True,
+    ),
+    ("sm_90", "tf32", "small"): _config(Tile(64, 64, 32, 4, 4, parts=2), Tile(64, 64, 32, 4, 4)),
+    ("sm_90", "tf32", "medium"): _config(Tile(64, 128, 32, 4, 4, parts=4), Tile(64, 128, 32, 4, 4)),
+    ("sm_90", "tf32", "large"): _config(
+        Tile(128, 128, 32, 8, 4, parts=4), Tile(128, 128, 32, 8, 4), stream_k=True
+    ),
+    # Blackwell
+    ("sm_100", "half", "small"): _config(
+        Tile(64, 64, 64, 4, 5, parts=2), Tile(128, 128, 64, 8, 3), tma=True, dense_slots=32
+    ),
+    ("sm_100", "half", "medium"): _config(
+        Tile(128, 128, 64, 8, 3, parts=4), Tile(128, 128, 64, 8, 3), tma=True
+    ),
+    ("sm_100", "half", "large"): _config(
+        Tile(128, 256, 64, 8, 4, parts=4),
+        Tile(128, 128, 64, 8, 4),
+        down_backward=Tile(128, 128, 64, 8, 3, parts=4),
+        stream_k=True,
+        tma=True,
+    ),
+    ("sm_100", "tf32", "small"): _config(Tile(64, 64, 32, 4, 4, parts=2), Tile(64, 64, 32, 4, 4)),
+    ("sm_100", "tf32", "medium"): _config(Tile(64, 128, 32, 4, 4, parts=4), Tile(64, 128, 32, 4, 4)),
+    ("sm_100", "tf32", "large"): _config(
+        Tile(128, 128, 32, 8, 4, parts=4), Tile(128, 128, 32, 8, 4), stream_k=True
+    ),
+    # On the CUDA cores the 64 x 64 tiles of dW are many enough without streaming.
+    **{(family, "ieee", size): _IEEE for family in ("sm_80", "sm_90", "sm_100") for size in SIZES},
+}
+
+
+def select(device: torch.device, dtype: torch.dtype, num_slots: int, num_experts: int) -> Config:
+    """The config of a call, from what is known without asking the device."""
+    rows = num_slots / num_experts
+    size = next(name for name, most in SIZES.items() if most is None or rows <= most)
+    return TABLE.get((family(device), arithmetic(dtype), size), SAFE)
+
+
+def arithmetic(dtype: torch.dtype) -> str:
+    """ "half" for 16-bit types; float32 is "tf32" or "ieee" as torch's own matmul would be."""
+    if dtype != torch.float32:
+        return "half"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How `tl.dot` is to multiply."""
+    return "tf32" if arithmetic(dtype) == "tf32" else "ieee"
+
+
+@cache
+def family(device: torch.device) -> str:
+    """The row of the table a device belongs to."""
+    if device.type != "cuda":
+        return "default"
+    major, _ = torch.cuda.get_device_capability(device)
+    return {8: "sm_80", 9: "sm_90", 10: "sm_100"}.get(major, "default")
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs fill the device; a small number where it is only simulated."""
+    if device.type != "cuda":
+        return 5
+    return torch.cuda.get_device_properties(device).multi_processor_count

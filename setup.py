@@ -1,8 +1,8 @@
 """Builds moebert_kernels._native from csrc/ with ninja; everything else is in pyproject.toml.
 
-What the machine offers decides what is built: nvcc, a C++ compiler, or neither. A missing tool never fails an
-install, and neither does an error of a tool that is there, unless MOEBERT_REQUIRE_NATIVE is set: "cpu" demands the
-C++ part, "cuda" both. CXX and CUDA_HOME choose the tools, MAX_JOBS bounds the parallel compilations.
+What the machine offers decides what is built: C++ and CUDA, C++ alone, or nothing. A missing tool never fails
+an install, and neither does an error of a tool that is there, unless MOEBERT_REQUIRE_NATIVE is set: "cpu"
+demands the C++ part, "cuda" both. CXX and CUDA_HOME choose the tools, MAX_JOBS bounds parallel compilations.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
-CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Werror".split()
-NVCC_FLAGS = "-std=c++17 -O3 --Werror all-warnings -Xptxas=-warn-spills".split()
+CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
+NVCC_FLAGS = ["-std=c++17", "-O3", "--Werror", "all-warnings", "-Xptxas=-warn-spills"]
 SASS_ARCHS = ("80", "90a", "100a")
 PTX_ARCH = "100"  # for what is newer than the last of SASS_ARCHS
 
@@ -133,11 +133,18 @@ def ninja_file(cxx: Cxx, cuda: Cuda | Missing, target: Path) -> str:
         info |= {"MOEBERT_CUDA_VERSION": cuda.version, "MOEBERT_CUDA_ARCHS": " ".join(cuda.archs)}
         defines = ["-DMOEBERT_WITH_CUDA"]
         sources.append("plan_cuda.cu")
-        # The static runtime opens the driver when it is first used: importing needs neither driver nor toolkit.
+        # The static runtime opens the driver when first used: importing needs neither driver nor toolkit.
         link += [f"-L{cuda.libraries}", "-lcudart_static", "-ldl", "-lrt"]
         host_flags = "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Werror"
         nvcc = ninja_command(
-            cuda.nvcc, f"-ccbin={cxx.compiler}", *NVCC_FLAGS, host_flags, *cuda.gencode, "-MMD", "-MF", "$out.d"
+            cuda.nvcc,
+            f"-ccbin={cxx.compiler}",
+            *NVCC_FLAGS,
+            host_flags,
+            *cuda.gencode,
+            "-MMD",
+            "-MF",
+            "$out.d",
         )
         rules += ["rule nvcc", f"  command = {nvcc} -c $in -o $out", "  depfile = $out.d", ""]
     else:
@@ -146,10 +153,16 @@ def ninja_file(cxx: Cxx, cuda: Cuda | Missing, target: Path) -> str:
     includes = [word for path in cxx.includes for word in ("-isystem", path)]
     compile_cxx = ninja_command(cxx.compiler, *CXX_FLAGS, *defines, *includes, "-MMD", "-MF", "$out.d")
     rules += ["rule cxx", f"  command = {compile_cxx} -c $in -o $out", "  depfile = $out.d", ""]
-    rules += ["rule link", f"  command = {ninja_command(cxx.compiler)} $in -o $out {ninja_command(*link)}", ""]
+    rules += [
+        "rule link",
+        f"  command = {ninja_command(cxx.compiler)} $in -o $out {ninja_command(*link)}",
+        "",
+    ]
     objects = [source.replace(".", "_") + ".o" for source in sources]
     for source, obj in zip(sources, objects, strict=True):
-        rules.append(f"build {obj}: {'nvcc' if source.endswith('.cu') else 'cxx'} {ninja_escape(CSRC / source)}")
+        rules.append(
+            f"build {obj}: {'nvcc' if source.endswith('.cu') else 'cxx'} {ninja_escape(CSRC / source)}"
+        )
     rules += [f"build {ninja_escape(target)}: link {' '.join(objects)}", ""]
     return "\n".join(rules)
 
@@ -171,6 +184,7 @@ class BuildNative(build_ext):
     """Tries C++ and CUDA, then C++ alone, then goes on without."""
 
     def build_extension(self, ext: Extension) -> None:
+        """Leave the module where setuptools expects it, or nothing."""
         cxx, cuda = find_cxx(), find_cuda()
         assert isinstance(cxx, Cxx)  # otherwise there is no extension to build
         if isinstance(cuda, Missing) and "cuda" in required_parts():
@@ -188,9 +202,12 @@ class BuildNative(build_ext):
             return
         if "cpu" in required_parts():
             raise SystemExit("moebert_kernels: the C++ build failed; its output is above")
-        say("WARNING: the C++ build FAILED (its output is above); installing pure Python: correct, but slower")
+        say(
+            "WARNING: the C++ build FAILED (its output is above); installing pure Python: correct, but slower"
+        )
 
     def run_ninja(self, ext: Extension, cxx: Cxx, cuda: Cuda | Missing) -> bool:
+        """Build the module with these parts; its output goes to the log."""
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         directory = Path(self.build_temp).resolve() / ("cuda" if isinstance(cuda, Cuda) else "cpu")
         directory.mkdir(parents=True, exist_ok=True)
@@ -205,6 +222,7 @@ class BuildPython(build_py):
     """Says why, where nothing native will be built."""
 
     def run(self) -> None:
+        """Copy the Python files, after the one line about what is missing."""
         cxx = find_cxx()
         if isinstance(cxx, Missing):
             if required_parts():

@@ -101,9 +101,7 @@ def build_plans_from_expert_ids(expert_ids_LS: Tensor, num_experts: int) -> Plan
         with torch.cuda.device(expert_ids_LS.device):
             workspace = _workspace(extension, sizes, expert_ids_LS.device)
             stream = torch.cuda.current_stream().cuda_stream
-            extension.from_expert_ids_cuda(
-                *source, *sizes, *_addresses(plans), workspace.data_ptr(), stream
-            )
+            extension.from_expert_ids_cuda(*source, *sizes, *_addresses(plans), workspace.data_ptr(), stream)
     return plans
 
 
@@ -156,7 +154,12 @@ def build_plans_from_input_ids(
             workspace = _workspace(extension, sizes, input_ids_T.device)
             stream = torch.cuda.current_stream().cuda_stream
             extension.from_input_ids_cuda(
-                *source, *sizes, *_addresses(plans), plans.num_invalid.data_ptr(), workspace.data_ptr(), stream
+                *source,
+                *sizes,
+                *_addresses(plans),
+                plans.num_invalid.data_ptr(),
+                workspace.data_ptr(),
+                stream,
             )
     return plans
 
@@ -226,19 +229,22 @@ def _load() -> tuple[Any | None, str]:
         extension: ModuleType = importlib.import_module("moebert_kernels._native")
     except ModuleNotFoundError:
         return None, (
-            "moebert_kernels._native was not built: at install there was no C++ compiler, or its build failed "
-            "(`pip install -v` says which)"
+            "moebert_kernels._native was not built: at install there was no C++ compiler, or its build "
+            "failed (`pip install -v` says which)"
         )
     except Exception as error:  # a file of another platform, Python or C++ runtime
         return None, f"moebert_kernels._native does not load ({type(error).__name__}: {error})"
     found = getattr(extension, "ABI_VERSION", None)
     if found != _ABI_VERSION:
         return None, (
-            f"moebert_kernels._native has interface {found}, this package needs {_ABI_VERSION}: install it again"
+            f"moebert_kernels._native has interface {found}, this package needs {_ABI_VERSION}: "
+            "install it again"
         )
     return extension, ""
 
 
 @cache
 def _warn_once(problem: str) -> None:
-    warnings.warn(f"{problem}. Routing plans are built in PyTorch, which is slower.", RuntimeWarning, stacklevel=4)
+    warnings.warn(
+        f"{problem}. Routing plans are built in PyTorch, which is slower.", RuntimeWarning, stacklevel=4
+    )

@@ -137,6 +137,7 @@ __attribute__((target("avx512f,popcnt"))) int64_t put_in_order_avx512(const Row&
     for (int32_t bin = 0; bin <= num_experts; ++bin) {
       const int32_t expert = bin < num_experts ? bin : kNoExpert;
       const __mmask16 here = _mm512_cmpeq_epi32_mask(experts, _mm512_set1_epi32(expert));
+      if (expert == kNoExpert && here == 0) continue;  // without padding, never anything else
       const int32_t count = __builtin_popcount(here);
       const auto first = static_cast<__mmask16>((1u << count) - 1);
       const __m512i run = _mm512_add_epi32(lanes, _mm512_set1_epi32(next[bin]));

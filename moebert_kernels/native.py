@@ -25,20 +25,33 @@ class PlanTensors(NamedTuple):
     """The plans of all layers, int32 and contiguous, on the device of the ids they were built from.
 
     Attributes:
-        expert_ids_LS: the expert of each slot, -1 where it has none.
-        order_LS: per layer, the slots sorted stably by expert, those without an expert last.
-        inverse_LS: per layer, the inverse permutation: `inverse[order[i]] == i`.
+        slots_3LS: `expert_ids_LS`, `order_LS` and `inverse_LS`, in this order. One storage, because freeing
+            three large ones makes the C library give their pages back: touching fresh pages in the next
+            call costs several times what building the plans does.
         counts_LE: the slots of each expert.
         offsets_LE1: exclusive prefix sums of the counts; `offsets[E]` is the number of routed slots.
         num_invalid: 0-dim, the unmasked token ids outside [0, V); always 0 for plans from expert ids.
     """
 
-    expert_ids_LS: Tensor
-    order_LS: Tensor
-    inverse_LS: Tensor
+    slots_3LS: Tensor
     counts_LE: Tensor
     offsets_LE1: Tensor
     num_invalid: Tensor
+
+    @property
+    def expert_ids_LS(self) -> Tensor:
+        """The expert of each slot, -1 where it has none."""
+        return self.slots_3LS[0]
+
+    @property
+    def order_LS(self) -> Tensor:
+        """Per layer, the slots sorted stably by expert, those without an expert last."""
+        return self.slots_3LS[1]
+
+    @property
+    def inverse_LS(self) -> Tensor:
+        """Per layer, the inverse permutation: `inverse[order[i]] == i`."""
+        return self.slots_3LS[2]
 
 
 @dataclass(frozen=True)
@@ -187,13 +200,12 @@ def _empty_plans(num_layers: int, num_slots: int, num_experts: int, device: torc
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=device)
 
-    slots = (num_layers, num_slots)
-    counts_LE, offsets_LE1 = empty(num_layers, num_experts), empty(num_layers, num_experts + 1)
-    return PlanTensors(empty(*slots), empty(*slots), empty(*slots), counts_LE, offsets_LE1, empty())
+    slots_3LS = empty(3, num_layers, num_slots)
+    return PlanTensors(slots_3LS, empty(num_layers, num_experts), empty(num_layers, num_experts + 1), empty())
 
 
 def _addresses(plans: PlanTensors) -> list[int]:
-    return [tensor.data_ptr() for tensor in plans[:5]]
+    return [tensor.data_ptr() for tensor in (*plans.slots_3LS, plans.counts_LE, plans.offsets_LE1)]
 
 
 def _workspace(extension: Any, sizes: tuple[int, int, int], device: torch.device) -> Tensor:

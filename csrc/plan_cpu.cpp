@@ -245,7 +245,7 @@ template <class Id>
 int64_t check_tokens(const Id* input_ids_T, const TableArgs& tables, int64_t num_tokens, int32_t* tokens_T,
                      int max_threads) {
   std::atomic<int64_t> num_invalid{0};
-  const int num_threads = useful_threads(num_tokens, max_threads);
+  const int num_threads = useful_threads(num_tokens / 4, max_threads);  // a fraction of a slot's sorting
   const int64_t part = (num_tokens + num_threads - 1) / num_threads;
   parallel_for(num_threads, num_threads, [&](int64_t i) {
     const Id* const ids = input_ids_T;

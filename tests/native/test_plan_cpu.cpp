@@ -41,7 +41,7 @@ int main() {
   std::mt19937 random(1);
   int num_cases = 0;
   // Sizes round the vector width, the lookup block, and (from 65536 slots on) chunks of more than one thread.
-  for (const int64_t slots : {0, 1, 7, 15, 16, 17, 1023, 1024, 1025, 4099, 65537, 131101}) {
+  for (const int64_t slots : {0, 1, 7, 15, 16, 17, 1023, 1024, 1025, 4099, 65537, 300007}) {
     for (const int32_t experts : {1, 2, 4, 16, 17, 256, 1000}) {
       const int64_t layers = 1 + static_cast<int64_t>(random() % (slots > 60000 ? 2 : 4));
       const PlanShape shape = {layers, slots, experts};

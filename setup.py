@@ -1,0 +1,239 @@
+"""Builds moebert_kernels._native from csrc/ with ninja; everything else is in pyproject.toml.
+
+What the machine offers decides what is built: C++ and CUDA, C++ alone, or nothing. A missing tool never fails
+an install, and neither does an error of a tool that is there, unless MOEBERT_REQUIRE_NATIVE is set: "cpu"
+demands the C++ part, "cuda" both. CXX and CUDA_HOME choose the tools, MAX_JOBS bounds parallel compilations.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
+NVCC_FLAGS = ["-std=c++17", "-O3", "--Werror", "all-warnings", "-Xptxas=-warn-spills"]
+SASS_ARCHS = ("80", "90a", "100a")
+PTX_ARCH = "100"  # for what is newer than the last of SASS_ARCHS
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A part that cannot be built, and the reason as a clause."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Cxx:
+    """A C++ compiler, ninja, and the headers they need."""
+
+    compiler: str
+    ninja: str
+    includes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Cuda:
+    """An nvcc and what it can target."""
+
+    nvcc: str
+    version: str
+    libraries: str
+    gencode: tuple[str, ...]
+    archs: tuple[str, ...]
+
+
+def find_cxx() -> Cxx | Missing:
+    """What the C++ part needs, or the first thing that is missing."""
+    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    compiler = next((path for name in candidates if (path := shutil.which(name))), None)
+    if compiler is None:
+        return Missing(f"no C++ compiler found (looked for {', '.join(candidates)})")
+    python_include = sysconfig.get_paths()["include"]
+    if not Path(python_include, "Python.h").exists():
+        return Missing(f"Python.h is not in {python_include} (install Python's development headers)")
+    try:
+        import ninja
+        import pybind11
+    except ImportError as error:
+        return Missing(f"the build requirement {error.name} is not installed")
+    return Cxx(compiler, str(Path(ninja.BIN_DIR, "ninja")), (python_include, pybind11.get_include()))
+
+
+def find_cuda() -> Cuda | Missing:
+    """The nvcc of CUDA_HOME, of PATH, or of /usr/local/cuda, in this order."""
+    if home := os.environ.get("CUDA_HOME"):
+        nvcc = shutil.which("nvcc", path=str(Path(home, "bin")))
+        where = f"CUDA_HOME={home}"
+    else:
+        nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+        where = "PATH or /usr/local/cuda"
+    if nvcc is None:
+        return Missing(f"no nvcc found in {where}")
+    try:
+        # nvcc itself knows where its toolkit is, also when what PATH holds is a script that calls it.
+        dryrun = subprocess.run(
+            [nvcc, "-v", "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True, check=True
+        ).stderr
+        codes = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
+        version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        return Missing(f"{nvcc} does not run ({error})")
+    match_top = re.search(r"^#\$ TOP=(.*)$", dryrun, re.MULTILINE)
+    match_version = re.search(r"release ([\d.]+)", version)
+    if match_top is None or match_version is None:
+        return Missing(f"{nvcc} does not say where its toolkit is")
+    top = Path(match_top[1].strip())
+    candidates = [top / "lib64", top / "lib", *sorted(top.glob("targets/*/lib"))]
+    libraries = next((path for path in candidates if (path / "libcudart_static.a").exists()), None)
+    if libraries is None:
+        return Missing(f"libcudart_static.a is not below {top}")
+    known = codes.split()
+    sass = [arch for arch in SASS_ARCHS if f"sm_{arch.rstrip('a')}" in known]
+    ptx = PTX_ARCH if f"sm_{PTX_ARCH}" in known else max(sass, default="").rstrip("a")
+    if not sass:
+        return Missing(f"{nvcc} ({match_version[1]}) knows none of sm_{', sm_'.join(SASS_ARCHS)}")
+    gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in sass]
+    gencode.append(f"-gencode=arch=compute_{ptx},code=compute_{ptx}")
+    archs = [f"sm_{arch}" for arch in sass] + [f"compute_{ptx}"]
+    return Cuda(nvcc, match_version[1], str(libraries), tuple(gencode), tuple(archs))
+
+
+def ninja_escape(path: str | Path) -> str:
+    """A path as a ninja file's build line takes it."""
+    return re.sub(r"([ :$])", r"$\1", str(path))
+
+
+def ninja_command(*words: str) -> str:
+    """A command line as a ninja file's rule takes it; $in, $out and $flags stay variables."""
+    return " ".join(w if w in ("$in", "$out", "$out.d") else shlex.quote(w).replace("$", "$$") for w in words)
+
+
+def ninja_file(cxx: Cxx, cuda: Cuda | Missing, target: Path) -> str:
+    """The build of `target`, objects beside the file itself."""
+    info = {"MOEBERT_CUDA_VERSION": "", "MOEBERT_CUDA_ARCHS": "", "MOEBERT_NO_CUDA_REASON": ""}
+    defines = []
+    sources = ["bindings.cpp", "plan_cpu.cpp"]
+    link = ["-shared", "-Wl,--strip-all", "-Wl,--exclude-libs,ALL", "-pthread"]
+    rules = []
+    if isinstance(cuda, Cuda):
+        info |= {"MOEBERT_CUDA_VERSION": cuda.version, "MOEBERT_CUDA_ARCHS": " ".join(cuda.archs)}
+        defines = ["-DMOEBERT_WITH_CUDA"]
+        sources.append("plan_cuda.cu")
+        # The static runtime opens the driver when first used: importing needs neither driver nor toolkit.
+        link += [f"-L{cuda.libraries}", "-lcudart_static", "-ldl", "-lrt"]
+        host_flags = "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Werror"
+        nvcc = ninja_command(
+            cuda.nvcc,
+            f"-ccbin={cxx.compiler}",
+            *NVCC_FLAGS,
+            host_flags,
+            *cuda.gencode,
+            "-MMD",
+            "-MF",
+            "$out.d",
+        )
+        rules += ["rule nvcc", f"  command = {nvcc} -c $in -o $out", "  depfile = $out.d", ""]
+    else:
+        info["MOEBERT_NO_CUDA_REASON"] = f"built without CUDA: {cuda.reason}"
+    defines += [f'-D{name}="{value}"' for name, value in info.items()]
+    includes = [word for path in cxx.includes for word in ("-isystem", path)]
+    compile_cxx = ninja_command(cxx.compiler, *CXX_FLAGS, *defines, *includes, "-MMD", "-MF", "$out.d")
+    rules += ["rule cxx", f"  command = {compile_cxx} -c $in -o $out", "  depfile = $out.d", ""]
+    rules += [
+        "rule link",
+        f"  command = {ninja_command(cxx.compiler)} $in -o $out {ninja_command(*link)}",
+        "",
+    ]
+    objects = [source.replace(".", "_") + ".o" for source in sources]
+    for source, obj in zip(sources, objects, strict=True):
+        rules.append(
+            f"build {obj}: {'nvcc' if source.endswith('.cu') else 'cxx'} {ninja_escape(CSRC / source)}"
+        )
+    rules += [f"build {ninja_escape(target)}: link {' '.join(objects)}", ""]
+    return "\n".join(rules)
+
+
+def say(message: str) -> None:
+    """One line of the build's log; pip shows it with -v, and all of it where a build fails."""
+    print(f"moebert_kernels: {message}", file=sys.stderr, flush=True)
+
+
+def required_parts() -> set[str]:
+    """The parts that MOEBERT_REQUIRE_NATIVE demands."""
+    value = os.environ.get("MOEBERT_REQUIRE_NATIVE", "")
+    if value not in ("", "cpu", "cuda"):
+        raise SystemExit(f'MOEBERT_REQUIRE_NATIVE is {value!r}, expected "cpu", "cuda" or nothing')
+    return {"": set(), "cpu": {"cpu"}, "cuda": {"cpu", "cuda"}}[value]
+
+
+class BuildNative(build_ext):
+    """Tries C++ and CUDA, then C++ alone, then goes on without."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Leave the module where setuptools expects it, or nothing."""
+        cxx, cuda = find_cxx(), find_cuda()
+        assert isinstance(cxx, Cxx)  # otherwise there is no extension to build
+        if isinstance(cuda, Missing) and "cuda" in required_parts():
+            raise SystemExit(f"moebert_kernels: MOEBERT_REQUIRE_NATIVE=cuda, but {cuda.reason}")
+        if isinstance(cuda, Cuda):
+            say(f"building C++ ({cxx.compiler}) and CUDA {cuda.version} ({' '.join(cuda.archs)})")
+            if self.run_ninja(ext, cxx, cuda):
+                return
+            if "cuda" in required_parts():
+                raise SystemExit("moebert_kernels: the CUDA build failed; its output is above")
+            say("WARNING: the CUDA build FAILED (its output is above); going on with C++ alone")
+            cuda = Missing("its build failed")
+        say(f"building C++ alone ({cxx.compiler}); {cuda.reason}")
+        if self.run_ninja(ext, cxx, cuda):
+            return
+        if "cpu" in required_parts():
+            raise SystemExit("moebert_kernels: the C++ build failed; its output is above")
+        say(
+            "WARNING: the C++ build FAILED (its output is above); installing pure Python: correct, but slower"
+        )
+
+    def run_ninja(self, ext: Extension, cxx: Cxx, cuda: Cuda | Missing) -> bool:
+        """Build the module with these parts; its output goes to the log."""
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        directory = Path(self.build_temp).resolve() / ("cuda" if isinstance(cuda, Cuda) else "cpu")
+        directory.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        (directory / "build.ninja").write_text(ninja_file(cxx, cuda, target))
+        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+        return subprocess.run([cxx.ninja, "-C", str(directory), *jobs], stdout=sys.stderr).returncode == 0
+
+
+class BuildPython(build_py):
+    """Says why, where nothing native will be built."""
+
+    def run(self) -> None:
+        """Copy the Python files, after the one line about what is missing."""
+        cxx = find_cxx()
+        if isinstance(cxx, Missing):
+            if required_parts():
+                raise SystemExit(f"moebert_kernels: MOEBERT_REQUIRE_NATIVE is set, but {cxx.reason}")
+            say(f"installing pure Python (correct, but slower): {cxx.reason}")
+        super().run()
+
+
+if __name__ == "__main__":
+    extension = Extension("moebert_kernels._native", ["csrc/bindings.cpp"], optional=True)
+    setup(
+        ext_modules=[] if isinstance(find_cxx(), Missing) else [extension],
+        cmdclass={"build_ext": BuildNative, "build_py": BuildPython},
+    )

@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Builds and runs the C++ tests of csrc/. Arguments: any of plain, asan (address and undefined behaviour), tsan (data
+# races of the host builder); all three by default. CXX chooses the compiler.
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+csrc=$here/../../csrc
+out=$(mktemp -d)
+trap 'rm -rf "$out"' EXIT
+cxx=${CXX:-c++}
+warnings="-std=c++17 -Wall -Wextra -Werror -pthread"
+
+cpu() { # name, flags
+  $cxx $warnings $2 "$here/test_plan_cpu.cpp" "$csrc/plan_cpu.cpp" -o "$out/$1"
+  "$out/$1"
+}
+kernels() {
+  $cxx $warnings -Wno-unknown-pragmas $2 "$here/test_plan_kernels.cpp" -o "$out/$1"
+  "$out/$1"
+}
+
+for mode in "${@:-plain asan tsan}"; do
+  for one in $mode; do
+    echo "== $one"
+    case $one in
+      plain)
+        cpu cpu "-O3"
+        kernels kernels "-O2"
+        ;;
+      asan)
+        flags="-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
+        cpu cpu_asan "$flags"
+        kernels kernels_asan "$flags"
+        ;;
+      tsan) cpu cpu_tsan "-O1 -g -fsanitize=thread" ;;
+      *)
+        echo "unknown mode $one" >&2
+        exit 2
+        ;;
+    esac
+  done
+done

@@ -1,0 +1,59 @@
+// The host builder against std::stable_sort, for every thread count alike.
+#include <limits>
+
+#include "../../csrc/plan_cpu.h"
+#include "plan_cases.h"
+
+namespace {
+
+using cases::Buffers;
+using moebert::PlanShape;
+
+constexpr int kThreadCounts[] = {1, 2, 3, 8};
+
+template <class Id>
+void check_expert_ids(const PlanShape& shape, std::mt19937& random) {
+  const auto ids = cases::random_ids<Id>(shape.num_layers * shape.num_slots, shape.num_experts, random);
+  const Buffers expected = cases::expected_plans({ids.begin(), ids.end()}, shape);
+  for (const int num_threads : kThreadCounts) {
+    Buffers found(shape);
+    moebert::plan_from_expert_ids_cpu({ids.data(), sizeof(Id)}, shape, found.outputs(), num_threads);
+    cases::require(found == expected, "plan_from_expert_ids_cpu", shape);
+  }
+}
+
+template <class Id>
+void check_input_ids(const PlanShape& shape, std::mt19937& random) {
+  const cases::TokenCase<Id> tokens(shape, 1 + random() % 500, random);
+  const Buffers expected = cases::expected_plans(tokens.experts, shape);
+  for (const int num_threads : kThreadCounts) {
+    Buffers found(shape);
+    const int64_t num_invalid = moebert::plan_from_input_ids_cpu(
+        {tokens.input_ids.data(), sizeof(Id)}, tokens.args(), shape, found.outputs(), num_threads);
+    cases::require(found == expected, "plan_from_input_ids_cpu", shape);
+    cases::require(num_invalid == tokens.num_invalid, "num_invalid", shape);
+  }
+}
+
+}  // namespace
+
+int main() {
+  std::mt19937 random(1);
+  int num_cases = 0;
+  // Sizes round the vector width, the lookup block, and (from 65536 slots on) chunks of more than one thread.
+  for (const int64_t slots : {0, 1, 7, 15, 16, 17, 1023, 1024, 1025, 4099, 65537, 300007}) {
+    for (const int32_t experts : {1, 2, 4, 16, 17, 256, 1000}) {
+      const int64_t layers = 1 + static_cast<int64_t>(random() % (slots > 60000 ? 2 : 4));
+      const PlanShape shape = {layers, slots, experts};
+      if (random() % 2) {
+        check_expert_ids<int32_t>(shape, random);
+        check_input_ids<int64_t>(shape, random);
+      } else {
+        check_expert_ids<int64_t>(shape, random);
+        check_input_ids<int32_t>(shape, random);
+      }
+      num_cases += 2;
+    }
+  }
+  std::printf("plan_cpu: %d cases passed\n", num_cases);
+}

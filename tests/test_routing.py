@@ -11,6 +11,7 @@ from moebert_kernels.routing import (
     RoutingPlan,
     SentenceGate,
     TokenGate,
+    builder,
     hash_balance_tables,
     hash_random_tables,
     load_balance_loss,
@@ -186,3 +187,36 @@ def test_hash_router_keeps_its_table_in_the_state_dict_and_needs_ids():
         router(torch.zeros(1, 3, 8), None)
     with pytest.raises(ValueError, match=r"\[0, 2\)"):
         HashRouter(torch.tensor([0, 2]), 2)
+
+
+def test_plans_do_not_depend_on_the_native_extension(monkeypatch):
+    ids = torch.randint(-1, 5, (37, 2), generator=torch.Generator().manual_seed(0))
+    tables_LV = hash_random_tables(3, 50, 5)
+    input_ids = torch.randint(0, 50, (4, 9), generator=torch.Generator().manual_seed(1))
+    mask = input_ids > 10
+
+    def build():
+        return [
+            RoutingPlan.from_expert_ids(ids, 5),
+            *RoutingPlan.from_input_ids(input_ids, tables_LV, 5, mask),
+        ]
+
+    with_extension = build()
+    monkeypatch.setattr(builder.native, "build_plans_from_expert_ids", lambda *args: None)
+    monkeypatch.setattr(builder.native, "build_plans_from_input_ids", lambda *args: None)
+    for a, b in zip(with_extension, build(), strict=True):
+        for name in ("expert_ids_TK", "order_S", "inverse_S", "offsets_E1"):
+            assert torch.equal(getattr(a, name), getattr(b, name)), name
+
+
+def test_the_id_of_a_padding_token_may_be_anything():
+    input_ids, mask = torch.tensor([[3, -100, 999]]), torch.tensor([[1, 0, 0]])
+    (plan,) = RoutingPlan.from_input_ids(input_ids, hash_random_tables(1, 50, 4), 4, mask)
+    assert plan.expert_ids_TK[1:].eq(-1).all()
+    assert plan.expert_ids_TK[0] >= 0
+
+
+def test_plan_operators_pass_opcheck():
+    torch.library.opcheck(builder.plan_from_expert_ids, (torch.tensor([[1, -1, 0, 3]]), 4))
+    tables_LV, mask_T = hash_random_tables(2, 50, 4), torch.tensor([True, False, True])
+    torch.library.opcheck(builder.plan_from_input_ids, (torch.tensor([4, 7, 9]), tables_LV, mask_T, 4))

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moebert_kernels.routing.builder import plan_from_expert_ids, plan_from_input_ids
+
 
 @dataclass(frozen=True, eq=False)
 class RoutingPlan:
@@ -81,7 +83,9 @@ class RoutingPlan:
                     f"found values from {low} to {high}"
                 )
         expert_ids_TK = expert_ids.unsqueeze(1) if expert_ids.dim() == 1 else expert_ids
-        return _build(expert_ids_TK.unsqueeze(0), num_experts)[0]
+        slots_3LS, offsets_LE1 = plan_from_expert_ids(expert_ids_TK.reshape(1, -1), num_experts)
+        (plan,) = _per_layer(slots_3LS, offsets_LE1, expert_ids_TK.shape[1])
+        return plan
 
     @classmethod
     def from_input_ids(
@@ -93,14 +97,15 @@ class RoutingPlan:
             input_ids: token ids, any shape; flattened to T tokens.
             tables_LV: int32, the expert of every token id for each layer.
             num_experts: E.
-            mask: shape of `input_ids`, nonzero at real tokens; others (padding) get no expert.
+            mask: shape of `input_ids`, nonzero at real tokens; others (padding) get no expert, and their
+                ids are not looked at.
 
         Returns:
             L plans with K = 1. No host synchronisation on an accelerator.
 
         Raises:
             TypeError: `input_ids` or `tables_LV` is not a signed integer tensor.
-            ValueError: shapes do not fit, or (on the CPU) a token id lies outside the table.
+            ValueError: shapes do not fit, or (on the CPU) a real token's id lies outside the table.
         """
         input_ids = _check_ids("input_ids", input_ids)
         tables_LV = _check_ids("tables_LV", tables_LV)
@@ -110,21 +115,13 @@ class RoutingPlan:
             raise ValueError(
                 f"mask must have the shape of input_ids, {tuple(input_ids.shape)}, got {tuple(mask.shape)}"
             )
-        ids_T = input_ids.reshape(-1)
-        vocab_size = tables_LV.shape[1]
-        if ids_T.device.type == "cpu" and not torch.compiler.is_compiling() and ids_T.numel():
-            low, high = (int(v) for v in ids_T.aminmax())
-            if low < 0 or high >= vocab_size:
-                raise ValueError(
-                    f"input_ids must lie in [0, {vocab_size}), the vocabulary of the routing tables, "
-                    f"found values from {low} to {high}"
-                )
-        known_T = (ids_T >= 0) & (ids_T < vocab_size)
-        if mask is not None:
-            known_T = known_T & (mask.reshape(-1) != 0)
-        expert_ids_LT = tables_LV.index_select(1, ids_T.clamp(0, vocab_size - 1))
-        expert_ids_LT = torch.where(known_T, expert_ids_LT, -1)
-        return _build(expert_ids_LT.unsqueeze(2), num_experts)
+        slots_3LT, offsets_LE1 = plan_from_input_ids(
+            input_ids.reshape(-1),
+            tables_LV.to(torch.int32),
+            None if mask is None else mask.reshape(-1) != 0,
+            num_experts,
+        )
+        return _per_layer(slots_3LT, offsets_LE1, top_k=1)
 
 
 def _check_ids(name: str, ids: Tensor) -> Tensor:
@@ -133,27 +130,8 @@ def _check_ids(name: str, ids: Tensor) -> Tensor:
     return ids
 
 
-def _build(expert_ids_LTK: Tensor, num_experts: int) -> tuple[RoutingPlan, ...]:
-    num_layers, num_tokens, top_k = expert_ids_LTK.shape
-    routed = (expert_ids_LTK >= 0) & (expert_ids_LTK < num_experts)
-    expert_ids_LTK = torch.where(routed, expert_ids_LTK, -1).to(torch.int32)
-    keys_LS = torch.where(routed, expert_ids_LTK, num_experts).reshape(num_layers, num_tokens * top_k)
-
-    sorted_keys_LS, order_LS = keys_LS.to(torch.int32).sort(dim=1, stable=True)
-    inverse_LS = torch.empty_like(order_LS).scatter_(
-        1, order_LS, torch.arange(keys_LS.shape[1], device=keys_LS.device).expand_as(order_LS)
-    )
-    bounds_LE1 = torch.arange(num_experts + 1, device=keys_LS.device, dtype=torch.int32)
-    offsets_LE1 = torch.searchsorted(
-        sorted_keys_LS, bounds_LE1.expand(num_layers, -1).contiguous(), out_int32=True
-    )
-    return tuple(
-        RoutingPlan(*layer)
-        for layer in zip(
-            expert_ids_LTK.unbind(),
-            order_LS.to(torch.int32).unbind(),
-            inverse_LS.to(torch.int32).unbind(),
-            offsets_LE1.unbind(),
-            strict=True,
-        )
-    )
+def _per_layer(slots_3LS: Tensor, offsets_LE1: Tensor, top_k: int) -> tuple[RoutingPlan, ...]:
+    expert_ids_LS, order_LS, inverse_LS = slots_3LS.unbind()
+    expert_ids_LTK = expert_ids_LS.unflatten(1, (expert_ids_LS.shape[1] // top_k, top_k))
+    layers = (expert_ids_LTK, order_LS, inverse_LS, offsets_LE1)
+    return tuple(RoutingPlan(*layer) for layer in zip(*(t.unbind() for t in layers), strict=True))

@@ -31,7 +31,8 @@ def plan_from_expert_ids(expert_ids_LS: Tensor, num_experts: int) -> tuple[Tenso
 
 @plan_from_expert_ids.register_fake
 def _(expert_ids_LS, num_experts):
-    return _empty(expert_ids_LS, *expert_ids_LS.shape, num_experts)
+    num_layers, num_slots = expert_ids_LS.shape
+    return _empty(expert_ids_LS, num_layers, num_slots, num_experts)
 
 
 @torch.library.custom_op("moebert_kernels::plan_from_input_ids", mutates_args=())

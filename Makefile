@@ -1,6 +1,8 @@
 # make demo   the main job on real input: a BERT becomes a MoEBERT, results in runs/demo
 # make test   the test suite
 # make lint   ruff and mypy
+# make sanitize   the native code's tests under the address, undefined-behaviour and thread sanitizers
+# make installs   pip install with nvcc, without it, and without any compiler, each in an environment of its own
 #
 # Each builds what it needs in .venv first. PYTHON=python3.12 picks another interpreter.
 
@@ -9,7 +11,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format sanitize installs clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/installed
@@ -26,6 +28,14 @@ lint: $(VENV)/installed
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+sanitize:
+	tests/native/run.sh plain
+	tests/native/run.sh asan
+	tests/native/run.sh tsan
+
+installs: $(VENV)/installed
+	tests/install_matrix.sh $(abspath $(BIN)/python)
 
 $(VENV)/installed: pyproject.toml constraints.txt $(wildcard setup.py csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "moebert_kernels needs Python 3.10 or newer, but $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=/path/to/python3.12 ...")'

@@ -1,0 +1,161 @@
+"""The building blocks every grouped GEMM here is made of: which rows a tile has, the K loop, the activation.
+
+Notation as in `ops`: S slots in sorted order, D hidden size, F neurons of one expert, E experts. A tile is
+BLOCK_M sorted rows of one group by BLOCK_N columns. Group e < E is expert e's rows; group E is the slots that
+have no expert, which come last in the sorted order.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def find_rows(tile, offsets_ptr, num_slots, E: tl.constexpr, BLOCK_M: tl.constexpr, GROUPS: tl.constexpr):
+    """The group of row tile `tile`, its first row and the end of the group.
+
+    Every group starts a tile of its own, so S slots make at most cdiv(S, BLOCK_M) + E tiles: the grid depends
+    on shapes alone, and a tile past the last group gets a group above E. GROUPS is the power of two above E.
+    """
+    g = tl.arange(0, GROUPS)
+    begin_G = tl.load(offsets_ptr + g, mask=g <= E, other=num_slots)
+    end_G = tl.load(offsets_ptr + g + 1, mask=g < E, other=num_slots)
+    tiles_G = (end_G - begin_G + BLOCK_M - 1) // BLOCK_M
+    until_G = tl.cumsum(tiles_G, 0)
+    group = tl.sum((until_G <= tile).to(tl.int32), 0)
+    mine_G = g == group
+    first_tile = tl.sum(tl.where(mine_G, until_G - tiles_G, 0), 0)
+    begin = tl.sum(tl.where(mine_G, begin_G, 0), 0) + (tile - first_tile) * BLOCK_M
+    end = tl.sum(tl.where(mine_G, end_G, 0), 0)
+    return group, begin, end
+
+
+@triton.jit
+def load_weight(
+    w,
+    expert,
+    k,
+    n,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    ROWS_ARE_N: tl.constexpr,
+    W_TMA: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """A [BLOCK_K, BLOCK_N] tile of one expert's matrix, 0 outside it.
+
+    `w` is stored [E, N, K] if ROWS_ARE_N, else [E, K, N], and is a TMA descriptor of it if W_TMA: one of three
+    axes, so that a tile that overhangs reads zeros and never the next expert.
+    """
+    if W_TMA and ROWS_ARE_N:
+        w_KN = w.load([expert, n, k]).reshape(BLOCK_N, BLOCK_K).T
+    elif W_TMA:
+        w_KN = w.load([expert, k, n]).reshape(BLOCK_K, BLOCK_N)
+    else:
+        rows_K = k + tl.arange(0, BLOCK_K)
+        cols_N = n + tl.arange(0, BLOCK_N)
+        ptrs = w + expert.to(tl.int64) * (N * K)
+        if ROWS_ARE_N:
+            ptrs += cols_N.to(tl.int64)[None, :] * K + rows_K[:, None]
+        else:
+            ptrs += rows_K.to(tl.int64)[:, None] * N + cols_N[None, :]
+        if K % BLOCK_K == 0 and N % BLOCK_N == 0:
+            w_KN = tl.load(ptrs)
+        else:
+            w_KN = tl.load(ptrs, mask=(rows_K < K)[:, None] & (cols_N < N)[None, :], other=0.0)
+    return w_KN
+
+
+@triton.jit
+def multiply(
+    a,
+    a_begin,
+    a_offset_M,
+    w,
+    expert,
+    n,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    ROWS_ARE_N: tl.constexpr,
+    A_TMA: tl.constexpr,
+    W_TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """[BLOCK_M, K] rows times one expert's [K, BLOCK_N] columns, accumulated in float32.
+
+    The rows are those from `a_begin` on of the descriptor `a` if A_TMA, else those at element offsets
+    `a_offset_M` of the pointer `a`. What rows past the end of the group hold is the caller's not to store.
+    """
+    acc_MN = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for k in tl.range(0, K, BLOCK_K):
+        if A_TMA:
+            a_MK = a.load([a_begin, k])
+        else:
+            cols_K = k + tl.arange(0, BLOCK_K)
+            ptrs = a + a_offset_M[:, None] + cols_K[None, :]
+            if K % BLOCK_K == 0:
+                a_MK = tl.load(ptrs)
+            else:
+                a_MK = tl.load(ptrs, mask=(cols_K < K)[None, :], other=0.0)
+        w_KN = load_weight(w, expert, k, n, K, N, ROWS_ARE_N, W_TMA, BLOCK_K, BLOCK_N)
+        acc_MN = tl.dot(a_MK, w_KN, acc_MN, input_precision=PRECISION)
+    return acc_MN
+
+
+@triton.jit
+def split_columns(tile_MN, PARTS: tl.constexpr):
+    """The tile in 1, 2 or 4 column blocks from left to right: an epilogue in parts needs fewer registers."""
+    if PARTS == 1:
+        parts = (tile_MN,)
+    else:
+        left, right = _halves(tile_MN)
+        if PARTS == 2:
+            parts = (left, right)
+        else:
+            tl.static_assert(PARTS == 4)
+            left_0, left_1 = _halves(left)
+            right_0, right_1 = _halves(right)
+            parts = (left_0, left_1, right_0, right_1)
+    return parts
+
+
+@triton.jit
+def _halves(tile_MN):
+    M: tl.constexpr = tile_MN.shape[0]
+    N: tl.constexpr = tile_MN.shape[1]
+    return tile_MN.reshape(M, 2, N // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def activate(h, ACTIVATION: tl.constexpr):
+    """act(h) in float32."""
+    if ACTIVATION == "gelu":
+        return 0.5 * h * (1.0 + tl.erf(h * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        return h * tl.sigmoid(1.5957691216057308 * (h + 0.044715 * h * h * h))
+    elif ACTIVATION == "relu":
+        return tl.where(h > 0, h, 0.0)
+    else:
+        tl.static_assert(ACTIVATION == "silu")
+        return h * tl.sigmoid(h)
+
+
+@triton.jit
+def activate_with_slope(h, ACTIVATION: tl.constexpr):
+    """act(h) and act'(h) in float32."""
+    if ACTIVATION == "gelu":
+        cdf = 0.5 * (1.0 + tl.erf(h * 0.7071067811865476))
+        return h * cdf, cdf + h * 0.3989422804014327 * tl.exp(-0.5 * h * h)
+    elif ACTIVATION == "gelu_tanh":
+        # 0.5 (1 + tanh u) = sigmoid(2u)
+        cdf = tl.sigmoid(1.5957691216057308 * (h + 0.044715 * h * h * h))
+        return h * cdf, cdf + h * cdf * (1.0 - cdf) * 1.5957691216057308 * (1.0 + 0.134145 * h * h)
+    elif ACTIVATION == "relu":
+        return tl.where(h > 0, h, 0.0), tl.where(h > 0, 1.0, 0.0)
+    else:
+        tl.static_assert(ACTIVATION == "silu")
+        cdf = tl.sigmoid(h)
+        return h * cdf, cdf + h * cdf * (1.0 - cdf)

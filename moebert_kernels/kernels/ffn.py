@@ -1,0 +1,245 @@
+"""`expert_ffn` and its backward on CUDA tensors: allocate, choose the config, launch. See `ops` for both.
+
+Nothing here reads a device value on the host: grids and workspaces follow from shapes alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moebert_kernels.kernels import configs
+from moebert_kernels.kernels.configs import Config, Tile
+from moebert_kernels.kernels.grouped import gather_backward_kernel, gather_kernel, scatter_kernel
+from moebert_kernels.kernels.launch import ceil_div, describe, descriptor_fits, groups_of, launch, on_device_of
+from moebert_kernels.kernels.launch import rows as with_contiguous_rows
+from moebert_kernels.kernels.rows import gate_grad_kernel, over_experts
+from moebert_kernels.kernels.wgrad import weight_grads
+
+
+def expert_ffn_forward(
+    x_TD: Tensor,
+    order_S: Tensor,
+    offsets_E1: Tensor,
+    w1_EFD: Tensor,
+    b1_EF: Tensor | None,
+    w2_EDF: Tensor,
+    b2_ED: Tensor | None,
+    gate_TK: Tensor | None,
+    activation: str,
+    top_k: int,
+    per_slot: bool,
+    save_preact: bool,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `ops.expert_ffn`."""
+    S = order_S.shape[0]
+    E, F, D = w1_EFD.shape
+    config = config or configs.select(x_TD.device, x_TD.dtype, S, E)
+    x_TD = with_contiguous_rows(x_TD)
+    w1_EFD, w2_EDF = w1_EFD.contiguous(), w2_EDF.contiguous()
+    order_S, offsets_E1 = order_S.contiguous(), offsets_E1.contiguous()
+    gate_S, scale = _gate(gate_TK, top_k, per_slot)
+    a_SF = x_TD.new_empty(S, F)
+    preact_SF = x_TD.new_empty(S if save_preact else 0, F)
+    z_SD = x_TD.new_empty(S, D)
+    with on_device_of(x_TD):
+        launch(
+            gather_kernel,
+            _grid(S, E, F, config.up),
+            x_ptr=x_TD,
+            x_stride=x_TD.stride(0),
+            order_ptr=order_S,
+            offsets_ptr=offsets_E1,
+            w1=_weight(w1_EFD, config.tma, config.up.n, config.up.k),
+            b1_ptr=_contiguous(b1_EF),
+            a_ptr=a_SF,
+            preact_ptr=preact_SF if save_preact else None,
+            num_slots=S,
+            E=E,
+            D=D,
+            F=F,
+            TOP_K=top_k,
+            ACTIVATION=activation,
+            W_TMA=config.tma and descriptor_fits(w1_EFD),
+            **_tile(config.up, E, x_TD),
+        )
+        _scatter(
+            a_SF, order_S, offsets_E1, w2_EDF, b2_ED, gate_S, z_SD, scale, True, config.tma, config.down
+        )
+        return over_experts(z_SD, 1 if per_slot else top_k), preact_SF
+
+
+def expert_ffn_backward(
+    dy: Tensor,
+    x_TD: Tensor,
+    preact_SF: Tensor,
+    order_S: Tensor,
+    offsets_E1: Tensor,
+    w1_EFD: Tensor,
+    b1_EF: Tensor | None,
+    w2_EDF: Tensor,
+    b2_ED: Tensor | None,
+    gate_TK: Tensor | None,
+    activation: str,
+    top_k: int,
+    per_slot: bool,
+    needs: list[bool],
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `ops.expert_ffn_backward`."""
+    need_x, need_w1, need_b1, need_w2, need_b2, need_gate = needs
+    need_b1, need_b2 = need_b1 and b1_EF is not None, need_b2 and b2_ED is not None
+    S = order_S.shape[0]
+    E, F, D = w1_EFD.shape
+    config = config or configs.select(x_TD.device, x_TD.dtype, S, E)
+    x_TD, dy = with_contiguous_rows(x_TD), with_contiguous_rows(dy)
+    w1_EFD, w2_EDF = w1_EFD.contiguous(), w2_EDF.contiguous()
+    order_S, offsets_E1 = order_S.contiguous(), offsets_E1.contiguous()
+    gate_S, scale = _gate(gate_TK, top_k, per_slot)
+    dy_top_k = 1 if per_slot else top_k
+    nothing = x_TD.new_empty(0)
+
+    need_dh = need_x or need_w1 or need_b1
+    need_ga = need_w2 or need_b2
+    dh_SF = x_TD.new_empty(S, F) if need_dh else None
+    ga_SF = x_TD.new_empty(S, F) if need_ga else None
+    col_tiles = ceil_div(F, config.down_backward.n)
+    parts = x_TD.new_empty(col_tiles, S, dtype=torch.float32) if need_gate else None
+    with on_device_of(x_TD):
+        if need_dh or need_ga or need_gate:
+            launch(
+                gather_backward_kernel,
+                _grid(S, E, F, config.down_backward),
+                dy_ptr=dy,
+                dy_stride=dy.stride(0),
+                order_ptr=order_S,
+                offsets_ptr=offsets_E1,
+                w2=_weight(w2_EDF, config.tma, config.down_backward.k, config.down_backward.n),
+                gate_ptr=gate_S,
+                preact_ptr=preact_SF,
+                dh_ptr=dh_SF,
+                ga_ptr=ga_SF,
+                dgate_ptr=parts,
+                num_slots=S,
+                E=E,
+                D=D,
+                F=F,
+                DY_TOP_K=dy_top_k,
+                SCALE=scale,
+                ACTIVATION=activation,
+                W_TMA=config.tma and descriptor_fits(w2_EDF),
+                **_tile(config.down_backward, E, x_TD),
+            )
+        dx_TD = x_TD.new_empty(0, D)
+        if need_x:
+            dx_SD = x_TD.new_empty(S, D)
+            _scatter(
+                dh_SF, order_S, offsets_E1, w1_EFD, None, None, dx_SD, 1.0, False, config.tma, config.up_backward
+            )
+            dx_TD = over_experts(dx_SD, top_k)
+        dgate_TK = nothing
+        if need_gate:
+            dgate_TK = dy.new_empty(S // top_k, top_k)
+            launch(
+                gate_grad_kernel,
+                (ceil_div(S, 16) + E if S else 0,),
+                parts_ptr=parts,
+                dy_ptr=dy,
+                dy_stride=dy.stride(0),
+                order_ptr=order_S,
+                offsets_ptr=offsets_E1,
+                b2_ptr=_contiguous(b2_ED),
+                dgate_ptr=dgate_TK,
+                num_slots=S,
+                E=E,
+                D=D,
+                DY_TOP_K=dy_top_k,
+                COL_TILES=col_tiles,
+                BLOCK_M=16,
+                BLOCK_D=128,
+                GROUPS=groups_of(E),
+            )
+        dw1 = db1 = dw2 = db2 = None
+        if need_w1 or need_b1:
+            dw1, db1 = weight_grads(
+                dh_SF, x_TD, order_S, offsets_E1, None, 1.0, top_k, False, need_b1, config
+            )
+        if need_w2 or need_b2:
+            dw2, db2 = weight_grads(
+                dy, ga_SF, order_S, offsets_E1, gate_S, scale, dy_top_k, True, need_b2, config
+            )
+    weights = (dw1 if need_w1 else None, db1, dw2 if need_w2 else None, db2)
+    dw1, db1, dw2, db2 = (nothing if grad is None else grad for grad in weights)
+    return dx_TD, dw1, db1, dw2, db2, dgate_TK
+
+
+def _scatter(
+    a_SK: Tensor,
+    order_S: Tensor,
+    offsets_E1: Tensor,
+    w: Tensor,
+    b_EN: Tensor | None,
+    gate_S: Tensor | None,
+    out_SN: Tensor,
+    scale: float,
+    rows_are_n: bool,
+    tma: bool,
+    tile: Tile,
+) -> None:
+    """out[order] = (a W_e + b_e) * gate, with w [E, N, K] if `rows_are_n` else [E, K, N]."""
+    (S, K), N, E = a_SK.shape, out_SN.shape[1], w.shape[0]
+    a_tma = tma and descriptor_fits(a_SK)
+    launch(
+        scatter_kernel,
+        _grid(S, E, N, tile),
+        a=describe(a_SK, tile.m, tile.k) if a_tma else a_SK,
+        order_ptr=order_S,
+        offsets_ptr=offsets_E1,
+        w=_weight(w, tma, *((tile.n, tile.k) if rows_are_n else (tile.k, tile.n))),
+        b_ptr=_contiguous(b_EN),
+        gate_ptr=gate_S,
+        out_ptr=out_SN,
+        num_slots=S,
+        E=E,
+        K=K,
+        N=N,
+        SCALE=scale,
+        ROWS_ARE_N=rows_are_n,
+        A_TMA=a_tma,
+        W_TMA=tma and descriptor_fits(w),
+        **_tile(tile, E, a_SK),
+    )
+
+
+def _gate(gate_TK: Tensor | None, top_k: int, per_slot: bool) -> tuple[Tensor | None, float]:
+    """The factor of each slot, or the one they share."""
+    if gate_TK is not None:
+        return gate_TK.reshape(-1), 1.0
+    return None, 1.0 if per_slot else 1.0 / top_k
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _weight(w: Tensor, tma: bool, *block: int):
+    return describe(w, 1, *block) if tma and descriptor_fits(w) else w
+
+
+def _grid(num_slots: int, num_experts: int, cols: int, tile: Tile) -> tuple[int]:
+    """Row tiles, of which every expert and the slots without one may leave one unfilled, times columns."""
+    return (min(num_slots, ceil_div(num_slots, tile.m) + num_experts) * ceil_div(cols, tile.n),)
+
+
+def _tile(tile: Tile, num_experts: int, like: Tensor) -> dict:
+    return {
+        "PRECISION": configs.precision(like.dtype),
+        "BLOCK_M": tile.m,
+        "BLOCK_N": tile.n,
+        "BLOCK_K": tile.k,
+        "PARTS": tile.parts,
+        "GROUPS": groups_of(num_experts),
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }

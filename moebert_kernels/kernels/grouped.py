@@ -1,0 +1,233 @@
+"""The two grouped GEMMs of a pass: gather and multiply, multiply and scatter.
+
+    forward    gather_kernel    a  = act(x[token] W1^T + b1)                 sorted rows out
+               scatter_kernel   z[slot] = (a W2^T + b2) * gate               slot rows out
+    backward   gather_backward  dh = (dz[slot] W2) * act'(h) * gate          sorted rows out
+               scatter_kernel   dx[slot] = dh W1                             slot rows out
+
+Grid of all three: (row tiles x column tiles), columns fastest so that neighbours share their rows in L2; row
+tiles are bounded by shapes alone (`blocks.find_rows`). Invariant: every element of every output is written
+exactly once, except sorted rows without an expert in `a`, `dh` and `ga`, which nobody reads.
+"""
+
+import triton
+import triton.language as tl
+
+from moebert_kernels.kernels.blocks import (
+    activate,
+    activate_with_slope,
+    find_rows,
+    multiply,
+    split_columns,
+)
+
+
+@triton.jit(do_not_specialize=["num_slots"])
+def gather_kernel(
+    x_ptr,  # [T, D], rows x_stride apart
+    x_stride,
+    order_ptr,  # [S]
+    offsets_ptr,  # [E + 1]
+    w1,  # [E, F, D], pointer or descriptor
+    b1_ptr,  # [E, F] or None
+    a_ptr,  # out: [S, F] sorted
+    preact_ptr,  # out: [S, F] sorted, or None
+    num_slots,
+    E: tl.constexpr,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    TOP_K: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    W_TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """a = act(x[order // TOP_K] W1_e^T + b1_e); the pre-activation is kept if there is room for it."""
+    col_tiles: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
+    n = tl.program_id(0) % col_tiles * BLOCK_N
+    group, begin, end = find_rows(tl.program_id(0) // col_tiles, offsets_ptr, num_slots, E, BLOCK_M, GROUPS)
+    if group > E:
+        return
+    if group == E:
+        if preact_ptr is not None:
+            _store(preact_ptr, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), begin, end, n, F)
+        return
+    rows_M = begin + tl.arange(0, BLOCK_M)
+    token_M = tl.load(order_ptr + rows_M, mask=rows_M < end, other=0) // TOP_K
+    acc_MN = multiply(
+        x_ptr, 0, token_M.to(tl.int64) * x_stride, w1, group, n,
+        D, F, True, False, W_TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    h_parts = split_columns(acc_MN, PARTS)
+    for i in tl.static_range(PARTS):
+        _finish_gather(
+            h_parts[i], group, begin, end, n + i * (BLOCK_N // PARTS), b1_ptr, a_ptr, preact_ptr, F, ACTIVATION
+        )
+
+
+@triton.jit
+def _finish_gather(
+    h_MN, expert, begin, end, n, b1_ptr, a_ptr, preact_ptr, F: tl.constexpr, ACTIVATION: tl.constexpr
+):
+    if b1_ptr is not None:
+        h_MN += _load_bias(b1_ptr, expert, n, F, h_MN.shape[1])[None, :]
+    if preact_ptr is not None:
+        _store(preact_ptr, h_MN, begin, end, n, F)
+    _store(a_ptr, activate(h_MN, ACTIVATION), begin, end, n, F)
+
+
+@triton.jit(do_not_specialize=["num_slots"])
+def gather_backward_kernel(
+    dy_ptr,  # [S / DY_TOP_K, D], rows dy_stride apart
+    dy_stride,
+    order_ptr,  # [S]
+    offsets_ptr,  # [E + 1]
+    w2,  # [E, D, F], pointer or descriptor
+    gate_ptr,  # [S] by slot, or None for SCALE
+    preact_ptr,  # [S, F] sorted
+    dh_ptr,  # out: [S, F] sorted, or None
+    ga_ptr,  # out: [S, F] sorted, gate * act(h), or None
+    dgate_ptr,  # out: [column tiles, S] sorted, parts of <W2^T dy, a>, or None
+    num_slots,
+    E: tl.constexpr,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    DY_TOP_K: tl.constexpr,
+    SCALE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    W_TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """dh = (dy[order // DY_TOP_K] W2_e) * act'(h) * gate, and what W2's and the gate's gradients need of a."""
+    col_tiles: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
+    col_tile = tl.program_id(0) % col_tiles
+    n = col_tile * BLOCK_N
+    group, begin, end = find_rows(tl.program_id(0) // col_tiles, offsets_ptr, num_slots, E, BLOCK_M, GROUPS)
+    if group >= E:
+        return
+    rows_M = begin + tl.arange(0, BLOCK_M)
+    slot_M = tl.load(order_ptr + rows_M, mask=rows_M < end, other=0)
+    acc_MN = multiply(
+        dy_ptr, 0, (slot_M // DY_TOP_K).to(tl.int64) * dy_stride, w2, group, n,
+        D, F, False, False, W_TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    gate_M = _load_gate(gate_ptr, slot_M, SCALE)
+    dgate_M = tl.zeros((BLOCK_M,), tl.float32)
+    da_parts = split_columns(acc_MN, PARTS)
+    for i in tl.static_range(PARTS):
+        dgate_M += _finish_gather_backward(
+            da_parts[i], gate_M, begin, end, n + i * (BLOCK_N // PARTS), preact_ptr, dh_ptr, ga_ptr, F, ACTIVATION
+        )
+    if dgate_ptr is not None:
+        tl.store(dgate_ptr + col_tile.to(tl.int64) * num_slots + rows_M, dgate_M, mask=rows_M < end)
+
+
+@triton.jit
+def _finish_gather_backward(
+    da_MN, gate_M, begin, end, n, preact_ptr, dh_ptr, ga_ptr, F: tl.constexpr, ACTIVATION: tl.constexpr
+):
+    """Stores dh and gate * a; returns the rows' <da, a>."""
+    rows_M = begin + tl.arange(0, da_MN.shape[0])
+    cols_N = n + tl.arange(0, da_MN.shape[1])
+    offset_MN = rows_M.to(tl.int64)[:, None] * F + cols_N[None, :]
+    h_MN = tl.load(preact_ptr + offset_MN, mask=(rows_M < end)[:, None] & (cols_N < F)[None, :], other=0.0)
+    a_MN, slope_MN = activate_with_slope(h_MN.to(tl.float32), ACTIVATION)
+    if dh_ptr is not None:
+        _store(dh_ptr, da_MN * slope_MN * gate_M[:, None], begin, end, n, F)
+    if ga_ptr is not None:
+        _store(ga_ptr, a_MN * gate_M[:, None], begin, end, n, F)
+    return tl.sum(da_MN * a_MN, 1)
+
+
+@triton.jit(do_not_specialize=["num_slots"])
+def scatter_kernel(
+    a,  # [S, K] sorted, pointer or descriptor
+    order_ptr,  # [S]
+    offsets_ptr,  # [E + 1]
+    w,  # [E, N, K] if ROWS_ARE_N else [E, K, N], pointer or descriptor
+    b_ptr,  # [E, N] or None
+    gate_ptr,  # [S] by slot, or None for SCALE
+    out_ptr,  # out: [S, N] by slot
+    num_slots,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    SCALE: tl.constexpr,
+    ROWS_ARE_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+    A_TMA: tl.constexpr,
+    W_TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """out[order] = (a W_e + b_e) * gate, and 0 in the slots that have no expert."""
+    col_tiles: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    n = tl.program_id(0) % col_tiles * BLOCK_N
+    group, begin, end = find_rows(tl.program_id(0) // col_tiles, offsets_ptr, num_slots, E, BLOCK_M, GROUPS)
+    if group > E:
+        return
+    rows_M = begin + tl.arange(0, BLOCK_M)
+    slot_M = tl.load(order_ptr + rows_M, mask=rows_M < end, other=0)
+    if group == E:
+        zero_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        _store_rows(out_ptr, zero_MN, slot_M, rows_M < end, n, N)
+        return
+    a_offset_M = tl.where(rows_M < end, rows_M, begin).to(tl.int64) * K
+    acc_MN = multiply(
+        a, begin, a_offset_M, w, group, n,
+        K, N, ROWS_ARE_N, A_TMA, W_TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    gate_M = _load_gate(gate_ptr, slot_M, SCALE)
+    z_parts = split_columns(acc_MN, PARTS)
+    for i in tl.static_range(PARTS):
+        _finish_scatter(
+            z_parts[i], group, slot_M, rows_M < end, gate_M, n + i * (BLOCK_N // PARTS), b_ptr, out_ptr, N
+        )
+
+
+@triton.jit
+def _finish_scatter(z_MN, expert, slot_M, live_M, gate_M, n, b_ptr, out_ptr, N: tl.constexpr):
+    if b_ptr is not None:
+        z_MN += _load_bias(b_ptr, expert, n, N, z_MN.shape[1])[None, :]
+    _store_rows(out_ptr, z_MN * gate_M[:, None], slot_M, live_M, n, N)
+
+
+@triton.jit
+def _load_gate(gate_ptr, slot_M, SCALE: tl.constexpr):
+    if gate_ptr is None:
+        gate_M = tl.full(slot_M.shape, SCALE, tl.float32)
+    else:
+        gate_M = tl.load(gate_ptr + slot_M).to(tl.float32)
+    return gate_M
+
+
+@triton.jit
+def _load_bias(b_ptr, expert, n, N: tl.constexpr, BLOCK_N: tl.constexpr):
+    cols_N = n + tl.arange(0, BLOCK_N)
+    return tl.load(b_ptr + expert * N + cols_N, mask=cols_N < N, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(ptr, tile_MN, begin, end, n, N: tl.constexpr):
+    """Write a tile to the sorted rows from `begin` on that come before `end`."""
+    rows_M = begin + tl.arange(0, tile_MN.shape[0])
+    _store_rows(ptr, tile_MN, rows_M, rows_M < end, n, N)
+
+
+@triton.jit
+def _store_rows(ptr, tile_MN, row_M, live_M, n, N: tl.constexpr):
+    cols_N = n + tl.arange(0, tile_MN.shape[1])
+    ptrs = ptr + row_M.to(tl.int64)[:, None] * N + cols_N[None, :]
+    tl.store(ptrs, tile_MN.to(ptr.dtype.element_ty), mask=live_M[:, None] & (cols_N < N)[None, :])

@@ -1,0 +1,79 @@
+"""How kernels are started: one door, so that what production launches can be recorded and compiled elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+class Launch(NamedTuple):
+    """One kernel launch as it was asked for."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+
+
+_record: list[Launch] | None = None
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Inside, kernels are not run but noted, in order. With meta tensors this needs no device."""
+    global _record
+    before, _record = _record, []
+    try:
+        yield _record
+    finally:
+        _record = before
+
+
+def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+    """Start `kernel` on the current stream unless its grid is empty."""
+    if 0 in grid:
+        return
+    if _record is None:
+        kernel[grid](**arguments)
+    else:
+        _record.append(Launch(kernel, grid, arguments))
+
+
+def on_device_of(tensor: Tensor) -> Any:
+    """Make a tensor's device the current one: Triton launches there and not where its arguments are."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def rows(matrix: Tensor) -> Tensor:
+    """The matrix itself if its rows are contiguous, whatever their stride; else one contiguous copy."""
+    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
+
+
+def descriptor_fits(tensor: Tensor) -> bool:
+    """Whether a TMA descriptor can describe a contiguous tensor: 16-byte aligned rows, nothing empty."""
+    return (
+        tensor.numel() > 0
+        and tensor.is_contiguous()
+        and tensor.shape[-1] * tensor.element_size() % 16 == 0
+        and tensor.data_ptr() % 16 == 0
+    )
+
+
+def describe(tensor: Tensor, *block: int) -> TensorDescriptor:
+    """A TMA descriptor, passed by value at launch: it is captured in a CUDA graph like any argument."""
+    return TensorDescriptor.from_tensor(tensor, list(block))
+
+
+def ceil_div(numerator: int, denominator: int) -> int:
+    """Quotient rounded up."""
+    return -(-numerator // denominator)
+
+
+def groups_of(num_experts: int) -> int:
+    """The power of two that holds every expert and the group of slots without one."""
+    return triton.next_power_of_2(num_experts + 1)

@@ -1,0 +1,337 @@
+"""`expert_norm` and its backward on CUDA tensors: the residual sum and each expert's LayerNorm, row by row.
+
+    u = dropout(z) + residual     xhat = (u - mean) * rstd     y = sum over k of gate * (xhat * ln_w_e + ln_b_e)
+
+Dropout's mask is drawn from the seed, the slot and the column alone, and so is drawn again in backward.
+Backward walks tiles of sorted rows, so that a program meets one expert only and adds up its share of dln_w and
+dln_b in registers; the shares are added in the order of the tiles by a second kernel.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moebert_kernels.kernels import configs
+from moebert_kernels.kernels.blocks import find_rows
+from moebert_kernels.kernels.launch import ceil_div, groups_of, launch, on_device_of
+from moebert_kernels.kernels.launch import rows as with_contiguous_rows
+from moebert_kernels.kernels.rows import over_experts
+
+
+def expert_norm_forward(
+    z_SD: Tensor,
+    residual_TD: Tensor,
+    expert_ids_TK: Tensor,
+    order_S: Tensor,
+    offsets_E1: Tensor,
+    ln_w_ED: Tensor,
+    ln_b_ED: Tensor,
+    gate_TK: Tensor | None,
+    seed: Tensor | None,
+    eps: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `ops.expert_norm`."""
+    (S, D), (T, K) = z_SD.shape, expert_ids_TK.shape
+    residual_TD = with_contiguous_rows(residual_TD)
+    y_TD = residual_TD.new_empty(T, D)
+    mean_S, rstd_S = (z_SD.new_empty(S, dtype=torch.float32) for _ in range(2))
+    with on_device_of(z_SD):
+        launch(
+            norm_kernel,
+            (T,),
+            z_ptr=z_SD.contiguous(),
+            residual_ptr=residual_TD,
+            residual_stride=residual_TD.stride(0),
+            expert_ids_ptr=expert_ids_TK.contiguous(),
+            ln_w_ptr=ln_w_ED.contiguous(),
+            ln_b_ptr=ln_b_ED.contiguous(),
+            gate_ptr=None if gate_TK is None else gate_TK.contiguous(),
+            seed_ptr=seed,
+            y_ptr=y_TD,
+            mean_ptr=mean_S,
+            rstd_ptr=rstd_S,
+            eps=eps,
+            dropout_p=dropout_p,
+            D=D,
+            TOP_K=K,
+            **_row(D),
+        )
+    return y_TD, mean_S, rstd_S
+
+
+def expert_norm_backward(
+    dy_TD: Tensor,
+    z_SD: Tensor,
+    residual_TD: Tensor,
+    mean_S: Tensor,
+    rstd_S: Tensor,
+    expert_ids_TK: Tensor,
+    order_S: Tensor,
+    offsets_E1: Tensor,
+    ln_w_ED: Tensor,
+    ln_b_ED: Tensor,
+    gate_TK: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    need_gate: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `ops.expert_norm_backward`."""
+    (S, D), (T, K), E = z_SD.shape, expert_ids_TK.shape, ln_w_ED.shape[0]
+    residual_TD, dy_TD = with_contiguous_rows(residual_TD), with_contiguous_rows(dy_TD)
+    block = _rows_per_program(S, configs.multiprocessors(z_SD.device))
+    tiles = min(S, ceil_div(S, block) + E)
+    dz_SD = torch.empty_like(z_SD, memory_format=torch.contiguous_format)
+    du_SD = residual_TD.new_empty(S, D)
+    dln_w_ED, dln_b_ED = (torch.empty_like(ln, memory_format=torch.contiguous_format) for ln in (ln_w_ED, ln_b_ED))
+    dgate_TK = mean_S.new_empty((T, K) if need_gate else 0)
+    shares = mean_S.new_empty(2, tiles, D)
+    sorted_rows = {"offsets_ptr": offsets_E1.contiguous(), "num_slots": S, "E": E, "D": D}
+    with on_device_of(z_SD):
+        launch(
+            norm_backward_kernel,
+            (tiles,),
+            dy_ptr=dy_TD,
+            dy_stride=dy_TD.stride(0),
+            z_ptr=z_SD.contiguous(),
+            residual_ptr=residual_TD,
+            residual_stride=residual_TD.stride(0),
+            mean_ptr=mean_S,
+            rstd_ptr=rstd_S,
+            expert_ids_ptr=expert_ids_TK.contiguous(),
+            order_ptr=order_S.contiguous(),
+            ln_w_ptr=ln_w_ED.contiguous(),
+            ln_b_ptr=ln_b_ED.contiguous(),
+            gate_ptr=None if gate_TK is None else gate_TK.contiguous(),
+            seed_ptr=seed,
+            dz_ptr=dz_SD,
+            du_ptr=du_SD,
+            shares_ptr=shares,
+            dgate_ptr=dgate_TK if need_gate else None,
+            dropout_p=dropout_p,
+            TOP_K=K,
+            BLOCK_M=block,
+            GROUPS=groups_of(E),
+            **sorted_rows,
+            **_row(D),
+        )
+        launch(
+            join_shares_kernel,
+            (E, ceil_div(D, 64)),
+            shares_ptr=shares,
+            dln_w_ptr=dln_w_ED,
+            dln_b_ptr=dln_b_ED,
+            tiles=tiles,
+            BLOCK_M=block,
+            BLOCK_T=32,
+            BLOCK_D=64,
+            GROUPS=groups_of(E),
+            **sorted_rows,
+        )
+        return dz_SD, over_experts(du_SD, K), dln_w_ED, dln_b_ED, dgate_TK
+
+
+def _row(num_cols: int) -> dict[str, int]:
+    """A whole row per program, some 8 elements per thread."""
+    block = max(triton.next_power_of_2(num_cols), 16)
+    return {"BLOCK_D": block, "num_warps": min(max(block // 256, 1), 16)}
+
+
+def _rows_per_program(num_slots: int, programs: int) -> int:
+    """So many rows that the programs fill the device a few times over, between 4 and 128."""
+    return min(max(triton.next_power_of_2(ceil_div(num_slots, 8 * programs)), 4), 128)
+
+
+@triton.jit
+def norm_kernel(
+    z_ptr,  # [S, D] by slot
+    residual_ptr,  # [T, D], rows residual_stride apart
+    residual_stride,
+    expert_ids_ptr,  # [T, TOP_K]
+    ln_w_ptr,  # [E, D]
+    ln_b_ptr,  # [E, D]
+    gate_ptr,  # [T, TOP_K], or None for 1 / TOP_K
+    seed_ptr,  # [1] int64, or None without dropout
+    y_ptr,  # out: [T, D]
+    mean_ptr,  # out: [S]
+    rstd_ptr,  # out: [S]
+    eps,
+    dropout_p,
+    D: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One token per program. A token without any expert keeps its residual; statistics of such slots are 0."""
+    token = tl.program_id(0).to(tl.int64)
+    cols_D = tl.arange(0, BLOCK_D)
+    live_D = cols_D < D
+    residual_D = tl.load(residual_ptr + token * residual_stride + cols_D, mask=live_D, other=0.0)
+    y_D = tl.zeros((BLOCK_D,), tl.float32)
+    routed = 0
+    for k in tl.static_range(TOP_K):
+        slot = token * TOP_K + k
+        expert = tl.load(expert_ids_ptr + slot)
+        mean = 0.0
+        rstd = 0.0
+        if expert >= 0:
+            routed = 1
+            u_D, _ = _residual_sum(z_ptr, residual_D, seed_ptr, dropout_p, slot, cols_D, live_D, D, BLOCK_D)
+            mean = tl.sum(u_D, 0) / D
+            centred_D = tl.where(live_D, u_D - mean, 0.0)
+            rstd = 1.0 / tl.sqrt(tl.sum(centred_D * centred_D, 0) / D + eps)
+            ln_w_D = tl.load(ln_w_ptr + expert * D + cols_D, mask=live_D, other=0.0).to(tl.float32)
+            ln_b_D = tl.load(ln_b_ptr + expert * D + cols_D, mask=live_D, other=0.0).to(tl.float32)
+            y_D += _gate(gate_ptr, slot, TOP_K) * (centred_D * rstd * ln_w_D + ln_b_D)
+        tl.store(mean_ptr + slot, mean)
+        tl.store(rstd_ptr + slot, rstd)
+    y_D = tl.where(routed == 1, y_D, residual_D.to(tl.float32))
+    tl.store(y_ptr + token * D + cols_D, y_D.to(y_ptr.dtype.element_ty), mask=live_D)
+
+
+@triton.jit(do_not_specialize=["num_slots"])
+def norm_backward_kernel(
+    dy_ptr,  # [T, D], rows dy_stride apart
+    dy_stride,
+    z_ptr,  # [S, D] by slot
+    residual_ptr,  # [T, D], rows residual_stride apart
+    residual_stride,
+    mean_ptr,  # [S]
+    rstd_ptr,  # [S]
+    expert_ids_ptr,  # [T, TOP_K]
+    order_ptr,  # [S]
+    offsets_ptr,  # [E + 1]
+    ln_w_ptr,  # [E, D]
+    ln_b_ptr,  # [E, D]
+    gate_ptr,  # [T, TOP_K], or None for 1 / TOP_K
+    seed_ptr,  # [1] int64, or None without dropout
+    dz_ptr,  # out: [S, D] by slot
+    du_ptr,  # out: [S, D] by slot: the residual's gradient is its sum over k
+    shares_ptr,  # out: [2, row tiles, D] float32, of dln_w and dln_b
+    dgate_ptr,  # out: [T, TOP_K], or None
+    dropout_p,
+    num_slots,
+    E: tl.constexpr,
+    D: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """du = rstd * (g - mean(g) - xhat * mean(g * xhat)) with g = dy * gate * ln_w. Grid: (row tiles)."""
+    group, begin, end = find_rows(tl.program_id(0), offsets_ptr, num_slots, E, BLOCK_M, GROUPS)
+    if group > E:
+        return
+    cols_D = tl.arange(0, BLOCK_D)
+    live_D = cols_D < D
+    end = tl.minimum(begin + BLOCK_M, end)
+    if group == E:
+        for row in tl.range(begin, end):
+            slot = tl.load(order_ptr + row).to(tl.int64)
+            token = slot // TOP_K
+            # The output of a token without any expert is its residual: the first slot passes dy on.
+            passes = slot % TOP_K == 0
+            for k in tl.static_range(TOP_K):
+                passes = passes & (tl.load(expert_ids_ptr + token * TOP_K + k) < 0)
+            dy_D = tl.load(dy_ptr + token * dy_stride + cols_D, mask=live_D & passes, other=0.0)
+            tl.store(du_ptr + slot * D + cols_D, dy_D.to(du_ptr.dtype.element_ty), mask=live_D)
+            zero_D = tl.zeros((BLOCK_D,), dz_ptr.dtype.element_ty)
+            tl.store(dz_ptr + slot * D + cols_D, zero_D, mask=live_D)
+            if dgate_ptr is not None:
+                tl.store(dgate_ptr + slot, 0.0)
+        return
+    ln_w_D = tl.load(ln_w_ptr + group * D + cols_D, mask=live_D, other=0.0).to(tl.float32)
+    ln_b_D = tl.load(ln_b_ptr + group * D + cols_D, mask=live_D, other=0.0).to(tl.float32)
+    dln_w_D = tl.zeros((BLOCK_D,), tl.float32)
+    dln_b_D = tl.zeros((BLOCK_D,), tl.float32)
+    for row in tl.range(begin, end):
+        slot = tl.load(order_ptr + row).to(tl.int64)
+        token = slot // TOP_K
+        residual_D = tl.load(residual_ptr + token * residual_stride + cols_D, mask=live_D, other=0.0)
+        u_D, keep_D = _residual_sum(z_ptr, residual_D, seed_ptr, dropout_p, slot, cols_D, live_D, D, BLOCK_D)
+        rstd = tl.load(rstd_ptr + slot)
+        xhat_D = tl.where(live_D, (u_D - tl.load(mean_ptr + slot)) * rstd, 0.0)
+        dy_D = tl.load(dy_ptr + token * dy_stride + cols_D, mask=live_D, other=0.0).to(tl.float32)
+        if dgate_ptr is not None:
+            tl.store(dgate_ptr + slot, tl.sum((xhat_D * ln_w_D + ln_b_D) * dy_D, 0))
+        do_D = dy_D * _gate(gate_ptr, slot, TOP_K)
+        dln_w_D += do_D * xhat_D
+        dln_b_D += do_D
+        dxhat_D = do_D * ln_w_D
+        mean = tl.sum(dxhat_D, 0) / D
+        slope = tl.sum(dxhat_D * xhat_D, 0) / D
+        du_D = rstd * (dxhat_D - mean - xhat_D * slope)
+        tl.store(du_ptr + slot * D + cols_D, du_D.to(du_ptr.dtype.element_ty), mask=live_D)
+        tl.store(dz_ptr + slot * D + cols_D, (du_D * keep_D).to(dz_ptr.dtype.element_ty), mask=live_D)
+    share_ptrs = shares_ptr + tl.program_id(0).to(tl.int64) * D + cols_D
+    tl.store(share_ptrs, dln_w_D, mask=live_D)
+    tl.store(share_ptrs + tl.num_programs(0).to(tl.int64) * D, dln_b_D, mask=live_D)
+
+
+@triton.jit(do_not_specialize=["num_slots", "tiles"])
+def join_shares_kernel(
+    shares_ptr,  # [2, tiles, D] float32
+    offsets_ptr,  # [E + 1]
+    dln_w_ptr,  # out: [E, D]
+    dln_b_ptr,  # out: [E, D]
+    tiles,
+    num_slots,
+    E: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """The sum of an expert's shares, in the order of its tiles. Grid: (E, column tiles)."""
+    expert = tl.program_id(0)
+    e = tl.arange(0, GROUPS)
+    count_E = tl.load(offsets_ptr + e + 1, mask=e < E, other=0) - tl.load(offsets_ptr + e, mask=e < E, other=0)
+    tiles_E = (count_E + BLOCK_M - 1) // BLOCK_M
+    first = tl.sum(tl.where(e < expert, tiles_E, 0), 0)
+    stop = first + tl.sum(tl.where(e == expert, tiles_E, 0), 0)
+    cols_D = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    dln_w_D = tl.zeros((BLOCK_D,), tl.float32)
+    dln_b_D = tl.zeros((BLOCK_D,), tl.float32)
+    for tile in tl.range(first, stop, BLOCK_T):
+        tile_T = tile + tl.arange(0, BLOCK_T)
+        ptrs = shares_ptr + tile_T.to(tl.int64)[:, None] * D + cols_D[None, :]
+        mask = (tile_T < stop)[:, None] & (cols_D < D)[None, :]
+        dln_w_D += tl.sum(tl.load(ptrs, mask=mask, other=0.0), 0)
+        dln_b_D += tl.sum(tl.load(ptrs + tiles.to(tl.int64) * D, mask=mask, other=0.0), 0)
+    out_D = expert * D + cols_D
+    tl.store(dln_w_ptr + out_D, dln_w_D.to(dln_w_ptr.dtype.element_ty), mask=cols_D < D)
+    tl.store(dln_b_ptr + out_D, dln_b_D.to(dln_b_ptr.dtype.element_ty), mask=cols_D < D)
+
+
+@triton.jit
+def _residual_sum(
+    z_ptr, residual_D, seed_ptr, dropout_p, slot, cols_D, live_D, D: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """u = dropout(z) + residual, and dropout's factors (1 without it)."""
+    u_D = tl.load(z_ptr + slot * D + cols_D, mask=live_D, other=0.0).to(tl.float32)
+    keep_D = tl.full((BLOCK_D,), 1.0, tl.float32)
+    if seed_ptr is not None:
+        keep_D = _dropout_factors(tl.load(seed_ptr), dropout_p, slot, BLOCK_D)
+    return u_D * keep_D + residual_D.to(tl.float32), keep_D
+
+
+@triton.jit
+def _dropout_factors(seed, dropout_p, slot, BLOCK_D: tl.constexpr):
+    """0 or 1 / (1 - p) for the columns of a slot: Philox yields four at a time."""
+    counter = tl.arange(0, BLOCK_D // 4)
+    low = tl.zeros_like(counter) + slot.to(tl.int32)
+    r0, r1, r2, r3 = tl.philox(seed, counter, low, tl.zeros_like(counter), tl.zeros_like(counter))
+    bits_D = tl.join(tl.join(r0, r2), tl.join(r1, r3)).reshape(BLOCK_D)
+    return tl.where(tl.uint_to_uniform_float(bits_D) >= dropout_p, 1.0 / (1.0 - dropout_p), 0.0)
+
+
+@triton.jit
+def _gate(gate_ptr, slot, TOP_K: tl.constexpr):
+    if gate_ptr is None:
+        gate = 1.0 / TOP_K
+    else:
+        gate = tl.load(gate_ptr + slot).to(tl.float32)
+    return gate

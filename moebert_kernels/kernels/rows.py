@@ -1,0 +1,87 @@
+"""Small row kernels beside the GEMMs: the sum over a token's experts, the gate's gradient."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moebert_kernels.kernels.blocks import find_rows
+from moebert_kernels.kernels.launch import ceil_div, launch
+
+
+def over_experts(z_SD: Tensor, top_k: int) -> Tensor:
+    """The sum over each token's slots [T, D]; the slots themselves if there is one per token."""
+    if top_k == 1:
+        return z_SD
+    T, D = z_SD.shape[0] // top_k, z_SD.shape[1]
+    y_TD = z_SD.new_empty(T, D)
+    launch(
+        sum_slots_kernel,
+        (T, ceil_div(D, 1024)),
+        z_ptr=z_SD,
+        y_ptr=y_TD,
+        D=D,
+        TOP_K=top_k,
+        BLOCK_D=1024,
+    )
+    return y_TD
+
+
+@triton.jit
+def sum_slots_kernel(
+    z_ptr,  # [T * TOP_K, D] by slot
+    y_ptr,  # out: [T, D]
+    D: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """y[t] = sum over k of z[t * TOP_K + k], in the order of k. Grid: (T, column tiles)."""
+    token = tl.program_id(0).to(tl.int64)
+    cols_D = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    sum_D = tl.zeros((BLOCK_D,), tl.float32)
+    for k in tl.static_range(TOP_K):
+        sum_D += tl.load(z_ptr + (token * TOP_K + k) * D + cols_D, mask=cols_D < D, other=0.0).to(tl.float32)
+    tl.store(y_ptr + token * D + cols_D, sum_D.to(y_ptr.dtype.element_ty), mask=cols_D < D)
+
+
+@triton.jit(do_not_specialize=["num_slots"])
+def gate_grad_kernel(
+    parts_ptr,  # [COL_TILES, S] sorted, parts of <W2^T dy, a>
+    dy_ptr,  # [S / DY_TOP_K, D], rows dy_stride apart
+    dy_stride,
+    order_ptr,  # [S]
+    offsets_ptr,  # [E + 1]
+    b2_ptr,  # [E, D] or None
+    dgate_ptr,  # out: [S] by slot
+    num_slots,
+    E: tl.constexpr,
+    D: tl.constexpr,
+    DY_TOP_K: tl.constexpr,
+    COL_TILES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """dgate = <W2^T dy, a> + <dy, b2>, which is <dy, z> without z; 0 without an expert. Grid: (row tiles)."""
+    group, begin, end = find_rows(tl.program_id(0), offsets_ptr, num_slots, E, BLOCK_M, GROUPS)
+    if group > E:
+        return
+    rows_M = begin + tl.arange(0, BLOCK_M)
+    live_M = rows_M < end
+    slot_M = tl.load(order_ptr + rows_M, mask=live_M, other=0)
+    dgate_M = tl.zeros((BLOCK_M,), tl.float32)
+    if group < E:
+        part_ptrs = parts_ptr + rows_M
+        for _ in tl.range(0, COL_TILES):
+            dgate_M += tl.load(part_ptrs, mask=live_M, other=0.0)
+            part_ptrs += num_slots
+        if b2_ptr is not None:
+            dy_row_M = (slot_M // DY_TOP_K).to(tl.int64) * dy_stride
+            for d in tl.range(0, D, BLOCK_D):
+                cols_D = d + tl.arange(0, BLOCK_D)
+                b2_D = tl.load(b2_ptr + group * D + cols_D, mask=cols_D < D, other=0.0).to(tl.float32)
+                mask_MD = live_M[:, None] & (cols_D < D)[None, :]
+                dy_MD = tl.load(dy_ptr + dy_row_M[:, None] + cols_D[None, :], mask=mask_MD, other=0.0)
+                dgate_M += tl.sum(dy_MD.to(tl.float32) * b2_D[None, :], 1)
+    tl.store(dgate_ptr + slot_M, dgate_M.to(dgate_ptr.dtype.element_ty), mask=live_M)

@@ -1,0 +1,363 @@
+"""The weight gradients: for each expert dW_e = left^T right and db_e = the column sums of left, over its rows.
+
+    W1, b1    left = dh (sorted rows)              right = x (gathered by token)
+    W2, b2    left = dz (gathered) [* gate in db]  right = gate * a (sorted rows)
+
+The work is a list: expert by expert, tile of dW by tile, one step per BLOCK_K rows. Plain, a program takes the
+steps of one tile. Streamed, a fixed number of programs take equal shares of the list, whatever the routing;
+a tile cut by a share's boundary goes to `partial` in pieces, which `join_kernel` adds in the order of the
+programs: bitwise the same for the same routing. An expert without rows has one empty step, which writes
+its zeros. Invariant: every element of dW and db is written exactly once.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moebert_kernels.kernels import configs
+from moebert_kernels.kernels.configs import Config
+from moebert_kernels.kernels.launch import ceil_div, launch
+
+
+def weight_grads(
+    left: Tensor,
+    right: Tensor,
+    order_S: Tensor,
+    offsets_E1: Tensor,
+    gate_S: Tensor | None,
+    scale: float,
+    top_k: int,
+    gather_left: bool,
+    with_bias: bool,
+    config: Config,
+) -> tuple[Tensor, Tensor | None]:
+    """dW [E, M, N] = left^T right over each expert's rows, and the column sums of left * gate, db [E, M].
+
+    Of `left` [*, M] and `right` [*, N] one is in sorted order and the other is gathered by order // top_k.
+    """
+    E, M, N = offsets_E1.shape[0] - 1, left.shape[1], right.shape[1]
+    tile = config.weight_grad
+    dw_EMN = left.new_empty(E, M, N)
+    db_EM = left.new_empty(E, M) if with_bias else None
+    sizes = {"E": E, "M": M, "N": N, "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
+    arguments = {
+        "left_ptr": left,
+        "left_stride": left.stride(0),
+        "right_ptr": right,
+        "right_stride": right.stride(0),
+        "order_ptr": order_S,
+        "offsets_ptr": offsets_E1,
+        "gate_ptr": gate_S,
+        "dw_ptr": dw_EMN,
+        "db_ptr": db_EM,
+        "TOP_K": top_k,
+        "SCALE": scale,
+        "GATHER_LEFT": gather_left,
+        "PRECISION": configs.precision(left.dtype),
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+    if not config.stream_k:
+        tiles = ceil_div(M, tile.m) * ceil_div(N, tile.n)
+        launch(weight_grad_kernel, (E * tiles,), **arguments, **sizes)
+        return dw_EMN, db_EM
+    programs = configs.multiprocessors(left.device)
+    experts = triton.next_power_of_2(E)
+    partial = left.new_empty(programs, 2, tile.m, tile.n, dtype=torch.float32)
+    partial_db = left.new_empty(programs, 2, tile.m, dtype=torch.float32)
+    pieces = {"partial_ptr": partial, "partial_db_ptr": partial_db, "EXPERTS": experts}
+    launch(weight_grad_stream_kernel, (programs,), **arguments, **pieces, **sizes)
+    launch(
+        join_kernel,
+        (programs, tile.m // 16),
+        offsets_ptr=offsets_E1,
+        dw_ptr=dw_EMN,
+        db_ptr=db_EM,
+        ROWS=16,
+        PROGRAMS=programs,
+        **pieces,
+        **sizes,
+    )
+    return dw_EMN, db_EM
+
+
+@triton.jit
+def weight_grad_kernel(
+    left_ptr,  # [*, M], rows left_stride apart
+    left_stride,
+    right_ptr,  # [*, N], rows right_stride apart
+    right_stride,
+    order_ptr,  # [S]
+    offsets_ptr,  # [E + 1]
+    gate_ptr,  # [S] by slot, or None for SCALE
+    dw_ptr,  # out: [E, M, N]
+    db_ptr,  # out: [E, M], or None
+    E: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SCALE: tl.constexpr,
+    GATHER_LEFT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One whole tile of dW per program. Grid: (E * tiles of dW). Rows are gathered by order // TOP_K."""
+    TILES: tl.constexpr = ((M + BLOCK_M - 1) // BLOCK_M) * ((N + BLOCK_N - 1) // BLOCK_N)
+    expert = tl.program_id(0) // TILES
+    tile = tl.program_id(0) % TILES
+    begin = tl.load(offsets_ptr + expert)
+    end = tl.load(offsets_ptr + expert + 1)
+    dw_MN, db_M = _sum_rows(
+        left_ptr, left_stride, right_ptr, right_stride, order_ptr, gate_ptr, db_ptr, begin, end, tile,
+        M, N, TOP_K, SCALE, GATHER_LEFT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    _store_grad(dw_MN, db_M, dw_ptr, db_ptr, expert, tile, M, N)
+
+
+@triton.jit
+def weight_grad_stream_kernel(
+    left_ptr,  # as in weight_grad_kernel, down to db_ptr
+    left_stride,
+    right_ptr,
+    right_stride,
+    order_ptr,
+    offsets_ptr,
+    gate_ptr,
+    dw_ptr,
+    db_ptr,
+    partial_ptr,  # out: [programs, 2, BLOCK_M, BLOCK_N] float32; 0 ends a tile begun elsewhere, 1 begins one
+    partial_db_ptr,  # out: [programs, 2, BLOCK_M] float32
+    E: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SCALE: tl.constexpr,
+    GATHER_LEFT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):
+    """An equal share of all steps per program. Grid: (multiprocessors)."""
+    TILES: tl.constexpr = ((M + BLOCK_M - 1) // BLOCK_M) * ((N + BLOCK_N - 1) // BLOCK_N)
+    program = tl.program_id(0).to(tl.int64)
+    total = _count_steps(offsets_ptr, E, TILES, BLOCK_K, EXPERTS)
+    step = program * total // tl.num_programs(0)
+    last = (program + 1) * total // tl.num_programs(0)
+    while step < last:
+        expert, tile, at, steps, begin, end = _find_step(step, offsets_ptr, E, TILES, BLOCK_K, EXPERTS)
+        until = tl.minimum(at + last - step, steps)
+        first_row = begin + (at * BLOCK_K).to(tl.int32)
+        last_row = tl.minimum(begin + until * BLOCK_K, end).to(tl.int32)
+        dw_MN, db_M = _sum_rows(
+            left_ptr, left_stride, right_ptr, right_stride, order_ptr, gate_ptr, db_ptr, first_row, last_row, tile,
+            M, N, TOP_K, SCALE, GATHER_LEFT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        if until - at == steps:
+            _store_grad(dw_MN, db_M, dw_ptr, db_ptr, expert, tile, M, N)
+        else:
+            piece = program * 2 + (at == 0).to(tl.int64)
+            m = tl.arange(0, BLOCK_M)
+            n = tl.arange(0, BLOCK_N)
+            ptrs = partial_ptr + piece * (BLOCK_M * BLOCK_N) + m[:, None] * BLOCK_N + n[None, :]
+            tl.store(ptrs, dw_MN)
+            if db_ptr is not None:
+                tl.store(partial_db_ptr + piece * BLOCK_M + m, db_M)
+        step += until - at
+
+
+@triton.jit
+def join_kernel(
+    partial_ptr,  # [PROGRAMS, 2, BLOCK_M, BLOCK_N] float32
+    partial_db_ptr,  # [PROGRAMS, 2, BLOCK_M] float32
+    offsets_ptr,  # [E + 1]
+    dw_ptr,  # out: [E, M, N]
+    db_ptr,  # out: [E, M], or None
+    E: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):
+    """Add the pieces of the tile a program began and did not end. Grid: (PROGRAMS, BLOCK_M / ROWS)."""
+    TILES: tl.constexpr = ((M + BLOCK_M - 1) // BLOCK_M) * ((N + BLOCK_N - 1) // BLOCK_N)
+    program = tl.program_id(0).to(tl.int64)
+    total = _count_steps(offsets_ptr, E, TILES, BLOCK_K, EXPERTS)
+    first = program * total // PROGRAMS
+    stop = (program + 1) * total // PROGRAMS
+    if stop == first:
+        return
+    expert, tile, at, steps, _, _ = _find_step(stop - 1, offsets_ptr, E, TILES, BLOCK_K, EXPERTS)
+    tile_first = stop - 1 - at
+    tile_stop = tile_first + steps
+    if tile_first < first or tile_stop <= stop:
+        return
+    r = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    n = tl.arange(0, BLOCK_N)
+    offset_RN = r[:, None] * BLOCK_N + n[None, :]
+    dw_RN = tl.load(partial_ptr + (program * 2 + 1) * (BLOCK_M * BLOCK_N) + offset_RN)
+    db_R = tl.zeros((ROWS,), tl.float32)
+    if db_ptr is not None:
+        db_R += tl.load(partial_db_ptr + (program * 2 + 1) * BLOCK_M + r)
+    other = program + 1
+    while other * total // PROGRAMS < tile_stop:
+        # A share may be empty when there are fewer steps than programs.
+        if (other + 1) * total // PROGRAMS > other * total // PROGRAMS:
+            dw_RN += tl.load(partial_ptr + other * 2 * (BLOCK_M * BLOCK_N) + offset_RN)
+            if db_ptr is not None:
+                db_R += tl.load(partial_db_ptr + other * 2 * BLOCK_M + r)
+        other += 1
+    m = tile // ((N + BLOCK_N - 1) // BLOCK_N) * BLOCK_M
+    _store_block(dw_RN, db_R, dw_ptr, db_ptr, expert, m + r, tile % ((N + BLOCK_N - 1) // BLOCK_N), M, N)
+
+
+@triton.jit
+def _count_steps(offsets_ptr, E: tl.constexpr, TILES: tl.constexpr, BLOCK_K: tl.constexpr, EXPERTS: tl.constexpr):
+    e = tl.arange(0, EXPERTS)
+    count_E = tl.load(offsets_ptr + e + 1, mask=e < E, other=0) - tl.load(offsets_ptr + e, mask=e < E, other=0)
+    steps_E = tl.maximum((count_E + BLOCK_K - 1) // BLOCK_K, 1).to(tl.int64)
+    return tl.sum(tl.where(e < E, steps_E, 0), 0) * TILES
+
+
+@triton.jit
+def _find_step(
+    step, offsets_ptr, E: tl.constexpr, TILES: tl.constexpr, BLOCK_K: tl.constexpr, EXPERTS: tl.constexpr
+):
+    """Expert and tile of a step, its number in the tile, how many the tile has, the expert's rows."""
+    e = tl.arange(0, EXPERTS)
+    begin_E = tl.load(offsets_ptr + e, mask=e < E, other=0)
+    end_E = tl.load(offsets_ptr + e + 1, mask=e < E, other=0)
+    steps_E = tl.maximum((end_E - begin_E + BLOCK_K - 1) // BLOCK_K, 1).to(tl.int64)
+    steps_E = tl.where(e < E, steps_E, 0)
+    until_E = tl.cumsum(steps_E, 0) * TILES
+    expert = tl.sum(((until_E <= step) & (e < E)).to(tl.int32), 0)
+    mine_E = e == expert
+    steps = tl.sum(tl.where(mine_E, steps_E, 0), 0)
+    within = step - tl.sum(tl.where(mine_E, until_E - steps_E * TILES, 0), 0)
+    begin = tl.sum(tl.where(mine_E, begin_E, 0), 0)
+    end = tl.sum(tl.where(mine_E, end_E, 0), 0)
+    return expert, (within // steps).to(tl.int32), within % steps, steps, begin, end
+
+
+@triton.jit
+def _sum_rows(
+    left_ptr,
+    left_stride,
+    right_ptr,
+    right_stride,
+    order_ptr,
+    gate_ptr,
+    db_ptr,
+    begin,
+    end,
+    tile,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SCALE: tl.constexpr,
+    GATHER_LEFT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The tile of dW over the rows from `begin` to `end`; of db too if it is the first of its columns."""
+    if db_ptr is not None:
+        if tile % ((N + BLOCK_N - 1) // BLOCK_N) == 0:
+            dw_MN, db_M = _row_loop(
+                left_ptr, left_stride, right_ptr, right_stride, order_ptr, gate_ptr, begin, end, tile,
+                M, N, TOP_K, SCALE, GATHER_LEFT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, True,
+            )  # fmt: skip
+        else:
+            dw_MN, db_M = _row_loop(
+                left_ptr, left_stride, right_ptr, right_stride, order_ptr, gate_ptr, begin, end, tile,
+                M, N, TOP_K, SCALE, GATHER_LEFT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, False,
+            )  # fmt: skip
+    else:
+        dw_MN, db_M = _row_loop(
+            left_ptr, left_stride, right_ptr, right_stride, order_ptr, gate_ptr, begin, end, tile,
+            M, N, TOP_K, SCALE, GATHER_LEFT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, False,
+        )  # fmt: skip
+    return dw_MN, db_M
+
+
+@triton.jit
+def _row_loop(
+    left_ptr,
+    left_stride,
+    right_ptr,
+    right_stride,
+    order_ptr,
+    gate_ptr,
+    begin,
+    end,
+    tile,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SCALE: tl.constexpr,
+    GATHER_LEFT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SUM_LEFT: tl.constexpr,
+):
+    cols_M = tile // ((N + BLOCK_N - 1) // BLOCK_N) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols_N = tile % ((N + BLOCK_N - 1) // BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
+    dw_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    db_M = tl.zeros((BLOCK_M,), tl.float32)
+    for first in tl.range(begin, end, BLOCK_K):
+        row_K = first + tl.arange(0, BLOCK_K)
+        live_K = row_K < end
+        slot_K = tl.load(order_ptr + row_K, mask=live_K, other=0)
+        left_K = slot_K // TOP_K if GATHER_LEFT else row_K
+        right_K = row_K if GATHER_LEFT else slot_K // TOP_K
+        # Rows past the end must read as 0: here rows are what is summed over.
+        left_KM = tl.load(
+            left_ptr + left_K.to(tl.int64)[:, None] * left_stride + cols_M[None, :],
+            mask=live_K[:, None] & (cols_M < M)[None, :],
+            other=0.0,
+        )
+        right_KN = tl.load(
+            right_ptr + right_K.to(tl.int64)[:, None] * right_stride + cols_N[None, :],
+            mask=live_K[:, None] & (cols_N < N)[None, :],
+            other=0.0,
+        )
+        dw_MN = tl.dot(left_KM.T, right_KN, dw_MN, input_precision=PRECISION)
+        if SUM_LEFT:
+            if gate_ptr is None:
+                db_M += tl.sum(left_KM.to(tl.float32), 0) * SCALE
+            else:
+                gate_K = tl.load(gate_ptr + slot_K, mask=live_K, other=0.0).to(tl.float32)
+                db_M += tl.sum(left_KM.to(tl.float32) * gate_K[:, None], 0)
+    return dw_MN, db_M
+
+
+@triton.jit
+def _store_grad(dw_MN, db_M, dw_ptr, db_ptr, expert, tile, M: tl.constexpr, N: tl.constexpr):
+    BLOCK_M: tl.constexpr = dw_MN.shape[0]
+    BLOCK_N: tl.constexpr = dw_MN.shape[1]
+    rows_M = tile // ((N + BLOCK_N - 1) // BLOCK_N) * BLOCK_M + tl.arange(0, BLOCK_M)
+    _store_block(dw_MN, db_M, dw_ptr, db_ptr, expert, rows_M, tile % ((N + BLOCK_N - 1) // BLOCK_N), M, N)
+
+
+@triton.jit
+def _store_block(dw_RN, db_R, dw_ptr, db_ptr, expert, row_R, col_tile, M: tl.constexpr, N: tl.constexpr):
+    BLOCK_N: tl.constexpr = dw_RN.shape[1]
+    cols_N = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    ptrs = dw_ptr + expert.to(tl.int64) * (M * N) + row_R.to(tl.int64)[:, None] * N + cols_N[None, :]
+    tl.store(ptrs, dw_RN.to(dw_ptr.dtype.element_ty), mask=(row_R < M)[:, None] & (cols_N < N)[None, :])
+    if db_ptr is not None:
+        if col_tile == 0:
+            tl.store(db_ptr + expert * M + row_R, db_R.to(db_ptr.dtype.element_ty), mask=row_R < M)

@@ -1,4 +1,4 @@
-"""MoEBERT for transformers: models, surgery on dense BERTs, costs. Importing it registers the Auto classes."""
+"""MoEBERT for transformers: models, surgery, costs. Importing this registers the Auto classes."""
 
 from transformers import (
     AutoConfig,

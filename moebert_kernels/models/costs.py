@@ -50,8 +50,8 @@ def encoder_flops_per_token(model: nn.Module) -> int:
     """
     projections = 0
     for layer in _layers(model):
-        attention = layer.attention
-        for linear in (attention.self.query, attention.self.key, attention.self.value, attention.output.dense):
+        heads = layer.attention.self
+        for linear in (heads.query, heads.key, heads.value, layer.attention.output.dense):
             projections += linear.weight.numel()
     return ffn_flops_per_token(model) + 2 * projections
 

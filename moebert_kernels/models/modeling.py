@@ -9,7 +9,7 @@ recomputation under gradient checkpointing, threads and compiled graphs see the 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -76,10 +76,7 @@ class MoEBertLayer(BertLayer):
             checkpointing carries gradients through the top level of a tuple only.
         """
         x_BSD, _ = self.attention(hidden_states, attention_mask, **kwargs)
-        if plan is None:
-            routing = self.ffn.route(x_BSD, mask=token_mask)
-        else:
-            routing = RouterOutput(plan, None, None)
+        routing = self.ffn.route(x_BSD, mask=token_mask) if plan is None else RouterOutput(plan, None, None)
         return self.ffn(x_BSD, routing=routing), *routing
 
 
@@ -93,8 +90,9 @@ class MoEBertEncoder(nn.Module):
 
     tables_LV: Tensor | None
 
-    def __init__(self, layers: Iterable[MoEBertLayer], tables_LV: Tensor | None):
+    def __init__(self, layers: Sequence[MoEBertLayer], tables_LV: Tensor | None):
         super().__init__()
+        self.num_experts = layers[0].ffn.num_experts
         self.layer = nn.ModuleList(layers)
         self.register_buffer("tables_LV", tables_LV)
 
@@ -131,8 +129,7 @@ class MoEBertEncoder(nn.Module):
                 raise ValueError(
                     "hash routing goes by token id: pass input_ids; inputs_embeds alone cannot be routed"
                 )
-            num_experts = self.layer[0].ffn.num_experts
-            plans = RoutingPlan.from_input_ids(routing_ids, self.tables_LV, num_experts, routing_mask)
+            plans = RoutingPlan.from_input_ids(routing_ids, self.tables_LV, self.num_experts, routing_mask)
         for layer, plan in zip(self.layer, plans, strict=True):
             hidden_states, *routing = layer(
                 hidden_states,
@@ -144,7 +141,9 @@ class MoEBertEncoder(nn.Module):
             )
             if router_outputs is not None:
                 router_outputs.append(RouterOutput(*routing))
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_states)
+        return BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=hidden_states  # type: ignore[arg-type]  # any floating tensor will do
+        )
 
 
 def hand_over_routing_inputs(base: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
@@ -164,9 +163,10 @@ def hand_over_routing_inputs(base: nn.Module, args: tuple, kwargs: dict[str, Any
 class MoEBertPreTrainedModel(BertPreTrainedModel):
     """What all MoEBERT models share: configuration class, initialisation, vocabulary changes."""
 
+    config: MoEBertConfig
     config_class = MoEBertConfig
-    _no_split_modules = ("BertEmbeddings", "MoEBertEncoder")
-    _skip_keys_device_placement = ("router_outputs",)
+    _no_split_modules = ["BertEmbeddings", "MoEBertEncoder"]  # noqa: RUF012
+    _skip_keys_device_placement = ["router_outputs"]  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -175,8 +175,10 @@ class MoEBertPreTrainedModel(BertPreTrainedModel):
             for weight in (module.w1_EFD, module.w2_EDF):
                 init.normal_(weight, std=self.config.initializer_range)
             for bias in (module.b1_EF, module.b2_ED, module.ln_b_ED):
-                init.zeros_(bias)
-            init.ones_(module.ln_w_ED)
+                if bias is not None:
+                    init.zeros_(bias)
+            if module.ln_w_ED is not None:
+                init.ones_(module.ln_w_ED)
         elif isinstance(module, MoEBertEncoder) and module.tables_LV is not None:
             init.copy_(module.tables_LV, _tables_from_scratch(self.config))
 
@@ -186,9 +188,9 @@ class MoEBertPreTrainedModel(BertPreTrainedModel):
         Ids that are new get random experts, by a seed made of `hash_seed` and the old vocabulary's size.
         """
         embeddings = super().resize_token_embeddings(*args, **kwargs)
-        encoder = self.base_model.encoder
-        if encoder.tables_LV is not None:
-            encoder.tables_LV = _resized(encoder.tables_LV, embeddings.num_embeddings, self.config)
+        for module in self.modules():
+            if isinstance(module, MoEBertEncoder) and module.tables_LV is not None:
+                module.tables_LV = _resized(module.tables_LV, embeddings.num_embeddings, self.config)
         return embeddings
 
 
@@ -243,6 +245,8 @@ class MoEBertModel(MoEBertPreTrainedModel, BertModel):
         >>> router_outputs[0].plan.counts_E  # tokens of each expert in the first layer
     """
 
+    encoder: MoEBertEncoder  # type: ignore[assignment]
+
     def __init__(self, config: MoEBertConfig, add_pooling_layer: bool = True):
         super().__init__(config, add_pooling_layer=add_pooling_layer)
         layers = [_new_layer(config, index) for index in range(config.num_hidden_layers)]
@@ -275,6 +279,7 @@ def _with_balance_loss(forward: Callable[..., Any]) -> Callable[..., Any]:
 class _MoEBertHead(MoEBertPreTrainedModel):
     """A BERT head over a `MoEBertModel`: the dense head is built first, then given its new body."""
 
+    bert: BertModel
     accepts_loss_kwargs = False  # these losses are means over the batch: a Trainer averages its micro-batches
 
     def __init__(self, config: MoEBertConfig):

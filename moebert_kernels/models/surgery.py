@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import BertConfig, PreTrainedModel
 from transformers.models.bert.modeling_bert import (
     BertForMaskedLM,
     BertForQuestionAnswering,
@@ -121,10 +122,11 @@ def replace_ffns(
     """
     dense_ffns = find_ffns(model)
     base = _only_bert(model)
+    dense_config = cast(BertConfig, base.config)
     index_LEF = _checked_index(index_LEF, dense_ffns)
     num_layers, num_experts, expert_size = index_LEF.shape
     config = MoEBertConfig.from_bert(
-        base.config,
+        dense_config,
         num_experts=num_experts,
         expert_size=expert_size,
         num_shared_neurons=_count_shared(index_LEF),
@@ -136,16 +138,17 @@ def replace_ffns(
     tables_LV = _checked_tables(tables_LV, table_shape, config)
 
     generator = torch.Generator().manual_seed(seed)
-    for dense, index_EF in zip(dense_ffns, index_LEF, strict=True):
-        _become_moe(dense.layer, _cut(dense, index_EF, config, generator))
-    layers = base.encoder.layer
-    base.encoder = MoEBertEncoder(layers, None if tables_LV is None else tables_LV.to(base.device))
-    base.encoder.train(base.training)
+    ffns = [
+        _cut(dense, index_EF, config, generator)
+        for dense, index_EF in zip(dense_ffns, index_LEF, strict=True)
+    ]
+    layers = [_become_moe(dense.layer, ffn) for dense, ffn in zip(dense_ffns, ffns, strict=True)]
+    tables_LV = None if tables_LV is None else tables_LV.to(base.device)
+    base.encoder = MoEBertEncoder(layers, tables_LV).train(base.encoder.training)  # type: ignore[assignment]
     base.register_forward_pre_hook(hand_over_routing_inputs, with_kwargs=True)
-    dense_config = base.config
     for module in model.modules():
         if getattr(module, "config", None) is dense_config:
-            module.config = config
+            module.config = config  # type: ignore[assignment]
 
 
 def to_moe(
@@ -164,7 +167,8 @@ def to_moe(
         teacher: `BertModel` or its head for sequence classification, token classification, question
             answering or masked language modelling.
         index_LEF: see `replace_ffns`.
-        num_shared_neurons: how many neurons all experts of a layer were given; recorded in the configuration.
+        num_shared_neurons: how many neurons all experts of a layer were given on purpose; recorded in the
+            configuration.
         routing: see `replace_ffns`.
         tables_LV: see `replace_ffns`.
         top_k: see `replace_ffns`.
@@ -184,13 +188,20 @@ def to_moe(
         )
     moe = copy.deepcopy(teacher)
     replace_ffns(moe, index_LEF, routing=routing, tables_LV=tables_LV, top_k=top_k, seed=seed)
-    moe.config.num_shared_neurons = num_shared_neurons
+    config = cast(MoEBertConfig, moe.config)
+    if not 0 <= num_shared_neurons <= config.num_shared_neurons:
+        raise ValueError(
+            f"num_shared_neurons must lie in [0, {config.num_shared_neurons}], the neurons that all experts "
+            f"of every layer have in index_LEF, got {num_shared_neurons}"
+        )
+    config.num_shared_neurons = num_shared_neurons
     with torch.random.fork_rng(devices=[]):  # what is drawn here is overwritten
-        if moe_class is MoEBertModel:
-            student = MoEBertModel(moe.config, add_pooling_layer=moe.pooler is not None)
+        if isinstance(moe, BertModel):
+            student: MoEBertPreTrainedModel = MoEBertModel(config, add_pooling_layer=moe.pooler is not None)
         else:
-            student = moe_class(moe.config)
-    student.to(device=teacher.device, dtype=teacher.dtype).load_state_dict(moe.state_dict())
+            student = moe_class(config)
+    student.to(device=teacher.device, dtype=teacher.dtype)  # type: ignore[call-arg]
+    student.load_state_dict(moe.state_dict())
     return student.train(teacher.training)
 
 
@@ -223,9 +234,7 @@ def _checked_index(index_LEF: Tensor, dense_ffns: list[DenseFFN]) -> Tensor:
     return index_LEF
 
 
-def _checked_tables(
-    tables_LV: Tensor | None, shape: tuple[int, int], config: MoEBertConfig
-) -> Tensor | None:
+def _checked_tables(tables_LV: Tensor | None, shape: tuple[int, int], config: MoEBertConfig) -> Tensor | None:
     if config.is_gated:
         if tables_LV is not None:
             raise ValueError(f"tables_LV is for hash routing, and routing is {config.routing!r}")
@@ -254,10 +263,9 @@ def _count_shared(index_LEF: Tensor) -> int:
 
 
 def _cut(dense: DenseFFN, index_EF: Tensor, config: MoEBertConfig, generator: torch.Generator) -> MoEFFN:
-    """The experts of one layer, weights copied from the dense network."""
+    """The experts of one layer, with weights copied from the dense network."""
     weight = dense.w1.weight
-    # Made empty: nothing is drawn from torch's global generator for weights about to be overwritten.
-    with torch.device("meta"):
+    with torch.device("meta"):  # every weight is given below: none is drawn here
         ffn = MoEFFN(
             dense.w1.in_features,
             config.expert_size,
@@ -266,25 +274,26 @@ def _cut(dense: DenseFFN, index_EF: Tensor, config: MoEBertConfig, generator: to
             activation=dense.activation,
             norm_eps=dense.norm.eps,
             dropout=dense.dropout,
-            dtype=weight.dtype,
         )
-    ffn = ffn.to_empty(device=weight.device).to(weight.dtype)
     index_EF = index_EF.to(weight.device)
-    with torch.no_grad():
-        ffn.w1_EFD.copy_(weight[index_EF])
-        ffn.b1_EF.copy_(dense.w1.bias[index_EF])
-        ffn.w2_EDF.copy_(dense.w2.weight[:, index_EF].transpose(0, 1))
-        ffn.b2_ED.copy_(dense.w2.bias.expand_as(ffn.b2_ED))
-        ffn.ln_w_ED.copy_(dense.norm.weight.expand_as(ffn.ln_w_ED))
-        ffn.ln_b_ED.copy_(dense.norm.bias.expand_as(ffn.ln_b_ED))
-        if ffn.router is not None:
-            drawn = torch.empty(ffn.router.gate.weight.shape)
-            drawn.normal_(std=config.initializer_range, generator=generator)
-            ffn.router.gate.weight.copy_(drawn)
+    num_experts = config.num_experts
+    state = {
+        "w1_EFD": weight[index_EF],
+        "b1_EF": dense.w1.bias[index_EF],
+        "w2_EDF": dense.w2.weight[:, index_EF].transpose(0, 1).contiguous(),
+        "b2_ED": dense.w2.bias.repeat(num_experts, 1),
+        "ln_w_ED": dense.norm.weight.repeat(num_experts, 1),
+        "ln_b_ED": dense.norm.bias.repeat(num_experts, 1),
+    }
+    if config.is_gated:
+        gate_ED = torch.empty(num_experts, dense.w1.in_features)
+        gate_ED.normal_(std=config.initializer_range, generator=generator)
+        state["router.gate.weight"] = gate_ED.to(weight)
+    ffn.load_state_dict({name: tensor.detach() for name, tensor in state.items()}, assign=True)
     return ffn
 
 
-def _become_moe(layer: BertLayer, ffn: MoEFFN) -> None:
+def _become_moe(layer: BertLayer, ffn: MoEFFN) -> MoEBertLayer:
     """Turn a layer into a MoE layer while it keeps its hooks, its checkpointing and its place.
 
     By changing its class, as torch.nn.utils.parametrize does: transformers installs the hooks that capture
@@ -292,4 +301,6 @@ def _become_moe(layer: BertLayer, ffn: MoEFFN) -> None:
     """
     del layer.intermediate, layer.output
     layer.__class__ = MoEBertLayer
-    layer.ffn = ffn.train(layer.training)
+    moe = cast(MoEBertLayer, layer)
+    moe.ffn = ffn.train(layer.training)
+    return moe

@@ -10,11 +10,16 @@ expert, E experts. A 0-element tensor stands for a result that was not asked for
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from moebert_kernels import cpu
 from moebert_kernels.activations import check_activation
+from moebert_kernels.autocast import cast_parameter
 from moebert_kernels.routing.plan import RoutingPlan
 
 
@@ -58,7 +63,8 @@ def moe_ffn(
 
     Returns:
         [T, D] in x's dtype, or in the residual's dtype with `norm`. Under autocast x, weights and biases are
-        cast to the autocast dtype, as `nn.Linear` casts them.
+        cast to the autocast dtype, as `nn.Linear` casts them; a parameter's cast is kept until it changes
+        (see `autocast`).
 
     Raises:
         ValueError: shapes, dtypes, devices or options do not fit; the message names the argument.
@@ -66,9 +72,10 @@ def moe_ffn(
     if torch.is_autocast_enabled(x_TD.device.type):
         residual_TD = x_TD if norm and residual_TD is None else residual_TD
         dtype = torch.get_autocast_dtype(x_TD.device.type)
-        x_TD, w1_EFD, w2_EDF = x_TD.to(dtype), w1_EFD.to(dtype), w2_EDF.to(dtype)
-        b1_EF = None if b1_EF is None else b1_EF.to(dtype)
-        b2_ED = None if b2_ED is None else b2_ED.to(dtype)
+        x_TD = x_TD.to(dtype)
+        w1_EFD, w2_EDF = cast_parameter(w1_EFD, dtype), cast_parameter(w2_EDF, dtype)
+        b1_EF = None if b1_EF is None else cast_parameter(b1_EF, dtype)
+        b2_ED = None if b2_ED is None else cast_parameter(b2_ED, dtype)
     _check_arguments(
         x_TD, plan, w1_EFD, b1_EF, w2_EDF, b2_ED, gate_TK, activation, norm, residual_TD, dropout_p
     )
@@ -160,6 +167,25 @@ def _check_arguments(
         raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
 
 
+def _cuda_backend(x: Tensor) -> ModuleType:
+    """Where CUDA tensors go: the Triton kernels, which do not do float64, or the PyTorch path."""
+    return cpu if x.dtype == torch.float64 else _triton_backend()
+
+
+@cache
+def _triton_backend() -> ModuleType:
+    try:
+        from moebert_kernels import kernels
+    except ImportError as error:
+        warnings.warn(
+            f"moebert_kernels runs its slower PyTorch path on CUDA, with a host synchronisation per call: "
+            f"Triton cannot be imported ({error})",
+            stacklevel=2,
+        )
+        return cpu
+    return kernels
+
+
 @torch.library.custom_op("moebert_kernels::expert_ffn", mutates_args=())
 def expert_ffn(
     x_TD: Tensor,
@@ -202,6 +228,11 @@ def expert_ffn(
         per_slot,
         save_preact,
     )
+
+
+@expert_ffn.register_kernel("cuda")
+def _(*args):
+    return _cuda_backend(args[0]).expert_ffn_forward(*args)
 
 
 @expert_ffn.register_fake
@@ -247,6 +278,11 @@ def expert_ffn_backward(
         per_slot,
         needs,
     )
+
+
+@expert_ffn_backward.register_kernel("cuda")
+def _(*args):
+    return _cuda_backend(args[1]).expert_ffn_backward(*args)
 
 
 @expert_ffn_backward.register_fake
@@ -326,6 +362,11 @@ def expert_norm(
     )
 
 
+@expert_norm.register_kernel("cuda")
+def _(*args):
+    return _cuda_backend(args[0]).expert_norm_forward(*args)
+
+
 @expert_norm.register_fake
 def _(z_SD, residual_TD, expert_ids_TK, order_S, offsets_E1, ln_w_ED, ln_b_ED, gate_TK, seed, eps, dropout_p):
     dtype = torch.promote_types(residual_TD.dtype, torch.float32)
@@ -367,6 +408,11 @@ def expert_norm_backward(
         dropout_p,
         need_gate,
     )
+
+
+@expert_norm_backward.register_kernel("cuda")
+def _(*args):
+    return _cuda_backend(args[1]).expert_norm_backward(*args)
 
 
 @expert_norm_backward.register_fake

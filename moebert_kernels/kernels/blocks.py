@@ -150,12 +150,13 @@ def activate_with_slope(h, ACTIVATION: tl.constexpr):
         cdf = 0.5 * (1.0 + tl.erf(h * 0.7071067811865476))
         return h * cdf, cdf + h * 0.3989422804014327 * tl.exp(-0.5 * h * h)
     elif ACTIVATION == "gelu_tanh":
-        # 0.5 (1 + tanh u) = sigmoid(2u)
-        cdf = tl.sigmoid(1.5957691216057308 * (h + 0.044715 * h * h * h))
-        return h * cdf, cdf + h * cdf * (1.0 - cdf) * 1.5957691216057308 * (1.0 + 0.134145 * h * h)
+        # 0.5 (1 + tanh u) = sigmoid(2u), and 1 - sigmoid(v) = sigmoid(-v) without the cancellation.
+        v = 1.5957691216057308 * (h + 0.044715 * h * h * h)
+        cdf = tl.sigmoid(v)
+        return h * cdf, cdf + h * cdf * tl.sigmoid(-v) * 1.5957691216057308 * (1.0 + 0.134145 * h * h)
     elif ACTIVATION == "relu":
         return tl.where(h > 0, h, 0.0), tl.where(h > 0, 1.0, 0.0)
     else:
         tl.static_assert(ACTIVATION == "silu")
         cdf = tl.sigmoid(h)
-        return h * cdf, cdf + h * cdf * (1.0 - cdf)
+        return h * cdf, cdf + h * cdf * tl.sigmoid(-h)

@@ -5,7 +5,7 @@ Nothing is tuned at run time. `python -m bench.tune` measures the candidates on 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -51,13 +51,69 @@ ARITHMETICS = ("half", "tf32", "ieee")
 SIZES = {"small": 128, "medium": 2048, "large": None}  # rows per expert, at most
 
 
-def _same(tile: Tile, weight_grad: Tile, **options) -> Config:
-    return Config(tile, tile, tile, tile, weight_grad, **options)
+def _config(gemm: Tile, weight_grad: Tile, down_backward: Tile | None = None, **options) -> Config:
+    return Config(gemm, gemm, down_backward or gemm, gemm, weight_grad, **options)
 
 
-_IEEE = _same(Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3))
-_SAFE = _same(Tile(64, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2))
-TABLE: dict[tuple[str, str, str], Config] = {}
+_SAFE = _config(Tile(64, 64, 32, 4, 2, parts=2), Tile(64, 64, 32, 4, 3))
+_IEEE = _config(Tile(64, 64, 32, 4, 3, parts=2), Tile(64, 64, 32, 8, 5))
+
+TABLE: dict[tuple[str, str, str], Config] = {
+    # Ampere and Ada. 99 KiB of shared memory is what 8.6 and 8.9 have.
+    ("sm_80", "half", "small"): _config(Tile(64, 64, 64, 4, 4, parts=2), Tile(64, 128, 32, 4, 7)),
+    ("sm_80", "half", "medium"): _config(Tile(64, 128, 64, 4, 4, parts=4), Tile(64, 128, 32, 4, 7)),
+    ("sm_80", "half", "large"): _config(
+        Tile(128, 128, 64, 8, 3, parts=4), Tile(128, 128, 32, 8, 7), stream_k=True
+    ),
+    ("sm_80", "tf32", "small"): _config(Tile(64, 64, 32, 4, 4, parts=2), Tile(64, 64, 32, 4, 5)),
+    ("sm_80", "tf32", "medium"): _config(Tile(64, 128, 32, 4, 4, parts=4), Tile(64, 64, 32, 4, 5)),
+    ("sm_80", "tf32", "large"): _config(
+        Tile(128, 128, 32, 8, 3, parts=4), Tile(64, 128, 32, 8, 4), stream_k=True
+    ),
+    # Hopper
+    ("sm_90", "half", "small"): _config(
+        Tile(64, 64, 64, 4, 5, parts=2), Tile(128, 128, 64, 8, 5), tma=True
+    ),
+    ("sm_90", "half", "medium"): _config(
+        Tile(64, 128, 64, 4, 4, parts=4), Tile(128, 128, 64, 8, 5), tma=True
+    ),
+    ("sm_90", "half", "large"): _config(
+        Tile(128, 256, 64, 8, 4, parts=4),
+        Tile(128, 256, 64, 8, 7),
+        down_backward=Tile(128, 128, 64, 8, 3, parts=4),
+        stream_k=True,
+        tma=True,
+    ),
+    ("sm_90", "tf32", "small"): _config(Tile(64, 64, 32, 4, 4, parts=2), Tile(64, 64, 32, 4, 4)),
+    ("sm_90", "tf32", "medium"): _config(Tile(64, 128, 32, 4, 4, parts=4), Tile(64, 128, 32, 4, 4)),
+    ("sm_90", "tf32", "large"): _config(
+        Tile(128, 128, 32, 8, 4, parts=4), Tile(128, 128, 32, 8, 4), stream_k=True
+    ),
+    # Blackwell
+    ("sm_100", "half", "small"): _config(
+        Tile(64, 64, 64, 4, 5, parts=2), Tile(128, 128, 64, 8, 3), tma=True
+    ),
+    ("sm_100", "half", "medium"): _config(
+        Tile(128, 128, 64, 8, 3, parts=4), Tile(128, 128, 64, 8, 3), tma=True
+    ),
+    ("sm_100", "half", "large"): _config(
+        Tile(128, 256, 64, 8, 4, parts=4),
+        Tile(128, 128, 64, 8, 4),
+        down_backward=Tile(128, 128, 64, 8, 3, parts=4),
+        stream_k=True,
+        tma=True,
+    ),
+    ("sm_100", "tf32", "small"): _config(Tile(64, 64, 32, 4, 4, parts=2), Tile(64, 64, 32, 4, 4)),
+    ("sm_100", "tf32", "medium"): _config(Tile(64, 128, 32, 4, 4, parts=4), Tile(64, 128, 32, 4, 4)),
+    ("sm_100", "tf32", "large"): _config(
+        Tile(128, 128, 32, 8, 4, parts=4), Tile(128, 128, 32, 8, 4), stream_k=True
+    ),
+    **{
+        (family, "ieee", size): replace(_IEEE, stream_k=size == "large")
+        for family in ("sm_80", "sm_90", "sm_100")
+        for size in SIZES
+    },
+}
 
 
 def select(device: torch.device, dtype: torch.dtype, num_slots: int, num_experts: int) -> Config:

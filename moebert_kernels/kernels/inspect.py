@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from moebert_kernels.kernels import configs, ffn
+from moebert_kernels.kernels import configs, ffn, norm
 from moebert_kernels.kernels.configs import Config
 from moebert_kernels.kernels.launch import Launch, recorded
 
@@ -39,12 +39,13 @@ class Limits:
 
 
 ARCHITECTURES = {
-    "sm_80": Limits(80, 163 * 1024, 164 * 1024, "mma.sync"),
+    "sm_80": Limits(80, 99 * 1024, 164 * 1024, "mma.sync"),  # 99 KiB: 8.6 and 8.9 use this family too
     "sm_90": Limits(90, 227 * 1024, 228 * 1024, "wgmma"),
     "sm_100": Limits(100, 227 * 1024, 228 * 1024, "tcgen05"),
 }
 _INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma.sync": "mma.sync"}
-_REGISTERS, _WARPS, _PROGRAMS = 65536, 64, 32  # of one multiprocessor, all three generations
+# Of one multiprocessor, the same in all three generations; tensor memory is Blackwell's.
+_REGISTERS, _WARPS, _PROGRAMS, _TENSOR_COLUMNS = 65536, 64, 32, 512
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,12 @@ def read(launch: Launch, arch: str) -> Reading:
     warps = binary.metadata.num_warps
     shared = binary.metadata.shared
     per_thread = -(-registers // 8) * 8
+    columns = binary.metadata.tmem_size
     programs = min(
         _REGISTERS // (per_thread * 32 * warps),
         limits.shared_per_multiprocessor // (shared + 1024),
         _WARPS // warps,
+        _TENSOR_COLUMNS // columns if columns else _PROGRAMS,
         _PROGRAMS,
     )
     ptx = binary.asm["ptx"]
@@ -120,4 +123,69 @@ def launches(
         _, preact = ffn.expert_ffn_forward(x, *call, train, config=config)
         if train:
             ffn.expert_ffn_backward(x, x, preact, *call, [True] * 6, config=config)
+            ln, ids = meta(E, D, dtype=torch.float32), meta(T, K, dtype=torch.int32)
+            seed, z = meta(1, dtype=torch.int64), meta(T * K, D)
+            norm_call = (ids, order, offsets, ln, ln, gate, seed)
+            _, mean, rstd = norm.expert_norm_forward(z, x, *norm_call, 1e-12, 0.1)
+            norm.expert_norm_backward(x, z, x, mean, rstd, *norm_call, 0.1, True)
     return record
+
+
+ELEMENT = {"half": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
+
+
+def distinct_launches(family: str) -> dict[str, list[Launch]]:
+    """The launches of every config of a device family, by "arithmetic/size"; each that differs once."""
+    found: dict[str, list[Launch]] = {}
+    seen = set()
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        for (of_family, arithmetic, size), config in configs.TABLE.items():
+            if of_family != family:
+                continue
+            torch.backends.cuda.matmul.fp32_precision = "tf32" if arithmetic == "tf32" else "ieee"
+            fresh = []
+            for launch in launches(config, ELEMENT[arithmetic]):
+                key = repr((launch.kernel.__name__, _values(launch.arguments)))
+                if key not in seen:
+                    seen.add(key)
+                    fresh.append(launch)
+            found[f"{arithmetic}/{size}"] = fresh
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    return found
+
+
+def _values(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments with tensors reduced to what compilation sees of them."""
+
+    def value(v: Any) -> Any:
+        if isinstance(v, torch.Tensor):
+            return v.dtype
+        return (v.base.dtype, v.block_shape) if hasattr(v, "block_shape") else v
+
+    return {name: value(v) for name, v in arguments.items()}
+
+
+def readings(family: str) -> Iterator[tuple[str, Reading]]:
+    """Compile and read everything the table can launch on a device family."""
+    for name, of_config in distinct_launches(family).items():
+        for launch in of_config:
+            yield name, read(launch, family)
+
+
+def main(families: list[str]) -> None:
+    """Print the table."""
+    columns = ("config", "arch", "kernel", "registers", "spilled B", "shared B", "programs", "matrix")
+    print("{:13} {:7} {:26} {:>9} {:>9} {:>9} {:>8}  {}".format(*columns))
+    for family in families or ARCHITECTURES:
+        for name, r in readings(family):
+            print(
+                f"{name:13} {r.arch:7} {r.kernel:26} {r.registers:9} {r.spilled_bytes:9} "
+                f"{r.shared_bytes:9} {r.programs:8}  {', '.join(r.instructions)}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -89,6 +89,11 @@ class Request:
     def given(self, *names: str) -> dict[str, int]:
         """The named sizes that were asked for, to put over a case's defaults."""
         return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    def over(self, other: Request) -> Request:
+        """This request, completed by another where it says nothing."""
+        mine = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(other, **{name: value for name, value in mine.items() if value is not None})
 
 
 TOY = Request(

@@ -41,10 +41,11 @@ class ImportanceInputs:
 
 def cases(request: Request, device_type: str) -> list[ImportanceCase]:
     """One small batch: the published procedure takes a backward pass per layer, matrix and sample."""
-    base = ImportanceCase(0, **request.given("sequence", "hidden", "layers", "vocabulary"))
+    base = ImportanceCase(0, sequence=128 if device_type == "cuda" else 64)
+    base = replace(base, **request.given("sequence", "hidden", "layers", "vocabulary"))
     width = (request.experts or 4) * (request.expert_size or base.ffn_size // 4)
     base = replace(base, ffn_size=width, dtype=(request.dtypes or ("float32",))[0])
-    tokens = request.tokens or ((4096,) if device_type == "cuda" else (256,))
+    tokens = request.tokens or (base.sequence * (32 if device_type == "cuda" else 2),)
     return [replace(base, tokens=count) for count in tokens]
 
 

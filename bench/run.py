@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -36,6 +37,7 @@ class Settings:
         caches: None for warm, and cold on CUDA.
         rounds: samples of each entry.
         seconds: bound on the rounds of one case, pass, launch and cache.
+        limit: seconds after which nothing more is started; what was measured by then is kept.
         peer_path: folder of peers' sources.
         only: names of entries to run; None for all.
         seed: of the data.
@@ -49,7 +51,8 @@ class Settings:
     launches: tuple[str, ...] | None = None
     caches: tuple[str, ...] | None = None
     rounds: int = 30
-    seconds: float = 8.0
+    seconds: float = 10.0
+    limit: float | None = None
     peer_path: str | None = None
     only: tuple[str, ...] | None = None
     seed: int = 0
@@ -126,13 +129,18 @@ def _rows(
     launches = settings.launches or (("eager", "graph") if device.type == "cuda" else ("eager",))
     caches = settings.caches or (("warm", "cold") if device.type == "cuda" else ("warm",))
     entries = [entry for entry in op.entries(settings.peer_path) if entry.name in names]
+    deadline = float("inf") if settings.limit is None else time.monotonic() + settings.limit
     for case in cases:
+        if time.monotonic() > deadline:
+            return
         copies = [op.make_inputs(case, device, settings.seed)]
         if "cold" in caches:
             wanted = _copies(op.footprint(copies[0]), device)
             copies += [op.make_inputs(case, device, settings.seed + index) for index in range(1, wanted)]
         ceiling = ceilings[getattr(case, "dtype", "float32")]
         for pass_ in passes:
+            if time.monotonic() > deadline:
+                return
             references: dict[str, dict[str, Tensor]] = {}
             checked = {entry.name: _verify(op, entry, copies[0], pass_, references) for entry in entries}
             del references

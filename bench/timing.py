@@ -19,6 +19,7 @@ LAUNCHES = ("eager", "graph")
 CACHES = ("warm", "cold")
 _SHORTEST_SAMPLE_S = 1e-3
 _LONGEST_BURST = 32
+_LONG_CALL_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,16 @@ def make_timer(device: torch.device, launch: str, thunks: Sequence[Thunk]) -> Ti
         if device.type != "cuda":
             raise DidNotRun("CUDA graphs need a CUDA device")
         return _graph_timer(thunks)
-    for thunk in thunks[:2] * 2:
-        thunk()
     timer = _event_timer if device.type == "cuda" else _host_timer
-    return timer(_burst(thunks, timer(thunks[:1])()))
+    return timer(_burst(thunks, _warm_up(thunks, timer)))
+
+
+def _warm_up(thunks: Sequence[Thunk], timer: Callable[[Sequence[Thunk]], Timer]) -> float:
+    """Call until nothing is made on first use any more, fewer times if a call is long; seconds of the last one."""
+    for thunk in thunks[:2]:
+        thunk()
+    seconds = timer(thunks[:1])()
+    return seconds if seconds > _LONG_CALL_S else timer(thunks[:1])()
 
 
 def _burst(thunks: Sequence[Thunk], seconds: float) -> list[Thunk]:
@@ -103,9 +110,7 @@ def _graph_timer(thunks: Sequence[Thunk]) -> Timer:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for thunk in list(thunks[:2]) * 2:
-            thunk()
-        estimate = _event_timer(thunks[:1])()
+        estimate = _warm_up(thunks, _event_timer)
     torch.cuda.current_stream().wait_stream(stream)
     burst = _burst(thunks, estimate)
     graph = torch.cuda.CUDAGraph()

@@ -1,92 +1,124 @@
-"""What is measured: shapes, dtypes and routings. Data is drawn on the CPU by a seed, the same on every device."""
+"""The one notion of a case, for tests and benchmarks: sizes, routing, data drawn on the CPU by a seed."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+ROUTINGS = (
+    "uniform",  # every expert has tokens
+    "balanced",  # every expert has the same number of slots
+    "zipf",  # an expert's share falls with its rank
+    "skewed",  # one expert has 70 % of the tokens
+    "dropped",  # a quarter of the slots has no expert
+    "one",  # every token to the middle expert
+    "first empty",
+    "middle empty",
+    "last empty",
+    "nobody",  # no slot has an expert
+)
+TIMED_ROUTINGS = ("balanced", "zipf", "skewed")
+TIMED_TOKENS = (64, 512, 4096, 16384, 65536)
+
 
 @dataclass(frozen=True)
-class FFNCase:
-    """One call of the expert FFN. BERT-base MoEBERT's is the default."""
+class Case:
+    """One call of `moe_ffn`: sizes in the package's notation, how tokens are routed, which parts are used."""
 
-    tokens: int
-    hidden: int = 768
-    expert_size: int = 768
-    experts: int = 4
-    top_k: int = 1
-    dtype: str = "bfloat16"
+    T: int
+    D: int = 16
+    F: int = 24
+    E: int = 4
+    K: int = 1
+    routing: str = "uniform"
+    activation: str = "gelu"
+    bias: bool = True
+    gate: bool = False
+    norm: bool = False
+
+    def __str__(self) -> str:
+        parts = [f"T{self.T}-D{self.D}-F{self.F}-E{self.E}-K{self.K}", self.routing, self.activation]
+        parts += [name for name in ("gate", "norm") if getattr(self, name)]
+        return "-".join(parts + ([] if self.bias else ["nobias"])).replace(" ", "_")
+
+
+@dataclass(frozen=True)
+class FFNCase(Case):
+    """What is timed of it: BERT-base with four experts of 768 neurons, by default."""
+
+    D: int = 768
+    F: int = 768
     routing: str = "balanced"
+    dtype: str = "bfloat16"
 
 
 @dataclass(frozen=True)
 class DispatchCase:
-    """The routing of one batch for all layers of a model, from token ids."""
+    """The routing of one batch for all L layers of a model, from ids below V."""
 
-    tokens: int
-    experts: int = 4
-    layers: int = 12
-    vocabulary: int = 30522
+    T: int
+    E: int = 4
+    L: int = 12
+    V: int = 30522
 
 
 @dataclass(frozen=True)
 class ModelCase:
-    """One pass of an encoder over a batch of full sequences."""
+    """One pass of an encoder over a batch of full sequences; the dense network replaced has E*F neurons."""
 
-    tokens: int
+    T: int
     sequence: int = 128
-    hidden: int = 768
-    layers: int = 12
-    ffn_size: int = 3072
-    expert_size: int = 768
-    experts: int = 4
-    vocabulary: int = 30522
+    D: int = 768
+    F: int = 768
+    E: int = 4
+    L: int = 12
+    V: int = 30522
     dtype: str = "float32"
 
     @property
     def batch(self) -> int:
-        return max(1, self.tokens // self.sequence)
+        return max(1, self.T // self.sequence)
 
 
 @dataclass(frozen=True)
 class ImportanceCase:
-    """The scoring of one batch of labelled sequences."""
+    """The scoring of one batch of labelled sequences by a dense encoder with F neurons per layer."""
 
-    tokens: int
+    T: int
     sequence: int = 128
-    hidden: int = 768
-    layers: int = 12
-    ffn_size: int = 3072
-    vocabulary: int = 30522
+    D: int = 768
+    F: int = 3072
+    L: int = 12
+    V: int = 30522
     dtype: str = "float32"
 
     @property
     def batch(self) -> int:
-        return max(1, self.tokens // self.sequence)
+        return max(1, self.T // self.sequence)
 
 
 @dataclass(frozen=True)
 class Request:
     """Shapes that were asked for; None where the benchmark's own choice for the device stands."""
 
-    tokens: tuple[int, ...] | None = None
-    hidden: int | None = None
-    expert_size: int | None = None
-    experts: int | None = None
-    top_k: int | None = None
-    layers: int | None = None
+    T: tuple[int, ...] | None = None
+    D: int | None = None
+    F: int | None = None
+    E: int | None = None
+    K: int | None = None
+    L: int | None = None
+    V: int | None = None
     sequence: int | None = None
-    vocabulary: int | None = None
     dtypes: tuple[str, ...] | None = None
-    skews: tuple[str, ...] | None = None
+    routings: tuple[str, ...] | None = None
 
-    def given(self, *names: str) -> dict[str, int]:
+    def given(self, *names: str) -> dict[str, Any]:
         """The named sizes that were asked for, to put over a case's defaults."""
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
@@ -96,17 +128,7 @@ class Request:
         return replace(other, **{name: value for name, value in mine.items() if value is not None})
 
 
-TOY = Request(
-    tokens=(24,),
-    hidden=16,
-    expert_size=8,
-    experts=3,
-    layers=2,
-    sequence=6,
-    vocabulary=64,
-    dtypes=("float32",),
-    skews=("hot",),
-)
+TOY = Request(T=(24,), D=16, F=8, E=3, L=2, V=64, sequence=6, dtypes=("float32",), routings=("skewed",))
 
 
 def cpu_dtypes() -> tuple[str, ...]:
@@ -114,42 +136,66 @@ def cpu_dtypes() -> tuple[str, ...]:
     return ("float32", "bfloat16") if torch.ops.mkldnn._is_mkldnn_bf16_supported() else ("float32",)
 
 
-def _balanced(case: FFNCase, generator: torch.Generator) -> Tensor:
-    first_T1 = torch.randperm(case.tokens, generator=generator).unsqueeze(1) % case.experts
-    return (first_T1 + torch.arange(case.top_k)) % case.experts
-
-
-def _drawn(shares: Callable[[int], list[float]]) -> Callable[[FFNCase, torch.Generator], Tensor]:
-    def draw(case: FFNCase, generator: torch.Generator) -> Tensor:
-        shares_E = torch.tensor(shares(case.experts))
-        if case.tokens == 0:
-            return torch.zeros(0, case.top_k, dtype=torch.int64)
-        return torch.multinomial(shares_E.expand(case.tokens, -1), case.top_k, generator=generator)
-
-    return draw
-
-
-def _hot_shares(experts: int) -> list[float]:
-    return [0.7] + [0.3 / (experts - 1)] * (experts - 1) if experts > 1 else [1.0]
-
-
-ROUTINGS: dict[str, Callable[[FFNCase, torch.Generator], Tensor]] = {
-    "balanced": _balanced,
-    "zipf": _drawn(lambda experts: [1 / (rank + 1) for rank in range(experts)]),
-    "hot": _drawn(_hot_shares),
-}
-
-
-def expert_ids(case: FFNCase, seed: int = 0) -> Tensor:
-    """Draw the experts of every token, K different ones each.
-
-    "balanced" gives every expert the same number of slots, "zipf" falls with the expert's rank, "hot" sends
-    70 % of the tokens to expert 0.
+def expert_ids(case: Case, *, seed: int = 0) -> Tensor:
+    """Draw the experts of every token, K different ones each as a router does; -1 for none.
 
     Returns:
         int64 [T, K], on the CPU.
     """
-    return ROUTINGS[case.routing](case, torch.Generator().manual_seed(seed))
+    T, E, K = case.T, case.E, case.K
+    g = torch.Generator().manual_seed(seed)
+    middle = E // 2
+    if case.routing == "balanced":
+        return (torch.randperm(T, generator=g).unsqueeze(1) + torch.arange(K)) % E
+    if case.routing == "zipf":
+        shares_E = 1 / torch.arange(1.0, E + 1)
+        return torch.multinomial(shares_E.expand(T, E), K, generator=g) if T else torch.empty(0, K).long()
+    absent = {"first empty": 0, "middle empty": middle, "last empty": E - 1}.get(case.routing)
+    present = torch.tensor([e for e in range(E) if e != absent])
+    ids_TK = present[torch.rand(T, len(present), generator=g).argsort(1)[:, :K]].reshape(T, K)
+    if case.routing == "one":
+        _put_first(ids_TK, middle, torch.ones(T, dtype=torch.bool))
+    elif case.routing == "skewed":
+        _put_first(ids_TK, middle, torch.rand(T, generator=g) < 0.7)
+    elif case.routing == "dropped":
+        ids_TK[torch.rand(T, K, generator=g) < 0.25] = -1
+        ids_TK[: T // 8] = -1
+    elif case.routing == "nobody":
+        ids_TK[:] = -1
+    return ids_TK
+
+
+def _put_first(ids_TK: Tensor, expert: int, chosen_T: Tensor) -> None:
+    """Make an expert the first choice of some tokens; where it was another choice, the two change places."""
+    first_T1 = ids_TK[:, :1].clone()
+    moved_TK = torch.where(ids_TK == expert, first_T1, ids_TK)
+    moved_TK[:, 0] = expert
+    ids_TK[chosen_T] = moved_TK[chosen_T]
+
+
+def tensors(case: Case, *, seed: int = 0) -> dict[str, Tensor]:
+    """float64 inputs of unit scale on the CPU, and the gradient that comes back, "dy".
+
+    x has entries of magnitude up to 6, where erf and tanh GELU part; pre-activations and outputs are of
+    unit scale, so that no error can hide behind a small output.
+    """
+    T, D, F, E, K = case.T, case.D, case.F, case.E, case.K
+    g = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64) * scale
+
+    made = {"x": randn(T, D), "w1": randn(E, F, D, scale=1.5 * D**-0.5), "w2": randn(E, D, F, scale=F**-0.5)}
+    made["x"][: (T + 3) // 4] *= 2
+    made["x"].clamp_(-6, 6)
+    if case.bias:
+        made |= {"b1": randn(E, F, scale=0.5), "b2": randn(E, D)}
+    if case.gate:
+        made["gate"] = torch.rand(T, K, generator=g, dtype=torch.float64) + 0.25
+    if case.norm:
+        made |= {"residual": randn(T, D), "ln_w": randn(E, D), "ln_b": randn(E, D)}
+    made["dy"] = randn(T, D)
+    return made
 
 
 def token_ids(batch: int, sequence: int, vocabulary: int, seed: int = 0) -> Tensor:

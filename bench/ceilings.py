@@ -1,4 +1,4 @@
-"""What the machine reaches at best, measured in the same run: a large GEMM and a large copy, on this device."""
+"""What the machine reaches at best, measured in the same run: a large GEMM and a large copy."""
 
 from __future__ import annotations
 

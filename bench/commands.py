@@ -12,11 +12,11 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Measure the expert FFN, its dispatch, whole models and importance on your shapes, the peers beside them.",
+    help="Measure the expert FFN, its dispatch, whole models and importance, the peers beside them.",
 )
 _SHAPES, _METHOD = "Shapes (default: a range that suits the device)", "Method"
 _HELP = {
-    "ffn": "The expert FFN against the dense FFN it replaces, loops, torch's and transformers' grouped GEMMs.",
+    "ffn": "The expert FFN against the dense FFN it replaces, loops, and other grouped GEMMs.",
     "dispatch": "From token ids to every layer's sorted order.",
     "model": "Whole encoders: MoEBERT, the dense BERT, a DistilBERT shape.",
     "importance": "Scoring neurons: one backward pass per batch against the published procedure.",
@@ -64,12 +64,16 @@ def measure(
         str | None, typer.Option(help="float32, bfloat16, float16.", rich_help_panel=_SHAPES)
     ] = None,
     skew: Annotated[
-        str | None, typer.Option(help="Routings of ffn: balanced, zipf, hot.", rich_help_panel=_SHAPES)
+        str | None,
+        typer.Option(
+            help="Routings of ffn: balanced, zipf, skewed (one expert has 70 %).", rich_help_panel=_SHAPES
+        ),
     ] = None,
     toy: Annotated[bool, typer.Option("--toy", help="Tiny shapes: does everything run?")] = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if there is one.")] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads on the CPU, pinned; default: all.", rich_help_panel=_METHOD)
+        int | None,
+        typer.Option(min=1, help="Threads on the CPU, pinned; default: all.", rich_help_panel=_METHOD),
     ] = None,
     passes: Annotated[
         str | None,
@@ -105,27 +109,29 @@ def measure(
     import torch
 
     from . import ceilings
-    from .cases import DTYPES, ROUTINGS, TOY, Request
+    from .cases import DTYPES, TIMED_ROUTINGS, TOY, Request
     from .run import Settings
     from .suite import OPS, run_benchmarks
     from .timing import CACHES, LAUNCHES
 
     asked = Request(
-        tokens=_numbers(tokens),
-        hidden=hidden,
-        expert_size=expert_size,
-        experts=experts,
-        top_k=top_k,
-        layers=layers,
+        T=_numbers(tokens),
+        D=hidden,
+        F=expert_size,
+        E=experts,
+        K=top_k,
+        L=layers,
         sequence=sequence,
         dtypes=_among("--dtype", _words(dtype), tuple(DTYPES)),
-        skews=_among("--skew", _words(skew), tuple(ROUTINGS)),
+        routings=_among("--skew", _words(skew), TIMED_ROUTINGS),
     )
     settings = Settings(
         request=asked.over(TOY) if toy else asked,
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
         threads=threads,
-        passes=_among("--passes", _words(passes), tuple(dict.fromkeys(p for op in OPS.values() for p in op.passes))),
+        passes=_among(
+            "--passes", _words(passes), tuple(dict.fromkeys(p for op in OPS.values() for p in op.passes))
+        ),
         launches=_among("--launch", _words(launch), LAUNCHES),
         caches=_among("--cache", _words(cache), CACHES),
         rounds=min(rounds, 3) if toy else rounds,
@@ -150,7 +156,9 @@ for _name, _text in _HELP.items():
 def readme(
     file: Annotated[Path, typer.Argument(help="A markdown file with <!-- bench:NAME:begin/end --> markers.")],
     results: Annotated[Path, typer.Option(help="Folder of result files.")] = Path("bench/results"),
-    check: Annotated[bool, typer.Option("--check", help="Change nothing; fail if the tables are old.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Change nothing; fail if the tables are old.")
+    ] = False,
 ) -> None:
     """Write the measured tables into a README."""
     from .readme import update
@@ -161,7 +169,9 @@ def readme(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     if check and fresh != text:
-        typer.echo(f"{file} does not show the results in {results}: run python -m bench readme {file}", err=True)
+        typer.echo(
+            f"{file} does not show the results in {results}: run python -m bench readme {file}", err=True
+        )
         raise typer.Exit(1)
     if not check:
         file.write_text(fresh, encoding="utf-8")
@@ -170,7 +180,9 @@ def readme(
 @app.command("plot")
 def plot_command(
     file: Annotated[Path, typer.Argument(help="A result file.")],
-    out: Annotated[Path | None, typer.Option(help="Picture to write; default: beside the file, .svg.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Picture to write; default: beside the file, .svg.")
+    ] = None,
 ) -> None:
     """Draw a result file: time against tokens, and the roofline."""
     from .plot import plot

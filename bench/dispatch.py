@@ -39,20 +39,20 @@ class DispatchInputs:
 
 def cases(request: Request, device_type: str) -> list[DispatchCase]:
     """One case per token count."""
-    base = DispatchCase(0, **request.given("experts", "layers", "vocabulary"))
-    return [replace(base, tokens=tokens) for tokens in request.tokens or (512, 4096, 65536)]
+    base = DispatchCase(0, **request.given("E", "L", "V"))
+    return [replace(base, T=count) for count in request.T or (512, 4096, 65536)]
 
 
 def make_inputs(case: DispatchCase, device: torch.device, seed: int) -> DispatchInputs:
     """Zipf's token ids and random tables."""
-    tables_LV = hash_random_tables(case.layers, case.vocabulary, case.experts, seed=seed)
-    ids_T = token_ids(1, case.tokens, case.vocabulary, seed)[0]
+    tables_LV = hash_random_tables(case.L, case.V, case.E, seed=seed)
+    ids_T = token_ids(1, case.T, case.V, seed)[0]
     return DispatchInputs(case, ids_T.to(device), tables_LV.to(device))
 
 
 def _ours(inputs: DispatchInputs, pass_: str) -> Thunk:
     def thunk() -> Outputs:
-        plans = RoutingPlan.from_input_ids(inputs.ids_T, inputs.tables_LV, inputs.case.experts)
+        plans = RoutingPlan.from_input_ids(inputs.ids_T, inputs.tables_LV, inputs.case.E)
         return {"order": [plan.order_S for plan in plans], "ends": [plan.offsets_E1[1:] for plan in plans]}
 
     return thunk
@@ -65,7 +65,7 @@ def _layer_by_layer(dispatch: OneLayer, inputs: DispatchInputs, pass_: str) -> T
     """Each layer looks its experts up and sorts for itself."""
 
     def thunk() -> Outputs:
-        layers = [dispatch(table_V[inputs.ids_T], inputs.case.experts) for table_V in inputs.tables_LV]
+        layers = [dispatch(table_V[inputs.ids_T], inputs.case.E) for table_V in inputs.tables_LV]
         return {"order": [order for order, _ in layers], "ends": [ends for _, ends in layers]}
 
     return thunk
@@ -127,7 +127,7 @@ def reference(inputs: DispatchInputs, pass_: str, kind: str) -> dict[str, Tensor
     routing = specification("routing")
     ids_LT = torch.stack([table_V[inputs.ids_T] for table_V in inputs.tables_LV]).long()
     ends_LE = torch.stack(
-        [routing.sort_by_expert(ids_T.unsqueeze(1), inputs.case.experts)[3][1:] for ids_T in ids_LT]
+        [routing.sort_by_expert(ids_T.unsqueeze(1), inputs.case.E)[3][1:] for ids_T in ids_LT]
     )
     return {"ids": ids_LT, "ends": ends_LE}
 
@@ -137,7 +137,7 @@ def check(
 ) -> dict[str, float]:
     """Exactly a permutation that sorts by expert, and exactly the counts; peers need not be stable."""
     order_LT = outputs["order"].long()
-    everyone_T = torch.arange(inputs.case.tokens, device=order_LT.device)
+    everyone_T = torch.arange(inputs.case.T, device=order_LT.device)
     if order_LT.shape != expected["ids"].shape or not torch.equal(
         order_LT.sort(1).values, everyone_T.expand_as(order_LT)
     ):
@@ -150,8 +150,8 @@ def check(
 
 
 def work(inputs: DispatchInputs, pass_: str, kind: str) -> Work:
-    """Ids read once; per layer a table entry read, an expert id, a place and its inverse written, 4 bytes each."""
-    return Work(0.0, inputs.case.tokens * (8 + 16 * inputs.case.layers))
+    """Ids read once; per layer a table entry read, expert, place and inverse written, 4 bytes each."""
+    return Work(0.0, inputs.case.T * (8 + 16 * inputs.case.L))
 
 
 def footprint(inputs: DispatchInputs) -> int:

@@ -13,7 +13,7 @@ from moebert_kernels import RoutingPlan, moe_ffn
 from .baselines import authors, dense, scattermoe, torch_gemms, triton_kernels
 from .baselines.implementation import PASSES, FFNInputs, Implementation, Make, bind, weights_of
 from .baselines.transformers_experts import implementations
-from .cases import DTYPES, FFNCase, Request, cpu_dtypes, expert_ids
+from .cases import DTYPES, TIMED_ROUTINGS, TIMED_TOKENS, FFNCase, Request, cpu_dtypes, expert_ids, tensors
 from .reference import specification
 from .registry import Entry, Op, Work
 from .verify import check_close
@@ -25,37 +25,33 @@ DENSE, BOUND = "dense FFN replaced", "bound: one expert"
 def cases(request: Request, device_type: str) -> list[FFNCase]:
     """All token counts balanced; the other routings at the middle of them."""
     gpu = device_type == "cuda"
-    tokens = request.tokens or ((64, 512, 4096, 16384, 65536) if gpu else (64, 512, 2048))
+    tokens = request.T or (TIMED_TOKENS if gpu else (64, 512, 2048))
     dtypes = request.dtypes or (("bfloat16",) if gpu else cpu_dtypes())
-    base = FFNCase(0, **request.given("hidden", "expert_size", "experts", "top_k"))
+    base = FFNCase(0, **request.given("D", "F", "E", "K"))
     chosen = []
     for dtype in dtypes:
-        for routing in request.skews or ("balanced", "zipf", "hot"):
-            skewed = routing != "balanced" and request.tokens is None
+        for routing in request.routings or TIMED_ROUTINGS:
+            skewed = routing != "balanced" and request.T is None
             middle = tokens[len(tokens) // 2 :][:2] if gpu else tokens[len(tokens) // 2 :][:1]
             for count in middle if skewed else tokens:
-                chosen.append(replace(base, tokens=count, dtype=dtype, routing=routing))
+                chosen.append(replace(base, T=count, dtype=dtype, routing=routing))
     return chosen
 
 
 def make_inputs(case: FFNCase, device: torch.device, seed: int) -> FFNInputs:
-    """Unit-scale data of a case."""
-    generator = torch.Generator().manual_seed(seed)
-    T, D, F, E, K = case.tokens, case.hidden, case.expert_size, case.experts, case.top_k
-
-    def randn(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(*shape, generator=generator) * scale).to(device, DTYPES[case.dtype])
-
+    """The data of a case, as the tests draw it."""
+    dtype = DTYPES[case.dtype]
+    made = {name: tensor.to(dtype).to(device) for name, tensor in tensors(case, seed=seed).items()}
     return FFNInputs(
         case=case,
-        x_TD=randn(T, D),
-        dy_TD=randn(T, D),
-        w1_EFD=randn(E, F, D, scale=D**-0.5),
-        b1_EF=randn(E, F),
-        w2_EDF=randn(E, D, F, scale=F**-0.5),
-        b2_ED=randn(E, D),
-        expert_ids_TK=expert_ids(case, seed).to(device),
-        gate_TK=torch.full((T, K), 1 / K, device=device, dtype=DTYPES[case.dtype]),
+        x_TD=made["x"],
+        dy_TD=made["dy"],
+        w1_EFD=made["w1"],
+        b1_EF=made["b1"],
+        w2_EDF=made["w2"],
+        b2_ED=made["b2"],
+        expert_ids_TK=expert_ids(case, seed=seed).to(device),
+        gate_TK=torch.full((case.T, case.K), 1 / case.K, device=device, dtype=dtype),
     )
 
 
@@ -64,7 +60,7 @@ def ours(inputs: FFNInputs) -> Implementation:
     leaves = weights_of(inputs)
 
     def dispatch() -> RoutingPlan:
-        return RoutingPlan.from_expert_ids(inputs.expert_ids_TK, inputs.case.experts)
+        return RoutingPlan.from_expert_ids(inputs.expert_ids_TK, inputs.case.E)
 
     def compute(x_TD: Tensor, plan: RoutingPlan) -> Tensor:
         return moe_ffn(x_TD, plan, leaves["w1"], leaves["b1"], leaves["w2"], leaves["b2"])
@@ -122,24 +118,24 @@ def check(
 
     def parts(name: str, tensor: Tensor) -> list[Tensor]:
         if name in ("y", "dx"):
-            return [tensor[first_T == e] for e in range(inputs.case.experts)]
+            return [tensor[first_T == e] for e in range(inputs.case.E)]
         return list(tensor) if kind == "experts" else [tensor]
 
     return check_close(outputs, expected, inputs.x_TD.dtype, parts, sums=("dw1", "db1", "dw2", "db2"))
 
 
 def work(inputs: FFNInputs, pass_: str, kind: str) -> Work:
-    """Multiply-adds of the two projections (three times as many with backward), and rows and weights moved once.
+    """Multiply-adds of the two projections, three times as many with backward; weights and rows moved once.
 
-    Forward: the weights of the experts that have tokens, x and y. With backward: these weights again, their gradients,
-    and dy, x and dx beside the pre-activations written and read.
+    Forward: the weights of the experts that have tokens, x and y. With backward: these weights again, their
+    gradients, and dy, x and dx beside the pre-activations written and read.
     """
     case, size = inputs.case, inputs.x_TD.element_size()
-    T, D, F, K = case.tokens, case.hidden, case.expert_size, case.top_k
+    T, D, F, K = case.T, case.D, case.F, case.K
     if kind == "experts":
         networks, neurons = int(inputs.expert_ids_TK.unique().numel()), K * F
     else:
-        networks, neurons = 1, (case.experts if kind == "dense" else K) * F
+        networks, neurons = 1, (case.E if kind == "dense" else K) * F
     width = F if kind == "experts" else neurons
     weights = networks * (2 * width * D + width + D) * size
     if pass_.endswith("backward"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .cases import DTYPES, ImportanceCase, Request, token_ids
-from .model import spread_weights
+from .encoders import bert_sizes, spread_weights
 from .reference import specification
 from .registry import Entry, Op, Outputs, Thunk, Work
 from .verify import check_close
@@ -41,32 +40,23 @@ class ImportanceInputs:
 
 def cases(request: Request, device_type: str) -> list[ImportanceCase]:
     """One small batch: the published procedure takes a backward pass per layer, matrix and sample."""
-    base = ImportanceCase(0, sequence=128 if device_type == "cuda" else 64)
-    base = replace(base, **request.given("sequence", "hidden", "layers", "vocabulary"))
-    width = (request.experts or 4) * (request.expert_size or base.ffn_size // 4)
-    base = replace(base, ffn_size=width, dtype=(request.dtypes or ("float32",))[0])
-    tokens = request.tokens or (base.sequence * (32 if device_type == "cuda" else 2),)
-    return [replace(base, tokens=count) for count in tokens]
+    sizes = {"sequence": 128 if device_type == "cuda" else 64, **request.given("sequence", "D", "L", "V")}
+    base = ImportanceCase(0, **sizes)
+    base = replace(base, F=(request.E or 4) * (request.F or 768), dtype=(request.dtypes or ("float32",))[0])
+    tokens = request.T or (base.sequence * (32 if device_type == "cuda" else 2),)
+    return [replace(base, T=count) for count in tokens]
 
 
 def make_inputs(case: ImportanceCase, device: torch.device, seed: int) -> ImportanceInputs:
     """Zipf's token ids, labels in turn, drawn weights."""
     from transformers import BertConfig, BertForSequenceClassification
 
-    config = BertConfig(
-        vocab_size=case.vocabulary,
-        hidden_size=case.hidden,
-        num_hidden_layers=case.layers,
-        num_attention_heads=max(1, case.hidden // 64),
-        intermediate_size=case.ffn_size,
-        max_position_embeddings=max(512, case.sequence),
-        num_labels=3,
-    )
+    config = BertConfig(**bert_sizes(case, case.F), id2label={0: "a", 1: "b", 2: "c"})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = BertForSequenceClassification(config)
         spread_weights(model)
-    ids_BS = token_ids(case.batch, case.sequence, case.vocabulary, seed).to(device)
+    ids_BS = token_ids(case.batch, case.sequence, case.V, seed).to(device)
     labels_B = (torch.arange(case.batch) % 3).to(device)
     return ImportanceInputs(case, ids_BS, labels_B, model.eval().to(device, DTYPES[case.dtype]))
 
@@ -89,7 +79,7 @@ def _ours(inputs: ImportanceInputs, pass_: str) -> Thunk:
 
 
 def _authors(inputs: ImportanceInputs, pass_: str) -> Thunk:
-    """One forward pass; then per sample, layer and matrix a backward pass through the graph, which is kept."""
+    """One forward pass; then per sample, layer and matrix a backward pass, the graph kept."""
     weights = _weights(inputs.model)
 
     def thunk() -> Outputs:
@@ -140,15 +130,17 @@ def check(
 ) -> dict[str, float]:
     """Every layer's scores by themselves; rounding adds up over layers and samples."""
     scores = {"scores": outputs["scores"].to(expected["scores"].device)}
-    slack = 10.0 * inputs.case.layers
-    return check_close(scores, expected, DTYPES[inputs.case.dtype], lambda _, tensor: list(tensor), slack=slack)
+    slack = 10.0 * inputs.case.L
+    return check_close(
+        scores, expected, DTYPES[inputs.case.dtype], lambda _, tensor: list(tensor), slack=slack
+    )
 
 
 def work(inputs: ImportanceInputs, pass_: str, kind: str) -> Work:
     """One forward pass and one backward pass to the activations; parameters read twice."""
     case = inputs.case
-    parameters = case.layers * (4 * case.hidden**2 + 2 * case.hidden * case.ffn_size)
-    attention = case.layers * 2 * case.sequence * case.hidden
+    parameters = case.L * (4 * case.D**2 + 2 * case.D * case.F)
+    attention = case.L * 2 * case.sequence * case.D
     flops = 4 * (parameters + attention) * case.batch * case.sequence
     return Work(flops, 2 * parameters * DTYPES[case.dtype].itemsize)
 

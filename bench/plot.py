@@ -12,7 +12,7 @@ from .tables import Group, grouped
 def plot(results: Results, path: str | Path) -> Path:
     """Draw the passes side by side: time above, roofline below. The format is the path's ending.
 
-    Of the launch modes and cache states only the last of each is drawn, graphs and cold caches where there are any.
+    Of the launch modes and cache states one each is drawn: graphs and cold caches where there are any.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -72,14 +72,18 @@ def _time_against_tokens(axes: Any, group: Group, rows: list[Row]) -> None:
     for entry, mine in _timed_by_entry(rows).items():
         times = [row.seconds for row in mine if row.seconds is not None]
         style = _style(order.index(entry))
-        tokens = [row.case["tokens"] for row in mine]
+        tokens = [row.case["T"] for row in mine]
         axes.plot(tokens, [time.median for time in times], label=entry, **style)
         axes.fill_between(
-            tokens, [time.low for time in times], [time.high for time in times], color=style["color"], alpha=0.15
+            tokens,
+            [time.low for time in times],
+            [time.high for time in times],
+            color=style["color"],
+            alpha=0.15,
         )
     ours = [row for row in rows if row.entry == order[0]]
     axes.plot(
-        [row.case["tokens"] for row in ours], [row.floor_s for row in ours], "k--", linewidth=1, label="roofline"
+        [row.case["T"] for row in ours], [row.floor_s for row in ours], "k--", linewidth=1, label="roofline"
     )
     axes.set(title=group.title(), xlabel="tokens", ylabel="seconds", xscale="log", yscale="log")
     axes.grid(True, which="major", alpha=0.3)
@@ -100,6 +104,5 @@ def _roofline(axes: Any, results: Results, rows: list[Row]) -> None:
     order = list(dict.fromkeys(row.entry for row in rows))
     for row, intensity in zip(timed, intensities, strict=True):
         style = _style(order.index(row.entry))
-        axes.plot(
-            [intensity], [row.flops / row.seconds.median], color=style["color"], marker=style["marker"]  # type: ignore[union-attr]
-        )
+        speed = row.flops / row.seconds.median if row.seconds else 0.0
+        axes.plot([intensity], [speed], color=style["color"], marker=style["marker"])

@@ -1,15 +1,17 @@
 """README tables from result files, between markers `<!-- bench:NAME:begin -->` and `<!-- bench:NAME:end -->`.
 
-NAME is an operator and a kind of device, such as `ffn-cpu` or `model-gpu`, or `targets-gpu`. What was never measured says
-so.
+NAME is an operator and a kind of device, such as `ffn-cpu` or `model-gpu`, or `targets-gpu`. What was never
+measured says so.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 
+from .cases import FFNCase
 from .results import Results, Row, read_folder
 from .suite import OPS
 from .tables import LEGEND, Group, grouped, markdown, table
@@ -47,7 +49,9 @@ def block(name: str, results: Iterable[Results]) -> str:
         known = ", ".join(f"{subject}-cpu|gpu" for subject in OPS)
         raise ValueError(f"there is no table {name!r}; there are {known} and targets-gpu")
     op = "ffn" if subject == "targets" else subject
-    mine = [result for result in results if (result.run.op, result.run.device_type) == (op, _DEVICE_TYPES[kind])]
+    mine = [
+        result for result in results if (result.run.op, result.run.device_type) == (op, _DEVICE_TYPES[kind])
+    ]
     if subject == "targets":
         return _targets(mine)
     if not mine:
@@ -62,7 +66,7 @@ def _measured(result: Results) -> str:
 
 
 def _shown(result: Results) -> dict[Group, list[Row]]:
-    """Enough for a reader: the first routing; graphs and cold caches where there are any. All else is in the file."""
+    """Enough for a reader: the first routing; graphs and cold caches where there are any."""
     groups = grouped(result)
     launch = "graph" if any(group.launch == "graph" for group in groups) else "eager"
     cache = "cold" if any(group.cache == "cold" for group in groups) else "warm"
@@ -80,7 +84,11 @@ def provenance(result: Results) -> str:
     versions = environment.get("versions", {})
     device = f"{environment.get('cpu')}, {run.threads} threads" if run.device_type == "cpu" else run.device
     samples = [row.seconds.samples for row in result.rows if row.seconds]
-    counts = f"{min(samples)} to {max(samples)}" if samples and min(samples) != max(samples) else f"{max(samples, default=0)}"
+    counts = (
+        f"{min(samples)} to {max(samples)}"
+        if samples and min(samples) != max(samples)
+        else f"{max(samples, default=0)}"
+    )
     busy = f", **load {run.load_average:.1f} before the start**" if (run.load_average or 0) > 0.5 else ""
     return (
         f"*{LEGEND}. {device}; torch {versions.get('torch')}, commit {environment.get('commit')}, "
@@ -89,7 +97,10 @@ def provenance(result: Results) -> str:
 
 
 def _targets(results: list[Results]) -> str:
-    head = ["| H200, bfloat16, CUDA graph, cold caches | T | floor | aim | reached |", "|---|--:|--:|--:|--:|"]
+    head = [
+        "| H200, bfloat16, CUDA graph, cold caches | T | floor | aim | reached |",
+        "|---|--:|--:|--:|--:|",
+    ]
     lines = [
         f"| {target.pass_} | {target.tokens} | {target.floor_us:g} µs | "
         f"{'–' if target.aim_us is None else f'{target.aim_us:g} µs'} | {_reached(target, results)} |"
@@ -99,21 +110,13 @@ def _targets(results: list[Results]) -> str:
 
 
 def _reached(target: Target, results: list[Results]) -> str:
-    wanted = {
-        "tokens": target.tokens,
-        "hidden": 768,
-        "expert_size": 768,
-        "experts": 4,
-        "top_k": 1,
-        "dtype": "bfloat16",
-        "routing": "balanced",
-    }
+    wanted = asdict(FFNCase(target.tokens))
     for result in results:
         if "H200" not in result.run.device:
             continue
         ours = OPS["ffn"].entries(None)[0].name
         for row in result.rows:
-            if (row.entry, row.pass_, row.launch, row.cache) == (ours, target.pass_, "graph", "cold"):
-                if row.case == wanted and row.seconds is not None:
-                    return f"{row.seconds.median * 1e6:.1f} µs"
+            mode = (row.entry, row.pass_, row.launch, row.cache)
+            if mode == (ours, target.pass_, "graph", "cold") and row.case == wanted and row.seconds:
+                return f"{row.seconds.median * 1e6:.1f} µs"
     return NOT_MEASURED

@@ -1,4 +1,4 @@
-"""python_ref, the executable specification: beside `bench` in a checkout, inside the package once installed."""
+"""python_ref, the executable specification: beside `bench` in a checkout, inside the package if installed."""
 
 from __future__ import annotations
 

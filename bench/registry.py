@@ -15,7 +15,7 @@ Outputs = dict[str, Any]
 Thunk = Callable[[], Outputs]
 
 
-class DidNotRun(Exception):
+class DidNotRun(Exception):  # noqa: N818 - no error of ours
     """Why an entry has no figure; never a reason to call it slow."""
 
 
@@ -41,7 +41,8 @@ class Entry:
 
     Attributes:
         name: as tables and plots show it.
-        bind: (inputs, pass) -> the function to be timed. Raises `DidNotRun`, or anything else, where it cannot be had.
+        bind: (inputs, pass) -> the function to be timed. Raises `DidNotRun` or anything else where there is
+            none.
         work: what it computes: the operator's own "experts", or another function timed for comparison, such
             as the dense network replaced. It selects the reference and the work.
         dispatch: "apart" if a routing plan made beforehand can be handed to it; "inside" if every pass sorts
@@ -68,7 +69,7 @@ class Op:
         make_inputs: (case, device, seed) -> inputs of one call.
         entries: (path of peers' sources or None) -> the entries; the first is ours.
         reference: (inputs, pass, entry's work) -> outputs to hold the entries' against, float64 or exact.
-        check: (outputs, reference, inputs, entry's work) -> errors by output; raises `DidNotRun` on a wrong one.
+        check: (outputs, reference, inputs, entry's work) -> errors by output; raises `DidNotRun` if wrong.
         work: (inputs, pass, entry's work) -> Work.
         footprint: inputs -> bytes one call reads, of which several copies defeat the caches.
         baselines: names of entries that ours is set in ratio to.

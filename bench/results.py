@@ -1,4 +1,4 @@
-"""Result files: JSON lines, the first of which says how, where and from which commit, the others one figure each."""
+"""Result files: JSON lines, first how, where and from which commit, then one figure each."""
 
 from __future__ import annotations
 

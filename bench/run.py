@@ -6,7 +6,7 @@ import gc
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ class Settings:
         probes: sizes of the ceilings' probes; None for the device's own.
     """
 
-    request: Request = Request()
+    request: Request = field(default_factory=Request)
     device: str = "cpu"
     threads: int | None = None
     passes: tuple[str, ...] | None = None
@@ -60,7 +60,7 @@ class Settings:
 
 
 def start(op: Op, settings: Settings) -> tuple[Run, Iterator[Row]]:
-    """Pin the threads, measure the ceilings, and return the run with its rows, computed as they are asked for.
+    """Pin the threads, measure the ceilings; return the run with its rows, computed as they are asked for.
 
     Raises:
         ValueError: an entry, a pass or the device that was asked for does not exist.
@@ -87,7 +87,8 @@ def start(op: Op, settings: Settings) -> tuple[Run, Iterator[Row]]:
 def pin_threads(threads: int | None) -> tuple[int, ...]:
     """Confine the process to as many processors as torch has threads, and return them.
 
-    Which thread runs on which of them is settled by OMP_PROC_BIND, which `cpu.sh` sets: it is read before Python.
+    Which thread runs on which of them is settled by OMP_PROC_BIND, which `cpu.sh` sets: it is read when
+    torch is loaded.
     """
     if not hasattr(os, "sched_setaffinity"):
         torch.set_num_threads(threads or torch.get_num_threads())
@@ -164,7 +165,7 @@ class _Mode:
 def _verify(
     op: Op, entry: Entry, inputs: Any, pass_: str, references: dict[str, dict[str, Tensor]]
 ) -> dict[str, float] | str:
-    """The errors of an entry's outputs, or why it is not to be timed. References are kept for the next entry."""
+    """The errors of an entry's outputs, or why it is not to be timed; references stay for the next entry."""
     try:
         outputs = entry.restore(entry.bind(inputs, pass_)())
         if entry.work not in references:

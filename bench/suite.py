@@ -1,4 +1,4 @@
-"""The four benchmarks, and what it is to run some of them: tables in the terminal, files and plots in a folder."""
+"""The four benchmarks, and what it is to run them: tables in the terminal, files and plots in a folder."""
 
 from __future__ import annotations
 
@@ -64,14 +64,16 @@ def _run(op: Op, settings: Settings, out: str | Path | None, console: Console) -
             f"{ceiling.bytes_per_s / 1e9:.4g} GB/s on this machine"
         )
     if run.load_average is not None and run.load_average > 0.5:
-        console.print(f"[yellow]The load average is {run.load_average:.1f}: other work will distort the figures.")
+        console.print(
+            f"[yellow]The load average is {run.load_average:.1f}: other work will distort the figures."
+        )
     kept: list[Row] = []
     with console.status(op.name) as status:
 
         def watched() -> Iterator[Row]:
             for row in rows:
                 kept.append(row)
-                status.update(f"{op.name}: T={row.case['tokens']}, {group_of(row).title()}: {row.entry}")
+                status.update(f"{op.name}: T={row.case['T']}, {group_of(row).title()}: {row.entry}")
                 yield row
 
         if out is None:
@@ -87,4 +89,3 @@ def _run(op: Op, settings: Settings, out: str | Path | None, console: Console) -
         path = plot(results, Path(out) / f"{slug(run)}.svg")
         console.print(f"{path.with_suffix('.jsonl')} and {path.name} written")
     return results
-

@@ -52,7 +52,7 @@ class Table:
 
 def group_of(row: Row) -> Group:
     """The table a row belongs to."""
-    case = tuple((name, value) for name, value in row.case.items() if name != "tokens")
+    case = tuple((name, value) for name, value in row.case.items() if name != "T")
     return Group(row.pass_, row.launch, row.cache, case)
 
 
@@ -72,9 +72,9 @@ def tables(results: Results, baselines: tuple[str, ...]) -> Iterator[Table]:
 
 def table(title: str, rows: list[Row], baselines: tuple[str, ...]) -> Table:
     """Arrange the rows of one group."""
-    tokens = list(dict.fromkeys(row.case["tokens"] for row in rows))
+    tokens = list(dict.fromkeys(row.case["T"] for row in rows))
     entries = list(dict.fromkeys(row.entry for row in rows))
-    cells = {(row.entry, row.case["tokens"]): row for row in rows}
+    cells = {(row.entry, row.case["T"]): row for row in rows}
     ours = entries[0]
     lines = [
         Line(
@@ -133,8 +133,8 @@ def _notes(rows: list[Row]) -> Iterator[str]:
     reasons: dict[tuple[str, str], list[int]] = {}
     for row in rows:
         if row.did_not_run:
-            reasons.setdefault((row.entry, row.did_not_run), []).append(row.case["tokens"])
-    everywhere = len({row.case["tokens"] for row in rows})
+            reasons.setdefault((row.entry, row.did_not_run), []).append(row.case["T"])
+    everywhere = len({row.case["T"] for row in rows})
     for (entry, reason), tokens in reasons.items():
         at = "" if len(tokens) == everywhere else f" at T={', '.join(map(str, tokens))}"
         yield f"{entry} did not run{at}: {reason}"
@@ -142,12 +142,12 @@ def _notes(rows: list[Row]) -> Iterator[str]:
         yield "† sorts its tokens in every pass: its dispatch cannot be taken out"
     for row in rows:
         for name, error in _imprecise(row).items():
-            yield f"≈ {row.entry} at T={row.case['tokens']}: {name} is off by {error:.1%} (rms)"
+            yield f"≈ {row.entry} at T={row.case['T']}: {name} is off by {error:.1%} (rms)"
 
 
 LEGEND = (
-    "Median, ± half the distance of the 10th and 90th percentile; in brackets the share of the roofline, by the "
-    "ceilings measured in the same run"
+    "Median, ± half the distance of the 10th and 90th percentile; in brackets the share of the roofline, by "
+    "the ceilings measured in the same run"
 )
 
 
@@ -169,7 +169,9 @@ def markdown(content: Table) -> str:
     rule = "|---|" + "--:|" * len(content.columns)
     body = []
     for line in content.lines:
-        cells = [f"**{cell}**" for cell in (line.name, *line.cells)] if line.strong else [line.name, *line.cells]
+        cells = (
+            [f"**{cell}**" for cell in (line.name, *line.cells)] if line.strong else [line.name, *line.cells]
+        )
         body.append(f"| {' | '.join(cells)} |")
     notes = [f"- {note}" for note in content.notes]
     return "\n".join([head, rule, *body, *(["", *notes] if notes else [])])

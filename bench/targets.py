@@ -1,4 +1,4 @@
-"""What the fused kernels aim at on an H200, BERT-base MoEBERT's layer in bfloat16, by a CUDA graph on cold caches."""
+"""What the kernels aim at on an H200: BERT-base MoEBERT's layer, bfloat16, a CUDA graph, cold caches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Timers: the host's clock, CUDA events round eager calls, CUDA events round a graph. Rounds interleave the entries."""
+"""Timers: the host's clock, CUDA events round eager calls or round a graph. Rounds interleave the entries."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def make_timer(device: torch.device, launch: str, thunks: Sequence[Thunk]) -> Ti
     Args:
         device: where the thunks compute.
         launch: "eager" or "graph".
-        thunks: the same call, each on data of its own; a burst takes them in turn. One for warm caches; for cold
-            ones so many that none finds its data still cached.
+        thunks: the same call, each on data of its own; a burst takes them in turn. One for warm caches; for
+            cold ones so many that none finds its data still cached.
 
     Raises:
         DidNotRun: there is no graph to be had: no CUDA device, or the call cannot be captured.
@@ -61,7 +61,7 @@ def make_timer(device: torch.device, launch: str, thunks: Sequence[Thunk]) -> Ti
 
 
 def _warm_up(thunks: Sequence[Thunk], timer: Callable[[Sequence[Thunk]], Timer]) -> float:
-    """Call until nothing is made on first use any more, fewer times if a call is long; seconds of the last one."""
+    """Call until nothing is made on first use any more; the last call's seconds."""
     for thunk in thunks[:2]:
         thunk()
     seconds = timer(thunks[:1])()

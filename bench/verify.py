@@ -9,10 +9,10 @@ from torch import Tensor
 
 from .registry import DidNotRun
 
-# Of rms(delta) / rms(reference) and of max|delta| / rms(reference). float32 leaves no room for TF32 nor for the
-# tanh form of GELU; the 16-bit types leave room for rounding between the two GEMMs, and none for a row that went to
-# another expert. Parameters' gradients may be ten times as far off, since some peers sum them in 16 bits: that is
-# imprecise, and reported with the figure, but not another function.
+# Of rms(delta) / rms(reference) and of max|delta| / rms(reference). float32 leaves no room for TF32 nor for
+# the tanh form of GELU; the 16-bit types leave room for rounding between the two GEMMs, and none for a row
+# that went to another expert. Parameters' gradients may be ten times as far off, since some peers sum them in
+# 16 bits: that is imprecise, and reported with the figure, but not another function.
 LIMITS = {
     torch.float64: (1e-10, 1e-9),
     torch.float32: (1e-5, 1e-4),
@@ -25,7 +25,7 @@ Parts = Callable[[str, Tensor], list[Tensor]]
 
 
 def relative_errors(output: Tensor, reference: Tensor) -> tuple[float, float]:
-    """rms(delta) / rms(reference) and max|delta| / rms(reference); infinite where only one of them is 0 or finite."""
+    """rms and maximum of the difference over the reference's rms; infinite where they cannot be compared."""
     if reference.numel() == 0:
         return 0.0, 0.0
     delta = output.to(reference.dtype) - reference

@@ -1,1 +1,1 @@
-"""The peers: each a function from `FFNInputs` to an `Implementation`, weights laid out as that peer wants them."""
+"""The peers: functions from `FFNInputs` to an `Implementation`, weights laid out as each wants them."""

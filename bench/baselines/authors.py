@@ -1,8 +1,8 @@
 """The loop of MoEBERT's published code, written from its description.
 
-Every layer sorts its tokens by expert with an argsort, counts them by a one-hot matrix, reads the counts on the host to
-split the sorted tokens, runs one module per expert (on no tokens, too), stacks the results and sorts them back with a
-second argsort.
+Every layer sorts its tokens by expert with an argsort, counts them by a one-hot matrix, reads the counts on
+the host to split the sorted tokens, runs one module per expert (on no tokens, too), stacks the results and
+sorts them back with a second argsort.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from .implementation import FFNInputs, Implementation, no_dispatch
 class AuthorsExpert(nn.Module):
     """One expert, fc1 -> GELU -> fc2, then the residual and its own LayerNorm where it has one."""
 
-    def __init__(self, w1_FD: Tensor, b1_F: Tensor, w2_DF: Tensor, b2_D: Tensor, norm: nn.LayerNorm | None = None):
+    def __init__(
+        self, w1_FD: Tensor, b1_F: Tensor, w2_DF: Tensor, b2_D: Tensor, norm: nn.LayerNorm | None = None
+    ):
         super().__init__()
         F, D = w1_FD.shape
         self.fc1 = nn.Linear(D, F, device="meta")
@@ -49,11 +51,12 @@ class AuthorsExperts(nn.Module):
 
 def authors_loop(inputs: FFNInputs) -> Implementation:
     """The experts of `inputs` as modules, without residual and LayerNorm."""
-    if inputs.case.top_k != 1:
-        raise DidNotRun(f"gives every token one expert; top_k is {inputs.case.top_k}")
+    if inputs.case.K != 1:
+        raise DidNotRun(f"gives every token one expert; top_k is {inputs.case.K}")
+    weights = zip(inputs.w1_EFD, inputs.b1_EF, inputs.w2_EDF, inputs.b2_ED, strict=True)
     experts = [
-        AuthorsExpert(*(tensor[e].detach() for tensor in (inputs.w1_EFD, inputs.b1_EF, inputs.w2_EDF, inputs.b2_ED)))
-        for e in range(inputs.case.experts)
+        AuthorsExpert(w1_FD.detach(), b1_F.detach(), w2_DF.detach(), b2_D.detach())
+        for w1_FD, b1_F, w2_DF, b2_D in weights
     ]
     module = AuthorsExperts(experts)
     parameters: dict[str, Tensor | list[Tensor]] = {

@@ -1,4 +1,4 @@
-"""Dense networks: the one the experts replace, the bound that one expert sets, and all experts with a mask."""
+"""Dense networks: the one the experts replace, the bound that one expert sets, all experts with a mask."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _dense(w1_ND: Tensor, b1_N: Tensor, w2_DN: Tensor, b2_D: Tensor) -> Implemen
 
 
 def _side_by_side(inputs: FFNInputs, experts: int) -> Implementation:
-    """The first `experts` experts as one network: the sum of what they compute, but for their output biases."""
+    """The first experts as one network: the sum of what they compute, but for their output biases."""
     w1_eFD, b1_eF, w2_eDF = inputs.w1_EFD[:experts], inputs.b1_EF[:experts], inputs.w2_EDF[:experts]
     return _dense(
         w1_eFD.flatten(0, 1).detach(),
@@ -31,17 +31,17 @@ def _side_by_side(inputs: FFNInputs, experts: int) -> Implementation:
 
 def replaced(inputs: FFNInputs) -> Implementation:
     """The dense FFN of width E*F that the experts were cut from."""
-    return _side_by_side(inputs, inputs.case.experts)
+    return _side_by_side(inputs, inputs.case.E)
 
 
 def bound(inputs: FFNInputs) -> Implementation:
     """A dense FFN of width K*F over the same tokens: the same work with no routing."""
-    return _side_by_side(inputs, inputs.case.top_k)
+    return _side_by_side(inputs, inputs.case.K)
 
 
 def masked(inputs: FFNInputs) -> Implementation:
     """All E*F neurons for every token, those of other experts set to 0: E/K times the work, no sorting."""
-    E, F, D = inputs.w1_EFD.shape
+    E, F = inputs.case.E, inputs.case.F
     leaves = weights_of(inputs)
     w1_ND, b1_N = leaves["w1"].flatten(0, 1), leaves["b1"].flatten()
     w2_DN, b2_ED = leaves["w2"].transpose(0, 1).flatten(1).contiguous(), leaves["b2"]

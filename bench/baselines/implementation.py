@@ -1,4 +1,4 @@
-"""What every way of computing the expert FFN is brought to, so that all are bound, checked and timed alike."""
+"""What every way of computing the expert FFN is brought to: all are bound, checked and timed alike."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def weights_of(inputs: FFNInputs) -> dict[str, Tensor]:
 
 
 def bind(make: Make, inputs: FFNInputs, pass_: str) -> Thunk:
-    """The function to be timed; its outputs are "y" and, after a backward pass, "dx", "dw1", "db1", "dw2", "db2"."""
+    """The function to be timed. Outputs: "y", and with backward "dx", "dw1", "db1", "dw2", "db2"."""
     implementation = make(inputs)
     train, dispatches = pass_.endswith("backward"), pass_.startswith("dispatch")
     x_TD = inputs.x_TD.detach().requires_grad_(train)

@@ -19,7 +19,7 @@ def scattermoe(inputs: FFNInputs, peer_path: str | None) -> Implementation:
     package = load("scattermoe", "scattermoe", peer_path)
     # Its default multiplies float32 in TF32; torch's switch decides here, as for everyone in the table.
     package.kernels.ops.ALLOW_TF32 = _tf32()
-    E, K = inputs.case.experts, inputs.case.top_k
+    E, K = inputs.case.E, inputs.case.K
     leaves = weights_of(inputs)
     gates_TK = None if K == 1 else inputs.gate_TK
 

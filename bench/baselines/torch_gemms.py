@@ -13,7 +13,7 @@ from .implementation import FFNInputs, Implementation, weights_of
 
 
 class Sorted(NamedTuple):
-    """Slots sorted by expert: their tokens, their experts, where each slot went, where each expert's rows end."""
+    """Slots sorted by expert: their tokens and experts, where each slot went, where experts' rows end."""
 
     tokens_S: Tensor
     experts_S: Tensor
@@ -26,9 +26,9 @@ def sort_slots(inputs: FFNInputs) -> Sorted:
     experts_S, order_S = inputs.expert_ids_TK.flatten().sort(stable=True)
     inverse_S = torch.empty_like(order_S)
     inverse_S[order_S] = torch.arange(order_S.shape[0], device=order_S.device)
-    bounds_E = torch.arange(inputs.case.experts, device=order_S.device)
+    bounds_E = torch.arange(inputs.case.E, device=order_S.device)
     ends_E = torch.searchsorted(experts_S, bounds_E, right=True, out_int32=True)
-    return Sorted(order_S // inputs.case.top_k, experts_S, inverse_S, ends_E)
+    return Sorted(order_S // inputs.case.K, experts_S, inverse_S, ends_E)
 
 
 def _per_token(z_SD: Tensor, top_k: int) -> Tensor:
@@ -40,7 +40,7 @@ def expert_gemms(inputs: FFNInputs) -> Implementation:
 
     Knowing them takes a synchronisation in the dispatch, and none in the pass itself.
     """
-    top_k = inputs.case.top_k
+    top_k = inputs.case.K
     parameters: dict[str, Tensor | list[Tensor]] = {
         name: [leaf.detach() for leaf in tensor.unbind()] for name, tensor in weights_of(inputs).items()
     }
@@ -68,7 +68,7 @@ def grouped_mm(inputs: FFNInputs) -> Implementation:
     """`grouped_mm` for both projections, everything else a torch operation of its own. It takes no bias."""
     if not hasattr(functional, "grouped_mm"):
         raise DidNotRun(f"torch {torch.__version__} has no torch.nn.functional.grouped_mm")
-    top_k, leaves = inputs.case.top_k, weights_of(inputs)
+    top_k, leaves = inputs.case.K, weights_of(inputs)
 
     def compute(x_TD: Tensor, slots: Sorted) -> Tensor:
         h_SF = functional.grouped_mm(x_TD[slots.tokens_S], leaves["w1"].mT, offs=slots.ends_E)

@@ -55,13 +55,15 @@ def _make(name: str, inputs: FFNInputs) -> Implementation:
 
 
 def _check_memory(inputs: FFNInputs) -> None:
-    """`batched_mm` gathers both weight matrices of every slot: too much must be refused before it is tried."""
+    """`batched_mm` gathers both weight matrices of every slot: too much is refused before it is tried."""
     slots = inputs.expert_ids_TK.numel()
     gathered = 2 * slots * inputs.w1_EFD[0].numel() * inputs.w1_EFD.element_size()
     device = inputs.x_TD.device
     limit = torch.cuda.mem_get_info(device)[0] // 3 if device.type == "cuda" else _GATHERED_LIMIT
     if gathered > limit:
-        raise DidNotRun(f"gathers {gathered / 2**30:.1f} GiB of weights per pass (limit here {limit / 2**30:.1f})")
+        raise DidNotRun(
+            f"gathers {gathered / 2**30:.1f} GiB of weights per pass (limit here {limit / 2**30:.1f})"
+        )
 
 
 def implementations() -> dict[str, Make]:

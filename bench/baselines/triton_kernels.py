@@ -1,4 +1,4 @@
-"""triton_kernels, of Triton's repository: ragged GEMMs with gather, bias, activation and scatter fused; no autograd."""
+"""triton_kernels, of Triton's repository: ragged GEMMs with everything fused but the backward pass."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class _Ragged(NamedTuple):
 
 
 def triton_kernels(inputs: FFNInputs, peer_path: str | None) -> Implementation:
-    """Its `matmul` twice. The sort is torch's, since its own begins at a gate's logits; biases are float32."""
+    """Its `matmul` twice. The sort is torch's, for its own begins at a gate's logits; biases are float32."""
     if inputs.x_TD.device.type != "cuda":
         raise DidNotRun("needs a CUDA device")
     matmul = load("triton_kernels", "triton_kernels.matmul", peer_path)
     tensor = load("triton_kernels", "triton_kernels.tensor", peer_path)
     activation = matmul.FusedActivation(matmul.FnSpecs("gelu", _gelu(), ()), ())
     precision = matmul.PrecisionConfig(allow_tf32=torch.backends.cuda.matmul.fp32_precision == "tf32")
-    E, K = inputs.case.experts, inputs.case.top_k
+    E, K = inputs.case.E, inputs.case.K
     leaves = weights_of(inputs)
     b1_EF, b2_ED = leaves["b1"].float(), leaves["b2"].float()
 

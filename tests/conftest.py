@@ -24,6 +24,14 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], ids=["interpreter", "gpu"])
+def device(request):
+    """Where a test runs the kernels: CPU tensors in the interpreter, and the GPU."""
+    if request.param == "cpu" and not INTERPRETING:
+        pytest.skip("Triton is not interpreting: with a GPU, it compiles")
+    return request.param
+
+
 @pytest.fixture
 def poisoned_memory():
     """Memory nobody has written reads as NaN: a row that a kernel forgets is seen, and so is one it reads."""

@@ -54,7 +54,7 @@ def load_weight(
     else:
         rows_K = k + tl.arange(0, BLOCK_K)
         cols_N = n + tl.arange(0, BLOCK_N)
-        ptrs = w + expert.to(tl.int64) * (N * K)
+        ptrs = w + tl.cast(expert, tl.int64) * (N * K)
         if ROWS_ARE_N:
             ptrs += cols_N.to(tl.int64)[None, :] * K + rows_K[:, None]
         else:

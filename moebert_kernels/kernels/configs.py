@@ -5,7 +5,7 @@ Nothing is tuned at run time. `python -m bench.tune` measures the candidates on 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -34,6 +34,7 @@ class Config:
         stream_k: split the weight gradients' token loops evenly over the multiprocessors.
         tma: load weights, and rows that are sorted already, through TMA descriptors.
         dense_slots: with at most this many slots, inference runs all experts on all tokens and masks.
+        dense: the tile of both GEMMs then.
     """
 
     up: Tile
@@ -44,6 +45,7 @@ class Config:
     stream_k: bool = False
     tma: bool = False
     dense_slots: int = 0
+    dense: Tile = Tile(64, 32, 64, 4, 4)
 
 
 FAMILIES = ("sm_80", "sm_90", "sm_100", "default")
@@ -60,7 +62,9 @@ _IEEE = _config(Tile(64, 64, 32, 4, 3, parts=2), Tile(64, 64, 32, 8, 5))
 
 TABLE: dict[tuple[str, str, str], Config] = {
     # Ampere and Ada. 99 KiB of shared memory is what 8.6 and 8.9 have.
-    ("sm_80", "half", "small"): _config(Tile(64, 64, 64, 4, 4, parts=2), Tile(64, 128, 32, 4, 7)),
+    ("sm_80", "half", "small"): _config(
+        Tile(64, 64, 64, 4, 4, parts=2), Tile(64, 128, 32, 4, 7), dense_slots=32
+    ),
     ("sm_80", "half", "medium"): _config(Tile(64, 128, 64, 4, 4, parts=4), Tile(64, 128, 32, 4, 7)),
     ("sm_80", "half", "large"): _config(
         Tile(128, 128, 64, 8, 3, parts=4), Tile(128, 128, 32, 8, 7), stream_k=True
@@ -72,7 +76,7 @@ TABLE: dict[tuple[str, str, str], Config] = {
     ),
     # Hopper
     ("sm_90", "half", "small"): _config(
-        Tile(64, 64, 64, 4, 5, parts=2), Tile(128, 128, 64, 8, 5), tma=True
+        Tile(64, 64, 64, 4, 5, parts=2), Tile(128, 128, 64, 8, 5), tma=True, dense_slots=32
     ),
     ("sm_90", "half", "medium"): _config(
         Tile(64, 128, 64, 4, 4, parts=4), Tile(128, 128, 64, 8, 5), tma=True
@@ -91,7 +95,7 @@ TABLE: dict[tuple[str, str, str], Config] = {
     ),
     # Blackwell
     ("sm_100", "half", "small"): _config(
-        Tile(64, 64, 64, 4, 5, parts=2), Tile(128, 128, 64, 8, 3), tma=True
+        Tile(64, 64, 64, 4, 5, parts=2), Tile(128, 128, 64, 8, 3), tma=True, dense_slots=32
     ),
     ("sm_100", "half", "medium"): _config(
         Tile(128, 128, 64, 8, 3, parts=4), Tile(128, 128, 64, 8, 3), tma=True
@@ -108,11 +112,8 @@ TABLE: dict[tuple[str, str, str], Config] = {
     ("sm_100", "tf32", "large"): _config(
         Tile(128, 128, 32, 8, 4, parts=4), Tile(128, 128, 32, 8, 4), stream_k=True
     ),
-    **{
-        (family, "ieee", size): replace(_IEEE, stream_k=size == "large")
-        for family in ("sm_80", "sm_90", "sm_100")
-        for size in SIZES
-    },
+    # On the CUDA cores the 64 x 64 tiles of dW are many enough without streaming.
+    **{(family, "ieee", size): _IEEE for family in ("sm_80", "sm_90", "sm_100") for size in SIZES},
 }
 
 

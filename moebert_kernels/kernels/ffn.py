@@ -10,8 +10,9 @@ from torch import Tensor
 
 from moebert_kernels.kernels import configs
 from moebert_kernels.kernels.configs import Config, Tile
+from moebert_kernels.kernels.dense import dense_forward
 from moebert_kernels.kernels.grouped import gather_backward_kernel, gather_kernel, scatter_kernel
-from moebert_kernels.kernels.launch import ceil_div, describe, descriptor_fits, groups_of, launch, on_device_of
+from moebert_kernels.kernels.launch import ceil_div, describe, descriptor_fits, groups_of, launch, on_device_of, weight
 from moebert_kernels.kernels.launch import rows as with_contiguous_rows
 from moebert_kernels.kernels.rows import gate_grad_kernel, over_experts
 from moebert_kernels.kernels.wgrad import weight_grads
@@ -39,7 +40,16 @@ def expert_ffn_forward(
     x_TD = with_contiguous_rows(x_TD)
     w1_EFD, w2_EDF = w1_EFD.contiguous(), w2_EDF.contiguous()
     order_S, offsets_E1 = order_S.contiguous(), offsets_E1.contiguous()
+    b1_EF, b2_ED = _contiguous(b1_EF), _contiguous(b2_ED)
     gate_S, scale = _gate(gate_TK, top_k, per_slot)
+    one_row_per_token = top_k == 1 or not per_slot
+    if 0 < S <= config.dense_slots and one_row_per_token and not save_preact:
+        with on_device_of(x_TD):
+            y_TD = dense_forward(
+                x_TD, order_S, offsets_E1, w1_EFD, b1_EF, w2_EDF, b2_ED, gate_S, scale, activation, top_k, config
+            )
+        return y_TD, x_TD.new_empty(0, F)
+    w1, w1_tma = weight(w1_EFD, config.tma, config.up.n, config.up.k)
     a_SF = x_TD.new_empty(S, F)
     preact_SF = x_TD.new_empty(S if save_preact else 0, F)
     z_SD = x_TD.new_empty(S, D)
@@ -51,8 +61,8 @@ def expert_ffn_forward(
             x_stride=x_TD.stride(0),
             order_ptr=order_S,
             offsets_ptr=offsets_E1,
-            w1=_weight(w1_EFD, config.tma, config.up.n, config.up.k),
-            b1_ptr=_contiguous(b1_EF),
+            w1=w1,
+            b1_ptr=b1_EF,
             a_ptr=a_SF,
             preact_ptr=preact_SF if save_preact else None,
             num_slots=S,
@@ -61,7 +71,7 @@ def expert_ffn_forward(
             F=F,
             TOP_K=top_k,
             ACTIVATION=activation,
-            W_TMA=config.tma and descriptor_fits(w1_EFD),
+            W_TMA=w1_tma,
             **_tile(config.up, E, x_TD),
         )
         _scatter(
@@ -98,10 +108,10 @@ def expert_ffn_backward(
     order_S, offsets_E1 = order_S.contiguous(), offsets_E1.contiguous()
     gate_S, scale = _gate(gate_TK, top_k, per_slot)
     dy_top_k = 1 if per_slot else top_k
-    nothing = x_TD.new_empty(0)
 
     need_dh = need_x or need_w1 or need_b1
     need_ga = need_w2 or need_b2
+    w2, w2_tma = weight(w2_EDF, config.tma, config.down_backward.k, config.down_backward.n)
     dh_SF = x_TD.new_empty(S, F) if need_dh else None
     ga_SF = x_TD.new_empty(S, F) if need_ga else None
     col_tiles = ceil_div(F, config.down_backward.n)
@@ -115,7 +125,7 @@ def expert_ffn_backward(
                 dy_stride=dy.stride(0),
                 order_ptr=order_S,
                 offsets_ptr=offsets_E1,
-                w2=_weight(w2_EDF, config.tma, config.down_backward.k, config.down_backward.n),
+                w2=w2,
                 gate_ptr=gate_S,
                 preact_ptr=preact_SF,
                 dh_ptr=dh_SF,
@@ -128,7 +138,7 @@ def expert_ffn_backward(
                 DY_TOP_K=dy_top_k,
                 SCALE=scale,
                 ACTIVATION=activation,
-                W_TMA=config.tma and descriptor_fits(w2_EDF),
+                W_TMA=w2_tma,
                 **_tile(config.down_backward, E, x_TD),
             )
         dx_TD = x_TD.new_empty(0, D)
@@ -138,7 +148,7 @@ def expert_ffn_backward(
                 dh_SF, order_S, offsets_E1, w1_EFD, None, None, dx_SD, 1.0, False, config.tma, config.up_backward
             )
             dx_TD = over_experts(dx_SD, top_k)
-        dgate_TK = nothing
+        dgate_TK = None
         if need_gate:
             dgate_TK = dy.new_empty(S // top_k, top_k)
             launch(
@@ -169,8 +179,9 @@ def expert_ffn_backward(
             dw2, db2 = weight_grads(
                 dy, ga_SF, order_S, offsets_E1, gate_S, scale, dy_top_k, True, need_b2, config
             )
-    weights = (dw1 if need_w1 else None, db1, dw2 if need_w2 else None, db2)
-    dw1, db1, dw2, db2 = (nothing if grad is None else grad for grad in weights)
+    # Each output its own tensor: an operator's results may not alias.
+    results = (dw1 if need_w1 else None, db1, dw2 if need_w2 else None, db2, dgate_TK)
+    dw1, db1, dw2, db2, dgate_TK = (x_TD.new_empty(0) if grad is None else grad for grad in results)
     return dx_TD, dw1, db1, dw2, db2, dgate_TK
 
 
@@ -190,13 +201,14 @@ def _scatter(
     """out[order] = (a W_e + b_e) * gate, with w [E, N, K] if `rows_are_n` else [E, K, N]."""
     (S, K), N, E = a_SK.shape, out_SN.shape[1], w.shape[0]
     a_tma = tma and descriptor_fits(a_SK)
+    w_argument, w_tma = weight(w, tma, *((tile.n, tile.k) if rows_are_n else (tile.k, tile.n)))
     launch(
         scatter_kernel,
         _grid(S, E, N, tile),
         a=describe(a_SK, tile.m, tile.k) if a_tma else a_SK,
         order_ptr=order_S,
         offsets_ptr=offsets_E1,
-        w=_weight(w, tma, *((tile.n, tile.k) if rows_are_n else (tile.k, tile.n))),
+        w=w_argument,
         b_ptr=_contiguous(b_EN),
         gate_ptr=gate_S,
         out_ptr=out_SN,
@@ -207,7 +219,7 @@ def _scatter(
         SCALE=scale,
         ROWS_ARE_N=rows_are_n,
         A_TMA=a_tma,
-        W_TMA=tma and descriptor_fits(w),
+        W_TMA=w_tma,
         **_tile(tile, E, a_SK),
     )
 
@@ -221,10 +233,6 @@ def _gate(gate_TK: Tensor | None, top_k: int, per_slot: bool) -> tuple[Tensor | 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
-
-
-def _weight(w: Tensor, tma: bool, *block: int):
-    return describe(w, 1, *block) if tma and descriptor_fits(w) else w
 
 
 def _grid(num_slots: int, num_experts: int, cols: int, tile: Tile) -> tuple[int]:

@@ -109,39 +109,46 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 def launches(
     config: Config, dtype: torch.dtype, *, T: int = 4096, D: int = 768, F: int = 768, E: int = 4, K: int = 1
 ) -> list[Launch]:
-    """What a training step with a gate and biases launches, or with `dense_slots` >= T inference."""
+    """What a training step with gate, biases, norm and dropout launches, and inference on few tokens."""
 
     def meta(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    x, w1, b1, w2, b2 = meta(T, D), meta(E, F, D), meta(E, F), meta(E, D, F), meta(E, D)
-    order, offsets = meta(T * K, dtype=torch.int32), meta(E + 1, dtype=torch.int32)
-    gate = meta(T, K, dtype=torch.float32)
-    call = (order, offsets, w1, b1, w2, b2, gate, "gelu", K, False)
+    w1, b1, w2, b2 = meta(E, F, D), meta(E, F), meta(E, D, F), meta(E, D)
+    ln = meta(E, D, dtype=torch.float32)
+    offsets, seed = meta(E + 1, dtype=torch.int32), meta(1, dtype=torch.int64)
+
+    def call(T: int) -> tuple:
+        order, gate = meta(T * K, dtype=torch.int32), meta(T, K, dtype=torch.float32)
+        return (order, offsets, w1, b1, w2, b2, gate, "gelu", K, False)
+
     with recorded() as record:
-        train = config.dense_slots < T * K
-        _, preact = ffn.expert_ffn_forward(x, *call, train, config=config)
-        if train:
-            ffn.expert_ffn_backward(x, x, preact, *call, [True] * 6, config=config)
-            ln, ids = meta(E, D, dtype=torch.float32), meta(T, K, dtype=torch.int32)
-            seed, z = meta(1, dtype=torch.int64), meta(T * K, D)
-            norm_call = (ids, order, offsets, ln, ln, gate, seed)
-            _, mean, rstd = norm.expert_norm_forward(z, x, *norm_call, 1e-12, 0.1)
-            norm.expert_norm_backward(x, z, x, mean, rstd, *norm_call, 0.1, True)
+        x, z, ids = meta(T, D), meta(T * K, D), meta(T, K, dtype=torch.int32)
+        order, gate = call(T)[0], call(T)[6]
+        _, preact = ffn.expert_ffn_forward(x, *call(T), True, config=config)
+        ffn.expert_ffn_backward(x, x, preact, *call(T), [True] * 6, config=config)
+        norm_call = (ids, order, offsets, ln, ln, gate, seed)
+        _, mean, rstd = norm.expert_norm_forward(z, x, *norm_call, 1e-12, 0.1)
+        norm.expert_norm_backward(x, z, x, mean, rstd, *norm_call, 0.1, True)
+        few = config.dense_slots // K
+        if few:
+            ffn.expert_ffn_forward(meta(few, D), *call(few), False, config=config)
     return record
 
 
 ELEMENT = {"half": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
 
 
-def distinct_launches(family: str) -> dict[str, list[Launch]]:
+def distinct_launches(
+    family: str, arithmetics: tuple[str, ...] = configs.ARITHMETICS
+) -> dict[str, list[Launch]]:
     """The launches of every config of a device family, by "arithmetic/size"; each that differs once."""
     found: dict[str, list[Launch]] = {}
     seen = set()
     before = torch.backends.cuda.matmul.fp32_precision
     try:
         for (of_family, arithmetic, size), config in configs.TABLE.items():
-            if of_family != family:
+            if of_family != family or arithmetic not in arithmetics:
                 continue
             torch.backends.cuda.matmul.fp32_precision = "tf32" if arithmetic == "tf32" else "ieee"
             fresh = []
@@ -167,9 +174,11 @@ def _values(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: value(v) for name, v in arguments.items()}
 
 
-def readings(family: str) -> Iterator[tuple[str, Reading]]:
+def readings(
+    family: str, arithmetics: tuple[str, ...] = configs.ARITHMETICS
+) -> Iterator[tuple[str, Reading]]:
     """Compile and read everything the table can launch on a device family."""
-    for name, of_config in distinct_launches(family).items():
+    for name, of_config in distinct_launches(family, arithmetics).items():
         for launch in of_config:
             yield name, read(launch, family)
 

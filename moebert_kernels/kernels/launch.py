@@ -69,6 +69,13 @@ def describe(tensor: Tensor, *block: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(tensor, list(block))
 
 
+def weight(w: Tensor, tma: bool, *block: int) -> tuple[Tensor | TensorDescriptor, bool]:
+    """An expert weight [E, *, *] as kernels take it, and whether that is a descriptor of [1, *block] tiles."""
+    if tma and descriptor_fits(w):
+        return describe(w, 1, *block), True
+    return w, False
+
+
 def ceil_div(numerator: int, denominator: int) -> int:
     """Quotient rounded up."""
     return -(-numerator // denominator)

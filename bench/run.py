@@ -136,7 +136,7 @@ def _rows(
             return
         copies = [op.make_inputs(case, device, settings.seed)]
         if "cold" in caches:
-            wanted = _copies(op.footprint(copies[0]), device)
+            wanted = copies_past_cache(op.footprint(copies[0]), device)
             copies += [op.make_inputs(case, device, settings.seed + index) for index in range(1, wanted)]
         ceiling = ceilings[getattr(case, "dtype", "float32")]
         for pass_ in passes:
@@ -223,7 +223,7 @@ def _time(
     _release(device)
 
 
-def _copies(footprint: int, device: torch.device) -> int:
+def copies_past_cache(footprint: int, device: torch.device) -> int:
     """So many that one round of them is several times the last cache."""
     size = _cache_bytes(device)
     return min(_MOST_COPIES, max(2, -(-_CACHES_TO_ROTATE_PAST * size // max(1, footprint))))

@@ -1,10 +1,11 @@
 """The tuning pass: times candidate tiles of every GEMM and prints the lines of `kernels/configs.py`'s table.
 
-    python -m bench.tune [--dtype bfloat16] [--limit 400] [--out FILE]
+    python -m bench.tune [--arithmetic half,tf32,ieee] [--limit 400] [--out FILE]
 
-One choice is varied at a time, the others as they stand, in a CUDA graph on cold caches. A candidate that does
-not compile, does not fit the device or gives other results is passed over. With --toy and TRITON_INTERPRET=1
-everything runs without a GPU, at a size that says nothing about speed.
+One choice is varied at a time, the others as they stand, in a CUDA graph on cold caches, at BERT-base sizes. A
+candidate that does not compile, does not fit the device or gives other results is passed over. Paste what is
+printed into the table and read it with `python -m moebert_kernels.kernels.inspect`: an entry that spills is a
+bug, however fast. With --toy and TRITON_INTERPRET=1 everything runs without a GPU, at a size that says nothing.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Scale:
 
 FULL = Scale(
     case=FFNCase(0),
-    tokens={"small": 512, "medium": 4096, "large": 32768},
+    tokens={"small": 256, "medium": 4096, "large": 32768},
     shapes=(
         (64, 64, 4, 2),
         (64, 128, 4, 4),
@@ -162,9 +163,9 @@ class Tuner:
 
 
 def _kernels() -> Any:
-    from moebert_kernels.kernels import ffn
+    from moebert_kernels import kernels
 
-    return ffn
+    return kernels
 
 
 def _arguments(inputs: FFNInputs) -> tuple[Any, ...]:
@@ -181,26 +182,24 @@ def _copies(case: FFNCase, device: torch.device) -> tuple[FFNInputs, ...]:
     return (first, *(make_inputs(case, device, seed) for seed in range(1, count)))
 
 
-def table_lines(scale: Scale, device: torch.device, limit: float) -> Iterator[str]:
-    """The table's lines, one per size class, with the times they rest on; then the dense path's reach."""
+def table_lines(scale: Scale, device: torch.device, deadline: float) -> Iterator[str]:
+    """The table's lines, one per size class, each after the times it rests on."""
     from moebert_kernels.kernels import configs
 
-    deadline = time.monotonic() + limit
-    first: Any = None
     for size, tokens in scale.tokens.items():
         tuner = Tuner(_copies(replace(scale.case, T=tokens), device), deadline)
         dtype = tuner.copies[0].x_TD.dtype
         config = replace(configs.select(device, dtype, tokens, scale.case.E), dense_slots=0)
         config, forward, forward_before = tuner.tune(config, "forward", _FORWARD, scale)
         config, backward, backward_before = tuner.tune(config, "backward", _BACKWARD, scale)
+        if size == "small":
+            config = replace(config, dense_slots=_dense_reach(config, scale, device, deadline))
         key = (configs.family(device), configs.arithmetic(dtype), size)
         yield (
             f"    # T={tokens}: forward {duration(forward)} (before {duration(forward_before)}), "
             f"backward {duration(backward)} (before {duration(backward_before)})"
         )
         yield f"    {key!r}: {_source(config)},"
-        first = first or config
-    yield f"    # dense_slots={_dense_reach(first, scale, device, deadline)} for small"
 
 
 def _dense_reach(config: Any, scale: Scale, device: torch.device, deadline: float) -> int:
@@ -226,18 +225,23 @@ def _source(config: Any) -> str:
 
 
 def main(
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    arithmetic: Annotated[str, typer.Option(help="Some of half, tf32, ieee.")] = "half",
     device: Annotated[str, typer.Option(help="cuda, or cpu with TRITON_INTERPRET=1.")] = "cuda",
     limit: Annotated[float, typer.Option(help="Seconds after which no candidate is started.")] = 400.0,
     toy: Annotated[bool, typer.Option("--toy", help="Tiny sizes, two candidates.")] = False,
     out: Annotated[Path | None, typer.Option(help="File for the lines, beside the terminal.")] = None,
 ) -> None:
     """Time candidate tiles and print the table that follows from them."""
-    scale = TOY if toy else replace(FULL, case=replace(FULL.case, dtype=dtype))
     lines = []
-    for line in table_lines(scale, torch.device(device), limit):
-        typer.echo(line)
-        lines.append(line + "\n")
+    deadline = time.monotonic() + limit
+    for name in arithmetic.split(","):
+        if name not in ("half", "tf32", "ieee"):
+            raise typer.BadParameter(f"--arithmetic must be some of half, tf32, ieee, got {name!r}")
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if name == "tf32" else "ieee"
+        scale = replace(FULL, case=replace(FULL.case, dtype="bfloat16" if name == "half" else "float32"))
+        for line in table_lines(TOY if toy else scale, torch.device(device), deadline):
+            typer.echo(line)
+            lines.append(line + "\n")
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text("".join(lines), encoding="utf-8")

@@ -28,7 +28,7 @@ _watching_optimisers = False
 
 
 def cast_parameter(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`tensor.to(dtype)`, differentiable; for an `nn.Parameter` in eager mode the values come from a cache."""
+    """`tensor.to(dtype)`, differentiable; for an `nn.Parameter` in eager mode from the cache."""
     if (
         tensor.dtype == dtype
         or type(tensor) is not nn.Parameter

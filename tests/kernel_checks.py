@@ -1,4 +1,4 @@
-"""How a kernel's result is judged: against float64 python_ref, per output and per expert, beside plain torch."""
+"""How a kernel's result is judged: against float64, per output and per expert, beside plain torch."""
 
 from __future__ import annotations
 

@@ -38,7 +38,9 @@ def test_forward_and_backward_draw_the_same_mask(call):
     z_SD, residual_TD, rest = call
     seed = 2**40 + 3
     keep_SD = mask_of(call, seed)
-    y, mean, rstd = expert_norm_forward(z_SD, residual_TD, *rest, torch.tensor([seed], device=z_SD.device), 1e-12, P)
+    y, mean, rstd = expert_norm_forward(
+        z_SD, residual_TD, *rest, torch.tensor([seed], device=z_SD.device), 1e-12, P
+    )
     expected = expert_norm_forward(z_SD * keep_SD, residual_TD, *rest, None, 1e-12, 0.0)
     for a, b in zip((y, mean, rstd), expected, strict=True):
         torch.testing.assert_close(a, b)

@@ -105,7 +105,8 @@ class Importance:
         """Make sure the scores can belong to `model`; its name is not compared, folders move.
 
         Raises:
-            UserError: the model's layers or their widths are others, or none were found.
+            UserError: the model's layers or their widths are others.
+            ValueError: `find_ffns` found none.
         """
         num_layers, width = self.scores_LF.shape
         widths = [ffn.w1.out_features for ffn in find_ffns(model)]
@@ -145,8 +146,9 @@ def compute_importance(
         progress: called after each batch with the number of samples so far.
 
     Raises:
-        ValueError: there are no batches, a batch has no labels, or labels do not fit the output.
-        UserError: the model has no layers that can be scored, or its gradients are not finite.
+        ValueError: there are no batches, a batch has no labels, labels do not fit the output, or `find_ffns`
+            found nothing to score.
+        UserError: the model's gradients are not finite.
     """
     ffns = find_ffns(model)
     device = ffns[0].w1.weight.device

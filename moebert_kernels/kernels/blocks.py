@@ -5,6 +5,8 @@ BLOCK_M sorted rows of one group by BLOCK_N columns. Group e < E is expert e's r
 have no expert, which come last in the sorted order.
 """
 
+# ruff: noqa: RET505, SIM108 - branches on constants choose what is compiled at all
+
 import triton
 import triton.language as tl
 
@@ -44,8 +46,8 @@ def load_weight(
 ):
     """A [BLOCK_K, BLOCK_N] tile of one expert's matrix, 0 outside it.
 
-    `w` is stored [E, N, K] if ROWS_ARE_N, else [E, K, N], and is a TMA descriptor of it if W_TMA: one of three
-    axes, so that a tile that overhangs reads zeros and never the next expert.
+    `w` is stored [E, N, K] if ROWS_ARE_N, else [E, K, N], and is a TMA descriptor of it if W_TMA: one of
+    three axes, so that a tile that overhangs reads zeros and never the next expert.
     """
     if W_TMA and ROWS_ARE_N:
         w_KN = w.load([expert, n, k]).reshape(BLOCK_N, BLOCK_K).T
@@ -113,12 +115,12 @@ def split_columns(tile_MN, PARTS: tl.constexpr):
     else:
         left, right = _halves(tile_MN)
         if PARTS == 2:
-            parts = (left, right)
+            parts = (left, right)  # type: ignore[assignment]
         else:
             tl.static_assert(PARTS == 4)
             left_0, left_1 = _halves(left)
             right_0, right_1 = _halves(right)
-            parts = (left_0, left_1, right_0, right_1)
+            parts = (left_0, left_1, right_0, right_1)  # type: ignore[assignment]
     return parts
 
 

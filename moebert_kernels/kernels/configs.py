@@ -57,7 +57,7 @@ def _config(gemm: Tile, weight_grad: Tile, down_backward: Tile | None = None, **
     return Config(gemm, gemm, down_backward or gemm, gemm, weight_grad, **options)
 
 
-_SAFE = _config(Tile(64, 64, 32, 4, 2, parts=2), Tile(64, 64, 32, 4, 3))
+SAFE = _config(Tile(64, 64, 32, 4, 2, parts=2), Tile(64, 64, 32, 4, 3))
 _IEEE = _config(Tile(64, 64, 32, 4, 3, parts=2), Tile(64, 64, 32, 8, 5))
 
 TABLE: dict[tuple[str, str, str], Config] = {
@@ -121,7 +121,7 @@ def select(device: torch.device, dtype: torch.dtype, num_slots: int, num_experts
     """The config of a call, from what is known without asking the device."""
     rows = num_slots / num_experts
     size = next(name for name, most in SIZES.items() if most is None or rows <= most)
-    return TABLE.get((family(device), arithmetic(dtype), size), _SAFE)
+    return TABLE.get((family(device), arithmetic(dtype), size), SAFE)
 
 
 def arithmetic(dtype: torch.dtype) -> str:

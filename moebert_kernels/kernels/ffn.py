@@ -12,7 +12,15 @@ from moebert_kernels.kernels import configs
 from moebert_kernels.kernels.configs import Config, Tile
 from moebert_kernels.kernels.dense import dense_forward
 from moebert_kernels.kernels.grouped import gather_backward_kernel, gather_kernel, scatter_kernel
-from moebert_kernels.kernels.launch import ceil_div, describe, descriptor_fits, groups_of, launch, on_device_of, weight
+from moebert_kernels.kernels.launch import (
+    ceil_div,
+    describe,
+    descriptor_fits,
+    groups_of,
+    launch,
+    on_device_of,
+    weight,
+)
 from moebert_kernels.kernels.launch import rows as with_contiguous_rows
 from moebert_kernels.kernels.rows import gate_grad_kernel, over_experts
 from moebert_kernels.kernels.wgrad import weight_grads
@@ -46,7 +54,18 @@ def expert_ffn_forward(
     if 0 < S <= config.dense_slots and one_row_per_token and not save_preact:
         with on_device_of(x_TD):
             y_TD = dense_forward(
-                x_TD, order_S, offsets_E1, w1_EFD, b1_EF, w2_EDF, b2_ED, gate_S, scale, activation, top_k, config
+                x_TD,
+                order_S,
+                offsets_E1,
+                w1_EFD,
+                b1_EF,
+                w2_EDF,
+                b2_ED,
+                gate_S,
+                scale,
+                activation,
+                top_k,
+                config,
             )
         return y_TD, x_TD.new_empty(0, F)
     w1, w1_tma = weight(w1_EFD, config.tma, config.up.n, config.up.k)
@@ -74,10 +93,8 @@ def expert_ffn_forward(
             W_TMA=w1_tma,
             **_tile(config.up, E, x_TD),
         )
-        _scatter(
-            a_SF, order_S, offsets_E1, w2_EDF, b2_ED, gate_S, z_SD, scale, True, config.tma, config.down
-        )
-        return over_experts(z_SD, 1 if per_slot else top_k), preact_SF
+        _scatter(a_SF, order_S, offsets_E1, w2_EDF, b2_ED, gate_S, z_SD, scale, True, config.tma, config.down)
+        return over_experts(z_SD, 1 if per_slot else top_k, x_TD.dtype), preact_SF
 
 
 def expert_ffn_backward(
@@ -112,8 +129,7 @@ def expert_ffn_backward(
     need_dh = need_x or need_w1 or need_b1
     need_ga = need_w2 or need_b2
     w2, w2_tma = weight(w2_EDF, config.tma, config.down_backward.k, config.down_backward.n)
-    dh_SF = x_TD.new_empty(S, F) if need_dh else None
-    ga_SF = x_TD.new_empty(S, F) if need_ga else None
+    dh_SF, ga_SF = (x_TD.new_empty(S if need else 0, F) for need in (need_dh, need_ga))
     col_tiles = ceil_div(F, config.down_backward.n)
     parts = x_TD.new_empty(col_tiles, S, dtype=torch.float32) if need_gate else None
     with on_device_of(x_TD):
@@ -128,8 +144,8 @@ def expert_ffn_backward(
                 w2=w2,
                 gate_ptr=gate_S,
                 preact_ptr=preact_SF,
-                dh_ptr=dh_SF,
-                ga_ptr=ga_SF,
+                dh_ptr=dh_SF if need_dh else None,
+                ga_ptr=ga_SF if need_ga else None,
                 dgate_ptr=parts,
                 num_slots=S,
                 E=E,
@@ -145,9 +161,19 @@ def expert_ffn_backward(
         if need_x:
             dx_SD = x_TD.new_empty(S, D)
             _scatter(
-                dh_SF, order_S, offsets_E1, w1_EFD, None, None, dx_SD, 1.0, False, config.tma, config.up_backward
+                dh_SF,
+                order_S,
+                offsets_E1,
+                w1_EFD,
+                None,
+                None,
+                dx_SD,
+                1.0,
+                False,
+                config.tma,
+                config.up_backward,
             )
-            dx_TD = over_experts(dx_SD, top_k)
+            dx_TD = over_experts(dx_SD, top_k, x_TD.dtype)
         dgate_TK = None
         if need_gate:
             dgate_TK = dy.new_empty(S // top_k, top_k)

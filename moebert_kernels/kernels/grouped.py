@@ -65,7 +65,16 @@ def gather_kernel(
     h_parts = split_columns(acc_MN, PARTS)
     for i in tl.static_range(PARTS):
         _finish_gather(
-            h_parts[i], group, begin, end, n + i * (BLOCK_N // PARTS), b1_ptr, a_ptr, preact_ptr, F, ACTIVATION
+            h_parts[i],
+            group,
+            begin,
+            end,
+            n + i * (BLOCK_N // PARTS),
+            b1_ptr,
+            a_ptr,
+            preact_ptr,
+            F,
+            ACTIVATION,
         )
 
 
@@ -107,7 +116,7 @@ def gather_backward_kernel(
     PARTS: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """dh = (dy[order // DY_TOP_K] W2_e) * act'(h) * gate, and what W2's and the gate's gradients need of a."""
+    """dh = (dy[order // DY_TOP_K] W2_e) * act'(h) * gate, and what dW2 and the gate's gradient need of a."""
     col_tiles: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
     col_tile = tl.program_id(0) % col_tiles
     n = col_tile * BLOCK_N
@@ -125,7 +134,16 @@ def gather_backward_kernel(
     da_parts = split_columns(acc_MN, PARTS)
     for i in tl.static_range(PARTS):
         dgate_M += _finish_gather_backward(
-            da_parts[i], gate_M, begin, end, n + i * (BLOCK_N // PARTS), preact_ptr, dh_ptr, ga_ptr, F, ACTIVATION
+            da_parts[i],
+            gate_M,
+            begin,
+            end,
+            n + i * (BLOCK_N // PARTS),
+            preact_ptr,
+            dh_ptr,
+            ga_ptr,
+            F,
+            ACTIVATION,
         )
     if dgate_ptr is not None:
         tl.store(dgate_ptr + col_tile.to(tl.int64) * num_slots + rows_M, dgate_M, mask=rows_M < end)

@@ -1,4 +1,4 @@
-"""How kernels are started: one door, so that what production launches can be recorded and compiled elsewhere."""
+"""How kernels are started: one door, so that what production launches can be recorded and read."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def describe(tensor: Tensor, *block: int) -> TensorDescriptor:
 
 
 def weight(w: Tensor, tma: bool, *block: int) -> tuple[Tensor | TensorDescriptor, bool]:
-    """An expert weight [E, *, *] as kernels take it, and whether that is a descriptor of [1, *block] tiles."""
+    """An expert weight [E, *, *] as kernels take it, and whether it is a descriptor of [1, *block] tiles."""
     if tma and descriptor_fits(w):
         return describe(w, 1, *block), True
     return w, False

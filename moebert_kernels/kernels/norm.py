@@ -1,11 +1,13 @@
 """`expert_norm` and its backward on CUDA tensors: the residual sum and each expert's LayerNorm, row by row.
 
-    u = dropout(z) + residual     xhat = (u - mean) * rstd     y = sum over k of gate * (xhat * ln_w_e + ln_b_e)
+    u = dropout(z) + residual    xhat = (u - mean) * rstd    y = sum over k of gate * (xhat * ln_w_e + ln_b_e)
 
 Dropout's mask is drawn from the seed, the slot and the column alone, and so is drawn again in backward.
-Backward walks tiles of sorted rows, so that a program meets one expert only and adds up its share of dln_w and
-dln_b in registers; the shares are added in the order of the tiles by a second kernel.
+Backward walks tiles of sorted rows, so that a program meets one expert only and adds up its share of dln_w
+and dln_b in registers; the shares are added in the order of the tiles by a second kernel.
 """
+
+# ruff: noqa: SIM108 - branches on constants choose what is compiled at all
 
 from __future__ import annotations
 
@@ -85,8 +87,11 @@ def expert_norm_backward(
     block = _rows_per_program(S, configs.multiprocessors(z_SD.device))
     tiles = min(S, ceil_div(S, block) + E)
     dz_SD = torch.empty_like(z_SD, memory_format=torch.contiguous_format)
-    du_SD = residual_TD.new_empty(S, D)
-    dln_w_ED, dln_b_ED = (torch.empty_like(ln, memory_format=torch.contiguous_format) for ln in (ln_w_ED, ln_b_ED))
+    # Rounded once: after the sum over a token's experts.
+    du_SD = residual_TD.new_empty(S, D, dtype=residual_TD.dtype if K == 1 else torch.float32)
+    dln_w_ED, dln_b_ED = (
+        torch.empty_like(ln, memory_format=torch.contiguous_format) for ln in (ln_w_ED, ln_b_ED)
+    )
     dgate_TK = mean_S.new_empty((T, K) if need_gate else 0)
     shares = mean_S.new_empty(2, tiles, D)
     sorted_rows = {"offsets_ptr": offsets_E1.contiguous(), "num_slots": S, "E": E, "D": D}
@@ -131,7 +136,7 @@ def expert_norm_backward(
             GROUPS=groups_of(E),
             **sorted_rows,
         )
-        return dz_SD, over_experts(du_SD, K), dln_w_ED, dln_b_ED, dgate_TK
+        return dz_SD, over_experts(du_SD, K, residual_TD.dtype), dln_w_ED, dln_b_ED, dgate_TK
 
 
 def _row(num_cols: int) -> dict[str, int]:
@@ -164,7 +169,7 @@ def norm_kernel(
     TOP_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One token per program. A token without any expert keeps its residual; statistics of such slots are 0."""
+    """One token per program. A token without any expert keeps its residual; such slots have statistics 0."""
     token = tl.program_id(0).to(tl.int64)
     cols_D = tl.arange(0, BLOCK_D)
     live_D = cols_D < D
@@ -288,7 +293,9 @@ def join_shares_kernel(
     """The sum of an expert's shares, in the order of its tiles. Grid: (E, column tiles)."""
     expert = tl.program_id(0)
     e = tl.arange(0, GROUPS)
-    count_E = tl.load(offsets_ptr + e + 1, mask=e < E, other=0) - tl.load(offsets_ptr + e, mask=e < E, other=0)
+    count_E = tl.load(offsets_ptr + e + 1, mask=e < E, other=0) - tl.load(
+        offsets_ptr + e, mask=e < E, other=0
+    )
     tiles_E = (count_E + BLOCK_M - 1) // BLOCK_M
     first = tl.sum(tl.where(e < expert, tiles_E, 0), 0)
     stop = first + tl.sum(tl.where(e == expert, tiles_E, 0), 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -10,12 +11,12 @@ from moebert_kernels.kernels.blocks import find_rows
 from moebert_kernels.kernels.launch import ceil_div, launch
 
 
-def over_experts(z_SD: Tensor, top_k: int) -> Tensor:
+def over_experts(z_SD: Tensor, top_k: int, dtype: torch.dtype) -> Tensor:
     """The sum over each token's slots [T, D]; the slots themselves if there is one per token."""
-    if top_k == 1:
+    if top_k == 1 and z_SD.dtype == dtype:
         return z_SD
     T, D = z_SD.shape[0] // top_k, z_SD.shape[1]
-    y_TD = z_SD.new_empty(T, D)
+    y_TD = z_SD.new_empty(T, D, dtype=dtype)
     launch(
         sum_slots_kernel,
         (T, ceil_div(D, 1024)),

@@ -1,14 +1,16 @@
-"""The weight gradients: for each expert dW_e = left^T right and db_e = the column sums of left, over its rows.
+"""The weight gradients: per expert dW_e = left^T right and db_e = the column sums of left, over its rows.
 
     W1, b1    left = dh (sorted rows)              right = x (gathered by token)
     W2, b2    left = dz (gathered) [* gate in db]  right = gate * a (sorted rows)
 
-The work is a list: expert by expert, tile of dW by tile, one step per BLOCK_K rows. Plain, a program takes the
-steps of one tile. Streamed, a fixed number of programs take equal shares of the list, whatever the routing;
+The work is a list: expert by expert, tile of dW by tile, one step per BLOCK_K rows. Plain, a program takes
+the steps of one tile. Streamed, a fixed number of programs take equal shares of the list, whatever the routing;
 a tile cut by a share's boundary goes to `partial` in pieces, which `join_kernel` adds in the order of the
 programs: bitwise the same for the same routing. An expert without rows has one empty step, which writes
 its zeros. Invariant: every element of dW and db is written exactly once.
 """
+
+# ruff: noqa: SIM102 - a test for None is settled when the kernel is compiled, the other one when it runs
 
 from __future__ import annotations
 
@@ -156,8 +158,8 @@ def weight_grad_stream_kernel(
         first_row = begin + (at * BLOCK_K).to(tl.int32)
         last_row = tl.minimum(begin + until * BLOCK_K, end).to(tl.int32)
         dw_MN, db_M = _sum_rows(
-            left_ptr, left_stride, right_ptr, right_stride, order_ptr, gate_ptr, db_ptr, first_row, last_row, tile,
-            M, N, TOP_K, SCALE, GATHER_LEFT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            left_ptr, left_stride, right_ptr, right_stride, order_ptr, gate_ptr, db_ptr,
+            first_row, last_row, tile, M, N, TOP_K, SCALE, GATHER_LEFT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         if until - at == steps:
             _store_grad(dw_MN, db_M, dw_ptr, db_ptr, expert, tile, M, N)
@@ -222,9 +224,13 @@ def join_kernel(
 
 
 @triton.jit
-def _count_steps(offsets_ptr, E: tl.constexpr, TILES: tl.constexpr, BLOCK_K: tl.constexpr, EXPERTS: tl.constexpr):
+def _count_steps(
+    offsets_ptr, E: tl.constexpr, TILES: tl.constexpr, BLOCK_K: tl.constexpr, EXPERTS: tl.constexpr
+):
     e = tl.arange(0, EXPERTS)
-    count_E = tl.load(offsets_ptr + e + 1, mask=e < E, other=0) - tl.load(offsets_ptr + e, mask=e < E, other=0)
+    count_E = tl.load(offsets_ptr + e + 1, mask=e < E, other=0) - tl.load(
+        offsets_ptr + e, mask=e < E, other=0
+    )
     steps_E = tl.maximum((count_E + BLOCK_K - 1) // BLOCK_K, 1).to(tl.int64)
     return tl.sum(tl.where(e < E, steps_E, 0), 0) * TILES
 

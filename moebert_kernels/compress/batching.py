@@ -1,0 +1,87 @@
+"""Batches of rows of like length, so that little of a batch is padding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from datasets import Dataset
+from torch import Tensor
+from torch.utils.data import Sampler
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """All rows in a random order whose batches hold rows of like length.
+
+    Rows are shuffled, sorted by length within stretches of `STRETCH` batches, cut into batches, and the
+    batches shuffled. The order depends on seed and epoch alone, so that interrupted training goes on with the
+    rows it has not seen.
+
+    Args:
+        lengths: of every row.
+        batch_size: of the batches that the order will be cut into.
+        seed: of the order.
+    """
+
+    STRETCH = 50
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
+        self.lengths = np.asarray(lengths)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next iteration; the Trainer calls this."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = np.random.default_rng((self.seed, self.epoch))
+        order = generator.permutation(len(self.lengths))
+        stretch = self.STRETCH * self.batch_size
+        for start in range(0, len(order), stretch):
+            part = order[start : start + stretch]
+            order[start : start + stretch] = part[np.argsort(self.lengths[part], kind="stable")]
+        batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        # Only the last batch may be short, or all those after it would be cut elsewhere.
+        for i in generator.permutation(len(order) // self.batch_size):
+            yield from batches[i].tolist()
+        for rest in batches[len(order) // self.batch_size :]:
+            yield from rest.tolist()
+
+
+class LengthGroupedTrainer(Trainer):
+    """A Trainer that takes the rows of a tokenized dataset by `LengthGroupedSampler`."""
+
+    def _get_train_sampler(self, train_dataset=None):
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        return LengthGroupedSampler(row_lengths(dataset), self._train_batch_size, self.args.seed)
+
+
+def row_lengths(dataset: Dataset) -> list[int]:
+    """Return the number of tokens of every row of a tokenized dataset."""
+    return [len(ids) for ids in dataset["input_ids"]]
+
+
+def padded_batches(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int, *, num_samples: int | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """Yield every row once, shortest first, in padded batches: for passes that do not train.
+
+    Args:
+        dataset: tokenized, with "labels".
+        tokenizer: pads.
+        batch_size: rows of a batch.
+        num_samples: take so many rows only, evenly spread over the dataset; None for all.
+    """
+    if num_samples is not None and num_samples < len(dataset):
+        dataset = dataset.select(np.linspace(0, len(dataset) - 1, num_samples).round().astype(int))
+    collate = DataCollatorWithPadding(tokenizer)
+    order = np.argsort(row_lengths(dataset), kind="stable")
+    for start in range(0, len(order), batch_size):
+        rows = dataset.select(order[start : start + batch_size])
+        yield dict(collate(rows.to_list()))

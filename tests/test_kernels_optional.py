@@ -1,0 +1,47 @@
+"""Triton is optional: the package imports and computes without it."""
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+from moebert_kernels import cpu, ops
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None
+import torch
+from moebert_kernels import MoEFFN, RoutingPlan
+plan = RoutingPlan.from_expert_ids(torch.tensor([0, 1, -1]), 2)
+MoEFFN(8, 8, 2)(torch.randn(3, 8), routing=plan).sum().backward()
+"""
+
+
+def test_import_and_use_without_triton():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_import_leaves_triton_alone():
+    """Importing Triton takes a second: it waits for the first CUDA call."""
+    program = "import sys, moebert_kernels; sys.exit('moebert_kernels.kernels' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+@pytest.fixture
+def no_triton(monkeypatch):
+    monkeypatch.setitem(sys.modules, "moebert_kernels.kernels", None)
+    monkeypatch.delattr("moebert_kernels.kernels", raising=False)
+    ops._triton_backend.cache_clear()
+    yield
+    ops._triton_backend.cache_clear()
+
+
+def test_cuda_without_triton_warns_once_and_takes_the_pytorch_path(no_triton):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        backends = [ops._cuda_backend(torch.empty(0)) for _ in range(2)]
+    assert backends == [cpu, cpu]
+    assert [str(w.message).count("Triton cannot be imported") for w in caught] == [1]

@@ -18,7 +18,7 @@ Key = TypeVar("Key")
 LAUNCHES = ("eager", "graph")
 CACHES = ("warm", "cold")
 _SHORTEST_SAMPLE_S = 1e-3
-_LONGEST_BURST = 32
+_LONGEST_BURST = 128
 _LONG_CALL_S = 0.2
 
 
@@ -111,6 +111,7 @@ def _graph_timer(thunks: Sequence[Thunk]) -> Timer:
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         estimate = _warm_up(thunks, _event_timer)
+        _check_asynchronous(thunks[0])
     torch.cuda.current_stream().wait_stream(stream)
     burst = _burst(thunks, estimate)
     graph = torch.cuda.CUDAGraph()
@@ -122,6 +123,18 @@ def _graph_timer(thunks: Sequence[Thunk]) -> Timer:
         raise DidNotRun(f"cannot be captured in a CUDA graph: {first_line(error)}") from error
     graph.replay()
     return _between_events(graph.replay, len(burst))
+
+
+def _check_asynchronous(thunk: Thunk) -> None:
+    """Refuse what waits for the device before a capture fails over it."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        thunk()
+    except RuntimeError as error:
+        raise DidNotRun(f"cannot be captured in a CUDA graph: {first_line(error)}") from error
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 def first_line(error: BaseException) -> str:

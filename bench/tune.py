@@ -2,14 +2,15 @@
 
     python -m bench.tune [--arithmetic half,tf32,ieee] [--limit 400] [--out FILE]
 
-One choice is varied at a time, the others as they stand, in a CUDA graph on cold caches, at BERT-base sizes. A
-candidate that does not compile, does not fit the device or gives other results is passed over. Paste what is
-printed into the table and read it with `python -m moebert_kernels.kernels.inspect`: an entry that spills is a
-bug, however fast. With --toy and TRITON_INTERPRET=1 everything runs without a GPU, at a size that says nothing.
+One choice is varied at a time, the others as they stand, in a CUDA graph on cold caches, at BERT-base sizes.
+A candidate that does not compile, does not fit the device or gives other results is passed over. Paste what
+is printed into the table and read it with `python -m moebert_kernels.kernels.inspect`: an entry that spills
+is a bug, however fast. With --toy and TRITON_INTERPRET=1 everything runs without a GPU, and says nothing.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
@@ -34,7 +35,6 @@ from .verify import check_close
 _FORWARD = ("up", "down", "tma")
 _BACKWARD = ("down_backward", "up_backward", "weight_grad", "stream_k")
 _WORTH_IT = 0.98  # of the time so far
-_SAMPLES = 9
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Scale:
         weight_shapes: m, n and warps of the weight gradients' tiles.
         stages: of the pipelines.
         dense_tokens: T at which all experts on all tokens are tried.
+        samples: of each time, of which the median counts.
     """
 
     case: FFNCase
@@ -56,6 +57,7 @@ class Scale:
     weight_shapes: tuple[tuple[int, int, int], ...]
     stages: tuple[int, ...]
     dense_tokens: tuple[int, ...]
+    samples: int = 9
 
 
 FULL = Scale(
@@ -75,11 +77,12 @@ FULL = Scale(
 )
 TOY = Scale(
     case=FFNCase(0, D=16, F=16, E=2, dtype="float32"),
-    tokens={"small": 20},
-    shapes=((16, 16, 4, 1), (32, 16, 4, 1)),
+    tokens={"small": 8},
+    shapes=((16, 16, 4, 1),),
     weight_shapes=((16, 16, 4),),
     stages=(2,),
     dense_tokens=(8,),
+    samples=1,
 )
 
 
@@ -103,10 +106,12 @@ class Tuner:
     Attributes:
         copies: inputs, so many that they are cold when their turn comes.
         deadline: when no further candidate is started.
+        samples: of each time.
     """
 
     copies: tuple[FFNInputs, ...]
     deadline: float
+    samples: int
 
     @property
     def device(self) -> torch.device:
@@ -136,7 +141,7 @@ class Tuner:
             if expected is not None:
                 check_close(thunks[0](), expected, self.copies[0].x_TD.dtype, slack=2.0)
             timer = make_timer(self.device, "graph" if self.device.type == "cuda" else "eager", thunks)
-            return sorted(timer() for _ in range(_SAMPLES))[_SAMPLES // 2]
+            return statistics.median(timer() for _ in range(self.samples))
         except torch.AcceleratorError:
             raise  # the device is lost: every further figure would be wrong
         except Exception:
@@ -187,7 +192,7 @@ def table_lines(scale: Scale, device: torch.device, deadline: float) -> Iterator
     from moebert_kernels.kernels import configs
 
     for size, tokens in scale.tokens.items():
-        tuner = Tuner(_copies(replace(scale.case, T=tokens), device), deadline)
+        tuner = Tuner(_copies(replace(scale.case, T=tokens), device), deadline, scale.samples)
         dtype = tuner.copies[0].x_TD.dtype
         config = replace(configs.select(device, dtype, tokens, scale.case.E), dense_slots=0)
         config, forward, forward_before = tuner.tune(config, "forward", _FORWARD, scale)
@@ -206,7 +211,7 @@ def _dense_reach(config: Any, scale: Scale, device: torch.device, deadline: floa
     """The most tokens, of those tried, up to which all experts on all tokens are faster than sorted ones."""
     reach = 0
     for tokens in scale.dense_tokens:
-        tuner = Tuner(_copies(replace(scale.case, T=tokens), device), deadline)
+        tuner = Tuner(_copies(replace(scale.case, T=tokens), device), deadline, scale.samples)
         dense = tuner.seconds("forward", replace(config, dense_slots=tokens))
         if time.monotonic() > deadline or dense >= tuner.seconds("forward", config):
             break
@@ -239,7 +244,7 @@ def main(
             raise typer.BadParameter(f"--arithmetic must be some of half, tf32, ieee, got {name!r}")
         torch.backends.cuda.matmul.fp32_precision = "tf32" if name == "tf32" else "ieee"
         scale = replace(FULL, case=replace(FULL.case, dtype="bfloat16" if name == "half" else "float32"))
-        for line in table_lines(TOY if toy else scale, torch.device(device), deadline):
+        for line in table_lines(TOY if toy else scale, torch.device(device), deadline, scale.samples):
             typer.echo(line)
             lines.append(line + "\n")
     if out is not None:

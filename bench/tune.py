@@ -244,7 +244,7 @@ def main(
             raise typer.BadParameter(f"--arithmetic must be some of half, tf32, ieee, got {name!r}")
         torch.backends.cuda.matmul.fp32_precision = "tf32" if name == "tf32" else "ieee"
         scale = replace(FULL, case=replace(FULL.case, dtype="bfloat16" if name == "half" else "float32"))
-        for line in table_lines(TOY if toy else scale, torch.device(device), deadline, scale.samples):
+        for line in table_lines(TOY if toy else scale, torch.device(device), deadline):
             typer.echo(line)
             lines.append(line + "\n")
     if out is not None:

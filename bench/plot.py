@@ -86,6 +86,9 @@ def _time_against_tokens(axes: Any, group: Group, rows: list[Row]) -> None:
         [row.case["T"] for row in ours], [row.floor_s for row in ours], "k--", linewidth=1, label="roofline"
     )
     axes.set(title=group.title(), xlabel="tokens", ylabel="seconds", xscale="log", yscale="log")
+    counts = sorted({row.case["T"] for row in rows})
+    axes.set_xticks(counts, [str(count) for count in counts])
+    axes.minorticks_off()
     axes.grid(True, which="major", alpha=0.3)
 
 

@@ -151,7 +151,9 @@ def _rows(
                     mode = _Mode(case, pass_, launch, cache)
                     yield from _time(op, entries, checked, inputs, mode, device, settings, ceiling)
         del copies
-        _release(device)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 @dataclass(frozen=True)
@@ -220,7 +222,8 @@ def _time(
             floor_s=ceiling.floor(work),
         )
     del timers
-    _release(device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the graphs' pools
 
 
 def copies_past_cache(footprint: int, device: torch.device) -> int:
@@ -236,9 +239,3 @@ def _cache_bytes(device: torch.device) -> int:
         return os.sysconf("SC_LEVEL3_CACHE_SIZE") or 2**25
     except (AttributeError, ValueError, OSError):
         return 2**25
-
-
-def _release(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

@@ -140,9 +140,11 @@ def _notes(rows: list[Row]) -> Iterator[str]:
         yield f"{entry} did not run{at}: {reason}"
     if any(row.dispatch == "inside" and not row.pass_.startswith("dispatch") for row in rows):
         yield "† sorts its tokens in every pass: its dispatch cannot be taken out"
-    for row in rows:
-        for name, error in _imprecise(row).items():
-            yield f"≈ {row.entry} at T={row.case['T']}: {name} is off by {error:.1%} (rms)"
+    for entry in dict.fromkeys(row.entry for row in rows):
+        found = [item for row in rows if row.entry == entry for item in _imprecise(row).items()]
+        if found:
+            names, errors = zip(*found, strict=True)
+            yield f"≈ {entry}: {', '.join(dict.fromkeys(names))} off by up to {max(errors):.1%} (rms)"
 
 
 LEGEND = (

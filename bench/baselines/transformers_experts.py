@@ -14,7 +14,7 @@ from ..registry import DidNotRun
 from .implementation import FFNInputs, Implementation, Make, no_dispatch, weights_of
 
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
-_GATHERED_LIMIT = 2**30  # bytes on the CPU
+_GATHERED_LIMIT = 3 * 2**29  # bytes on the CPU
 
 
 @use_experts_implementation(has_gate=False, has_bias=True)

@@ -1,134 +1,256 @@
-"""Measure candidate configs on the GPU at hand and print the winners as entries of the config table.
+"""The tuning pass: times candidate tiles of every GEMM and prints the lines of `kernels/configs.py`'s table.
 
-    python -m bench.tune [--arithmetic half tf32 ieee]
+    python -m bench.tune [--arithmetic half,tf32,ieee] [--limit 400] [--out FILE]
 
-For each size class, each GEMM's tile is chosen while the others stay as they are, from a forward and a
-backward pass at the BERT-base sizes, in a CUDA graph, with cold caches. Afterwards the number of tokens up to
-which inference is faster with all experts masked. Paste what is printed into
-`moebert_kernels/kernels/configs.py` and read it with `python -m moebert_kernels.kernels.inspect`: an entry
-that spills is a bug, however fast.
+One choice is varied at a time, the others as they stand, in a CUDA graph on cold caches, at BERT-base sizes.
+A candidate that does not compile, does not fit the device or gives other results is passed over. Paste what
+is printed into the table and read it with `python -m moebert_kernels.kernels.inspect`: an entry that spills
+is a bug, however fast. With --toy and TRITON_INTERPRET=1 everything runs without a GPU, and says nothing.
 """
 
 from __future__ import annotations
 
-import argparse
-import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from typing import Any
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
-import triton
+import typer
+from torch import Tensor
 
 from moebert_kernels import RoutingPlan
-from moebert_kernels.kernels import configs, expert_ffn_backward, expert_ffn_forward
-from moebert_kernels.kernels.configs import Config, Tile
 
-D, F, E = 768, 768, 4
-TOKENS = {"small": 256, "medium": 4096, "large": 32768}
-GEMMS = ("up", "down", "down_backward", "up_backward", "weight_grad")
+from .baselines.implementation import FFNInputs
+from .cases import FFNCase
+from .ffn import make_inputs
+from .registry import Outputs, Thunk
+from .run import copies_past_cache
+from .tables import duration
+from .timing import make_timer
+from .verify import check_close
 
-
-def candidates(gemm: str, arithmetic: str) -> Iterator[Tile]:
-    """Tiles worth trying: more than some 250 accumulators per thread cannot help but spill."""
-    depths = (32, 64, 128) if arithmetic == "half" else (16, 32)
-    stages = (5, 7) if gemm == "weight_grad" else (3, 4, 5)
-    for m, n, k, warps, stage in itertools.product((64, 128), (64, 128, 256), depths, (4, 8), stages):
-        if m * n <= warps * 32 * 128:
-            parts = (1,) if gemm == "weight_grad" else (2, 4)
-            yield from (Tile(m, n, k, warps, stage, parts=p) for p in parts)
+_FORWARD = ("up", "down", "tma")
+_BACKWARD = ("down_backward", "up_backward", "weight_grad", "stream_k")
+_WORTH_IT = 0.98  # of the time so far
 
 
-def step(T: int, dtype: torch.dtype, *, train: bool = True) -> Callable[[Config], None]:
-    """A call of the operators on T tokens as a function of the config."""
+@dataclass(frozen=True)
+class Scale:
+    """What is tried, on what.
 
-    def randn(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, device="cuda", dtype=dtype)
+    Attributes:
+        case: sizes of the layer.
+        tokens: T that stands for each size class of the table.
+        shapes: m, n, warps and parts of the GEMMs' tiles.
+        weight_shapes: m, n and warps of the weight gradients' tiles.
+        stages: of the pipelines.
+        dense_tokens: T at which all experts on all tokens are tried.
+        samples: of each time, of which the median counts.
+    """
 
-    x_TD, dy_TD = randn(T, D), randn(T, D)
-    w1, b1, w2, b2 = randn(E, F, D) * D**-0.5, randn(E, F), randn(E, D, F) * F**-0.5, randn(E, D)
-    plan = RoutingPlan.from_expert_ids(torch.randint(0, E, (T,), device="cuda"), E)
-    needs = [True] * 5 + [False]
-
-    def run(config: Config) -> None:
-        _, h = expert_ffn_forward(
-            x_TD, plan.order_S, plan.offsets_E1, w1, b1, w2, b2, None, "gelu", 1, False, train, config
-        )
-        if train:
-            expert_ffn_backward(
-                dy_TD,
-                x_TD,
-                h,
-                plan.order_S,
-                plan.offsets_E1,
-                w1,
-                b1,
-                w2,
-                b2,
-                None,
-                "gelu",
-                1,
-                False,
-                needs,
-                config,
-            )
-
-    return run
+    case: FFNCase
+    tokens: dict[str, int]
+    shapes: tuple[tuple[int, int, int, int], ...]
+    weight_shapes: tuple[tuple[int, int, int], ...]
+    stages: tuple[int, ...]
+    dense_tokens: tuple[int, ...]
+    samples: int = 9
 
 
-def milliseconds(run: Callable[[Config], None], config: Config) -> float:
-    """The median of graph replays that each find the caches cold; inf if the config does not fit."""
-    try:
-        run(config)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run(config)
-    except (triton.runtime.errors.OutOfResources, triton.CompilationError):
-        return float("inf")
-    return triton.testing.do_bench(graph.replay, warmup=10, rep=50, return_mode="median")
+FULL = Scale(
+    case=FFNCase(0),
+    tokens={"small": 256, "medium": 4096, "large": 32768},
+    shapes=(
+        (64, 64, 4, 2),
+        (64, 128, 4, 4),
+        (128, 64, 4, 2),
+        (128, 128, 8, 4),
+        (64, 256, 8, 4),
+        (128, 256, 8, 4),
+    ),
+    weight_shapes=((64, 64, 4), (64, 128, 4), (128, 128, 8), (128, 256, 8)),
+    stages=(3, 4, 5),
+    dense_tokens=(16, 32, 64, 128, 256, 512, 1024),
+)
+TOY = Scale(
+    case=FFNCase(0, D=16, F=16, E=2, dtype="float32"),
+    tokens={"small": 8},
+    shapes=((16, 16, 4, 1),),
+    weight_shapes=((16, 16, 4),),
+    stages=(2,),
+    dense_tokens=(8,),
+    samples=1,
+)
 
 
-def best(run: Callable[[Config], None], start: Config, arithmetic: str) -> Config:
-    """One GEMM after the other, the best tile; then whether the weight gradients are better streamed."""
-    chosen, time = start, milliseconds(run, start)
-    for gemm in GEMMS:
-        for tile in candidates(gemm, arithmetic):
-            change: dict[str, Any] = {gemm: tile}
-            trial = replace(chosen, **change)
-            if (now := milliseconds(run, trial)) < time:
-                chosen, time = trial, now
-    other = replace(chosen, stream_k=not chosen.stream_k)
-    return other if milliseconds(run, other) < time else chosen
+def candidates(field: str, scale: Scale, k: int) -> list[Any]:
+    """Values to try for one field of a `Config`."""
+    from moebert_kernels.kernels.configs import Tile
+
+    if field in ("tma", "stream_k"):
+        return [False, True]
+    if field == "weight_grad":
+        return [
+            Tile(m, n, k, warps, stages) for m, n, warps in scale.weight_shapes for stages in scale.stages
+        ]
+    return [Tile(m, n, k, warps, s, parts) for m, n, warps, parts in scale.shapes for s in scale.stages]
 
 
-def masked_up_to(config: Config, dtype: torch.dtype) -> int:
-    """The most tokens, in powers of two, at which the masked path wins; 0 if it never does."""
-    most = 0
-    for T in (1, 2, 4, 8, 16, 32, 64, 128, 256):
-        run = step(T, dtype, train=False)
-        with torch.no_grad():
-            masked = milliseconds(run, replace(config, dense_slots=T))
-            if masked >= milliseconds(run, replace(config, dense_slots=0)):
-                break
-        most = T
-    return most
+@dataclass(frozen=True)
+class Tuner:
+    """One device, one dtype, one token count.
+
+    Attributes:
+        copies: inputs, so many that they are cold when their turn comes.
+        deadline: when no further candidate is started.
+        samples: of each time.
+    """
+
+    copies: tuple[FFNInputs, ...]
+    deadline: float
+    samples: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.copies[0].x_TD.device
+
+    def forward(self, inputs: FFNInputs, config: Any) -> Thunk:
+        """Inference, the plan given."""
+        arguments = _arguments(inputs)
+        return lambda: {"y": _kernels().expert_ffn_forward(*arguments, False, False, config)[0]}
+
+    def backward(self, inputs: FFNInputs, config: Any) -> Thunk:
+        """All gradients, from saved pre-activations."""
+        x_TD, *rest = _arguments(inputs)
+        _, preact_SF = _kernels().expert_ffn_forward(x_TD, *rest, False, True, config)
+        needs = [True, True, True, True, True, False]
+
+        def thunk() -> Outputs:
+            grads = _kernels().expert_ffn_backward(inputs.dy_TD, x_TD, preact_SF, *rest, False, needs, config)
+            return dict(zip(("dx", "dw1", "db1", "dw2", "db2"), grads, strict=False))
+
+        return thunk
+
+    def seconds(self, pass_: str, config: Any, expected: dict[str, Tensor] | None = None) -> float:
+        """Median time of a pass; infinite if it does not run or its results are others than `expected`."""
+        try:
+            thunks = [getattr(self, pass_)(inputs, config) for inputs in self.copies]
+            if expected is not None:
+                check_close(thunks[0](), expected, self.copies[0].x_TD.dtype, slack=2.0)
+            timer = make_timer(self.device, "graph" if self.device.type == "cuda" else "eager", thunks)
+            return statistics.median(timer() for _ in range(self.samples))
+        except torch.AcceleratorError:
+            raise  # the device is lost: every further figure would be wrong
+        except Exception:
+            return float("inf")
+
+    def tune(self, config: Any, pass_: str, names: tuple[str, ...], scale: Scale) -> tuple[Any, float, float]:
+        """Vary each field in turn; the config found, its time, and the time before."""
+        k = 32 if self.copies[0].x_TD.dtype == torch.float32 else 64
+        k = min(k, scale.case.D, scale.case.F)
+        expected = {
+            name: value.double() for name, value in getattr(self, pass_)(self.copies[0], config)().items()
+        }
+        before = best = self.seconds(pass_, config)
+        for name in names:
+            for value in candidates(name, scale, k):
+                if time.monotonic() > self.deadline:
+                    return config, best, before
+                if value != getattr(config, name):
+                    tried = replace(config, **{name: value})
+                    seconds = self.seconds(pass_, tried, expected)
+                    if seconds < _WORTH_IT * best:
+                        config, best = tried, seconds
+        return config, best, before
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--arithmetic", nargs="+", choices=configs.ARITHMETICS, default=["half"])
-    arguments = parser.parse_args()
-    family = configs.family(torch.device("cuda", torch.cuda.current_device()))
-    for arithmetic, size in itertools.product(arguments.arithmetic, TOKENS):
-        torch.backends.cuda.matmul.allow_tf32 = arithmetic == "tf32"
-        dtype = torch.bfloat16 if arithmetic == "half" else torch.float32
-        start = replace(configs.TABLE.get((family, arithmetic, size), configs.SAFE), dense_slots=0)
-        chosen = best(step(TOKENS[size], dtype), start, arithmetic)
+def _kernels() -> Any:
+    from moebert_kernels import kernels
+
+    return kernels
+
+
+def _arguments(inputs: FFNInputs) -> tuple[Any, ...]:
+    """Of `ops.expert_ffn`, up to `top_k`."""
+    plan = RoutingPlan.from_expert_ids(inputs.expert_ids_TK, inputs.case.E)
+    weights = (inputs.w1_EFD, inputs.b1_EF, inputs.w2_EDF, inputs.b2_ED)
+    return (inputs.x_TD, plan.order_S, plan.offsets_E1, *weights, None, "gelu", inputs.case.K)
+
+
+def _copies(case: FFNCase, device: torch.device) -> tuple[FFNInputs, ...]:
+    first = make_inputs(case, device, 0)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in (first.x_TD, first.w1_EFD, first.w2_EDF))
+    count = copies_past_cache(size, device) if device.type == "cuda" else 1
+    return (first, *(make_inputs(case, device, seed) for seed in range(1, count)))
+
+
+def table_lines(scale: Scale, device: torch.device, deadline: float) -> Iterator[str]:
+    """The table's lines, one per size class, each after the times it rests on."""
+    from moebert_kernels.kernels import configs
+
+    for size, tokens in scale.tokens.items():
+        tuner = Tuner(_copies(replace(scale.case, T=tokens), device), deadline, scale.samples)
+        dtype = tuner.copies[0].x_TD.dtype
+        config = replace(configs.select(device, dtype, tokens, scale.case.E), dense_slots=0)
+        config, forward, forward_before = tuner.tune(config, "forward", _FORWARD, scale)
+        config, backward, backward_before = tuner.tune(config, "backward", _BACKWARD, scale)
         if size == "small":
-            chosen = replace(chosen, dense_slots=masked_up_to(chosen, dtype))
-        print(f"    ({family!r}, {arithmetic!r}, {size!r}): {chosen!r},", flush=True)
+            config = replace(config, dense_slots=_dense_reach(config, scale, device, deadline))
+        key = (configs.family(device), configs.arithmetic(dtype), size)
+        yield (
+            f"    # T={tokens}: forward {duration(forward)} (before {duration(forward_before)}), "
+            f"backward {duration(backward)} (before {duration(backward_before)})"
+        )
+        yield f"    {key!r}: {_source(config)},"
+
+
+def _dense_reach(config: Any, scale: Scale, device: torch.device, deadline: float) -> int:
+    """The most tokens, of those tried, up to which all experts on all tokens are faster than sorted ones."""
+    reach = 0
+    for tokens in scale.dense_tokens:
+        tuner = Tuner(_copies(replace(scale.case, T=tokens), device), deadline, scale.samples)
+        dense = tuner.seconds("forward", replace(config, dense_slots=tokens))
+        if time.monotonic() > deadline or dense >= tuner.seconds("forward", config):
+            break
+        reach = tokens
+    return reach
+
+
+def _source(config: Any) -> str:
+    defaults = type(config)(*(None for _ in range(5)))
+    parts = [
+        f"{field.name}={getattr(config, field.name)!r}"
+        for field in fields(config)
+        if getattr(config, field.name) != getattr(defaults, field.name)
+    ]
+    return f"Config({', '.join(parts)})"
+
+
+def main(
+    arithmetic: Annotated[str, typer.Option(help="Some of half, tf32, ieee.")] = "half",
+    device: Annotated[str, typer.Option(help="cuda, or cpu with TRITON_INTERPRET=1.")] = "cuda",
+    limit: Annotated[float, typer.Option(help="Seconds after which no candidate is started.")] = 400.0,
+    toy: Annotated[bool, typer.Option("--toy", help="Tiny sizes, two candidates.")] = False,
+    out: Annotated[Path | None, typer.Option(help="File for the lines, beside the terminal.")] = None,
+) -> None:
+    """Time candidate tiles and print the table that follows from them."""
+    lines = []
+    deadline = time.monotonic() + limit
+    for name in arithmetic.split(","):
+        if name not in ("half", "tf32", "ieee"):
+            raise typer.BadParameter(f"--arithmetic must be some of half, tf32, ieee, got {name!r}")
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if name == "tf32" else "ieee"
+        scale = replace(FULL, case=replace(FULL.case, dtype="bfloat16" if name == "half" else "float32"))
+        for line in table_lines(TOY if toy else scale, torch.device(device), deadline):
+            typer.echo(line)
+            lines.append(line + "\n")
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text("".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

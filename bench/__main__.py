@@ -1,0 +1,5 @@
+"""`python -m bench`."""
+
+from .commands import app
+
+app(prog_name="python -m bench")

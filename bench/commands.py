@@ -1,0 +1,191 @@
+"""The command line of the benchmarks: `python -m bench`, and `moebert bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="bench",
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Measure the expert FFN, its dispatch, whole models and importance, the peers beside them.",
+)
+_SHAPES, _METHOD = "Shapes (default: a range that suits the device)", "Method"
+_HELP = {
+    "ffn": "The expert FFN against the dense FFN it replaces, loops, and other grouped GEMMs.",
+    "dispatch": "From token ids to every layer's sorted order.",
+    "model": "Whole encoders: MoEBERT, the dense BERT, a DistilBERT shape.",
+    "importance": "Scoring neurons: one backward pass per batch against the published procedure.",
+    "all": "The four of them.",
+}
+
+
+def _words(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _numbers(text: str | None) -> tuple[int, ...] | None:
+    words = _words(text)
+    try:
+        return None if words is None else tuple(int(word) for word in words)
+    except ValueError:
+        raise typer.BadParameter(f"expected whole numbers with commas between them, got {text!r}") from None
+
+
+def _among(what: str, words: tuple[str, ...] | None, known: tuple[str, ...]) -> tuple[str, ...] | None:
+    unknown = [word for word in words or () if word not in known]
+    if unknown:
+        raise typer.BadParameter(f"{what} must be among {', '.join(known)}, got {', '.join(unknown)}")
+    return words
+
+
+def measure(
+    context: typer.Context,
+    tokens: Annotated[str | None, typer.Option(help="T, e.g. 64,512,4096.", rich_help_panel=_SHAPES)] = None,
+    hidden: Annotated[int | None, typer.Option(min=1, help="D.", rich_help_panel=_SHAPES)] = None,
+    expert_size: Annotated[
+        int | None, typer.Option(min=1, help="F, neurons of one expert.", rich_help_panel=_SHAPES)
+    ] = None,
+    experts: Annotated[int | None, typer.Option(min=1, help="E.", rich_help_panel=_SHAPES)] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="K, experts of one token (ffn).", rich_help_panel=_SHAPES)
+    ] = None,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="L (dispatch, model, importance).", rich_help_panel=_SHAPES)
+    ] = None,
+    sequence: Annotated[
+        int | None, typer.Option(min=1, help="Sequence length (model, importance).", rich_help_panel=_SHAPES)
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16, float16.", rich_help_panel=_SHAPES)
+    ] = None,
+    skew: Annotated[
+        str | None,
+        typer.Option(
+            help="Routings of ffn: balanced, zipf, skewed (one expert has 70 %).", rich_help_panel=_SHAPES
+        ),
+    ] = None,
+    toy: Annotated[bool, typer.Option("--toy", help="Tiny shapes: does everything run?")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if there is one.")] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="Threads on the CPU, pinned; default: all.", rich_help_panel=_METHOD),
+    ] = None,
+    passes: Annotated[
+        str | None,
+        typer.Option(help="E.g. forward,forward+backward,dispatch+forward.", rich_help_panel=_METHOD),
+    ] = None,
+    launch: Annotated[str | None, typer.Option(help="eager, graph.", rich_help_panel=_METHOD)] = None,
+    cache: Annotated[
+        str | None,
+        typer.Option(help="warm, cold (data rotated past the last cache).", rich_help_panel=_METHOD),
+    ] = None,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Interleaved samples of each entry.", rich_help_panel=_METHOD)
+    ] = 30,
+    seconds: Annotated[
+        float, typer.Option(help="Stop the rounds of one table column after this.", rich_help_panel=_METHOD)
+    ] = 10.0,
+    limit: Annotated[
+        float | None,
+        typer.Option(help="Seconds after which nothing more is started.", rich_help_panel=_METHOD),
+    ] = None,
+    only: Annotated[
+        str | None, typer.Option(help="Entries to run, by name; default: all.", rich_help_panel=_METHOD)
+    ] = None,
+    peer_path: Annotated[
+        Path | None,
+        typer.Option(help="Folder with triton_kernels' and scattermoe's sources.", rich_help_panel=_METHOD),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for a .jsonl and a plot of each; default: print only.")
+    ] = None,
+) -> None:
+    """Verify every entry against a float64 reference, then time them all in turn."""
+    import torch
+
+    from . import ceilings
+    from .cases import DTYPES, TIMED_ROUTINGS, TOY, Request
+    from .run import Settings
+    from .suite import OPS, run_benchmarks
+    from .timing import CACHES, LAUNCHES
+
+    asked = Request(
+        T=_numbers(tokens),
+        D=hidden,
+        F=expert_size,
+        E=experts,
+        K=top_k,
+        L=layers,
+        sequence=sequence,
+        dtypes=_among("--dtype", _words(dtype), tuple(DTYPES)),
+        routings=_among("--skew", _words(skew), TIMED_ROUTINGS),
+    )
+    settings = Settings(
+        request=asked.over(TOY) if toy else asked,
+        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        threads=threads,
+        passes=_among(
+            "--passes", _words(passes), tuple(dict.fromkeys(p for op in OPS.values() for p in op.passes))
+        ),
+        launches=_among("--launch", _words(launch), LAUNCHES),
+        caches=_among("--cache", _words(cache), CACHES),
+        rounds=min(rounds, 3) if toy else rounds,
+        seconds=seconds,
+        limit=limit,
+        peer_path=None if peer_path is None else str(peer_path),
+        only=_words(only),
+        probes=ceilings.TOY if toy else None,
+    )
+    name = context.info_name or "all"
+    try:
+        run_benchmarks(list(OPS) if name == "all" else [name], settings, out)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+for _name, _text in _HELP.items():
+    app.command(_name, help=_text)(measure)
+
+
+@app.command()
+def readme(
+    file: Annotated[Path, typer.Argument(help="A markdown file with <!-- bench:NAME:begin/end --> markers.")],
+    results: Annotated[Path, typer.Option(help="Folder of result files.")] = Path("bench/results"),
+    check: Annotated[
+        bool, typer.Option("--check", help="Change nothing; fail if the tables are old.")
+    ] = False,
+) -> None:
+    """Write the measured tables into a README."""
+    from .readme import update
+
+    text = file.read_text(encoding="utf-8")
+    try:
+        fresh = update(text, results)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    if check and fresh != text:
+        typer.echo(
+            f"{file} does not show the results in {results}: run python -m bench readme {file}", err=True
+        )
+        raise typer.Exit(1)
+    if not check:
+        file.write_text(fresh, encoding="utf-8")
+
+
+@app.command("plot")
+def plot_command(
+    file: Annotated[Path, typer.Argument(help="A result file.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Picture to write; default: beside the file, .svg.")
+    ] = None,
+) -> None:
+    """Draw a result file: time against tokens, and the roofline."""
+    from .plot import plot
+    from .results import read
+
+    typer.echo(plot(read(file), out or file.with_suffix(".svg")))

@@ -1,0 +1,164 @@
+"""The expert FFN: forward and backward, with the dispatch given, and with it inside."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from moebert_kernels import RoutingPlan, moe_ffn
+
+from .baselines import authors, dense, scattermoe, torch_gemms, triton_kernels
+from .baselines.implementation import PASSES, FFNInputs, Implementation, Make, bind, weights_of
+from .baselines.transformers_experts import implementations
+from .cases import DTYPES, TIMED_ROUTINGS, TIMED_TOKENS, FFNCase, Request, cpu_dtypes, expert_ids, tensors
+from .reference import specification
+from .registry import Entry, Op, Work
+from .verify import check_close
+
+OURS = "moebert_kernels"
+DENSE, BOUND = "dense FFN replaced", "bound: one expert"
+
+
+def cases(request: Request, device_type: str) -> list[FFNCase]:
+    """All token counts balanced; the other routings at the middle of them."""
+    gpu = device_type == "cuda"
+    tokens = request.T or (TIMED_TOKENS if gpu else (64, 512, 2048))
+    dtypes = request.dtypes or (("bfloat16",) if gpu else cpu_dtypes())
+    base = FFNCase(0, **request.given("D", "F", "E", "K"))
+    chosen = []
+    for dtype in dtypes:
+        for routing in request.routings or TIMED_ROUTINGS:
+            skewed = routing != "balanced" and request.T is None
+            middle = tokens[len(tokens) // 2 :][:2] if gpu else tokens[len(tokens) // 2 :][:1]
+            for count in middle if skewed else tokens:
+                chosen.append(replace(base, T=count, dtype=dtype, routing=routing))
+    return chosen
+
+
+def make_inputs(case: FFNCase, device: torch.device, seed: int) -> FFNInputs:
+    """The data of a case, as the tests draw it."""
+    dtype = DTYPES[case.dtype]
+    made = {name: tensor.to(dtype).to(device) for name, tensor in tensors(case, seed=seed).items()}
+    return FFNInputs(
+        case=case,
+        x_TD=made["x"],
+        dy_TD=made["dy"],
+        w1_EFD=made["w1"],
+        b1_EF=made["b1"],
+        w2_EDF=made["w2"],
+        b2_ED=made["b2"],
+        expert_ids_TK=expert_ids(case, seed=seed).to(device),
+        gate_TK=torch.full((case.T, case.K), 1 / case.K, device=device, dtype=dtype),
+    )
+
+
+def ours(inputs: FFNInputs) -> Implementation:
+    """`moe_ffn` with the plan of `RoutingPlan.from_expert_ids`."""
+    leaves = weights_of(inputs)
+
+    def dispatch() -> RoutingPlan:
+        return RoutingPlan.from_expert_ids(inputs.expert_ids_TK, inputs.case.E)
+
+    def compute(x_TD: Tensor, plan: RoutingPlan) -> Tensor:
+        return moe_ffn(x_TD, plan, leaves["w1"], leaves["b1"], leaves["w2"], leaves["b2"])
+
+    return Implementation(dict(leaves), dispatch, compute)
+
+
+def entries(peer_path: str | None) -> list[Entry]:
+    """Ours, the networks it is measured by, and the peers."""
+
+    def entry(name: str, make: Make, **options) -> Entry:
+        return Entry(name, functools.partial(bind, make), **options)
+
+    return [
+        entry(OURS, ours),
+        entry(DENSE, dense.replaced, work="dense"),
+        entry(BOUND, dense.bound, work="bound"),
+        entry("authors' loop", authors.authors_loop, dispatch="inside"),
+        entry("GEMM per expert", torch_gemms.expert_gemms),
+        entry("F.grouped_mm", torch_gemms.grouped_mm),
+        *(entry(name, make, dispatch="inside") for name, make in implementations().items()),
+        entry("masked dense", dense.masked, restore=dense.restore_masked),
+        entry("triton_kernels", functools.partial(triton_kernels.triton_kernels, peer_path=peer_path)),
+        entry("scattermoe", functools.partial(scattermoe.scattermoe, peer_path=peer_path)),
+    ]
+
+
+def reference(inputs: FFNInputs, pass_: str, kind: str) -> dict[str, Tensor]:
+    """The pass in float64 by `python_ref`."""
+    ref = specification("ffn")
+    if kind == "experts":
+        leaves = weights_of(inputs)
+    else:
+        made = dense.replaced(inputs) if kind == "dense" else dense.bound(inputs)
+        leaves = {name: leaf for name, leaf in made.parameters.items() if isinstance(leaf, Tensor)}
+    leaves = {name: leaf.double().requires_grad_() for name, leaf in leaves.items()}
+    x_TD = inputs.x_TD.double().requires_grad_()
+    weights = (leaves["w1"], leaves["b1"], leaves["w2"], leaves["b2"])
+    if kind == "experts":
+        y_TD = ref.moe_ffn(x_TD, inputs.expert_ids_TK, *weights)
+    else:
+        y_TD = ref.dense_ffn(x_TD, *weights)
+    outputs = {"y": y_TD.detach()}
+    if pass_.endswith("backward"):
+        grads = torch.autograd.grad(y_TD, [x_TD, *weights], inputs.dy_TD.double())
+        outputs |= dict(zip(("dx", "dw1", "db1", "dw2", "db2"), grads, strict=True))
+    return outputs
+
+
+def check(
+    outputs: dict[str, Tensor], expected: dict[str, Tensor], inputs: FFNInputs, kind: str
+) -> dict[str, float]:
+    """Every output, and every expert's share of it, against the reference."""
+    first_T = inputs.expert_ids_TK[:, 0]
+
+    def parts(name: str, tensor: Tensor) -> list[Tensor]:
+        if name in ("y", "dx"):
+            return [tensor[first_T == e] for e in range(inputs.case.E)]
+        return list(tensor) if kind == "experts" else [tensor]
+
+    return check_close(outputs, expected, inputs.x_TD.dtype, parts, sums=("dw1", "db1", "dw2", "db2"))
+
+
+def work(inputs: FFNInputs, pass_: str, kind: str) -> Work:
+    """Multiply-adds of the two projections, three times as many with backward; weights and rows moved once.
+
+    Forward: the weights of the experts that have tokens, x and y. With backward: these weights again, their
+    gradients, and dy, x and dx beside the pre-activations written and read.
+    """
+    case, size = inputs.case, inputs.x_TD.element_size()
+    T, D, F, K = case.T, case.D, case.F, case.K
+    if kind == "experts":
+        networks, neurons = int(inputs.expert_ids_TK.unique().numel()), K * F
+    else:
+        networks, neurons = 1, (case.E if kind == "dense" else K) * F
+    width = F if kind == "experts" else neurons
+    weights = networks * (2 * width * D + width + D) * size
+    if pass_.endswith("backward"):
+        return Work(12 * T * neurons * D, 3 * weights + T * (5 * D + 2 * neurons) * size)
+    return Work(4 * T * neurons * D, weights + 2 * T * D * size)
+
+
+def footprint(inputs: FFNInputs) -> int:
+    """Weights and tokens."""
+    tensors = (inputs.x_TD, inputs.w1_EFD, inputs.w2_EDF)
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+FFN = Op(
+    name="ffn",
+    passes=PASSES,
+    default_passes=PASSES[:3],
+    cases=cases,
+    make_inputs=make_inputs,
+    entries=entries,
+    reference=reference,
+    check=check,
+    work=work,
+    footprint=footprint,
+    baselines=(DENSE, BOUND),
+)

@@ -1,0 +1,151 @@
+"""Whole encoders: MoEBERT, the authors' dispatch in the same model, dense encoders of more or less work."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cases import DTYPES, ModelCase, Request, cpu_dtypes, token_ids
+from .encoders import build, with_authors_dispatch, with_reference_experts
+from .registry import Entry, Op, Outputs, Thunk, Work
+from .verify import check_close
+
+OURS = "moebert_kernels"
+DENSE, BOUND = "dense BERT", "bound: dense FFN of one expert"
+_WORKS = {"dense": DENSE, "bound": BOUND, "half": "DistilBERT shape: half the layers"}
+
+
+@dataclass(frozen=True, eq=False)
+class ModelInputs:
+    """A batch of full sequences.
+
+    Attributes:
+        case: the sizes.
+        ids_BS: token ids.
+        dy_BSD: gradient at the last hidden state.
+        models: encoders by work, built when first asked for.
+    """
+
+    case: ModelCase
+    ids_BS: Tensor
+    dy_BSD: Tensor
+    models: dict[str, Any]
+
+
+def cases(request: Request, device_type: str) -> list[ModelCase]:
+    """One sequence, and a batch; more of them on a GPU."""
+    gpu = device_type == "cuda"
+    base = ModelCase(0, **request.given("sequence", "D", "F", "E", "L", "V"))
+    tokens = request.T or tuple(base.sequence * batch for batch in ((8, 32, 128) if gpu else (1, 8)))
+    dtypes = request.dtypes or (("bfloat16",) if gpu else cpu_dtypes())
+    return [replace(base, T=count, dtype=dtype) for dtype in dtypes for count in tokens]
+
+
+def make_inputs(case: ModelCase, device: torch.device, seed: int) -> ModelInputs:
+    """Zipf's token ids; no padding, which only MoEBERT skips."""
+    ids_BS = token_ids(case.batch, case.sequence, case.V, seed).to(device)
+    generator = torch.Generator().manual_seed(seed)
+    dy_BSD = torch.randn(case.batch, case.sequence, case.D, generator=generator)
+    return ModelInputs(case, ids_BS, dy_BSD.to(device, DTYPES[case.dtype]), {})
+
+
+def _model(inputs: ModelInputs, kind: str) -> Any:
+    """The encoder of a kind of work, the same for every entry that computes it."""
+    if kind not in inputs.models:
+        inputs.models[kind] = build(inputs.case, kind).to(inputs.ids_BS.device, DTYPES[inputs.case.dtype])
+    return inputs.models[kind]
+
+
+def _bind(kind: str, change: Callable[[Any], Any] | None, inputs: ModelInputs, pass_: str) -> Thunk:
+    model = _model(inputs, kind)
+    if change is not None:
+        model = change(model)
+    return _passes(model, inputs, pass_)
+
+
+def _passes(model: Any, inputs: ModelInputs, pass_: str) -> Thunk:
+    dy_BSD = inputs.dy_BSD.to(next(model.parameters()).dtype)
+
+    @torch.no_grad()
+    def forward() -> Outputs:
+        return {"y": model(input_ids=inputs.ids_BS).last_hidden_state}
+
+    def forward_backward() -> Outputs:
+        y_BSD = model(input_ids=inputs.ids_BS).last_hidden_state
+        names, parameters = zip(*model.named_parameters(), strict=True)
+        grads = torch.autograd.grad(y_BSD, parameters, dy_BSD, allow_unused=True)
+        return {
+            "y": y_BSD.detach(),
+            "dword": dict(zip(names, grads, strict=True))["embeddings.word_embeddings.weight"],
+        }
+
+    return forward_backward if pass_.endswith("backward") else forward
+
+
+def entries(peer_path: str | None) -> list[Entry]:
+    """MoEBERT, then what it is compared with."""
+
+    def entry(name: str, kind: str, change: Callable[[Any], Any] | None = None, **options) -> Entry:
+        return Entry(name, functools.partial(_bind, kind, change), work=kind, **options)
+
+    return [
+        entry(OURS, "experts"),
+        *(entry(name, kind) for kind, name in _WORKS.items()),
+        entry("authors' loop", "experts", with_authors_dispatch, dispatch="inside"),
+    ]
+
+
+def reference(inputs: ModelInputs, pass_: str, kind: str) -> dict[str, Tensor]:
+    """The same encoder in float64, its experts computed by `python_ref`."""
+    model = copy.deepcopy(_model(inputs, kind)).double()
+    if kind == "experts":
+        model = with_reference_experts(model)
+    return _passes(model, inputs, pass_)()
+
+
+def check(
+    outputs: dict[str, Tensor], expected: dict[str, Tensor], inputs: ModelInputs, kind: str
+) -> dict[str, float]:
+    """Every layer adds its rounding: the limits are those of one layer times their number."""
+    return check_close(outputs, expected, DTYPES[inputs.case.dtype], sums=("dword",), slack=inputs.case.L)
+
+
+def work(inputs: ModelInputs, pass_: str, kind: str) -> Work:
+    """Multiply-adds of projections and attention, three times as many with backward; parameters read once."""
+    case = inputs.case
+    layers = max(1, case.L // 2) if kind == "half" else case.L
+    neurons = case.E * case.F if kind in ("dense", "half") else case.F
+    per_token = layers * (4 * case.D**2 + 2 * case.D * neurons + 2 * case.sequence * case.D)
+    tokens = case.batch * case.sequence
+    networks = case.E if kind == "experts" else 1
+    parameters = layers * (4 * case.D**2 + 2 * case.D * neurons * networks)
+    passes = 3 if pass_.endswith("backward") else 1
+    moved = parameters + 2 * tokens * case.D * layers
+    return Work(2 * per_token * tokens * passes, moved * passes * DTYPES[case.dtype].itemsize)
+
+
+def footprint(inputs: ModelInputs) -> int:
+    """An encoder's parameters are past any cache by themselves."""
+    parameters = work(inputs, "forward", "experts").bytes
+    return int(parameters) + inputs.case.V * inputs.case.D * DTYPES[inputs.case.dtype].itemsize
+
+
+MODEL = Op(
+    name="model",
+    passes=("forward", "forward+backward"),
+    default_passes=("forward",),
+    cases=cases,
+    make_inputs=make_inputs,
+    entries=entries,
+    reference=reference,
+    check=check,
+    work=work,
+    footprint=footprint,
+    baselines=(DENSE, BOUND),
+)

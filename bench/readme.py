@@ -1,0 +1,122 @@
+"""README tables from result files, between markers `<!-- bench:NAME:begin -->` and `<!-- bench:NAME:end -->`.
+
+NAME is an operator and a kind of device, such as `ffn-cpu` or `model-gpu`, or `targets-gpu`. What was never
+measured says so.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+from .cases import FFNCase
+from .results import Results, Row, read_folder
+from .suite import OPS
+from .tables import LEGEND, Group, grouped, markdown, table
+from .targets import TARGETS, Target
+
+NOT_MEASURED = "not measured yet"
+_BLOCK = re.compile(r"(<!-- bench:(?P<name>[a-z-]+):begin -->\n).*?(<!-- bench:(?P=name):end -->)", re.DOTALL)
+_MARKER = re.compile(r"<!-- bench:([a-z-]+):(?:begin|end) -->")
+_DEVICE_TYPES = {"cpu": "cpu", "gpu": "cuda"}
+
+
+def update(text: str, folder: str | Path) -> str:
+    """Fill every block of a README anew.
+
+    Args:
+        text: the README's.
+        folder: of result files.
+
+    Raises:
+        ValueError: a marker has no partner, or its name is not known.
+    """
+    results = list(read_folder(folder))
+    names = _MARKER.findall(text)
+    blocks = [match["name"] for match in _BLOCK.finditer(text)]
+    if sorted(names) != sorted(blocks * 2):
+        odd = sorted({name for name in names if names.count(name) != 2 * blocks.count(name)})
+        raise ValueError(f"markers without a partner: {', '.join(odd)}")
+    return _BLOCK.sub(lambda match: f"{match[1]}{block(match['name'], results)}\n{match[3]}", text)
+
+
+def block(name: str, results: Iterable[Results]) -> str:
+    """The markdown between one pair of markers."""
+    subject, _, kind = name.rpartition("-")
+    if kind not in _DEVICE_TYPES or subject not in (*OPS, "targets"):
+        known = ", ".join(f"{subject}-cpu|gpu" for subject in OPS)
+        raise ValueError(f"there is no table {name!r}; there are {known} and targets-gpu")
+    op = "ffn" if subject == "targets" else subject
+    mine = [
+        result for result in results if (result.run.op, result.run.device_type) == (op, _DEVICE_TYPES[kind])
+    ]
+    if subject == "targets":
+        return _targets(mine)
+    if not mine:
+        return f"*{op} on a {kind.upper()}: {NOT_MEASURED}.*"
+    return "\n\n".join(_measured(result) for result in mine)
+
+
+def _measured(result: Results) -> str:
+    baselines = OPS[result.run.op].baselines
+    drawn = [markdown(table(group.title(), rows, baselines)) for group, rows in _shown(result).items()]
+    return "\n\n".join([*drawn, provenance(result)])
+
+
+def _shown(result: Results) -> dict[Group, list[Row]]:
+    """Enough for a reader: the first routing; graphs and cold caches where there are any."""
+    groups = grouped(result)
+    launch = "graph" if any(group.launch == "graph" for group in groups) else "eager"
+    cache = "cold" if any(group.cache == "cold" for group in groups) else "warm"
+    routing = next((row.case.get("routing") for row in result.rows), None)
+    return {
+        group: rows
+        for group, rows in groups.items()
+        if (group.launch, group.cache, dict(group.case).get("routing")) == (launch, cache, routing)
+    }
+
+
+def provenance(result: Results) -> str:
+    """One sentence that says how, where and from which commit."""
+    run, environment = result.run, result.run.environment
+    versions = environment.get("versions", {})
+    device = f"{environment.get('cpu')}, {run.threads} threads" if run.device_type == "cpu" else run.device
+    samples = [row.seconds.samples for row in result.rows if row.seconds]
+    counts = (
+        f"{min(samples)} to {max(samples)}"
+        if samples and min(samples) != max(samples)
+        else f"{max(samples, default=0)}"
+    )
+    busy = f", **load {run.load_average:.1f} before the start**" if (run.load_average or 0) > 0.5 else ""
+    return (
+        f"*{LEGEND}. {device}; torch {versions.get('torch')}, commit {environment.get('commit')}, "
+        f"{run.started[:10]}; {counts} interleaved samples{busy}.*"
+    )
+
+
+def _targets(results: list[Results]) -> str:
+    head = [
+        "| H200, bfloat16, CUDA graph, cold caches | T | floor | aim | reached |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    lines = [
+        f"| {target.pass_} | {target.tokens} | {target.floor_us:g} µs | "
+        f"{'–' if target.aim_us is None else f'{target.aim_us:g} µs'} | {_reached(target, results)} |"
+        for target in TARGETS
+    ]
+    return "\n".join(head + lines)
+
+
+def _reached(target: Target, results: list[Results]) -> str:
+    wanted = asdict(FFNCase(target.tokens))
+    for result in results:
+        if "H200" not in result.run.device:
+            continue
+        ours = OPS["ffn"].entries(None)[0].name
+        for row in result.rows:
+            mode = (row.entry, row.pass_, row.launch, row.cache)
+            if mode == (ours, target.pass_, "graph", "cold") and row.case == wanted and row.seconds:
+                return f"{row.seconds.median * 1e6:.1f} µs"
+    return NOT_MEASURED

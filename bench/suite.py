@@ -1,0 +1,91 @@
+"""The four benchmarks, and what it is to run them: tables in the terminal, files and plots in a folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from .dispatch import DISPATCH
+from .ffn import FFN
+from .importance import IMPORTANCE
+from .model import MODEL
+from .plot import plot
+from .registry import Op
+from .results import Results, Row, slug, write
+from .run import Settings, start
+from .tables import LEGEND, group_of, rich_table, tables
+
+# The longest last: what a time limit cuts off is then the end of one table, not a whole one.
+OPS: dict[str, Op] = {op.name: op for op in (DISPATCH, IMPORTANCE, MODEL, FFN)}
+
+
+def run_benchmarks(
+    names: Sequence[str], settings: Settings, out: str | Path | None = None, console: Console | None = None
+) -> list[Results]:
+    """Run benchmarks one after the other.
+
+    Args:
+        names: of `OPS`.
+        settings: of all of them.
+        out: folder for a result file and a plot of each; None to print only.
+        console: where tables and progress go.
+
+    Raises:
+        ValueError: a name, or something in the settings, does not exist.
+    """
+    console = console or Console()
+    unknown = [name for name in names if name not in OPS]
+    if unknown:
+        raise ValueError(f"there is no benchmark {', '.join(unknown)}; there are: {', '.join(OPS)}")
+    begin, done = time.monotonic(), []
+    for name in names:
+        left = None if settings.limit is None else settings.limit - (time.monotonic() - begin)
+        done.append(_run(OPS[name], _applicable(OPS[name], replace(settings, limit=left)), out, console))
+    return done
+
+
+def _applicable(op: Op, settings: Settings) -> Settings:
+    """Passes that only other benchmarks have are left out; if none is left, this one's own are timed."""
+    if settings.passes is None:
+        return settings
+    return replace(settings, passes=tuple(name for name in settings.passes if name in op.passes) or None)
+
+
+def _run(op: Op, settings: Settings, out: str | Path | None, console: Console) -> Results:
+    with console.status(f"{op.name}: measuring the machine's ceilings"):
+        run, rows = start(op, settings)
+    for dtype, ceiling in run.ceilings.items():
+        console.print(
+            f"{op.name}, {dtype}: at most {ceiling.flops_per_s / 1e9:.4g} GFLOP/s, "
+            f"{ceiling.bytes_per_s / 1e9:.4g} GB/s on this machine"
+        )
+    if run.load_average is not None and run.load_average > 0.5:
+        console.print(
+            f"[yellow]The load average is {run.load_average:.1f}: other work will distort the figures."
+        )
+    kept: list[Row] = []
+    with console.status(op.name) as status:
+
+        def watched() -> Iterator[Row]:
+            for row in rows:
+                kept.append(row)
+                status.update(f"{op.name}: T={row.case['T']}, {group_of(row).title()}: {row.entry}")
+                yield row
+
+        if out is None:
+            for _ in watched():
+                pass
+        else:
+            write(out, run, watched())
+    results = Results(run, tuple(kept))
+    for table in tables(results, op.baselines):
+        console.print(rich_table(table))
+    console.print(LEGEND, style="dim")
+    if out is not None:
+        path = plot(results, Path(out) / f"{slug(run)}.svg")
+        console.print(f"{path.with_suffix('.jsonl')} and {path.name} written")
+    return results

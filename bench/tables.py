@@ -1,0 +1,179 @@
+"""Results as tables: one per pass, routing, dtype, launch and cache, entries down, token counts across."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rich.table import Table as RichTable
+
+from .cases import DTYPES
+from .results import Results, Row
+from .timing import Spread
+from .verify import LIMITS
+
+NOTHING = "–"
+
+
+@dataclass(frozen=True)
+class Group:
+    """What the rows of one table have in common: everything but the entry and the token count."""
+
+    pass_: str
+    launch: str
+    cache: str
+    case: tuple[tuple[str, object], ...]
+
+    def title(self) -> str:
+        """In words, without the sizes that every table of a file shares."""
+        case = dict(self.case)
+        parts = [self.pass_, *(str(case[name]) for name in ("dtype", "routing") if name in case)]
+        return ", ".join([*parts, f"{self.launch}, {self.cache}"])
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line: a name and a cell for each column. Emphasised lines are ours."""
+
+    name: str
+    cells: tuple[str, ...]
+    strong: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table ready to be drawn."""
+
+    title: str
+    columns: tuple[str, ...]
+    lines: tuple[Line, ...]
+    notes: tuple[str, ...]
+
+
+def group_of(row: Row) -> Group:
+    """The table a row belongs to."""
+    case = tuple((name, value) for name, value in row.case.items() if name != "T")
+    return Group(row.pass_, row.launch, row.cache, case)
+
+
+def grouped(results: Results) -> dict[Group, list[Row]]:
+    """Rows by table, in the order they were measured."""
+    groups: dict[Group, list[Row]] = {}
+    for row in results.rows:
+        groups.setdefault(group_of(row), []).append(row)
+    return groups
+
+
+def tables(results: Results, baselines: tuple[str, ...]) -> Iterator[Table]:
+    """One table per group; the first entry is ours and is set in ratio to `baselines`."""
+    for group, rows in grouped(results).items():
+        yield table(group.title(), rows, baselines)
+
+
+def table(title: str, rows: list[Row], baselines: tuple[str, ...]) -> Table:
+    """Arrange the rows of one group."""
+    tokens = list(dict.fromkeys(row.case["T"] for row in rows))
+    entries = list(dict.fromkeys(row.entry for row in rows))
+    cells = {(row.entry, row.case["T"]): row for row in rows}
+    ours = entries[0]
+    lines = [
+        Line(
+            _name(entry, rows),
+            tuple(_cell(cells.get((entry, count))) for count in tokens),
+            strong=entry == ours,
+        )
+        for entry in entries
+        if any(row.seconds for row in rows if row.entry == entry)
+    ]
+    for baseline in baselines:
+        ratios = [_ratio(cells.get((baseline, count)), cells.get((ours, count))) for count in tokens]
+        if any(ratio != NOTHING for ratio in ratios):
+            lines.append(Line(f"{baseline} / {ours}", tuple(ratios)))
+    return Table(title, tuple(f"T={count}" for count in tokens), tuple(lines), tuple(_notes(rows)))
+
+
+def _name(entry: str, rows: list[Row]) -> str:
+    mine = [row for row in rows if row.entry == entry]
+    inside = mine[0].dispatch == "inside" and not mine[0].pass_.startswith("dispatch")
+    return entry + (" †" if inside else "") + (" ≈" if any(map(_imprecise, mine)) else "")
+
+
+def _imprecise(row: Row) -> dict[str, float]:
+    dtype = DTYPES.get(row.case.get("dtype", "float32"))
+    limit = LIMITS[dtype][0] if dtype is not None else 0.0
+    return {name: error for name, error in row.errors.items() if name.startswith("d") and error > limit}
+
+
+def _cell(row: Row | None) -> str:
+    if row is None or row.seconds is None:
+        return NOTHING
+    share = row.floor_s / row.seconds.median
+    return f"{duration(row.seconds.median)} ±{_half_width(row.seconds):.0%} ({share:.0%})"
+
+
+def _half_width(seconds: Spread) -> float:
+    return (seconds.high - seconds.low) / 2 / seconds.median
+
+
+def _ratio(numerator: Row | None, denominator: Row | None) -> str:
+    if numerator is None or denominator is None or not (numerator.seconds and denominator.seconds):
+        return NOTHING
+    return f"{numerator.seconds.median / denominator.seconds.median:.2f}"
+
+
+def duration(seconds: float) -> str:
+    """Three digits and a unit."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} µs"
+
+
+def _notes(rows: list[Row]) -> Iterator[str]:
+    reasons: dict[tuple[str, str], list[int]] = {}
+    for row in rows:
+        if row.did_not_run:
+            reasons.setdefault((row.entry, row.did_not_run), []).append(row.case["T"])
+    everywhere = len({row.case["T"] for row in rows})
+    for (entry, reason), tokens in reasons.items():
+        at = "" if len(tokens) == everywhere else f" at T={', '.join(map(str, tokens))}"
+        yield f"{entry} did not run{at}: {reason}"
+    if any(row.dispatch == "inside" and not row.pass_.startswith("dispatch") for row in rows):
+        yield "† sorts its tokens in every pass: its dispatch cannot be taken out"
+    for entry in dict.fromkeys(row.entry for row in rows):
+        found = [item for row in rows if row.entry == entry for item in _imprecise(row).items()]
+        if found:
+            names, errors = zip(*found, strict=True)
+            yield f"≈ {entry}: {', '.join(dict.fromkeys(names))} off by up to {max(errors):.1%} (rms)"
+
+
+LEGEND = (
+    "Median, ± half the distance of the 10th and 90th percentile; in brackets the share of the roofline, by "
+    "the ceilings measured in the same run"
+)
+
+
+def rich_table(content: Table) -> RichTable:
+    """For the terminal."""
+    drawn = RichTable(title=content.title, caption="\n".join(content.notes) or None, title_justify="left")
+    drawn.caption_justify = "left"
+    drawn.add_column("")
+    for column in content.columns:
+        drawn.add_column(column, justify="right", no_wrap=True)
+    for line in content.lines:
+        drawn.add_row(line.name, *line.cells, style="bold" if line.strong else None)
+    return drawn
+
+
+def markdown(content: Table) -> str:
+    """For a README."""
+    head = f"| {content.title} | {' | '.join(content.columns)} |"
+    rule = "|---|" + "--:|" * len(content.columns)
+    body = []
+    for line in content.lines:
+        cells = (
+            [f"**{cell}**" for cell in (line.name, *line.cells)] if line.strong else [line.name, *line.cells]
+        )
+        body.append(f"| {' | '.join(cells)} |")
+    notes = [f"- {note}" for note in content.notes]
+    return "\n".join([head, rule, *body, *(["", *notes] if notes else [])])

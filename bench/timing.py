@@ -1,0 +1,175 @@
+"""Timers: the host's clock, CUDA events round eager calls or round a graph. Rounds interleave the entries."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from .registry import DidNotRun, Thunk
+
+Timer = Callable[[], float]
+Key = TypeVar("Key")
+
+LAUNCHES = ("eager", "graph")
+CACHES = ("warm", "cold")
+_SHORTEST_SAMPLE_S = 1e-3
+_LONGEST_BURST = 128
+_LONG_CALL_S = 0.2
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Seconds of one call: the median, and the 10th and 90th percentile, of `samples` measurements."""
+
+    median: float
+    low: float
+    high: float
+    samples: int
+
+
+def spread(seconds: Sequence[float]) -> Spread:
+    """Summarise the samples of one entry."""
+    if len(seconds) == 1:
+        return Spread(seconds[0], seconds[0], seconds[0], 1)
+    deciles = statistics.quantiles(seconds, n=10, method="inclusive")
+    return Spread(statistics.median(seconds), deciles[0], deciles[-1], len(seconds))
+
+
+def make_timer(device: torch.device, launch: str, thunks: Sequence[Thunk]) -> Timer:
+    """Time one call, averaged over a burst long enough for the clock to resolve; ready to run, warmed up.
+
+    Args:
+        device: where the thunks compute.
+        launch: "eager" or "graph".
+        thunks: the same call, each on data of its own; a burst takes them in turn. One for warm caches; for
+            cold ones so many that none finds its data still cached.
+
+    Raises:
+        DidNotRun: there is no graph to be had: no CUDA device, or the call cannot be captured.
+    """
+    if launch == "graph":
+        if device.type != "cuda":
+            raise DidNotRun("CUDA graphs need a CUDA device")
+        return _graph_timer(thunks)
+    timer = _event_timer if device.type == "cuda" else _host_timer
+    return timer(_burst(thunks, _warm_up(thunks, timer)))
+
+
+def _warm_up(thunks: Sequence[Thunk], timer: Callable[[Sequence[Thunk]], Timer]) -> float:
+    """Call until nothing is made on first use any more; the last call's seconds."""
+    for thunk in thunks[:2]:
+        thunk()
+    seconds = timer(thunks[:1])()
+    return seconds if seconds > _LONG_CALL_S else timer(thunks[:1])()
+
+
+def _burst(thunks: Sequence[Thunk], seconds: float) -> list[Thunk]:
+    calls = min(_LONGEST_BURST, max(1, round(_SHORTEST_SAMPLE_S / max(seconds, 1e-9))))
+    calls = -(-calls // len(thunks)) * len(thunks)
+    return [thunks[index % len(thunks)] for index in range(calls)]
+
+
+def _host_timer(burst: Sequence[Thunk]) -> Timer:
+    def timer() -> float:
+        start = time.perf_counter()
+        for thunk in burst:
+            thunk()
+        return (time.perf_counter() - start) / len(burst)
+
+    return timer
+
+
+def _between_events(run: Callable[[], None], calls: int) -> Timer:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def timer() -> float:
+        torch.cuda.synchronize()
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / calls
+
+    return timer
+
+
+def _event_timer(burst: Sequence[Thunk]) -> Timer:
+    def run() -> None:
+        for thunk in burst:
+            thunk()
+
+    return _between_events(run, len(burst))
+
+
+def _graph_timer(thunks: Sequence[Thunk]) -> Timer:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        estimate = _warm_up(thunks, _event_timer)
+        _check_asynchronous(thunks[0])
+    torch.cuda.current_stream().wait_stream(stream)
+    burst = _burst(thunks, estimate)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            for thunk in burst:
+                thunk()
+    except Exception as error:
+        raise DidNotRun(f"cannot be captured in a CUDA graph: {first_line(error)}") from error
+    graph.replay()
+    return _between_events(graph.replay, len(burst))
+
+
+def _check_asynchronous(thunk: Thunk) -> None:
+    """Refuse what waits for the device before a capture fails over it."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        thunk()
+    except RuntimeError as error:
+        raise DidNotRun(f"cannot be captured in a CUDA graph: {first_line(error)}") from error
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def first_line(error: BaseException) -> str:
+    """Name an error in one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def interleave(
+    timers: Mapping[Key, Timer], rounds: int, max_seconds: float
+) -> tuple[dict[Key, list[float]], dict[Key, str]]:
+    """Sample each timer in turn, round after round, so that a slow spell of the machine meets all alike.
+
+    Args:
+        timers: by entry.
+        rounds: samples of each.
+        max_seconds: stop early, after three rounds at least, when the rounds have taken longer than this.
+
+    Returns:
+        The samples of each entry, and the error of each that failed; a failed entry has no samples.
+    """
+    samples: dict[Key, list[float]] = {key: [] for key in timers}
+    failed: dict[Key, str] = {}
+    order = list(timers)
+    begin = time.perf_counter()
+    for done in range(rounds):
+        if done >= 3 and time.perf_counter() - begin > max_seconds:
+            break
+        for key in order:
+            if key in failed:
+                continue
+            try:
+                samples[key].append(timers[key]())
+            except Exception as error:
+                failed[key] = first_line(error)
+                del samples[key]
+        order = order[1:] + order[:1]  # no entry always follows the same one
+    return samples, failed

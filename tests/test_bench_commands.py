@@ -1,0 +1,215 @@
+"""The benchmarks' command line, README tables, scripts and packaging."""
+
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from bench.cases import FFNCase
+from bench.ceilings import Ceiling
+from bench.commands import app
+from bench.ffn import OURS
+from bench.readme import block, update
+from bench.results import Results, Row, Run, slug
+from bench.tables import duration
+from bench.timing import Spread
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def invoke(*arguments):
+    # Wide, and plain: nothing is wrapped in the middle of a word.
+    return CliRunner(env={"COLUMNS": "300", "NO_COLOR": "1", "TERM": "dumb"}).invoke(app, arguments)
+
+
+@pytest.fixture
+def _threads_as_before():
+    threads, cpus = torch.get_num_threads(), os.sched_getaffinity(0)
+    yield
+    torch.set_num_threads(threads)
+    os.sched_setaffinity(0, cpus)
+
+
+@pytest.mark.usefixtures("_threads_as_before")
+def test_a_benchmark_on_the_users_shapes(tmp_path):
+    result = invoke(
+        "dispatch", "--toy", "--device", "cpu", "--experts", "5", "--tokens", "10,20", "--out", str(tmp_path)
+    )
+    assert result.exit_code == 0, result.output
+    assert re.search(r"T=10.*T=20", result.output)
+    again = invoke("plot", str(tmp_path / "dispatch-cpu.jsonl"), "--out", str(tmp_path / "again.png"))
+    assert again.exit_code == 0, again.output
+    assert (tmp_path / "again.png").stat().st_size > 1000
+    assert '"E": 5' in (tmp_path / "dispatch-cpu.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ffn", "--tokens", "12,many"], "expected whole numbers with commas between them, got '12,many'"),
+        (["ffn", "--dtype", "int8"], "--dtype must be among float32, bfloat16, float16, got int8"),
+        (["ffn", "--skew", "flat"], "--skew must be among balanced, zipf, skewed, got flat"),
+        (["ffn", "--passes", "up"], "--passes must be among"),
+        (["ffn", "--toy", "--device", "cpu", "--only", "nobody"], "there is no entry nobody"),
+    ],
+)
+def test_wrong_options_are_explained(arguments, message):
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())
+
+
+def results(op="ffn", device_type="cpu", device="cpu", rows=()):
+    environment = {"cpu": "A Processor", "versions": {"torch": "2.11.0"}, "commit": "0123456789ab"}
+    run = Run(
+        op=op,
+        device_type=device_type,
+        device=device,
+        threads=2,
+        cpus=(0, 1),
+        settings={},
+        environment=environment,
+        ceilings={"bfloat16": Ceiling(1e12, 1e11)},
+        load_average=0.0,
+        started="2026-01-02T03:04:05+00:00",
+    )
+    return Results(run, tuple(rows))
+
+
+def row(entry, seconds, *, tokens=512, **options):
+    spread = None if seconds is None else Spread(seconds, seconds * 0.9, seconds * 1.1, 30)
+    shared = {"work": "experts", "pass_": "forward", "launch": "eager", "cache": "warm", "dispatch": "apart"}
+    case = asdict(FFNCase(tokens))
+    return Row(case=case, entry=entry, seconds=spread, floor_s=1e-5, **(shared | options))
+
+
+def test_what_was_never_measured_says_so():
+    assert block("ffn-gpu", []) == "*ffn on a GPU: not measured yet.*"
+    targets = block("targets-gpu", []).splitlines()
+    assert len(targets) == 2 + 10
+    assert all(line.endswith("| not measured yet |") for line in targets[2:])
+
+
+def test_a_measured_table_names_its_origin():
+    rows = [
+        row(OURS, 2e-5),
+        row("dense FFN replaced", 7e-5, work="dense"),
+        row("F.grouped_mm", 3e-5, errors={"db1": 0.03}),
+        row("authors' loop", 9e-5, dispatch="inside"),
+        row("scattermoe", None, did_not_run="needs a CUDA device"),
+        row(OURS, 1.0, pass_="forward", cache="cold", launch="graph"),
+    ]
+    text = block("ffn-cpu", [results(rows=rows[:-1])])
+    assert "| forward, bfloat16, balanced, eager, warm | T=512 |" in text
+    assert "| **moebert_kernels** | **20 µs ±10% (50%)** |" in text
+    assert "| F.grouped_mm ≈ | 30 µs ±10% (33%) |" in text
+    assert "- ≈ F.grouped_mm: db1 off by up to 3.0% (rms)" in text
+    assert "| authors' loop † |" in text
+    assert "| dense FFN replaced / moebert_kernels | 3.50 |" in text
+    assert "- scattermoe did not run: needs a CUDA device" in text
+    assert "A Processor, 2 threads; torch 2.11.0, commit 0123456789ab, 2026-01-02; 30 interleaved" in text
+    # With graphs and cold caches in the file, a reader is shown those.
+    assert "eager, warm" not in block("ffn-cpu", [results(rows=rows)])
+
+
+def test_a_busy_machine_is_told():
+    measured = results(rows=[row(OURS, 1.0)])
+    busy = replace(measured, run=replace(measured.run, load_average=3.2))
+    assert "**load 3.2 before the start**" in block("ffn-cpu", [busy])
+
+
+def test_targets_are_met_by_the_right_figure_only():
+    right = row(OURS, 18.7e-6, tokens=4096, launch="graph", cache="cold")
+    others = [
+        replace(right, launch="eager", seconds=Spread(1, 1, 1, 1)),
+        replace(right, cache="warm", seconds=Spread(1, 1, 1, 1)),
+        replace(right, case=asdict(FFNCase(4096, E=8)), seconds=Spread(1, 1, 1, 1)),
+    ]
+    h200 = results(device_type="cuda", device="NVIDIA H200", rows=[*others, right])
+    text = block("targets-gpu", [h200])
+    assert "| forward | 4096 | 12.2 µs | 19 µs | 18.7 µs |" in text
+    assert text.count("not measured yet") == 9
+    a100 = replace(h200, run=replace(h200.run, device="NVIDIA A100"))
+    assert block("targets-gpu", [a100]).count("not measured yet") == 10
+    assert slug(h200.run) == "ffn-nvidia-h200"
+
+
+def test_only_blocks_change(tmp_path):
+    text = "a\n<!-- bench:ffn-gpu:begin -->\nold\n<!-- bench:ffn-gpu:end -->\nb\n"
+    fresh = (
+        "a\n<!-- bench:ffn-gpu:begin -->\n*ffn on a GPU: not measured yet.*\n<!-- bench:ffn-gpu:end -->\nb\n"
+    )
+    assert update(text, tmp_path) == fresh
+    assert update(fresh, tmp_path) == fresh
+    with pytest.raises(ValueError, match="markers without a partner: ffn-cpu"):
+        update(text + "<!-- bench:ffn-cpu:begin -->\n", tmp_path)
+    with pytest.raises(ValueError, match="there is no table 'ffn-tpu'"):
+        update(text.replace("gpu", "tpu"), tmp_path)
+
+
+def test_readme_check_fails_on_old_tables(tmp_path):
+    file = tmp_path / "README.md"
+    file.write_text("<!-- bench:ffn-gpu:begin -->\n<!-- bench:ffn-gpu:end -->\n")
+    check = ["readme", str(file), "--results", str(tmp_path), "--check"]
+    assert invoke(*check).exit_code == 1
+    assert invoke(*check[:-1]).exit_code == 0
+    assert invoke(*check).exit_code == 0
+
+
+def test_committed_tables_show_the_committed_results():
+    for file in (ROOT / "bench" / "README.md", ROOT / "README.md"):
+        text = file.read_text(encoding="utf-8")
+        assert update(text, ROOT / "bench" / "results") == text, f"run python -m bench readme {file.name}"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(2.0, "2 s"), (0.01234, "12.3 ms"), (4.5e-6, "4.5 µs"), (1e-3, "1 ms")]
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_every_package_is_installed():
+    tomllib = pytest.importorskip("tomllib")
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    renamed = {folder: name for name, folder in setuptools["package-dir"].items()}
+    found = set()
+    for top in ("moebert_kernels", *renamed):
+        for file in (ROOT / top).rglob("__init__.py"):
+            folder = file.parent.relative_to(ROOT).as_posix()
+            found.add((renamed.get(top, top) + folder[len(top) :]).replace("/", "."))
+    assert sorted(setuptools["packages"]) == sorted(found)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_scripts_parse_and_explain_themselves():
+    for script in ("cpu.sh", "gpu.sh"):
+        subprocess.run(["bash", "-n", str(ROOT / "bench" / script)], check=True)
+    done = subprocess.run(
+        ["bash", "bench/gpu.sh", "--fast"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "unknown option: --fast" in done.stderr
+    assert "--dry-run    needs no GPU" in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_a_part_that_fails_is_reported_and_the_next_one_runs(tmp_path):
+    """With `false` for Python every part fails, but the one that has nothing to run."""
+    done = subprocess.run(
+        ["bash", "bench/gpu.sh", "--dry-run", "--only", "profile,tune", "--out", str(tmp_path)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHON": "false"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert re.search(r"profile: FAILED \(1\)", done.stdout)
+    assert re.search(r"tune: FAILED \(1\)", done.stdout)

@@ -1,0 +1,215 @@
+"""The parts of the benchmarks: cases, work, verification, timing, peers from source."""
+
+import itertools
+import sys
+
+import pytest
+import torch
+from cases import ROUTINGS, Case, expert_ids
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bench.baselines.from_source import load
+from bench.cases import TIMED_ROUTINGS, FFNCase, Request, token_ids
+from bench.ceilings import Ceiling
+from bench.dispatch import DISPATCH
+from bench.ffn import FFN, cases
+from bench.registry import DidNotRun, Work
+from bench.timing import interleave, make_timer, spread
+from bench.verify import check_close, relative_errors
+
+CPU = torch.device("cpu")
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.sampled_from(ROUTINGS), st.integers(0, 40), st.integers(2, 6), st.integers(1, 6), st.integers(0, 9))
+def test_a_tokens_experts_differ_and_exist(routing, T, E, K, seed):
+    K = min(K, E - 1)
+    ids_TK = expert_ids(Case(T, E=E, K=K, routing=routing), seed=seed)
+    assert ids_TK.shape == (T, K)
+    assert ids_TK.dtype == torch.int64
+    assert ((ids_TK >= -1) & (ids_TK < E)).all()
+    for row in ids_TK.tolist():
+        chosen = [e for e in row if e >= 0]
+        assert len(set(chosen)) == len(chosen)
+    assert torch.equal(ids_TK, expert_ids(Case(T, E=E, K=K, routing=routing), seed=seed))
+
+
+def test_routings_load_experts_as_they_say():
+    def shares(routing):
+        return expert_ids(Case(8000, E=4, routing=routing))[:, 0].bincount(minlength=4) / 8000
+
+    assert shares("balanced").tolist() == [0.25] * 4
+    torch.testing.assert_close(shares("zipf"), torch.tensor([0.48, 0.24, 0.16, 0.12]), atol=0.02, rtol=0)
+    # Of the tokens that are not moved to the hot expert, a quarter goes there anyway.
+    assert abs(float(shares("skewed").max()) - (0.7 + 0.3 / 4)) < 0.02
+    assert shares("one").tolist() == [0, 0, 1, 0]
+
+
+def test_token_ids_fall_off_as_in_text():
+    counts = token_ids(64, 128, 1000).flatten().bincount(minlength=1000).sort(descending=True).values
+    assert counts.sum() == 64 * 128
+    assert counts[0] / counts.sum() > 0.05
+    assert counts[:100].sum() / counts.sum() > 0.5
+
+
+def test_default_cases_have_every_routing_and_requests_are_taken_as_they_are():
+    for device in ("cpu", "cuda"):
+        assert {case.routing for case in cases(Request(), device)} == set(TIMED_ROUTINGS)
+    asked = Request(T=(5, 9), D=32, F=8, E=2, K=2, dtypes=("float16",), routings=("zipf",))
+    assert cases(asked, "cpu") == [
+        FFNCase(T, D=32, F=8, E=2, K=2, dtype="float16", routing="zipf") for T in (5, 9)
+    ]
+
+
+def test_a_request_over_another():
+    assert Request(D=3).over(Request(D=1, T=(2,))) == Request(D=3, T=(2,))
+
+
+def test_work_of_the_ffn():
+    """BERT-base's layer: 2.359 MFLOP a token, three times as many with backward; 9.44 MB of weights."""
+    inputs = FFN.make_inputs(FFNCase(64, dtype="bfloat16"), CPU, 0)
+    row, biases = 1536, 4 * 2 * 1536
+    weights = 4 * 2 * 768 * 768 * 2 + biases
+    assert FFN.work(inputs, "forward", "experts") == Work(4 * 64 * 768**2, weights + 2 * 64 * row)
+    assert FFN.work(inputs, "forward+backward", "experts") == Work(
+        12 * 64 * 768**2, 3 * weights + 7 * 64 * row
+    )
+    dense = FFN.work(inputs, "forward", "dense")
+    assert dense.flops == 4 * FFN.work(inputs, "forward", "bound").flops
+    assert dense.bytes == pytest.approx(weights + 2 * 64 * row, rel=1e-3)
+
+
+def test_only_experts_with_tokens_count_as_read():
+    one = FFN.make_inputs(FFNCase(8, D=16, F=16, routing="one", dtype="float32"), CPU, 0)
+    assert FFN.work(one, "forward", "experts") == FFN.work(one, "forward", "bound")
+
+
+def test_the_roofline_is_the_slower_of_the_two_limits():
+    ceiling = Ceiling(flops_per_s=100.0, bytes_per_s=10.0)
+    assert ceiling.floor(Work(200, 5)) == 2.0
+    assert ceiling.floor(Work(200, 50)) == 5.0
+
+
+def test_errors_are_relative_to_the_reference():
+    reference = torch.full((100,), 1e-5, dtype=torch.float64)
+    assert relative_errors(reference * 1.5, reference) == (pytest.approx(0.5), pytest.approx(0.5))
+    assert relative_errors(torch.zeros(3), torch.zeros(3)) == (0, 0)
+    assert relative_errors(torch.ones(3), torch.zeros(3)) == (float("inf"), float("inf"))
+    assert relative_errors(torch.tensor([1.0, float("nan")]), torch.ones(2)) == (float("inf"), float("inf"))
+    assert relative_errors(torch.empty(0), torch.empty(0)) == (0, 0)
+
+
+def test_one_wrong_row_among_many_is_seen():
+    """A row sent to another expert moves the rms over 16,384 rows by less than 1 %."""
+    g = torch.Generator().manual_seed(0)
+    reference = torch.randn(16384, 8, generator=g, dtype=torch.float64)
+    wrong = reference.to(torch.bfloat16)
+    assert check_close({"y": wrong}, {"y": reference}, torch.bfloat16)["y"] < 3e-3
+    wrong[77] = wrong[78]
+    with pytest.raises(DidNotRun, match="wrong: y is off by"):
+        check_close({"y": wrong}, {"y": reference}, torch.bfloat16)
+
+
+def test_a_part_that_is_wrong_does_not_hide_behind_the_others():
+    reference = {"dw1": torch.stack([torch.full((4, 4), scale).double() for scale in (1e3, 1.0)])}
+    wrong = {"dw1": reference["dw1"] + torch.tensor([0.0, 0.01]).view(2, 1, 1)}
+    check_close(wrong, reference, torch.float32, slack=1.0)
+    with pytest.raises(DidNotRun, match="wrong: dw1"):
+        check_close(wrong, reference, torch.float32, lambda name, tensor: list(tensor))
+
+
+def test_missing_and_misshapen_outputs():
+    with pytest.raises(DidNotRun, match="gives no y"):
+        check_close({}, {"y": torch.ones(2)}, torch.float32)
+    with pytest.raises(DidNotRun, match=r"y has shape \(3,\), expected \(2,\)"):
+        check_close({"y": torch.ones(3)}, {"y": torch.ones(2)}, torch.float32)
+
+
+@pytest.mark.parametrize("broken", ["order", "permutation", "ends"])
+def test_a_wrong_dispatch_is_seen(broken):
+    from bench.cases import DispatchCase
+
+    inputs = DISPATCH.make_inputs(DispatchCase(20, E=3, L=2, V=50), CPU, 0)
+    entry = DISPATCH.entries(None)[0]
+    outputs = entry.restore(entry.bind(inputs, "dispatch")())
+    expected = DISPATCH.reference(inputs, "dispatch", entry.work)
+    assert DISPATCH.check(outputs, expected, inputs, entry.work)
+    order = outputs["order"].clone()
+    if broken == "order":
+        outputs["order"] = order.flip(1)
+    elif broken == "permutation":
+        order[1, 0] = order[1, 1]
+        outputs["order"] = order
+    else:
+        outputs["ends"] = outputs["ends"] + 1
+    with pytest.raises(DidNotRun, match=r"^wrong: its "):
+        DISPATCH.check(outputs, expected, inputs, entry.work)
+
+
+def test_rounds_interleave_and_rotate():
+    calls = []
+    timers = {name: lambda name=name: calls.append(name) or 1.0 for name in "abc"}
+    samples, failed = interleave(timers, rounds=3, max_seconds=60)
+    assert "".join(calls) == "abc" + "bca" + "cab"
+    assert {name: len(values) for name, values in samples.items()} == dict.fromkeys("abc", 3)
+    assert failed == {}
+
+
+def test_a_failing_timer_is_dropped_with_its_samples():
+    counter = itertools.count()
+
+    def second_time():
+        if next(counter):
+            raise RuntimeError("gone")
+        return 1.0
+
+    samples, failed = interleave({"bad": second_time, "good": lambda: 2.0}, rounds=4, max_seconds=60)
+    assert samples == {"good": [2.0] * 4}
+    assert failed == {"bad": "RuntimeError: gone"}
+
+
+def test_three_rounds_are_timed_whatever_they_take():
+    samples, _ = interleave({"slow": lambda: 1.0}, rounds=50, max_seconds=0)
+    assert samples["slow"] == [1.0] * 3
+
+
+def test_a_burst_takes_its_copies_in_turn():
+    calls = []
+    timer = make_timer(CPU, "eager", [lambda i=i: calls.append(i) or {} for i in range(3)])
+    calls.clear()
+    assert timer() > 0
+    assert len(calls) % 3 == 0
+    assert calls == [0, 1, 2] * (len(calls) // 3)
+
+
+def test_spread_is_median_and_deciles():
+    values = spread([float(v) for v in range(11)])
+    assert (values.median, values.low, values.high, values.samples) == (5, 1, 9, 11)
+    assert spread([2.0]).high == 2.0
+
+
+def test_peers_from_source(tmp_path):
+    with pytest.raises(DidNotRun, match="needs a source tree: --peer-path FOLDER that holds toy_peer/"):
+        load("toy_peer", "toy_peer", None)
+    with pytest.raises(DidNotRun, match="there is no package toy_peer below"):
+        load("toy_peer", "toy_peer", str(tmp_path))
+    package = tmp_path / "toy_peer"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise OSError('needs a driver')")
+    with pytest.raises(DidNotRun, match="toy_peer cannot be imported: OSError: needs a driver"):
+        load("toy_peer", "toy_peer", str(tmp_path))
+    (package / "__init__.py").write_text("ANSWER = 42")
+    try:
+        assert load("toy_peer", "toy_peer", str(tmp_path)).ANSWER == 42
+    finally:
+        sys.path.remove(str(tmp_path))
+        del sys.modules["toy_peer"]
+
+
+def test_a_package_from_elsewhere_is_not_the_peer(tmp_path):
+    """An unofficial package of the peer's name may be installed: figures must not be its."""
+    (tmp_path / "json").mkdir()
+    (tmp_path / "json" / "__init__.py").write_text("")
+    with pytest.raises(DidNotRun, match=r"json was imported from .*, not from"):
+        load("json", "json", str(tmp_path))

@@ -1,0 +1,203 @@
+"""Every benchmark at toy size, from inputs to files, so that none rots."""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from rich.console import Console
+from torch.nn import functional
+
+from bench import ceilings
+from bench.baselines.implementation import bind
+from bench.cases import TOY, FFNCase
+from bench.ffn import FFN, OURS, make_inputs, ours
+from bench.registry import Entry, Op
+from bench.results import Results, read, write
+from bench.run import Settings, copies_past_cache, pin_threads, start
+from bench.suite import OPS, run_benchmarks
+from bench.tables import tables
+
+SETTINGS = Settings(request=TOY, rounds=2, probes=ceilings.TOY)
+NEEDS_CUDA = {"triton_kernels", "scattermoe"}
+
+
+@pytest.fixture(autouse=True)
+def _threads_as_before():
+    threads = torch.get_num_threads()
+    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    yield
+    torch.set_num_threads(threads)
+    if cpus is not None:
+        os.sched_setaffinity(0, cpus)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_every_entry_passes_verification_and_is_timed(name, tmp_path):
+    op = OPS[name]
+    settings = replace(SETTINGS, passes=op.passes)
+    (results,) = run_benchmarks([name], settings, tmp_path, Console(quiet=True))
+    assert {row.pass_ for row in results.rows} == set(op.passes)
+    for row in results.rows:
+        if row.entry in NEEDS_CUDA:
+            assert row.did_not_run == "needs a CUDA device"
+            assert row.seconds is None
+        else:
+            assert row.did_not_run is None, row
+            assert 0 < row.seconds.low <= row.seconds.median <= row.seconds.high
+            assert row.errors
+            assert all(error < 1e-4 for error in row.errors.values())
+            assert row.floor_s > 0
+    for baseline in op.baselines:
+        assert any(row.entry == baseline and row.seconds for row in results.rows)
+    assert read(tmp_path / f"{name}-cpu.jsonl").rows == results.rows
+    assert (tmp_path / f"{name}-cpu.svg").read_text().count("<svg") == 1
+
+
+def test_modes_are_rows_of_their_own_and_graphs_need_cuda():
+    settings = replace(SETTINGS, caches=("warm", "cold"), launches=("eager", "graph"))
+    _, rows = start(OPS["dispatch"], settings)
+    for row in rows:
+        if row.entry not in NEEDS_CUDA:
+            assert (row.seconds is None) == (row.launch == "graph")
+            assert row.launch == "eager" or row.did_not_run == "CUDA graphs need a CUDA device"
+
+
+def changed(make, name="wrong"):
+    """The ffn benchmark with one entry more, or in place of ours."""
+
+    def entries(peer_path):
+        return [FFN.entries(peer_path)[0], Entry(name, lambda inputs, pass_: bind(make, inputs, pass_))]
+
+    return replace(FFN, entries=entries)
+
+
+def reasons(op: Op, **settings) -> dict[str, str | None]:
+    _, rows = start(op, replace(SETTINGS, passes=("forward",), **settings))
+    return {row.entry: row.did_not_run for row in rows}
+
+
+def test_a_wrong_activation_is_not_timed(monkeypatch):
+    """A peer shipped tanh GELU behind a loose tolerance."""
+
+    def tanh_gelu(inputs):
+        implementation = ours(inputs)
+        w1, b1, w2, b2 = implementation.parameters.values()
+
+        def compute(x_TD, plan):
+            y_TD = torch.empty_like(x_TD)
+            for e, rows in enumerate(inputs.expert_ids_TK[:, 0] == e for e in range(inputs.case.E)):
+                h = functional.gelu(functional.linear(x_TD[rows], w1[e], b1[e]), approximate="tanh")
+                y_TD[rows] = functional.linear(h, w2[e], b2[e])
+            return y_TD
+
+        return replace(implementation, compute=compute)
+
+    found = reasons(changed(tanh_gelu))
+    assert found[OURS] is None
+    assert found["wrong"].startswith("wrong: y is off by")
+
+
+def test_an_entry_that_raises_has_a_reason_and_the_others_run():
+    def broken(inputs):
+        raise RuntimeError("no such kernel\nand a long trace")
+
+    found = reasons(changed(broken, "broken"))
+    assert found == {OURS: None, "broken": "RuntimeError: no such kernel"}
+
+
+def test_what_fails_only_when_timed_has_a_reason():
+    calls = []
+
+    def tired(inputs):
+        implementation = ours(inputs)
+
+        def compute(x_TD, plan):
+            calls.append(1)
+            if len(calls) > 4:
+                raise MemoryError("out of memory")
+            return implementation.compute(x_TD, plan)
+
+        return replace(implementation, compute=compute)
+
+    found = reasons(changed(tired, "tired"))
+    assert found == {OURS: None, "tired": "MemoryError: out of memory"}
+
+
+def test_batched_mm_is_refused_before_it_gathers_gigabytes():
+    entry = next(e for e in FFN.entries(None) if e.name == "transformers batched_mm")
+    inputs = make_inputs(FFNCase(4096, D=512, F=512, dtype="bfloat16"), torch.device("cpu"), 0)
+    with pytest.raises(Exception, match=r"gathers 4\.0 GiB of weights per pass"):
+        entry.bind(inputs, "forward")
+
+
+def test_top_k_two_runs_wherever_it_can():
+    settings = replace(SETTINGS, request=replace(TOY, K=2, T=(11,)), passes=("dispatch+forward+backward",))
+    _, rows = start(FFN, settings)
+    did_not_run = {row.entry: row.did_not_run for row in rows if row.did_not_run}
+    assert set(did_not_run) == NEEDS_CUDA | {"authors' loop"}
+    assert did_not_run["authors' loop"] == "gives every token one expert; top_k is 2"
+
+
+def test_unknown_entries_passes_and_devices_are_named():
+    with pytest.raises(ValueError, match="there is no entry mine; there are: moebert_kernels, dense FFN"):
+        start(FFN, replace(SETTINGS, only=("mine",)))
+    with pytest.raises(ValueError, match="there is no pass sideways; there are: forward, "):
+        start(FFN, replace(SETTINGS, passes=("sideways",)))
+    with pytest.raises(ValueError, match="device must be cpu or cuda, got 'meta'"):
+        start(FFN, replace(SETTINGS, device="meta"))
+    with pytest.raises(ValueError, match="there is no benchmark ffm; there are: dispatch, "):
+        run_benchmarks(["ffm"], SETTINGS)
+
+
+def test_nothing_is_started_after_the_limit():
+    _, rows = start(FFN, replace(SETTINGS, limit=-1.0))
+    assert list(rows) == []
+
+
+def test_a_run_that_is_cut_off_leaves_no_file(tmp_path):
+    run, rows = start(OPS["dispatch"], SETTINGS)
+
+    def interrupted():
+        yield next(rows)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, run, interrupted())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_of_another_format_are_refused(tmp_path):
+    path = tmp_path / "ffn-cpu.jsonl"
+    path.write_text('{"format": 99}\n')
+    with pytest.raises(ValueError, match="is not a result file of format 1"):
+        read(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processors cannot be chosen here")
+def test_threads_are_pinned_to_as_many_processors():
+    cpus = pin_threads(1)
+    assert len(cpus) == 1
+    assert set(cpus) == os.sched_getaffinity(0)
+    assert torch.get_num_threads() == 1
+
+
+def test_cold_copies_exceed_the_cache_and_stay_bounded():
+    device = torch.device("cpu")
+    assert copies_past_cache(2**40, device) == 2
+    assert copies_past_cache(1, device) == 32
+
+
+def test_the_table_shows_what_did_not_run_and_why():
+    shown = (OURS, *FFN.baselines, "authors' loop", "scattermoe")
+    run, rows = start(FFN, replace(SETTINGS, passes=("forward",), only=shown))
+    (table,) = tables(Results(run, tuple(rows)), FFN.baselines)
+    names = [line.name for line in table.lines]
+    assert table.title == "forward, float32, skewed, eager, warm"
+    assert table.columns == ("T=24",)
+    assert names[0] == OURS
+    assert table.lines[0].strong
+    assert "authors' loop †" in names
+    assert names[-2:] == [f"{baseline} / {OURS}" for baseline in FFN.baselines]
+    assert "scattermoe did not run: needs a CUDA device" in table.notes
+    assert not any("scattermoe" in name for name in names)

@@ -47,6 +47,7 @@ class Recipe:
         max_length: tokens a snippet is cut to; nineteen in twenty have fewer.
         teacher_epochs: of fine-tuning.
         student_epochs: of distillation, of the student and of the random split.
+        batch_size: of both; there are few rows, and small batches make more steps of them.
         learning_rate: of both; the published model is small and takes a high one.
         importance_rows: training rows that importance is taken on.
         measure_length: tokens of the sequences that speed is measured on.
@@ -56,7 +57,8 @@ class Recipe:
     max_length: int = 48
     teacher_epochs: float = 3.0
     student_epochs: float = 2.0
-    learning_rate: float = 1e-4
+    batch_size: int = 16
+    learning_rate: float = 2e-4
     importance_rows: int = 2048
     measure_length: int = 64
 
@@ -102,6 +104,7 @@ def run_demo(
     settings = CompressSettings(
         epochs=recipe.student_epochs,
         learning_rate=recipe.learning_rate,
+        batch_size=recipe.batch_size,
         max_length=recipe.max_length,
         importance_rows=recipe.importance_rows,
         measure_length=recipe.measure_length,
@@ -169,6 +172,7 @@ def _teach(
     settings: dict[str, Any] = {
         "epochs": recipe.teacher_epochs,
         "lr": recipe.learning_rate,
+        "batch_size": recipe.batch_size,
         "max_length": recipe.max_length,
         "seed": seed,
     }

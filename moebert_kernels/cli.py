@@ -368,5 +368,12 @@ def env(
         Console(highlight=False).print(environment_table(environment))
 
 
+try:
+    from moebert_kernels.bench.commands import app as _bench
+except ModuleNotFoundError:  # a checkout that is not installed, where bench/ is a folder of its own
+    from bench.commands import app as _bench
+app.add_typer(_bench, name="bench")
+
+
 if __name__ == "__main__":
     main()

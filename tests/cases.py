@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bench.cases import ROUTINGS, Case, expert_ids, tensors
 
-__all__ = ["CASES", "ROUTINGS", "Case", "expert_ids", "tensors"]
+__all__ = ["CASES", "ROUTINGS", "Case", "bert_base", "expert_ids", "tensors"]
 
 # Tile sides under test are 16 or 32: 15, 16, 17 and 33 lie around a boundary, 13 and 37 are primes.
 CASES = (
@@ -25,3 +25,8 @@ CASES = (
     Case(9, norm=True, routing="nobody"),
     Case(0, norm=True, gate=True, K=2),
 )
+
+
+def bert_base(T: int, routing: str = "uniform", **options) -> Case:
+    """What the paper's encoder runs: BERT-base with four experts of 768 neurons."""
+    return Case(T, D=768, F=768, E=4, routing=routing, **options)

@@ -76,7 +76,7 @@ def _say_on_stderr(sentence: str, style: str | None = None) -> None:
 
 
 def _quiet_libraries() -> None:
-    """Their bars and warnings would run through ours."""
+    """Their bars and warnings would run through ours; other warnings are said without source lines."""
     import warnings
 
     import datasets
@@ -85,6 +85,7 @@ def _quiet_libraries() -> None:
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    warnings.formatwarning = lambda message, *_, **__: f"{message}\n"
     warnings.filterwarnings("ignore", message=".*pin_memory.*")  # asked for by default, also without a GPU
 
 

@@ -1,11 +1,12 @@
 """README tables from result files, between markers `<!-- bench:NAME:begin -->` and `<!-- bench:NAME:end -->`.
 
-NAME is an operator and a kind of device, such as `ffn-cpu` or `model-gpu`, or `targets-gpu`. What was never
-measured says so.
+NAME is an operator and a kind of device, such as `ffn-cpu` or `model-gpu`, or `targets-gpu`, or `demo` for the
+results of `make demo`, kept as demo.json. What was never measured says so.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -39,7 +40,44 @@ def update(text: str, folder: str | Path) -> str:
     if sorted(names) != sorted(blocks * 2):
         odd = sorted({name for name in names if names.count(name) != 2 * blocks.count(name)})
         raise ValueError(f"markers without a partner: {', '.join(odd)}")
-    return _BLOCK.sub(lambda match: f"{match[1]}{block(match['name'], results)}\n{match[3]}", text)
+
+    def fill(match: re.Match[str]) -> str:
+        name = match["name"]
+        return f"{match[1]}{demo(Path(folder)) if name == 'demo' else block(name, results)}\n{match[3]}"
+
+    return _BLOCK.sub(fill, text)
+
+
+def demo(folder: Path) -> str:
+    """The table of `make demo` from its results.json, kept as demo.json among the results."""
+    path = folder / "demo.json"
+    if not path.is_file():
+        return f"*`make demo`: {NOT_MEASURED}.*"
+    results = json.loads(path.read_text(encoding="utf-8"))
+    metric, environment = results["task"]["main_metric"], results["environment"]
+    latency, throughput = (results["models"][0][name] for name in ("latency_ms", "throughput_per_s"))
+    lines = [
+        f"| | {metric} | parameters stored | used per token | FFN FLOPs per token | latency, batch "
+        f"{latency['batch_size']} | sequences/s, batch {throughput['batch_size']} |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for model in results["models"]:
+        counts = (
+            model[key] / 1e6 for key in ("parameters_stored", "parameters_used_per_token", "ffn_flops_per_token")
+        )
+        lines.append(
+            f"| {model['name']} | {model['quality'][metric]:.3f} | "
+            + "".join(f"{count:.2f} M | " for count in counts)
+            + f"{model['latency_ms']['median']:.2f} ms | {model['throughput_per_s']['median']:.0f} |"
+        )
+    seconds = sum(results["timings_s"].values())
+    source = (
+        f"*`make demo`, {results['task']['validation_rows']:,} validation rows, sequences of "
+        f"{latency['sequence_length']} tokens, medians; {environment['cpu']}, {environment['threads']} threads, "
+        f"float32; torch {environment['versions']['torch']}, commit {environment['commit']}; "
+        f"the stages took {seconds / 60:.1f} minutes.*"
+    )
+    return "\n".join([*lines, "", source])
 
 
 def block(name: str, results: Iterable[Results]) -> str:

@@ -1,5 +1,6 @@
 """The benchmarks' command line, README tables, scripts and packaging."""
 
+import json
 import os
 import re
 import shutil
@@ -160,6 +161,32 @@ def test_readme_check_fails_on_old_tables(tmp_path):
     assert invoke(*check).exit_code == 1
     assert invoke(*check[:-1]).exit_code == 0
     assert invoke(*check).exit_code == 0
+
+
+def test_the_demonstration_has_a_table_of_its_own(tmp_path):
+    text = "<!-- bench:demo:begin -->\n<!-- bench:demo:end -->\n"
+    assert "not measured yet" in update(text, tmp_path)
+    speed = {"median": 2.0, "low": 1.0, "high": 3.0, "batch_size": 1, "sequence_length": 64}
+    results = {
+        "task": {"main_metric": "accuracy", "validation_rows": 1076},
+        "environment": {"cpu": "some CPU", "threads": 2, "versions": {"torch": "2.11.0"}, "commit": "abc1234"},
+        "timings_s": {"importance": 60.0, "measure": 30.0},
+        "models": [
+            {
+                "name": "student",
+                "quality": {"accuracy": 0.8125},
+                "parameters_stored": 22_700_000,
+                "parameters_used_per_token": 17_400_000,
+                "ffn_flops_per_token": 3_540_000,
+                "latency_ms": speed,
+                "throughput_per_s": speed,
+            }
+        ],
+    }
+    (tmp_path / "demo.json").write_text(json.dumps(results))
+    filled = update(text, tmp_path)
+    assert "| student | 0.812 | 22.70 M | 17.40 M | 3.54 M | 2.00 ms | 2 |" in filled
+    assert "commit abc1234; the stages took 1.5 minutes" in filled
 
 
 def test_committed_tables_show_the_committed_results():

@@ -1,7 +1,7 @@
 """README tables from result files, between markers `<!-- bench:NAME:begin -->` and `<!-- bench:NAME:end -->`.
 
-NAME is an operator and a kind of device, such as `ffn-cpu` or `model-gpu`, or `targets-gpu`, or `demo` for the
-results of `make demo`, kept as demo.json. What was never measured says so.
+NAME is an operator and a kind of device, such as `ffn-cpu` or `model-gpu`, or `targets-gpu`, or `demo` for
+the results of `make demo`, kept as demo.json. What was never measured says so.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def demo(folder: Path) -> str:
     ]
     for model in results["models"]:
         counts = (
-            model[key] / 1e6 for key in ("parameters_stored", "parameters_used_per_token", "ffn_flops_per_token")
+            model[key] / 1e6
+            for key in ("parameters_stored", "parameters_used_per_token", "ffn_flops_per_token")
         )
         lines.append(
             f"| {model['name']} | {model['quality'][metric]:.3f} | "
@@ -73,8 +74,8 @@ def demo(folder: Path) -> str:
     seconds = sum(results["timings_s"].values())
     source = (
         f"*`make demo`, {results['task']['validation_rows']:,} validation rows, sequences of "
-        f"{latency['sequence_length']} tokens, medians; {environment['cpu']}, {environment['threads']} threads, "
-        f"float32; torch {environment['versions']['torch']}, commit {environment['commit']}; "
+        f"{latency['sequence_length']} tokens, medians; {environment['cpu']}, "
+        f"{environment['threads']} threads, float32; torch {environment['versions']['torch']}, commit {environment['commit']}; "
         f"the stages took {seconds / 60:.1f} minutes.*"
     )
     return "\n".join([*lines, "", source])

@@ -169,7 +169,12 @@ def test_the_demonstration_has_a_table_of_its_own(tmp_path):
     speed = {"median": 2.0, "low": 1.0, "high": 3.0, "batch_size": 1, "sequence_length": 64}
     results = {
         "task": {"main_metric": "accuracy", "validation_rows": 1076},
-        "environment": {"cpu": "some CPU", "threads": 2, "versions": {"torch": "2.11.0"}, "commit": "abc1234"},
+        "environment": {
+            "cpu": "some CPU",
+            "threads": 2,
+            "versions": {"torch": "2.11.0"},
+            "commit": "abc1234",
+        },
         "timings_s": {"importance": 60.0, "measure": 30.0},
         "models": [
             {

@@ -53,7 +53,7 @@ class Recipe:
         measure_length: tokens of the sequences that speed is measured on.
     """
 
-    train_per_package: int = 240
+    train_per_package: int = 200
     max_length: int = 48
     teacher_epochs: float = 3.0
     student_epochs: float = 2.0

@@ -75,7 +75,8 @@ def demo(folder: Path) -> str:
     source = (
         f"*`make demo`, {results['task']['validation_rows']:,} validation rows, sequences of "
         f"{latency['sequence_length']} tokens, medians; {environment['cpu']}, "
-        f"{environment['threads']} threads, float32; torch {environment['versions']['torch']}, commit {environment['commit']}; "
+        f"{environment['threads']} threads, float32; "
+        f"torch {environment['versions']['torch']}, commit {environment['commit']}; "
         f"the stages took {seconds / 60:.1f} minutes.*"
     )
     return "\n".join([*lines, "", source])

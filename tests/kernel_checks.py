@@ -1,12 +1,12 @@
 """How a kernel's result is judged: against float64, per output and per expert, beside plain torch.
 
 The error of a group (one output of one expert) is at most 1.5 times plain torch's, in the mean and at worst.
-Plain torch's error on one input is one draw of its roundings: over a group of two or of sixteen elements it may
-be several times smaller than usual. So it is drawn at several inputs near the one under test, where the problem
-is conditioned the same and every rounding falls anew, and the largest counts. Were the kernel's errors drawn
-from the same distribution, they would exceed the largest of N by chance once in N + 1 groups, and hardly ever
-1.5 times that: at N = 32 no further allowance is needed, in any dtype. `test_kernels_checks.py` shows
-which defects the bound catches.
+Plain torch's error on one input is one draw of its roundings: over a group of two or of sixteen elements it
+may be several times smaller than usual. So it is drawn at several inputs near the one under test, where the
+problem is conditioned the same and every rounding falls anew, and the largest counts. Were the kernel's
+errors drawn from the same distribution, they would exceed the largest of N by chance once in N + 1 groups,
+and hardly ever 1.5 times that: at N = 32 no further allowance is needed, in any dtype.
+`test_kernels_checks.py` shows which defects the bound catches.
 """
 
 from __future__ import annotations
@@ -161,9 +161,10 @@ def slack_of_long_sums(case: Case) -> tuple[float, float]:
     """What two float32 GEMMs that add up in one chain may be off, where torch's may add up in several.
 
     The k-th partial sum of terms of random sign and size s is about s sqrt(k), and rounding it adds at most
-    u s sqrt(k / 3), u = 2^-24, in the mean. Over n terms that makes u s n / sqrt(6): relative to the sum, s sqrt(n),
-    u sqrt(n / 6). A chain of D terms, then one of F: u sqrt((D + F) / 6). The largest of some 10^5 to 10^6
-    elements lies 5 sigma out, and rows of x that are twice the size of others 1.5 times as far: 8 times the mean.
+    u s sqrt(k / 3), u = 2^-24, in the mean. Over n terms that makes u s n / sqrt(6), or relative to the sum,
+    s sqrt(n), u sqrt(n / 6). A chain of D terms, then one of F: u sqrt((D + F) / 6). The largest of some 10^5
+    to 10^6 elements lies 5 sigma out, and where rows of x have twice the size of others, 1.5 times as far:
+    8 times the mean.
     """
     rms = 2.0**-24 * ((case.D + case.F) / 6) ** 0.5
     return rms, 8 * rms

@@ -23,8 +23,8 @@ pytestmark = pytest.mark.gpu
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# TF32 keeps 10 bits of each factor. The hardware may cut the others off, which makes every factor too small by
-# 2^-11 in the mean and every product by 2^-10, where plain torch may round. The largest element is 8 rms.
+# TF32 keeps 10 bits of each factor. The hardware may cut the others off, which makes every factor too small
+# by 2^-11 in the mean and every product by 2^-10, where plain torch may round. The largest element is 8 rms.
 TF32_SLACK = (2.0**-10, 8 * 2.0**-10)
 PLAN_FIELDS = [field.name for field in dataclasses.fields(RoutingPlan)]
 

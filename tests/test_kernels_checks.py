@@ -1,4 +1,7 @@
-"""The bound that judges the kernels catches defects that outputs hardly show. Plain torch plays the kernels."""
+"""The bound that judges the kernels catches defects that outputs hardly show.
+
+Plain torch plays the kernels here; that sound kernels pass is for `test_kernels_ffn.py` to show.
+"""
 
 import dataclasses
 

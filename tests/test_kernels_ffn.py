@@ -73,7 +73,7 @@ def test_case_streamed_with_descriptors(case, device, monkeypatch):
 
 @pytest.mark.parametrize("case", [Case(23, norm=True, gate=True), Case(19, K=2, gate=True)], ids=str)
 def test_typical_errors_are_those_of_plain_torch(case, device):
-    """The bound on one input allows for bad luck; over six inputs luck evens out, and a lost bit would show."""
+    """The bound on one input allows for bad luck; over six inputs luck evens out and a lost bit shows."""
     logs: dict[str, list[float]] = {}
     for seed in range(6):
         t = inputs(case, torch.float32, device, seed=seed)

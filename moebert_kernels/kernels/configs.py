@@ -60,7 +60,7 @@ def _config(gemm: Tile, weight_grad: Tile, down_backward: Tile | None = None, **
     return Config(gemm, gemm, down_backward or gemm, gemm, weight_grad, **options)
 
 
-SAFE = _config(Tile(64, 64, 32, 4, 2, parts=2), Tile(64, 64, 32, 4, 3))
+SAFE = _config(Tile(64, 64, 32, 4, 2, parts=4), Tile(64, 64, 32, 4, 3))
 _IEEE = _config(Tile(64, 64, 32, 4, 3, parts=2), Tile(64, 64, 32, 8, 5))
 
 TABLE: dict[tuple[str, str, str], Config] = {
@@ -99,7 +99,7 @@ TABLE: dict[tuple[str, str, str], Config] = {
     ),
     # Blackwell
     ("sm_100", "half", "small"): _config(
-        Tile(64, 64, 64, 4, 5, parts=2), Tile(128, 128, 64, 8, 3), tma=True, dense_slots=32
+        Tile(64, 64, 64, 4, 5, parts=4), Tile(128, 128, 64, 8, 3), tma=True, dense_slots=32
     ),
     ("sm_100", "half", "medium"): _config(
         Tile(128, 128, 64, 8, 3, parts=4), Tile(128, 128, 64, 8, 3), tma=True

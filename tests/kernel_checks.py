@@ -1,4 +1,13 @@
-"""How a kernel's result is judged: against float64, per output and per expert, beside plain torch."""
+"""How a kernel's result is judged: against float64, per output and per expert, beside plain torch.
+
+The error of a group (one output of one expert) is at most 1.5 times plain torch's, in the mean and at worst.
+Plain torch's error on one input is one draw of its roundings: over a group of two or of sixteen elements it
+may be several times smaller than usual. So it is drawn at several inputs near the one under test, where the
+problem is conditioned the same and every rounding falls anew, and the largest counts. Were the kernel's
+errors drawn from the same distribution, they would exceed the largest of N by chance once in N + 1 groups,
+and hardly ever 1.5 times that: at N = 32 no further allowance is needed, in any dtype.
+`test_kernels_checks.py` shows which defects the bound catches.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +19,12 @@ from torch import Tensor
 from moebert_kernels import RoutingPlan, cpu, moe_ffn, ops
 from python_ref import ffn as ref
 
-# Added to 1.5 times plain torch's own error, as (rms, max). Groups are small here, a dozen to some hundred
-# elements, so that plain torch's error is a sample of a few roundings and may happen to be near zero.
-SLACK = {
-    torch.float32: (2.0**-23, 16 * 2.0**-23),
-    torch.float16: (2.0**-12, 2 * 2.0**-10),
-    torch.bfloat16: (2.0**-9, 2 * 2.0**-7),
-}
+NEIGHBOURS = 32
+FEW_NEIGHBOURS = 4  # where groups have many thousand elements, each a draw of its own
+# Relative to every element: far above the coarsest rounding, bfloat16's 2^-9.
+_NEAR = 2.0**-3
+
+Errors = dict[tuple[str, int], tuple[float, float]]  # by output and expert: rms and largest
 
 
 def call(case: Case, t: dict[str, Tensor], plan: RoutingPlan, **options) -> Tensor:
@@ -83,53 +91,80 @@ def reference(case: Case, t: dict[str, Tensor], ids_TK: Tensor | None = None) ->
     return outputs(y, t)
 
 
-def check(case: Case, dtype: torch.dtype, device: str, slack: tuple[float, float] | None = None) -> None:
-    """Forward and backward of a case against float64, beside plain torch in the same dtype on this device."""
-    t = inputs(case, dtype, device)
-    ours = run(case, t)
-    with pytest.MonkeyPatch.context() as plain_path:
-        plain_path.setattr(ops, "cpu", cpu)
-        plain_path.setattr(ops, "_cuda_backend", lambda _: cpu)
-        plain = run(case, t)
-    assert_as_good_as(plain, ours, reference(case, t), expert_ids(case), case.E, slack or SLACK[dtype])
+def errors(result: dict[str, Tensor], exact: dict[str, Tensor], ids_TK: Tensor, E: int) -> Errors:
+    """Errors of every group, relative to the rms of its exact values; groups without elements are left out.
 
-
-def assert_as_good_as(
-    plain: dict[str, Tensor],
-    ours: dict[str, Tensor],
-    exact: dict[str, Tensor],
-    ids_TK: Tensor,
-    E: int,
-    slacks: tuple[float, float],
-) -> None:
-    """Errors relative to rms(exact), in the mean and at worst, at most 1.5 times those of plain torch.
-
-    Compared per expert: rows of outputs by the token's first expert, parameters by their own.
+    Rows of outputs belong to their token's first expert, -1 if that is none; parameters to their own.
     """
-    per_expert = {name for name in exact if name[1:] in ("w1", "b1", "w2", "b2", "ln_w", "ln_b")}
+    found = {}
     for name, expected in exact.items():
-        assert ours[name].shape == expected.shape, f"{name}: {ours[name].shape}, expected {expected.shape}"
-        for e in range(-1, E):
-            rows = e if name in per_expert else ids_TK[:, 0] == e
-            if name in per_expert and e < 0:
-                continue
+        got = result[name].cpu().double()
+        assert got.shape == expected.shape, f"{name}: {got.shape}, expected {expected.shape}"
+        per_expert = name[1:] in ("w1", "b1", "w2", "b2", "ln_w", "ln_b")
+        for e in range(0 if per_expert else -1, E):
+            rows = e if per_expert else ids_TK[:, 0] == e
             want = expected[rows]
             if want.numel() == 0:
                 continue
-            got, beside = (r[name].cpu().double()[rows] for r in (ours, plain))
-            where = f"{name}, expert {e}"
-            if not want.any():
-                assert not got.any(), f"{where}: expected zeros, found up to {got.abs().max():.3g}"
-                continue
-            scale = want.square().mean().sqrt()
-            for kind, measure, slack in zip(("rms", "max"), (_rms, _max), slacks, strict=True):
-                error, limit = measure(got - want) / scale, 1.5 * measure(beside - want) / scale + slack
-                assert error <= limit, f"{where}: {kind} error {error:.3g} of rms, limit {limit:.3g}"
+            # Exact zeros have no scale, and no roundings either.
+            scale = want.square().mean().sqrt() if want.any() else torch.tensor(torch.finfo().tiny)
+            off = (got[rows] - want) / scale
+            found[name, e] = (off.square().mean().sqrt().item(), off.abs().max().item())
+    return found
 
 
-def _rms(d: Tensor) -> Tensor:
-    return d.square().mean().sqrt()
+def plain_errors(case: Case, t: dict[str, Tensor], neighbours: int = NEIGHBOURS) -> Errors:
+    """The largest errors of plain torch, in the dtype and on the device of `t`, at `t` and near it."""
+    g = torch.Generator().manual_seed(0)
+    worst: Errors = {}
+    for i in range(neighbours):
+        near = {k: _nudge(v, g) for k, v in t.items()} if i else t
+        with pytest.MonkeyPatch.context() as plain_path:
+            plain_path.setattr(ops, "cpu", cpu)
+            plain_path.setattr(ops, "_cuda_backend", lambda _: cpu)
+            result = run(case, near)
+        for group, (rms, largest) in errors(result, reference(case, near), expert_ids(case), case.E).items():
+            before = worst.get(group, (0.0, 0.0))
+            worst[group] = (max(before[0], rms), max(before[1], largest))
+    return worst
 
 
-def _max(d: Tensor) -> Tensor:
-    return d.abs().max()
+def _nudge(v: Tensor, g: torch.Generator) -> Tensor:
+    factor = 1 + _NEAR * torch.randn(v.shape, generator=g, dtype=torch.float64)
+    return (v.double() * factor.to(v.device)).to(v.dtype)
+
+
+def assert_as_good_as(plain: Errors, ours: Errors, slack: tuple[float, float] = (0.0, 0.0)) -> None:
+    """`ours` at most 1.5 times `plain` in every group, plus the slack, as (rms, largest)."""
+    for group, found in ours.items():
+        for kind, error, beside, more in zip(("rms", "largest"), found, plain[group], slack, strict=True):
+            limit = 1.5 * beside + more
+            where = f"{group[0]}, expert {group[1]}"
+            assert error <= limit, f"{where}: {kind} error {error:.3g} of rms, limit {limit:.3g}"
+
+
+def check(
+    case: Case,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    neighbours: int = NEIGHBOURS,
+    slack: tuple[float, float] = (0.0, 0.0),
+) -> None:
+    """Forward and backward of a case against float64, beside plain torch in the same dtype on this device."""
+    t = inputs(case, dtype, device)
+    ours = errors(run(case, t), reference(case, t), expert_ids(case), case.E)
+    assert_as_good_as(plain_errors(case, t, neighbours), ours, slack)
+
+
+def slack_of_long_sums(case: Case) -> tuple[float, float]:
+    """What two float32 GEMMs that add up in one chain may be off, where torch's may add up in several.
+
+    The k-th partial sum of terms of random sign and size s is about s sqrt(k), and rounding it adds at most
+    u s sqrt(k / 3), u = 2^-24, in the mean. Over n terms that makes u s n / sqrt(6), or relative to the sum,
+    s sqrt(n), u sqrt(n / 6). A chain of D terms, then one of F: u sqrt((D + F) / 6). The largest of some 10^5
+    to 10^6 elements lies 5 sigma out, and where rows of x have twice the size of others, 1.5 times as far:
+    8 times the mean.
+    """
+    rms = 2.0**-24 * ((case.D + case.F) / 6) ** 0.5
+    return rms, 8 * rms

@@ -5,7 +5,17 @@ import dataclasses
 import pytest
 import torch
 from cases import CASES, Case, bert_base, expert_ids
-from kernel_checks import SLACK, call, check, inputs, leaves, outputs, plan_of, run
+from kernel_checks import (
+    FEW_NEIGHBOURS,
+    call,
+    check,
+    inputs,
+    leaves,
+    outputs,
+    plan_of,
+    run,
+    slack_of_long_sums,
+)
 
 from moebert_kernels import MoEFFN, RoutingPlan, moe_ffn, ops
 
@@ -13,9 +23,8 @@ pytestmark = pytest.mark.gpu
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# Sums of some hundred float32 terms, in an order that is not cuBLAS's.
-SUM_SLACK = (8 * 2.0**-23, 64 * 2.0**-23)
-# TF32 keeps 10 bits of each factor, by rounding or by cutting them off: that is the hardware's affair.
+# TF32 keeps 10 bits of each factor. The hardware may cut the others off, which makes every factor too small
+# by 2^-11 in the mean and every product by 2^-10, where plain torch may round. The largest element is 8 rms.
 TF32_SLACK = (2.0**-10, 8 * 2.0**-10)
 PLAN_FIELDS = [field.name for field in dataclasses.fields(RoutingPlan)]
 
@@ -59,8 +68,9 @@ def test_case(case, dtype, poisoned_memory):
 @pytest.mark.parametrize("routing", ["dropped", "skewed", "middle empty"])
 @pytest.mark.parametrize("norm", [False, True])
 def test_bert_base_sizes(dtype, routing, norm, poisoned_memory):
-    slack = SUM_SLACK if dtype == "float32" else None
-    check(bert_base(1025, routing, gate=True, norm=norm), DTYPES[dtype], "cuda", slack)
+    case = bert_base(1025, routing, gate=True, norm=norm)
+    slack = slack_of_long_sums(case) if dtype == "float32" else (0.0, 0.0)
+    check(case, DTYPES[dtype], "cuda", neighbours=FEW_NEIGHBOURS, slack=slack)
 
 
 @pytest.mark.parametrize(("arithmetic", "size"), table_entries())
@@ -75,11 +85,12 @@ def test_committed_config(arithmetic, size, use_config, poisoned_memory, monkeyp
     if arithmetic == "tf32":
         monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
         for c in (case, skewed):
-            check(c, torch.float32, "cuda", TF32_SLACK)
+            check(c, torch.float32, "cuda", neighbours=FEW_NEIGHBOURS, slack=TF32_SLACK)
         return
     for dtype in (torch.float16, torch.bfloat16) if arithmetic == "half" else (torch.float32,):
         for c in (case, skewed):
-            check(c, dtype, "cuda", SUM_SLACK if dtype == torch.float32 else None)
+            slack = slack_of_long_sums(c) if dtype == torch.float32 else (0.0, 0.0)
+            check(c, dtype, "cuda", neighbours=FEW_NEIGHBOURS, slack=slack)
 
 
 def test_float64_takes_the_pytorch_path():
@@ -292,4 +303,5 @@ def test_elements_past_two_to_the_31():
         got = whole[-tail:] if name in ("y", "dx") else whole
         scale = value.float().square().mean().sqrt()
         worst = (got.float() - value.float()).abs().max() / scale
-        assert worst <= 2 * SLACK[torch.bfloat16][1], f"{name}: {worst:.3g}"
+        # Sums in another order may round to the other side: bfloat16's spacing at 4 times the rms.
+        assert worst <= 4 * 2.0**-7, f"{name}: {worst:.3g}"

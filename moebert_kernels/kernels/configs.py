@@ -31,6 +31,8 @@ class Config:
         up, down: the forward GEMMs, with W1 and with W2.
         down_backward, up_backward: the GEMMs of the data gradients, with W2 and with W1.
         weight_grad: the GEMMs of both weight gradients; m and n are sides of dW, k counts tokens.
+        weight_grad_unaligned: the tile in place of `weight_grad` for rows that cannot be loaded 16 bytes at a
+            time, which takes more registers and shared memory; None for the same.
         stream_k: split the weight gradients' token loops evenly over the multiprocessors.
         tma: load weights, and rows that are sorted already, through TMA descriptors.
         dense_slots: with at most this many slots, inference runs all experts on all tokens and masks.
@@ -42,6 +44,7 @@ class Config:
     down_backward: Tile
     up_backward: Tile
     weight_grad: Tile
+    weight_grad_unaligned: Tile | None = None
     stream_k: bool = False
     tma: bool = False
     dense_slots: int = 0
@@ -57,7 +60,7 @@ def _config(gemm: Tile, weight_grad: Tile, down_backward: Tile | None = None, **
     return Config(gemm, gemm, down_backward or gemm, gemm, weight_grad, **options)
 
 
-SAFE = _config(Tile(64, 64, 32, 4, 2, parts=2), Tile(64, 64, 32, 4, 3))
+SAFE = _config(Tile(64, 64, 32, 4, 2, parts=4), Tile(64, 64, 32, 4, 3))
 _IEEE = _config(Tile(64, 64, 32, 4, 3, parts=2), Tile(64, 64, 32, 8, 5))
 
 TABLE: dict[tuple[str, str, str], Config] = {
@@ -84,6 +87,7 @@ TABLE: dict[tuple[str, str, str], Config] = {
     ("sm_90", "half", "large"): _config(
         Tile(128, 256, 64, 8, 4, parts=4),
         Tile(128, 256, 64, 8, 7),
+        weight_grad_unaligned=Tile(128, 128, 64, 8, 5),
         down_backward=Tile(128, 128, 64, 8, 3, parts=4),
         stream_k=True,
         tma=True,
@@ -95,7 +99,7 @@ TABLE: dict[tuple[str, str, str], Config] = {
     ),
     # Blackwell
     ("sm_100", "half", "small"): _config(
-        Tile(64, 64, 64, 4, 5, parts=2), Tile(128, 128, 64, 8, 3), tma=True, dense_slots=32
+        Tile(64, 64, 64, 4, 5, parts=4), Tile(128, 128, 64, 8, 3), tma=True, dense_slots=32
     ),
     ("sm_100", "half", "medium"): _config(
         Tile(128, 128, 64, 8, 3, parts=4), Tile(128, 128, 64, 8, 3), tma=True

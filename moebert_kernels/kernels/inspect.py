@@ -140,9 +140,12 @@ ELEMENT = {"half": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
 
 
 def distinct_launches(
-    family: str, arithmetics: tuple[str, ...] = configs.ARITHMETICS
+    family: str, arithmetics: tuple[str, ...] = configs.ARITHMETICS, **sizes: int
 ) -> dict[str, list[Launch]]:
-    """The launches of every config of a device family, by "arithmetic/size"; each that differs once."""
+    """The launches of every config of a device family, by "arithmetic/size"; each that differs once.
+
+    `sizes` are those of `launches`, BERT-base's by default.
+    """
     found: dict[str, list[Launch]] = {}
     seen = set()
     before = torch.backends.cuda.matmul.fp32_precision
@@ -153,7 +156,7 @@ def distinct_launches(
                 continue
             torch.backends.cuda.matmul.fp32_precision = "tf32" if arithmetic == "tf32" else "ieee"
             fresh = []
-            for launch in launches(config, ELEMENT[arithmetic]):
+            for launch in launches(config, ELEMENT[arithmetic], **sizes):
                 key = repr((launch.kernel.__name__, _values(launch.arguments)))
                 if key not in seen:
                     seen.add(key)
@@ -176,10 +179,10 @@ def _values(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def readings(
-    family: str, arithmetics: tuple[str, ...] = configs.ARITHMETICS
+    family: str, arithmetics: tuple[str, ...] = configs.ARITHMETICS, **sizes: int
 ) -> Iterator[tuple[str, Reading]]:
     """Compile and read everything the table can launch on a device family."""
-    for name, of_config in distinct_launches(family, arithmetics).items():
+    for name, of_config in distinct_launches(family, arithmetics, **sizes).items():
         for launch in of_config:
             yield name, read(launch, family)
 

@@ -54,6 +54,11 @@ def rows(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
 
 
+def rows_are_aligned(matrix: Tensor) -> bool:
+    """Whether the compiler knows that rows can be loaded 16 bytes at a time: what Triton specialises on."""
+    return matrix.stride(0) % 16 == 0 and matrix.data_ptr() % 16 == 0
+
+
 def descriptor_fits(tensor: Tensor) -> bool:
     """Whether a TMA descriptor can describe a contiguous tensor: 16-byte aligned rows, nothing empty."""
     return (

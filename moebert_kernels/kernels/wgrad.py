@@ -10,8 +10,6 @@ of the programs: bitwise the same for the same routing. An expert without rows h
 writes its zeros. Invariant: every element of dW and db is written exactly once.
 """
 
-# ruff: noqa: SIM102 - a test for None is settled when the kernel is compiled, the other one when it runs
-
 from __future__ import annotations
 
 import torch
@@ -21,7 +19,7 @@ from torch import Tensor
 
 from moebert_kernels.kernels import configs
 from moebert_kernels.kernels.configs import Config
-from moebert_kernels.kernels.launch import ceil_div, launch
+from moebert_kernels.kernels.launch import ceil_div, launch, rows_are_aligned
 
 
 def weight_grads(
@@ -42,6 +40,8 @@ def weight_grads(
     """
     E, M, N = offsets_E1.shape[0] - 1, left.shape[1], right.shape[1]
     tile = config.weight_grad
+    if config.weight_grad_unaligned and not (rows_are_aligned(left) and rows_are_aligned(right)):
+        tile = config.weight_grad_unaligned
     dw_EMN = left.new_empty(E, M, N)
     db_EM = left.new_empty(E, M) if with_bias else None
     sizes = {"E": E, "M": M, "N": N, "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
@@ -219,14 +219,16 @@ def join_kernel(
             if db_ptr is not None:
                 db_R += tl.load(partial_db_ptr + other * 2 * BLOCK_M + r)
         other += 1
-    m = tile // ((N + BLOCK_N - 1) // BLOCK_N) * BLOCK_M
-    _store_block(dw_RN, db_R, dw_ptr, db_ptr, expert, m + r, tile % ((N + BLOCK_N - 1) // BLOCK_N), M, N)
+    COL_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    rows_R = tile // COL_TILES * BLOCK_M + r
+    _store_block(dw_RN, db_R, dw_ptr, db_ptr, expert, rows_R, tile % COL_TILES, M, N)
 
 
 @triton.jit
 def _count_steps(
     offsets_ptr, E: tl.constexpr, TILES: tl.constexpr, BLOCK_K: tl.constexpr, EXPERTS: tl.constexpr
 ):
+    """The length of the list of steps."""
     e = tl.arange(0, EXPERTS)
     count_E = tl.load(offsets_ptr + e + 1, mask=e < E, other=0) - tl.load(
         offsets_ptr + e, mask=e < E, other=0
@@ -278,21 +280,17 @@ def _sum_rows(
     BLOCK_K: tl.constexpr,
 ):
     """The tile of dW over the rows from `begin` to `end`; of db too if it is the first of its columns."""
-    if db_ptr is not None:
-        if tile % ((N + BLOCK_N - 1) // BLOCK_N) == 0:
-            dw_MN, db_M = _row_loop(
-                left_ptr, left_stride, right_ptr, right_stride, order_ptr, gate_ptr, begin, end, tile,
-                M, N, TOP_K, SCALE, GATHER_LEFT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, True,
-            )  # fmt: skip
-        else:
-            dw_MN, db_M = _row_loop(
-                left_ptr, left_stride, right_ptr, right_stride, order_ptr, gate_ptr, begin, end, tile,
-                M, N, TOP_K, SCALE, GATHER_LEFT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, False,
-            )  # fmt: skip
+    COL_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    # Decided outside the loop, so that the loop has no branch.
+    if db_ptr is not None and tile % COL_TILES == 0:
+        dw_MN, db_M = _row_loop(
+            left_ptr, left_stride, right_ptr, right_stride, order_ptr, gate_ptr, begin, end, tile,
+            M, N, TOP_K, SCALE, GATHER_LEFT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, SUM_LEFT=True,
+        )  # fmt: skip
     else:
         dw_MN, db_M = _row_loop(
             left_ptr, left_stride, right_ptr, right_stride, order_ptr, gate_ptr, begin, end, tile,
-            M, N, TOP_K, SCALE, GATHER_LEFT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, False,
+            M, N, TOP_K, SCALE, GATHER_LEFT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, SUM_LEFT=False,
         )  # fmt: skip
     return dw_MN, db_M
 
@@ -319,8 +317,10 @@ def _row_loop(
     BLOCK_K: tl.constexpr,
     SUM_LEFT: tl.constexpr,
 ):
-    cols_M = tile // ((N + BLOCK_N - 1) // BLOCK_N) * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols_N = tile % ((N + BLOCK_N - 1) // BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """left^T right over the rows from `begin` to `end`, and the column sums of left * gate if SUM_LEFT."""
+    COL_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    cols_M = tile // COL_TILES * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols_N = tile % COL_TILES * BLOCK_N + tl.arange(0, BLOCK_N)
     dw_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     db_M = tl.zeros((BLOCK_M,), tl.float32)
     for first in tl.range(begin, end, BLOCK_K):
@@ -352,18 +352,20 @@ def _row_loop(
 
 @triton.jit
 def _store_grad(dw_MN, db_M, dw_ptr, db_ptr, expert, tile, M: tl.constexpr, N: tl.constexpr):
+    """Write a whole tile of dW, and its part of db."""
     BLOCK_M: tl.constexpr = dw_MN.shape[0]
     BLOCK_N: tl.constexpr = dw_MN.shape[1]
-    rows_M = tile // ((N + BLOCK_N - 1) // BLOCK_N) * BLOCK_M + tl.arange(0, BLOCK_M)
-    _store_block(dw_MN, db_M, dw_ptr, db_ptr, expert, rows_M, tile % ((N + BLOCK_N - 1) // BLOCK_N), M, N)
+    COL_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    rows_M = tile // COL_TILES * BLOCK_M + tl.arange(0, BLOCK_M)
+    _store_block(dw_MN, db_M, dw_ptr, db_ptr, expert, rows_M, tile % COL_TILES, M, N)
 
 
 @triton.jit
 def _store_block(dw_RN, db_R, dw_ptr, db_ptr, expert, row_R, col_tile, M: tl.constexpr, N: tl.constexpr):
+    """Write some rows of a tile of dW; the first tile of a row of tiles has their db."""
     BLOCK_N: tl.constexpr = dw_RN.shape[1]
     cols_N = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     ptrs = dw_ptr + expert.to(tl.int64) * (M * N) + row_R.to(tl.int64)[:, None] * N + cols_N[None, :]
     tl.store(ptrs, dw_RN.to(dw_ptr.dtype.element_ty), mask=(row_R < M)[:, None] & (cols_N < N)[None, :])
-    if db_ptr is not None:
-        if col_tile == 0:
-            tl.store(db_ptr + expert * M + row_R, db_R.to(db_ptr.dtype.element_ty), mask=row_R < M)
+    if db_ptr is not None and col_tile == 0:
+        tl.store(db_ptr + expert * M + row_R, db_R.to(db_ptr.dtype.element_ty), mask=row_R < M)

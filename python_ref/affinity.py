@@ -50,7 +50,7 @@ def choose_neurons(
     index_EF = []
     for e in range(num_experts):
         own_F = score_VF[expert_V == e].sum(dim=0)
-        rest = sorted(order[num_shared:], key=lambda j: -own_F[j])  # noqa: B023
+        rest = sorted(order[num_shared:], key=lambda j: -own_F[j])
         index_EF.append((order[:num_shared] + rest)[:expert_size])
     return torch.tensor(index_EF)
 
@@ -132,12 +132,12 @@ def _make_room(bins, values, weights, capacity):
         loss = {
             g: (values[g][e] - max(v for f, v in enumerate(values[g]) if f != e)) / weights[g] for g in inside
         }
-        for g in sorted(inside, key=lambda g: loss[g]):  # noqa: B023
+        for g in sorted(inside, key=lambda g: loss[g]):
             if load[e] <= capacity:
                 break
             others = [f for f in range(len(load)) if f != e and load[f] + weights[g] <= capacity]
             if others:
-                bins[g] = max(others, key=lambda f: (values[g][f], -f))  # noqa: B023
+                bins[g] = max(others, key=lambda f: (values[g][f], -f))
                 load[e] -= weights[g]
                 load[bins[g]] += weights[g]
         if load[e] > capacity:
@@ -216,7 +216,7 @@ def nearest_seen(embedding_VD: Tensor, seen_V: Tensor) -> Tensor:
     seen = seen_V.nonzero().flatten().tolist()
     return torch.tensor(
         [
-            v if seen_V[v] else max(seen, key=lambda s: (float(unit_VD[v] @ unit_VD[s]), -s))  # noqa: B023
+            v if seen_V[v] else max(seen, key=lambda s: (float(unit_VD[v] @ unit_VD[s]), -s))
             for v in range(len(seen_V))
         ]
     )

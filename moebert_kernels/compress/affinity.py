@@ -108,7 +108,7 @@ def split_by_affinity(
         if progress is not None:
             progress(layer + 1, len(starts_LG))
     experts_LG = torch.stack([expert_G for _, expert_G, _ in layers])
-    totals_L = tokens.scores_LGF.sum((1, 2), dtype=torch.float64).clamp(min=1e-300).tolist()
+    totals_L = [float(scores_GF.sum(1).double().sum()) or 1.0 for scores_GF in tokens.scores_LGF]
     return AffinitySplit(
         index_LEF=torch.stack([index_EF for index_EF, _, _ in layers]),
         tables_LV=experts_LG[:, tokens.group_V].to(torch.int32),
@@ -187,7 +187,9 @@ def _choose_neurons(
 
 def _group_counts(tokens: TokenScores, token_counts_V: Tensor) -> Tensor:
     num_groups = tokens.scores_LGF.shape[1]
-    return torch.zeros(num_groups, dtype=torch.int64).index_add_(0, tokens.group_V, token_counts_V.cpu().long())
+    return torch.zeros(num_groups, dtype=torch.int64).index_add_(
+        0, tokens.group_V, token_counts_V.cpu().long()
+    )
 
 
 def _balanced_starts(num_layers: int, counts_G: Tensor, num_experts: int, seed: int) -> list[Tensor]:

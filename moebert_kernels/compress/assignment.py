@@ -14,9 +14,10 @@ def assign(value_GE: Tensor, weight_G: Tensor, capacity: int, start_G: Tensor) -
     The generalised assignment problem, which is NP-hard, by prices: a bin charges each item its price times
     the item's weight, and the item goes where value less charge is largest. As long as a bin is too heavy,
     the heaviest raises its price to the point where enough leave: those that lose least per unit of weight.
-    That is coordinate ascent on the dual of the linear relaxation, which splits at most E - 1 items; so little
-    remains for two greedy passes, one that makes room where too much is left and one that fills up the room
-    that heavy items left behind. `start_G` after the second pass is the result instead if it is worth more.
+    That is a descent on the dual of the linear relaxation, coordinate by coordinate; as the relaxation splits
+    at most E - 1 items, little remains for two greedy passes, one that makes room where too much is left and
+    one that fills up the room that heavy items left behind. `start_G` after the second pass is the result
+    instead if it is worth more.
 
     Args:
         value_GE: float64 [items, bins].

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moebert_kernels.errors import UserError
@@ -58,7 +59,9 @@ class TokenScores:
         object.__setattr__(self, "group_V", group_V)
 
 
-def token_groups(model: PreTrainedModel, counts_V: Tensor, *, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> Tensor:
+def token_groups(
+    model: PreTrainedModel, counts_V: Tensor, *, limit_bytes: int = DEFAULT_LIMIT_BYTES
+) -> Tensor:
     """Group a model's token ids so that scoring them takes no more than `limit_bytes`.
 
     A group has 4 L F bytes of scores, F the dense width. By default, 2 GiB, BERT-base has room for 14,563
@@ -77,7 +80,7 @@ def token_groups(model: PreTrainedModel, counts_V: Tensor, *, limit_bytes: int =
     """
     ffns = find_ffns(model)
     group_bytes = 4 * len(ffns) * ffns[0].w1.out_features
-    embedding_VD = model.get_input_embeddings().weight.detach()
+    embedding_VD = cast(nn.Embedding, model.get_input_embeddings()).weight.detach()
     return group_tokens(counts_V, embedding_VD, max(1, limit_bytes // group_bytes))
 
 

@@ -31,7 +31,7 @@ from moebert_kernels.compress.distill import DistillSettings, distill
 from moebert_kernels.compress.evaluate import batches, evaluate, expert_load
 from moebert_kernels.compress.finetune import finetune
 from moebert_kernels.compress.importance import Importance, compute_importance
-from moebert_kernels.compress.settings import load_teacher
+from moebert_kernels.compress.loading import load_teacher
 from moebert_kernels.compress.tasks import TaskData, load_task, match_labels, tokenize
 from moebert_kernels.compress.token_scores import token_groups
 from moebert_kernels.layer import MoEFFN

@@ -16,6 +16,8 @@ from moebert_kernels.errors import UserError
 from moebert_kernels.models.surgery import find_ffns, to_moe
 from moebert_kernels.routing import hash_balance_tables
 
+COUNTING_ROUTINGS = ("hash-balance", "hash-affinity")
+
 
 def default_sizes(ffn_width: int, num_experts: int) -> tuple[int, int]:
     """Return (expert_size, num_shared) in the paper's proportions: width / E, and two thirds of that.
@@ -159,7 +161,7 @@ def adapt(
         expert_size = default_sizes(width, num_experts)[0]
     if num_shared is None:
         num_shared = round(expert_size * 2 / 3)
-    if routing in ("hash-balance", "hash-affinity") and token_counts_V is None:
+    if routing in COUNTING_ROUTINGS and token_counts_V is None:
         raise UserError(f"{routing} needs token_counts_V, how often each token occurs in training")
     tables_LV = None
     if routing == "hash-affinity":

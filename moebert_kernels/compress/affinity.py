@@ -77,7 +77,8 @@ def split_by_affinity(
     tokens = importance.tokens
     if tokens is None:
         raise UserError(
-            "hash-affinity needs importance with token scores: give compute_importance the token_groups"
+            "hash-affinity needs importance with token scores: take it with "
+            "`moebert importance --per-token`, or give compute_importance the token_groups"
         )
     if token_counts_V.shape != tokens.group_V.shape:
         raise UserError(

@@ -12,6 +12,7 @@ it was, in the middle of a distillation too. `--limit` starts nothing more after
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import statistics
 import time
@@ -26,6 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moebert_kernels.compress.adapt import adapt, token_counts
 from moebert_kernels.compress.artifacts import Stage, exclusive, fingerprint
+from moebert_kernels.compress.batching import sample_rows
 from moebert_kernels.compress.demo import find_base_model
 from moebert_kernels.compress.distill import DistillSettings, distill
 from moebert_kernels.compress.evaluate import batches, evaluate, expert_load
@@ -68,10 +70,10 @@ CONTENDERS = {
     "affinity-4-third": Contender("hash-affinity", 4, 1 / 3),
     "affinity-4-tied": Contender("hash-affinity", 4, 2 / 3, tied=True),
     "random-4-tied": Contender("hash-random", 4, 2 / 3, tied=True),
-    "random-8": Contender("hash-random", 8, 6 / 7),
+    "random-8": Contender("hash-random", 8, 4 / 7),
     "affinity-8": Contender("hash-affinity", 8, 2 / 3),
     "affinity-8-third": Contender("hash-affinity", 8, 1 / 3),
-    "random-16": Contender("hash-random", 16, 14 / 15),
+    "random-16": Contender("hash-random", 16, 4 / 5),
     "affinity-16": Contender("hash-affinity", 16, 2 / 3),
     "affinity-16-third": Contender("hash-affinity", 16, 1 / 3),
 }
@@ -143,7 +145,11 @@ class _Task:
         rows = raw.train.select(order[: budget.train_rows].sort().values.tolist())
         self.raw = TaskData(raw.task, rows, raw.validation)
         self.name, self.model, self.budget, self.out, self.device = name, model, budget, out, device
-        self.made_from = [name, str(model), asdict(budget), len(rows)]
+        how = asdict(budget)
+        epochs, importance_rows = how.pop("epochs"), how.pop("importance_rows")
+        self.teacher_from = [name, str(model), how]
+        self.scores_from = [self.teacher_from, importance_rows]
+        self.students_from = [self.scores_from, epochs]
 
     def prepare(self) -> None:
         """Make the teacher and its scores, or load them."""
@@ -163,7 +169,7 @@ class _Task:
             )
 
         _say(f"{self.name}: teacher")
-        self.stage("teacher", self.made_from, teach, folder)
+        self.stage("teacher", self.teacher_from, teach, folder)
         self.teacher, self.tokenizer = load_teacher(folder)
         torch.nn.Module.to(self.teacher, self.device)
         self.data = tokenize(match_labels(self.raw, self.teacher.config), self.tokenizer, budget.max_length)
@@ -173,7 +179,7 @@ class _Task:
         scores = self.out / "teachers" / f"{self.name}.importance.safetensors"
 
         def score() -> None:
-            rows = self.data.train.select(range(min(budget.importance_rows, len(self.data.train))))
+            rows = sample_rows(self.data.train, budget.importance_rows, seed=0)
             compute_importance(
                 self.teacher,
                 batches(rows, self.tokenizer, device=self.device),
@@ -181,7 +187,7 @@ class _Task:
             ).save(scores)
 
         _say(f"{self.name}: importance")
-        self.stage("importance", self.made_from, score, scores)
+        self.stage("importance", self.scores_from, score, scores)
         self.importance = Importance.load(scores)
 
     def run(self, name: str, contender: Contender, seed: int) -> None:
@@ -190,7 +196,7 @@ class _Task:
         checkpoints = self.out / "checkpoints" / self.name / run_name
         budget = self.budget
         expert_size = self.width // 4
-        num_shared = -int(-contender.shared * expert_size // 1)
+        num_shared = math.ceil(contender.shared * expert_size - 1e-9)
 
         def work() -> dict[str, Any]:
             student = adapt(
@@ -223,8 +229,7 @@ class _Task:
                 "ffn_flops_per_token": ffn_flops_per_token(student),
             }
 
-        made_from = [*self.made_from, asdict(contender), seed]
-        record = self.stage(run_name, made_from, work)
+        record = self.stage(run_name, [self.students_from, asdict(contender), seed], work)
         shutil.rmtree(checkpoints, ignore_errors=True)
         main = record["metric"]
         _say(

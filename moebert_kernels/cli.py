@@ -243,6 +243,13 @@ def importance(
         typer.Option("--convert", help="Instead: a .pkl that the paper's authors published, to convert."),
     ] = None,
     importance_rows: ScoredRows = 4096,
+    per_token: Annotated[
+        bool,
+        typer.Option(
+            "--per-token",
+            help="Score neurons for every token id too, as adapt --routing hash-affinity needs: up to 2 GiB.",
+        ),
+    ] = False,
 ) -> None:
     """Score the neurons of a fine-tuned model on its training rows, one backward pass per batch (Eq. 4).
 
@@ -266,7 +273,9 @@ def importance(
         assert teacher is not None
         settings = compress_settings(run, importance_rows=importance_rows)
         with StageBars(console) as progress:
-            scores = steps.score_teacher(settings, data.load(), teacher, output, progress=progress)
+            scores = steps.score_teacher(
+                settings, data.load(), teacher, output, per_token=per_token, progress=progress
+            )
     layers, neurons = scores.scores_LF.shape
     console.print(f"{output}: scores of {layers} layers of {neurons} neurons", soft_wrap=True)
 
@@ -289,16 +298,20 @@ def adapt(
 
     moebert adapt --teacher my-bert --importance scores.safetensors --output adapted
 
-    Only hash-balance reads rows: it counts their tokens.
+    Only hash-balance and hash-affinity read rows: they count their tokens. hash-affinity needs importance
+    that was taken --per-token.
     """
     from moebert_kernels.compress import steps
+    from moebert_kernels.compress.adapt import COUNTING_ROUTINGS
+    from moebert_kernels.compress.terminal import StageBars
     from moebert_kernels.errors import UserError
 
     if (importance is None) != random_split:
         raise UserError("give --importance with the scores, or --random-split: one of the two")
     settings = compress_settings(run, experts)
-    rows = data.load() if settings.routing == "hash-balance" else None
-    student = steps.split_teacher(settings, teacher, importance, output, data=rows)
+    rows = data.load() if settings.routing in COUNTING_ROUTINGS else None
+    with StageBars(Console(highlight=False)) as progress:
+        student = steps.split_teacher(settings, teacher, importance, output, data=rows, progress=progress)
     config = student.config
     typer.echo(
         f"{output}: {config.num_experts} experts of {config.expert_size} neurons per layer, "

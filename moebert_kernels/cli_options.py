@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 TaskName = Literal["sst2", "cola", "mrpc", "stsb", "csv"]
 Kind = Literal["classification", "regression"]
-Routing = Literal["hash-random", "hash-balance", "gate-token", "gate-sentence"]
+Routing = Literal["hash-random", "hash-balance", "hash-affinity", "gate-token", "gate-sentence"]
 
 _data = functools.partial(typer.Option, rich_help_panel="Task and data")
 _table = functools.partial(typer.Option, rich_help_panel="Your own table, with --task csv")
@@ -109,7 +109,8 @@ class ExpertOptions:
         Routing,
         _experts(
             help="How a token finds its expert. hash-random: a table drawn per layer, as in the paper. "
-            "hash-balance: one dealt by token frequency. gate-token, gate-sentence: learned."
+            "hash-balance: one dealt by token frequency. hash-affinity: one made together with the experts, "
+            "each for its own tokens. gate-token, gate-sentence: learned."
         ),
     ] = "hash-random"
     top_k: Annotated[int, _experts(help="Experts per token; more than 1 needs a gate.")] = 1

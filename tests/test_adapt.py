@@ -12,7 +12,9 @@ from moebert_kernels.compress.adapt import (
     split_neurons,
     token_counts,
 )
+from moebert_kernels.compress.affinity import split_by_affinity
 from moebert_kernels.compress.importance import Importance
+from moebert_kernels.compress.token_scores import TokenScores
 from moebert_kernels.errors import UserError
 from python_ref import adaptation
 
@@ -145,3 +147,44 @@ def test_hash_balance_needs_token_counts_and_follows_them(teacher):
 def test_scores_of_another_model_are_refused(teacher):
     with pytest.raises(UserError, match="3 layers of 12 neurons, but the model has 2 of 12"):
         adapt(teacher, random_scores(3, 12))
+
+
+def test_affinity_takes_neurons_and_tables_from_one_split(teacher):
+    generator = torch.Generator().manual_seed(0)
+    tokens = TokenScores(torch.rand(2, VOCAB, 12, generator=generator), torch.arange(VOCAB))
+    importance = Importance(tokens.scores_LGF.sum(1), "m", "t", 1, tokens)
+    counts_V = torch.arange(1, VOCAB + 1)
+    sizes = {"num_experts": 4, "expert_size": 6, "num_shared": 2}  # more neurons than there are, if dealt out
+    done = []
+    moe = adapt(
+        teacher,
+        importance,
+        **sizes,
+        routing="hash-affinity",
+        seed=3,
+        token_counts_V=counts_V,
+        progress=lambda *now: done.append(now),
+    )
+    split = split_by_affinity(importance, counts_V, **sizes, seed=3)
+    assert done == [(1, 2), (2, 2)]
+    assert (moe.config.routing, moe.config.num_shared_neurons) == ("hash-affinity", 2)
+    assert torch.equal(moe.bert.encoder.tables_LV, split.tables_LV)
+    for layer in range(2):
+        dense_FD = teacher.bert.encoder.layer[layer].intermediate.dense.weight
+        w1_EFD = moe.bert.encoder.layer[layer].ffn.w1_EFD
+        assert torch.equal(w1_EFD, dense_FD[split.index_LEF[layer]])
+
+
+def test_affinity_says_what_it_lacks(teacher):
+    with pytest.raises(UserError, match="hash-affinity needs token_counts_V"):
+        adapt(teacher, random_scores(2, 12), routing="hash-affinity")
+    with pytest.raises(UserError, match="importance --per-token"):
+        adapt(teacher, random_scores(2, 12), routing="hash-affinity", token_counts_V=torch.ones(VOCAB).long())
+    with pytest.raises(UserError, match="expert size must be 1 to the dense width 12, got 13"):
+        adapt(
+            teacher,
+            random_scores(2, 12),
+            expert_size=13,
+            routing="hash-affinity",
+            token_counts_V=torch.ones(VOCAB).long(),
+        )

@@ -128,6 +128,21 @@ def test_the_stages_one_by_one_make_what_compress_makes(call, folder):
     assert not list((folder / "one" / "student").glob("checkpoints-*"))
 
 
+def test_affinity_step_by_step(call, folder):
+    result = call(f"importance --teacher teacher {TABLE} --output plain.safetensors")
+    assert result.exit_code == 0, result.output + result.stderr
+    adapt = f"adapt --teacher teacher --routing hash-affinity --experts 8 --expert-size 16 --shared 4 {TABLE}"
+    result = call(f"{adapt} --importance plain.safetensors --output affine")
+    assert result.exit_code == 2
+    assert "importance --per-token" in result.stderr
+    result = call(f"importance --teacher teacher {TABLE} --per-token --output tokens.safetensors")
+    assert result.exit_code == 0, result.output + result.stderr
+    result = call(f"{adapt} --importance tokens.safetensors --output affine")
+    assert result.exit_code == 0, result.output + result.stderr
+    config = json.loads((folder / "affine" / "config.json").read_text())
+    assert (config["routing"], config["num_experts"], config["num_shared_neurons"]) == ("hash-affinity", 8, 4)
+
+
 def test_finetune_makes_a_teacher(call, folder):
     result = call(f"finetune --model teacher {TABLE} --epochs 1 --lr 1e-3 --output fresh")
     assert result.exit_code == 0, result.output + result.stderr
@@ -230,6 +245,7 @@ def test_published_importance_converts(call, folder):
         ("adapt --teacher teacher --output x", ["--importance", "--random-split"]),
         ("adapt --teacher teacher --importance nowhere --output x", ["no importance file nowhere"]),
         ("adapt --teacher teacher --random-split --routing hash-balance --output x", ["--task"]),
+        ("adapt --teacher teacher --random-split --routing hash-affinity --output x", ["--task"]),
         ("adapt --teacher teacher --random-split --output teacher", ["already holds a model"]),
         (f"distill --student teacher --teacher teacher {TABLE} --output x", ["no experts", "moebert adapt"]),
         (f"evaluate --model nowhere {TABLE}", ["nowhere"]),

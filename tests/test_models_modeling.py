@@ -30,7 +30,9 @@ from moebert_kernels.models import (
 
 
 def moe_of(dense_class, routing: str = "hash-random", top_k: int = 1, seed: int = 0, **changes):
-    tables_LV = hash_random_tables(LAYERS, VOCAB, 4, seed=7) if routing == "hash-balance" else None
+    tables_LV = (
+        hash_random_tables(LAYERS, VOCAB, 4, seed=7) if routing in ("hash-balance", "hash-affinity") else None
+    )
     return to_moe(
         build(dense_class, **changes),
         quarters(),
@@ -343,7 +345,10 @@ def test_weight_decay_is_for_matrices():
         ({"num_experts": 0}, "num_experts must be at least 1, got 0"),
         ({"expert_size": 0}, "expert_size must be at least 1"),
         ({"num_shared_neurons": 769}, r"num_shared_neurons must lie in \[0, expert_size=768\], got 769"),
-        ({"routing": "random"}, "routing must be one of hash-random, hash-balance, gate-token"),
+        (
+            {"routing": "random"},
+            "routing must be one of hash-random, hash-balance, hash-affinity, gate-token",
+        ),
         ({"routing": "gate-token", "top_k": 5}, r"top_k must lie in \[1, num_experts=4\], got 5"),
         ({"top_k": 2}, "hash-random gives each token one expert: top_k must be 1, got 2"),
         ({"balance_loss_weight": -1.0}, "balance_loss_weight must not be negative"),

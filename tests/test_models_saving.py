@@ -46,7 +46,9 @@ AUTO_CLASSES = [
 
 
 def moe_of(dense_class, routing: str = "hash-random", **changes):
-    tables_LV = hash_random_tables(LAYERS, VOCAB, 4, seed=7) if routing == "hash-balance" else None
+    tables_LV = (
+        hash_random_tables(LAYERS, VOCAB, 4, seed=7) if routing in ("hash-balance", "hash-affinity") else None
+    )
     return to_moe(
         build(dense_class, **changes),
         quarters(),

@@ -13,14 +13,21 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertTokenizerFast,
+)
 
 from moebert_kernels.compress import pipeline
+from moebert_kernels.compress.adapt import token_counts
 from moebert_kernels.compress.artifacts import Stage, exclusive, fingerprint, replace_whole, write_json
 from moebert_kernels.compress.importance import Importance
 from moebert_kernels.compress.pipeline import compress, share_curves, stage_names
 from moebert_kernels.compress.settings import CompressSettings
-from moebert_kernels.compress.tasks import Task, TaskData
+from moebert_kernels.compress.tasks import Task, TaskData, tokenize
 from moebert_kernels.errors import UserError
 from moebert_kernels.models import MoEBertForSequenceClassification
 
@@ -267,6 +274,30 @@ def test_balanced_hashing_counts_the_training_tokens(teacher, tmp_path):
         assert max(shares) - min(shares) < 0.15
 
 
+def test_affinity_makes_neurons_and_tables_together_and_is_served_as_any_hash(teacher, tmp_path):
+    """The comparison keeps a drawn table: scores drawn at random know no tokens."""
+    settings = replace(SETTINGS, epochs=0.1, routing="hash-affinity")
+    calls = []
+    compress(settings, make_data(), teacher, tmp_path / "out", progress=lambda *call: calls.append(call))
+    assert ("adapt student", 1, 2) in calls
+    tokens = Importance.load(tmp_path / "out" / "importance.safetensors").tokens
+    assert tokens.group_V.shape == (45,)
+    student = MoEBertForSequenceClassification.from_pretrained(tmp_path / "out" / "student")
+    assert student.config.routing == "hash-affinity"
+    adapted = load_file(tmp_path / "out" / "work" / "student" / "adapted" / "model.safetensors")
+    tables_LV = student.bert.encoder.tables_LV
+    assert torch.equal(adapted["bert.encoder.tables_LV"], tables_LV)
+    counts_V = token_counts(tokenize(make_data(), AutoTokenizer.from_pretrained(teacher), 16).train, 45)
+    for table_V in tables_LV.long():
+        load_E = torch.zeros(4, dtype=torch.long).index_add_(0, table_V, counts_V)
+        assert int(load_E.max()) <= 1.1 * int(counts_V.sum()) / 4
+    drawn = json.loads((tmp_path / "out" / "work" / "random" / "distilled" / "config.json").read_text())
+    assert drawn["routing"] == "hash-random"
+    compress(settings, make_data(), teacher, tmp_path / "out", progress=lambda *call: calls.append(call))
+    assert ("importance", 0, 0) in calls
+    assert ("adapt student", 0, 0) in calls
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -295,6 +326,8 @@ def test_what_cannot_work_is_said_before_any_work(teacher, tmp_path):
     refused("there is no folder", teacher=tmp_path / "nowhere")
     refused("not a model for sequence", teacher=make_teacher(tmp_path / "mlm", head=BertForMaskedLM))
     refused("need 142 neurons", settings=replace(SETTINGS, expert_size=40, num_shared=6))
+    affinity = replace(SETTINGS, routing="hash-affinity", expert_size=40, num_shared=6)
+    refused("need 142 neurons", settings=affinity)
     refused("max_length is 64", settings=replace(SETTINGS, max_length=64))
     refused("has 2 outputs", data=make_data(kind="regression"))
     refused("already holds a model", output=teacher)

@@ -47,7 +47,9 @@ HEADS = [
 
 
 def tables(routing: str) -> torch.Tensor | None:
-    return hash_random_tables(LAYERS, VOCAB, 4, seed=7) if routing == "hash-balance" else None
+    return (
+        hash_random_tables(LAYERS, VOCAB, 4, seed=7) if routing in ("hash-balance", "hash-affinity") else None
+    )
 
 
 def largest_difference(a, b, mask) -> float:
@@ -119,7 +121,7 @@ def test_to_moe_leaves_the_teacher_and_the_random_state_alone(routing):
     assert [type(layer) for layer in teacher.bert.encoder.layer] == [BertLayer] * LAYERS
     first, again, other = (moe.state_dict() for moe in moes)
     assert all(torch.equal(first[name], again[name]) for name in first)
-    if routing != "hash-balance":
+    if routing not in ("hash-balance", "hash-affinity"):
         assert any(not torch.equal(first[name], other[name]) for name in first)
     moes[0].bert.encoder.layer[0].ffn.w1_EFD.data.zero_()
     assert torch.equal(
@@ -258,7 +260,8 @@ def test_an_activation_without_experts_is_named():
         ({"index_LEF": torch.zeros(3, 4, 2, dtype=torch.long)}, "names a neuron twice"),
         ({"index_LEF": torch.zeros(3, 4, 0, dtype=torch.long)}, "give every expert a neuron"),
         ({"routing": "hash"}, "routing must be one of hash-random, .*got 'hash'"),
-        ({"routing": "hash-balance"}, "needs tables_LV"),
+        ({"routing": "hash-balance"}, "needs tables_LV: hash_balance_tables"),
+        ({"routing": "hash-affinity"}, "needs tables_LV: split_by_affinity"),
         ({"routing": "gate-token", "tables_LV": hash_random_tables(3, VOCAB, 4)}, "routing is 'gate-token'"),
         ({"routing": "gate-token", "top_k": 5}, r"top_k must lie in \[1, num_experts=4\], got 5"),
         ({"top_k": 2}, "top_k must be 1, got 2"),

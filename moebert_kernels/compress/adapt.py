@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from moebert_kernels.compress.affinity import split_by_affinity
 from moebert_kernels.compress.importance import Importance
 from moebert_kernels.errors import UserError
 from moebert_kernels.models.surgery import find_ffns, to_moe
 from moebert_kernels.routing import hash_balance_tables
+
+COUNTING_ROUTINGS = ("hash-balance", "hash-affinity")
 
 
 def default_sizes(ffn_width: int, num_experts: int) -> tuple[int, int]:
@@ -55,8 +60,13 @@ def split_neurons(importance_LF: Tensor, num_experts: int, expert_size: int, num
     return order_LF[:, torch.cat([shared_EF, own_EF], dim=1)]
 
 
-def check_sizes(ffn_width: int, num_experts: int, expert_size: int, num_shared: int) -> None:
-    """Raise a UserError unless layers of `ffn_width` neurons can be split this way."""
+def check_sizes(
+    ffn_width: int, num_experts: int, expert_size: int, num_shared: int, *, overlapping: bool = False
+) -> None:
+    """Raise a UserError unless layers of `ffn_width` neurons can be split this way.
+
+    Under "hash-affinity" experts are `overlapping`: they choose neurons independently of each other.
+    """
     if num_experts < 1:
         raise UserError(f"the number of experts must be at least 1, got {num_experts}")
     if not 1 <= expert_size <= ffn_width:
@@ -64,7 +74,7 @@ def check_sizes(ffn_width: int, num_experts: int, expert_size: int, num_shared: 
     if not 0 <= num_shared <= expert_size:
         raise UserError(f"the shared neurons must be 0 to the expert size {expert_size}, got {num_shared}")
     needed = num_experts * (expert_size - num_shared) + num_shared
-    if needed > ffn_width:
+    if needed > ffn_width and not overlapping:
         raise UserError(
             f"{num_experts} experts of {expert_size} neurons, {num_shared} of them shared, need {needed}"
             f" neurons, but the model's layers have {ffn_width}: take smaller experts or share more"
@@ -118,25 +128,29 @@ def adapt(
     top_k: int = 1,
     seed: int = 0,
     token_counts_V: Tensor | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> PreTrainedModel:
     """Make a MoE model of a fine-tuned one; the teacher is left as it is.
 
     Args:
         teacher: a BERT with any head that `to_moe` knows.
-        importance: of the teacher, or scores_LF from elsewhere such as `random_scores`.
+        importance: of the teacher, or scores_LF from elsewhere such as `random_scores`; for "hash-affinity",
+            an importance with token scores.
         num_experts: E.
         expert_size: neurons of one expert; None for `default_sizes`.
         num_shared: how many of them all experts have; None for two thirds of the expert size.
-        routing: "hash-random", "hash-balance", "gate-token" or "gate-sentence".
+        routing: "hash-random", "hash-balance", "hash-affinity", "gate-token" or "gate-sentence".
         top_k: experts per token.
-        seed: of random hash tables and of a gate's first weights.
-        token_counts_V: how often each token occurs in training; needed by "hash-balance".
+        seed: of random hash tables, those that "hash-affinity" starts from included, and of a gate's first
+            weights.
+        token_counts_V: how often each token occurs in training; needed by "hash-balance" and "hash-affinity".
+        progress: called with (layers done, layers in all) by "hash-affinity", which takes its time.
 
     Returns:
         The model, in the teacher's mode and on its device.
 
     Raises:
-        UserError: importance or sizes do not fit the teacher, or counts are missing.
+        UserError: importance or sizes do not fit the teacher, or token scores or counts are missing.
     """
     ffns = find_ffns(teacher)
     width = ffns[0].w1.out_features
@@ -147,12 +161,27 @@ def adapt(
         expert_size = default_sizes(width, num_experts)[0]
     if num_shared is None:
         num_shared = round(expert_size * 2 / 3)
-    index_LEF = split_neurons(importance.scores_LF, num_experts, expert_size, num_shared)
+    if routing in COUNTING_ROUTINGS and token_counts_V is None:
+        raise UserError(f"{routing} needs token_counts_V, how often each token occurs in training")
     tables_LV = None
-    if routing == "hash-balance":
-        if token_counts_V is None:
-            raise UserError("hash-balance needs token_counts_V, how often each token occurs in training")
-        tables_LV = hash_balance_tables(len(ffns), token_counts_V, num_experts)
+    if routing == "hash-affinity":
+        assert token_counts_V is not None
+        check_sizes(width, num_experts, expert_size, num_shared, overlapping=True)
+        split = split_by_affinity(
+            importance,
+            token_counts_V,
+            num_experts=num_experts,
+            expert_size=expert_size,
+            num_shared=num_shared,
+            seed=seed,
+            progress=progress,
+        )
+        index_LEF, tables_LV = split.index_LEF, split.tables_LV
+    else:
+        index_LEF = split_neurons(importance.scores_LF, num_experts, expert_size, num_shared)
+        if routing == "hash-balance":
+            assert token_counts_V is not None
+            tables_LV = hash_balance_tables(len(ffns), token_counts_V, num_experts)
     return to_moe(
         teacher,
         index_LEF,

@@ -16,12 +16,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from moebert_kernels.compress.token_scores import TokenScores, TokenScoreSums
 from moebert_kernels.errors import UserError
 from moebert_kernels.models.surgery import DenseFFN, find_ffns
 
 LossFunction = Callable[[Any, Mapping[str, Tensor]], Tensor]
 
 _FORMAT = "moebert-importance 1"
+_WITH_TOKENS = {"scores_LF", "token_scores_LGF", "token_group_V"}
 _LABELS = ("labels", "start_positions", "end_positions")
 
 
@@ -34,6 +36,7 @@ class Importance:
         model: name or folder of the model that was scored.
         task: the task it was scored on.
         num_samples: how many samples the scores sum over; 0 if unknown.
+        tokens: scores of the same neurons for each group of token ids; None if they were not taken.
 
     Raises:
         UserError: the scores are not of this kind.
@@ -43,6 +46,7 @@ class Importance:
     model: str
     task: str
     num_samples: int
+    tokens: TokenScores | None = None
 
     def __post_init__(self):
         scores_LF = self.scores_LF
@@ -56,6 +60,13 @@ class Importance:
             raise UserError("importance scores must be finite and not negative, and some are not")
         if self.num_samples < 0:
             raise UserError(f"num_samples must not be negative, got {self.num_samples}")
+        if self.tokens is not None:
+            num_layers, _, width = self.tokens.scores_LGF.shape
+            if (num_layers, width) != scores_LF.shape:
+                raise UserError(
+                    f"token scores are for {num_layers} layers of {width} neurons, importance scores for"
+                    f" {scores_LF.shape[0]} of {scores_LF.shape[1]}"
+                )
         object.__setattr__(self, "scores_LF", scores_LF)
 
     def save(self, path: str | Path) -> None:
@@ -69,8 +80,14 @@ class Importance:
             "task": self.task,
             "num_samples": str(self.num_samples),
         }
+        tensors = {"scores_LF": self.scores_LF}
+        if self.tokens is not None:
+            tensors |= {
+                "token_scores_LGF": self.tokens.scores_LGF,
+                "token_group_V": self.tokens.group_V,
+            }
         try:
-            save_file({"scores_LF": self.scores_LF}, unfinished, header)
+            save_file(tensors, unfinished, header)
             os.replace(unfinished, path)
         finally:
             unfinished.unlink(missing_ok=True)
@@ -88,16 +105,22 @@ class Importance:
         try:
             with safe_open(path, "pt") as file:
                 header = file.metadata() or {}
-                if header.get("format") != _FORMAT or list(file.keys()) != ["scores_LF"]:
+                names = set(file.keys())
+                if header.get("format") != _FORMAT or names not in ({"scores_LF"}, _WITH_TOKENS):
                     raise UserError(f"{path} is a safetensors file, but not of importance scores ({_FORMAT})")
                 scores_LF = file.get_tensor("scores_LF")
+                tokens = None
+                if names == _WITH_TOKENS:
+                    tokens = TokenScores(
+                        file.get_tensor("token_scores_LGF"), file.get_tensor("token_group_V")
+                    )
         except (SafetensorError, OSError) as error:
             raise UserError(
                 f"{path} is damaged or not an importance file ({error}); files published with the authors'"
                 " code are converted by `moebert importance --convert` (convert_published)"
             ) from None
         try:
-            return cls(scores_LF, header["model"], header["task"], int(header["num_samples"]))
+            return cls(scores_LF, header["model"], header["task"], int(header["num_samples"]), tokens)
         except (KeyError, ValueError) as error:
             raise UserError(f"{path} does not hold importance scores as they are saved: {error}") from None
 
@@ -125,6 +148,7 @@ def compute_importance(
     loss: str | LossFunction = "labels",
     task: str = "",
     model_name: str | None = None,
+    group_V: Tensor | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Importance:
     """Score every neuron by Eq. 4 of the paper, with one backward pass per batch.
@@ -143,6 +167,7 @@ def compute_importance(
             function of the model's output and the batch that gives a scalar sum over samples.
         task: recorded.
         model_name: recorded; None for the name the model was loaded by.
+        group_V: the group of every token id, from `token_groups`, to take token scores in the same passes.
         progress: called after each batch with the number of samples so far.
 
     Raises:
@@ -157,13 +182,18 @@ def compute_importance(
     loss_function = _labelled_loss_of(model) if loss == "labels" else loss
     if not callable(loss_function):
         raise ValueError(f'loss must be "labels" or a function, got {loss!r}')
+    tokens = None
+    if group_V is not None:
+        tokens = TokenScoreSums(group_V, *scores_LF.shape, dtype=dtype, device=device)
     num_samples = 0
     # The fused attention kernels for CUDA add up their gradients in no fixed order.
     attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else nullcontext()
     with _in_evaluation(model), torch.enable_grad(), attention:
         for batch in batches:
             batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-            with _scoring(ffns) as products_LBF:
+            if tokens is not None:
+                tokens.begin_batch(batch)
+            with _scoring(ffns, tokens) as products_LBF:
                 output = model(**{name: value for name, value in batch.items() if name not in _LABELS})
                 loss_function(output, batch).backward()
             for layer, product_BF in enumerate(products_LBF):
@@ -175,7 +205,8 @@ def compute_importance(
         raise ValueError("batches is empty: importance needs training samples")
     if model_name is None:
         model_name = str(getattr(getattr(model, "config", None), "name_or_path", ""))
-    return Importance(scores_LF, model_name, task, num_samples)
+    token_scores = None if tokens is None else tokens.scores()
+    return Importance(scores_LF, model_name, task, num_samples, token_scores)
 
 
 @contextmanager
@@ -194,16 +225,26 @@ def _in_evaluation(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _scoring(ffns: list[DenseFFN]) -> Iterator[list[Tensor]]:
+def _scoring(ffns: list[DenseFFN], tokens: TokenScoreSums | None) -> Iterator[list[Tensor]]:
     """Collect, in a backward pass inside, each layer's per-sample products [B, F]; B is known only then."""
     products_LBF: list[Any] = [0.0] * len(ffns)
+    positions_seen = [0] * len(ffns)  # more than one call if the feed-forward network runs in chunks
 
-    def collect(layer: int, activity_BSF: Tensor, bias_F: Tensor | None, gradient_BSF: Tensor) -> None:
+    def product(activity_BSF: Tensor, bias_F: Tensor | None, gradient_BSF: Tensor) -> Tensor:
         wide = torch.promote_types(activity_BSF.dtype, torch.float32)
         activity_BSF = activity_BSF.to(wide)
         if bias_F is not None:
             activity_BSF = activity_BSF - bias_F.to(wide)
-        products_LBF[layer] += (activity_BSF * gradient_BSF.to(wide)).sum(1)
+        return activity_BSF * gradient_BSF.to(wide)
+
+    def collect_w1(layer: int, h_BSF: Tensor, bias_F: Tensor | None, gradient_BSF: Tensor) -> None:
+        products_LBF[layer] += product(h_BSF, bias_F, gradient_BSF).sum(1)
+
+    def collect_w2(layer: int, first: int, a_BSF: Tensor, gradient_BSF: Tensor) -> None:
+        product_BSF = product(a_BSF, None, gradient_BSF)
+        products_LBF[layer] += product_BSF.sum(1)
+        if tokens is not None:
+            tokens.add(layer, first, product_BSF)
 
     def after_w1(layer: int):
         def hook(w1: nn.Linear, args: tuple[Tensor, ...], h_BSF: Tensor) -> Tensor:
@@ -212,15 +253,16 @@ def _scoring(ffns: list[DenseFFN]) -> Iterator[list[Tensor]]:
                 h_BSF = h_BSF.detach().requires_grad_()
             # The hooks hold detached values: holding the tensor they sit on would keep both alive for ever.
             values_BSF = h_BSF.detach()
-            h_BSF.register_hook(lambda gradient: collect(layer, values_BSF, w1.bias, gradient))
+            h_BSF.register_hook(lambda gradient: collect_w1(layer, values_BSF, w1.bias, gradient))
             return h_BSF
 
         return hook
 
     def before_w2(layer: int):
         def hook(w2: nn.Module, args: tuple[Tensor, ...]) -> None:
-            values_BSF = args[0].detach()
-            args[0].register_hook(lambda gradient: collect(layer, values_BSF, None, gradient))
+            values_BSF, first = args[0].detach(), positions_seen[layer]
+            positions_seen[layer] += values_BSF.shape[1]
+            args[0].register_hook(lambda gradient: collect_w2(layer, first, values_BSF, gradient))
 
         return hook
 

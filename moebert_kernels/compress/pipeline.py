@@ -5,7 +5,7 @@ its last checkpoint. In the output folder:
 
     student/                the distilled model, to be loaded from there
     results.json            every figure (format 1)
-    importance.safetensors  the scores the split was made by
+    importance.safetensors  the scores the split was made by; for hash-affinity, those of token ids too
     work/NAME/adapted/      each model before distillation
     work/NAME/distilled/    the comparison models after it
     work/stages/*.json      what each stage was made from, how long it took, its small results
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moebert_kernels import __version__
-from moebert_kernels.compress.adapt import adapt, random_scores, token_counts
+from moebert_kernels.compress.adapt import COUNTING_ROUTINGS, adapt, random_scores, token_counts
 from moebert_kernels.compress.artifacts import (
     Stage,
     discard_unfinished,
@@ -49,6 +49,7 @@ from moebert_kernels.compress.loading import (
 from moebert_kernels.compress.measure import measure
 from moebert_kernels.compress.settings import CompressSettings, resolve
 from moebert_kernels.compress.tasks import TaskData, match_labels, tokenize
+from moebert_kernels.compress.token_scores import token_groups
 from moebert_kernels.environment import describe_environment
 from moebert_kernels.errors import UserError
 from moebert_kernels.models import (
@@ -152,27 +153,27 @@ class _Variant:
     Attributes:
         name: in results.json.
         folder: of its files, under the output folder's work/.
-        build: makes it.
+        build: makes it, and says how far it is.
         made_from: everything that decides what `build` makes, for json.
     """
 
     name: str
     folder: str
-    build: Callable[[_Run], PreTrainedModel]
+    build: Callable[[_Run, Report], PreTrainedModel]
     made_from: Callable[[_Run], Any]
 
 
 _STUDENT = _Variant(
     "student",
     "student",
-    build=lambda run: run.split_by(run.importance),
+    build=lambda run, report: run.split_by(run.importance, report),
     made_from=lambda run: [run.importance_print, *run.split_inputs],
 )
 _COMPARISONS = {
     "random": _Variant(
         "random split",
         "random",
-        build=lambda run: run.split_by(run.random_scores()),
+        build=lambda run, report: run.split_by(run.random_scores(), report),
         made_from=lambda run: run.split_inputs,
     ),
 }
@@ -210,7 +211,11 @@ class _Run:
         self.train_print = fingerprint(rows_fingerprint(data.train), settings.max_length)
         self.validation_print = fingerprint(rows_fingerprint(data.validation), settings.max_length)
         self.importance_print: str = fingerprint(
-            self.teacher_print, self.train_print, settings.importance_rows, settings.seed
+            self.teacher_print,
+            self.train_print,
+            settings.importance_rows,
+            settings.seed,
+            settings.routing == "hash-affinity",
         )
 
     @cached_property
@@ -267,11 +272,15 @@ class _Run:
 
         def work(report: Report) -> None:
             rows = sample_rows(self.data.train, self.settings.importance_rows, self.settings.seed)
+            group_V = None
+            if self.settings.routing == "hash-affinity":
+                group_V = token_groups(self.teacher, token_counts(rows, self.teacher.config.vocab_size))
             compute_importance(
                 self.teacher,
                 batches(rows, self.tokenizer, device=self.device),
                 task=self.raw.task.name,
                 model_name=self.teacher_dir.resolve().name,
+                group_V=group_V,
                 progress=lambda done: report(done, len(rows)),
             ).save(path)
 
@@ -282,15 +291,18 @@ class _Run:
     def split_inputs(self) -> list[Any]:
         """What the teacher's split depends on beside the scores."""
         s = self.settings
-        counts = self.train_print if s.routing == "hash-balance" else None
+        counts = self.train_print if s.routing in COUNTING_ROUTINGS else None
         sizes = [s.num_experts, s.expert_size, s.num_shared]
         return [self.teacher_print, *sizes, s.routing, s.top_k, s.seed, counts]
 
-    def split_by(self, scores: Importance | Tensor) -> PreTrainedModel:
+    def split_by(self, scores: Importance | Tensor, report: Report) -> PreTrainedModel:
         """The MoE whose experts take the teacher's neurons by falling score."""
         s = self.settings
+        routing = s.routing
+        if routing == "hash-affinity" and not isinstance(scores, Importance):
+            routing = "hash-random"  # neurons drawn at random suit no token better than another
         counts_V = None
-        if s.routing == "hash-balance":
+        if routing in COUNTING_ROUTINGS:
             counts_V = token_counts(self.data.train, self.teacher.config.vocab_size)
         return adapt(
             self.teacher,
@@ -298,10 +310,11 @@ class _Run:
             num_experts=s.num_experts,
             expert_size=s.expert_size,
             num_shared=s.num_shared,
-            routing=s.routing,
+            routing=routing,
             top_k=s.top_k,
             seed=s.seed,
             token_counts_V=counts_V,
+            progress=report,
         )
 
     def random_scores(self) -> Tensor:
@@ -313,7 +326,7 @@ class _Run:
         made_from = fingerprint(variant.folder, variant.made_from(self))
 
         def work(report: Report) -> None:
-            save_encoder(variant.build(self), self.tokenizer, folder)
+            save_encoder(variant.build(self, report), self.tokenizer, folder)
 
         self.stage(f"adapt {variant.name}", made_from, work, folder)
         return folder, made_from

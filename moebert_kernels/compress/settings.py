@@ -22,7 +22,7 @@ class CompressSettings:
         num_experts: E.
         expert_size: F, neurons of one expert; by default the dense width / E.
         num_shared: neurons that every expert starts with; by default two thirds of F.
-        routing: "hash-random", "hash-balance", "gate-token" or "gate-sentence".
+        routing: "hash-random", "hash-balance", "hash-affinity", "gate-token" or "gate-sentence".
         top_k: experts per token; more than 1 only for gates.
         epochs: of distillation.
         learning_rate: of distillation; by default 3e-5, the paper's for BERT-base, and 1e-4 for models of
@@ -100,7 +100,9 @@ def resolve(
     if size is None:
         size = default_sizes(width, settings.num_experts)[0]
     shared = round(size * 2 / 3) if settings.num_shared is None else settings.num_shared
-    check_sizes(width, settings.num_experts, size, shared)
+    # A random split, to compare, deals neurons out: its experts cannot overlap.
+    overlapping = settings.routing == "hash-affinity" and "random" not in settings.comparisons
+    check_sizes(width, settings.num_experts, size, shared, overlapping=overlapping)
     rate = settings.learning_rate
     if rate is None:
         rate = 1e-4 if teacher.config.hidden_size <= 512 else 3e-5

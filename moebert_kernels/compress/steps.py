@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from moebert_kernels.compress.adapt import adapt, random_scores, token_counts
+from moebert_kernels.compress.adapt import COUNTING_ROUTINGS, adapt, random_scores, token_counts
 from moebert_kernels.compress.artifacts import (
     fingerprint,
     model_fingerprint,
@@ -30,6 +30,7 @@ from moebert_kernels.compress.loading import (
 from moebert_kernels.compress.pipeline import Progress
 from moebert_kernels.compress.settings import CompressSettings, resolve
 from moebert_kernels.compress.tasks import TaskData, match_labels, tokenize
+from moebert_kernels.compress.token_scores import token_groups
 from moebert_kernels.errors import UserError
 from moebert_kernels.models import MoEBertConfig, find_ffns
 
@@ -40,6 +41,7 @@ def score_teacher(
     teacher_dir: Path,
     output: Path,
     *,
+    per_token: bool = False,
     progress: Progress,
 ) -> Importance:
     """Take importance on training rows and save it; see `compute_importance`.
@@ -49,6 +51,7 @@ def score_teacher(
         data: raw rows.
         teacher_dir: of the fine-tuned model.
         output: safetensors file to write.
+        per_token: take token scores too, which "hash-affinity" needs.
         progress: hears (stage, rows done, rows in all).
 
     Raises:
@@ -59,12 +62,14 @@ def score_teacher(
     max_length = row_length(settings.max_length, teacher.config, tokenizer, "max_length")
     data = tokenize(match_labels(data, teacher.config), tokenizer, max_length)
     rows = sample_rows(data.train, settings.importance_rows, settings.seed)
+    group_V = token_groups(teacher, token_counts(rows, teacher.config.vocab_size)) if per_token else None
     _place(teacher)
     importance = compute_importance(
         teacher,
         batches(rows, tokenizer, device=default_device()),
         task=data.task.name,
         model_name=teacher_dir.resolve().name,
+        group_V=group_V,
         progress=lambda done: progress("importance", done, len(rows)),
     )
     importance.save(output)
@@ -78,6 +83,7 @@ def split_teacher(
     output_dir: Path,
     *,
     data: TaskData | None = None,
+    progress: Progress,
 ) -> PreTrainedModel:
     """Make the MoE of a teacher and save it with the teacher's tokenizer; see `adapt`.
 
@@ -86,7 +92,8 @@ def split_teacher(
         teacher_dir: of the fine-tuned model.
         importance: the scores' file; None for a split at random.
         output_dir: of the new model; must not hold another.
-        data: raw rows whose tokens "hash-balance" counts; other routings need none.
+        data: raw rows whose tokens are counted for `COUNTING_ROUTINGS`; other routings need none.
+        progress: hears (stage, layers done, layers in all) of "hash-affinity".
 
     Raises:
         UserError: sizes, scores and teacher do not fit, or data is missing.
@@ -100,9 +107,11 @@ def split_teacher(
     else:
         scores = Importance.load(importance)
     counts_V = None
-    if settings.routing == "hash-balance":
+    if settings.routing in COUNTING_ROUTINGS:
         if data is None:
-            raise UserError("hash-balance counts the tokens of the training rows: name the task and its data")
+            raise UserError(
+                f"{settings.routing} counts the tokens of the training rows: name the task and its data"
+            )
         max_length = row_length(settings.max_length, teacher.config, tokenizer, "max_length")
         rows = tokenize(data, tokenizer, max_length).train
         counts_V = token_counts(rows, teacher.config.vocab_size)
@@ -116,6 +125,7 @@ def split_teacher(
         top_k=settings.top_k,
         seed=settings.seed,
         token_counts_V=counts_V,
+        progress=lambda done, total: progress("adapt", done, total),
     )
     save_encoder(student, tokenizer, output_dir)
     return student

@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import BertConfig
 
-HASH_ROUTINGS = ("hash-random", "hash-balance")
+HASH_ROUTINGS = ("hash-random", "hash-balance", "hash-affinity")
 GATE_ROUTINGS = ("gate-token", "gate-sentence")
 ROUTINGS = HASH_ROUTINGS + GATE_ROUTINGS
 
@@ -44,10 +44,10 @@ class MoEBertConfig(BertConfig):
         expert_size: F, the neurons of one expert. `intermediate_size` keeps the width of the dense
             feed-forward network the experts were cut from.
         num_shared_neurons: how many neurons every expert started with; a record, nothing reads it.
-        routing: "hash-random", "hash-balance", "gate-token" or "gate-sentence".
+        routing: "hash-random", "hash-balance", "hash-affinity", "gate-token" or "gate-sentence".
         top_k: K, experts per token; a hash has 1.
         balance_loss_weight: of the load-balance loss that heads add to theirs while a gate is trained.
-        hash_seed: of the tables of a "hash-random" model made from scratch.
+        hash_seed: of the random tables of a model made from scratch.
 
     Raises:
         ValueError: a value is out of range, or asks for a decoder or for a chunked feed-forward.

@@ -111,9 +111,10 @@ def replace_ffns(
         model: `BertModel` or a head on one.
         index_LEF: integer [L, E, F], from `split_neurons` or of your own making; E neurons' sets of each
             layer's network, which may overlap.
-        routing: "hash-random", "hash-balance", "gate-token" or "gate-sentence".
+        routing: "hash-random", "hash-balance", "hash-affinity", "gate-token" or "gate-sentence".
         tables_LV: integer [L, V], the expert of every token id, for a hash. By default drawn at random
-            for "hash-random"; "hash-balance" has none and needs them, from `hash_balance_tables`.
+            for "hash-random"; the others have none and need them: "hash-balance" from `hash_balance_tables`,
+            "hash-affinity" together with index_LEF from `compress.affinity.split_by_affinity`.
         top_k: K, for a gate.
         seed: of the random tables or of the gates' weights. Torch's global random state is left alone.
 
@@ -244,6 +245,10 @@ def _checked_tables(tables_LV: Tensor | None, shape: tuple[int, int], config: Mo
             raise ValueError(
                 "routing='hash-balance' needs tables_LV: hash_balance_tables(num_layers, token_counts_V, "
                 "num_experts) makes them from the training data's token counts"
+            )
+        if config.routing == "hash-affinity":
+            raise ValueError(
+                "routing='hash-affinity' needs tables_LV: split_by_affinity makes them with index_LEF"
             )
         return hash_random_tables(*shape, config.num_experts, seed=config.hash_seed)
     if tables_LV.shape != shape or tables_LV.is_floating_point():

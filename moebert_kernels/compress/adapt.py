@@ -122,7 +122,7 @@ def adapt(
     """Make a MoE model of a fine-tuned one; the teacher is left as it is.
 
     Args:
-        teacher: a BERT with any head that `to_moe` knows.
+        teacher: an encoder with any head that `to_moe` knows.
         importance: of the teacher, or scores_LF from elsewhere such as `random_scores`.
         num_experts: E.
         expert_size: neurons of one expert; None for `default_sizes`.

@@ -30,7 +30,7 @@ from moebert_kernels.compress.pipeline import Progress
 from moebert_kernels.compress.settings import CompressSettings, load_teacher, resolve
 from moebert_kernels.compress.tasks import TaskData, match_labels, tokenize
 from moebert_kernels.errors import UserError
-from moebert_kernels.models import MoEBertConfig, find_ffns
+from moebert_kernels.models import find_ffns, is_moe
 
 
 def score_teacher(
@@ -149,7 +149,7 @@ def distill_student(
     _check_no_model(output_dir)
     teacher, tokenizer = load_teacher(teacher_dir)
     student = _load(student_dir)[0]
-    if not isinstance(student.config, MoEBertConfig):
+    if not is_moe(student.config):
         raise UserError(f"the model in {student_dir} has no experts: make a MoE of it with `moebert adapt`")
     settings = replace(settings, measure_length=settings.max_length)  # nothing is measured here
     settings = resolve(settings, teacher, tokenizer, len(data.train))

@@ -45,14 +45,18 @@ class DataOptions:
     validation_data: Annotated[Path | None, _table(help="A second table, to validate on.")] = None
     validation_fraction: Annotated[
         float | None,
-        _table(help="Without a second: the part to hold out, drawn by --seed.", show_default="0.1"),
+        _table(help="Without a second: the part to hold out.", show_default="0.1"),
+    ] = None
+    split_seed: Annotated[
+        int | None,
+        _table(help="Of the rows held out. A teacher and its student must have the same.", show_default="0"),
     ] = None
     kind: Annotated[
         Kind | None, _table(help="By default regression if labels are numbers and not all of them whole.")
     ] = None
 
-    def load(self, seed: int) -> TaskData:
-        """Read the rows; `seed` draws those held out of a table.
+    def load(self) -> TaskData:
+        """Read the rows.
 
         Raises:
             UserError: the options do not fit each other or the files.
@@ -61,8 +65,10 @@ class DataOptions:
         from moebert_kernels.errors import UserError
 
         if self.task is None or self.data is None:
+            missing = [name for name in ("task", "data") if getattr(self, name) is None]
             raise UserError(
-                "name the task and its data: --task sst2 --data SST-2, or --task csv --data my.csv"
+                f"{' and '.join(f'--{name}' for name in missing)} must be given: "
+                "--task sst2 --data SST-2, for instance, or --task csv --data my.csv"
             )
         if self.validation_data is not None and self.validation_fraction is not None:
             raise UserError("give --validation-data or --validation-fraction, not both")
@@ -73,9 +79,10 @@ class DataOptions:
             "validation_file": self.validation_data,
             "validation_fraction": self.validation_fraction,
             "kind": self.kind,
+            "seed": self.split_seed,
         }
         given = {name: value for name, value in given.items() if value is not None}
-        csv = CsvOptions(**given, seed=seed) if given or self.task == "csv" else None
+        csv = CsvOptions(**given) if given or self.task == "csv" else None
         return load_task(self.task, self.data, csv=csv)
 
 
@@ -164,7 +171,10 @@ class FinetuneOptions:
 class RunOptions:
     """What every stage that reads rows has."""
 
-    max_length: Annotated[int, _data(help="Tokens a row is cut to.")] = 128
+    max_length: Annotated[
+        int | None,
+        _data(help="Tokens a row is cut to.", show_default="128, or the model's most if that is fewer"),
+    ] = None
     seed: Annotated[int, typer.Option(help="Of everything random; the same seed, the same result.")] = 0
 
 
@@ -175,6 +185,14 @@ Teacher = Annotated[
         "--teacher", help="Folder of the fine-tuned model and its tokenizer, as transformers saves."
     ),
 ]
+
+
+_OPTION_OF = {"num_experts": "--experts", "num_shared": "--shared", "learning_rate": "--lr"}
+
+
+def option_of(argument: str) -> str:
+    """The option by which a user gives an argument of the library."""
+    return _OPTION_OF.get(argument, "--" + argument.replace("_", "-"))
 
 
 def compress_settings(*groups: ExpertOptions | DistillOptions | RunOptions, **more: Any) -> CompressSettings:

@@ -71,7 +71,7 @@ def test_reads_encodes_and_saves_as_sentence_transformers_does(name, pooling, no
     torch.testing.assert_close(by_sentence_transformers(tmp_path / "moe"), expected, atol=1e-4, rtol=1e-4)
     assert is_moe(load_sentence_encoder(tmp_path / "moe").model.config)
     assert not list((tmp_path / "moe").rglob("*.bin"))
-    with pytest.raises(UserError, match="is not empty"):
+    with pytest.raises(UserError, match="is not an empty folder"):
         save_sentence_encoder(moe, tmp_path / "moe")
 
 

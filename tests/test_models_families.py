@@ -23,6 +23,7 @@ from transformers import (
     RobertaConfig,
     RobertaPreLayerNormConfig,
     RobertaPreLayerNormModel,
+    T5Config,
     pipeline,
 )
 
@@ -242,9 +243,10 @@ def test_is_moe_tells_configurations_apart():
     dense = build("Roberta")
     assert not is_moe(dense.config)
     assert is_moe(to_moe(dense, quarters(), num_shared_neurons=0).config)
-    with pytest.raises(ValueError, match=r"config must be one of BertConfig, .*got GPT2Config"):
-        max_tokens(GPT2Config())
     assert max_tokens(RobertaConfig(max_position_embeddings=514)) == 512
+    assert max_tokens(GPT2Config(n_positions=99)) == 99
+    with pytest.raises(ValueError, match="T5Config does not say how many tokens fit"):
+        max_tokens(T5Config())
 
 
 def small(config_class, **sizes):

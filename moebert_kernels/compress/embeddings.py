@@ -25,12 +25,15 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
+from moebert_kernels.compress.artifacts import replace_whole
 from moebert_kernels.compress.batching import padded_batches
 from moebert_kernels.compress.distill import DistillSettings, distill
 from moebert_kernels.compress.importance import Importance, compute_importance
+from moebert_kernels.compress.loading import load_tokenizer
 from moebert_kernels.errors import UserError
 from moebert_kernels.models import max_tokens
 
@@ -122,9 +125,9 @@ def load_sentence_encoder(folder: str | Path) -> SentenceEncoder:
     options = _read_json(options_file, dict) if options_file.is_file() else {}
     try:
         model = AutoModel.from_pretrained(folder / model_folder, dtype=torch.float32).eval()
-        tokenizer = AutoTokenizer.from_pretrained(folder / model_folder)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"cannot load the encoder in {folder / model_folder}: {error}") from None
+    tokenizer = load_tokenizer(folder / model_folder, model.config)
     lengths = [options.get("max_seq_length"), tokenizer.model_max_length, max_tokens(model.config)]
     return SentenceEncoder(
         model,
@@ -249,25 +252,27 @@ def distill_embeddings(
 def save_sentence_encoder(encoder: SentenceEncoder, folder: str | Path) -> None:
     """Write a folder that sentence_transformers loads: `encoder.folder` with this model in place of the old.
 
+    The folder is written whole or not at all.
+
     Raises:
-        UserError: `folder` holds something already.
+        UserError: `folder` holds something already, or `encoder.folder` is gone.
     """
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty; give another output folder")
-    target = folder / encoder.model_folder
-    target.mkdir(parents=True, exist_ok=True)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not an empty folder; give another output folder")
     modules = _read_json(encoder.folder / "modules.json", list)
     kept = ["modules.json", "config_sentence_transformers.json"]
     kept.append(str(Path(encoder.model_folder) / "sentence_bert_config.json"))
-    for name in kept:
-        if (encoder.folder / name).is_file():
-            shutil.copyfile(encoder.folder / name, folder / name)
-    for module in modules[1:]:
-        if (encoder.folder / module["path"]).is_dir():  # Normalize may have no folder
-            shutil.copytree(encoder.folder / module["path"], folder / module["path"])
-    encoder.tokenizer.save_pretrained(target)
-    encoder.model.save_pretrained(target)
+    with replace_whole(folder) as fresh:
+        target = fresh / encoder.model_folder
+        encoder.model.save_pretrained(target)
+        encoder.tokenizer.save_pretrained(target)
+        for name in kept:
+            if (encoder.folder / name).is_file():
+                shutil.copyfile(encoder.folder / name, fresh / name)
+        for module in modules[1:]:
+            if (encoder.folder / module["path"]).is_dir():  # Normalize may have no folder
+                shutil.copytree(encoder.folder / module["path"], fresh / module["path"])
 
 
 def _read_json(path: Path, kind: type) -> Any:

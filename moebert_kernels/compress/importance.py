@@ -94,7 +94,7 @@ class Importance:
         except (SafetensorError, OSError) as error:
             raise UserError(
                 f"{path} is damaged or not an importance file ({error}); files published with the authors'"
-                " code are read by convert_published"
+                " code are converted by `moebert importance --convert` (convert_published)"
             ) from None
         try:
             return cls(scores_LF, header["model"], header["task"], int(header["num_samples"]))

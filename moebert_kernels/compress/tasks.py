@@ -16,7 +16,7 @@ from sklearn import metrics
 from transformers import EvalPrediction, PretrainedConfig, PreTrainedTokenizerBase
 
 from moebert_kernels.compress.files import Table, read_table
-from moebert_kernels.errors import UserError
+from moebert_kernels.errors import ArgumentError, UserError
 
 KINDS = ("classification", "regression")
 
@@ -311,13 +311,11 @@ def tokenize(data: TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int
         The rows with the tokenizer's columns and "labels", ready for `transformers.Trainer`.
 
     Raises:
-        UserError: `max_length` is less than 3 or more than the tokenizer's model has.
+        ArgumentError: `max_length` is less than 3 or more than the tokenizer's model has.
     """
-    if max_length < 3:
-        raise UserError(f"max_length is {max_length}, expected at least 3")
-    if max_length > tokenizer.model_max_length:
-        raise UserError(
-            f"max_length is {max_length}, but the model takes {tokenizer.model_max_length} at most"
+    if not 3 <= max_length <= tokenizer.model_max_length:
+        raise ArgumentError(
+            "max_length", f"must be 3 to the model's {tokenizer.model_max_length}, got {max_length}"
         )
 
     def encode(rows: dict[str, list[Any]]) -> dict[str, Any]:

@@ -18,8 +18,6 @@ from transformers import (
     BertForSequenceClassification,
     BertForTokenClassification,
     BertModel,
-    RobertaConfig,
-    RobertaModel,
 )
 from transformers.models.bert.modeling_bert import BertLayer
 
@@ -176,7 +174,7 @@ def test_in_place_under_any_head_equals_to_moe_under_its_own(routing):
     actual = teacher(**inputs, router_outputs=theirs)
     assert torch.equal(actual.logits, expected.logits)
     assert len(ours) == len(theirs) == LAYERS
-    assert type(teacher) is BertForTokenClassification
+    assert type(teacher) is type(moe) is MoEBertForTokenClassification
     assert teacher.config.num_shared_neurons == 0
 
 
@@ -232,14 +230,7 @@ def test_find_ffns_reads_the_layers_in_order():
         assert (dense.activation, dense.dropout) == ("relu", 0.25)
 
 
-def test_find_ffns_says_what_it_looked_for():
-    roberta = RobertaModel(
-        RobertaConfig(
-            vocab_size=10, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
-        )
-    )
-    with pytest.raises(ValueError, match=r"RobertaModel.*looked for transformers' BertLayer.*it has none"):
-        find_ffns(roberta)
+def test_cutting_twice_is_refused():
     model = build(BertModel)
     replace_ffns(model, quarters())
     with pytest.raises(ValueError, match="hold experts already"):
@@ -247,7 +238,7 @@ def test_find_ffns_says_what_it_looked_for():
 
 
 def test_an_activation_without_experts_is_named():
-    with pytest.raises(ValueError, match=r"hidden_act must be one of gelu.*got 'mish'"):
+    with pytest.raises(ValueError, match=r"hidden_act must be one of gelu.*got MishActivation"):
         find_ffns(build(BertModel, hidden_act="mish"))
 
 
@@ -284,7 +275,7 @@ def test_decoders_chunks_and_wrong_records_are_refused():
         replace_ffns(build(BertModel, chunk_size_feed_forward=2), quarters())
     with pytest.raises(ValueError, match=r"num_shared_neurons must lie in \[0, 0\]"):
         to_moe(build(BertModel), quarters(), num_shared_neurons=1)
-    with pytest.raises(ValueError, match="exactly one BertModel, ModuleList holds 2"):
+    with pytest.raises(ValueError, match=r"exactly one of BertModel, .*; ModuleList holds 2"):
         replace_ffns(nn.ModuleList([build(BertModel), build(BertModel)]), quarters())
 
 

@@ -133,7 +133,7 @@ def adapt(
     """Make a MoE model of a fine-tuned one; the teacher is left as it is.
 
     Args:
-        teacher: a BERT with any head that `to_moe` knows.
+        teacher: an encoder with any head that `to_moe` knows.
         importance: of the teacher, or scores_LF from elsewhere such as `random_scores`; for "hash-affinity",
             an importance with token scores.
         num_experts: E.

@@ -22,7 +22,15 @@ from transformers import (
 
 from moebert_kernels.compress.batching import LengthGroupedTrainer
 from moebert_kernels.compress.finetune import last_checkpoint
-from moebert_kernels.compress.losses import IGNORED_LABEL, Prediction, label_loss, layer_loss, prediction_loss
+from moebert_kernels.compress.losses import (
+    IGNORED_LABEL,
+    Pooling,
+    Prediction,
+    embedding_loss,
+    label_loss,
+    layer_loss,
+    prediction_loss,
+)
 from moebert_kernels.errors import UserError
 from moebert_kernels.models import decay_parameters
 
@@ -49,6 +57,9 @@ class DistillationTrainer(Trainer):
     learned gates, `balance`, each averaged over the steps since the last log. Evaluation asks the student
     alone: `eval_loss` is the loss from labels, so that it compares with any other training of the same task.
 
+    With `pooling`, the models are base models that embed sentences, and need no labels: `embedding_loss` of
+    what they pool from their last hidden states takes the place of CE and L_pred; logged as `embedding`.
+
     The teacher is not part of the student, nor of any checkpoint. It is frozen (its parameters no longer
     require gradients), put into eval mode and moved to the training device.
 
@@ -58,6 +69,8 @@ class DistillationTrainer(Trainer):
         teacher: a model with the same head and as many layers of the same hidden size.
         args: as for `Trainer`.
         distill_weight: lambda, the weight of the distillation terms.
+        pooling: makes a sentence's embedding of the last hidden states [B, S, D] and the mask [B, S]; None
+            for models with a head.
         trainer_options: the other arguments of `Trainer`, such as `train_dataset`, `processing_class`,
             `compute_metrics` and `callbacks`.
 
@@ -73,6 +86,7 @@ class DistillationTrainer(Trainer):
         *,
         args: TrainingArguments,
         distill_weight: float = 1.0,
+        pooling: Pooling | None = None,
         **trainer_options: Any,
     ):
         if distill_weight < 0:
@@ -89,6 +103,7 @@ class DistillationTrainer(Trainer):
             )
         self.teacher = teacher.requires_grad_(False).eval().to(self.args.device)
         self.distill_weight = distill_weight
+        self.pooling = pooling
         # Says that compute_loss divides by what get_batch_samples counted, so that training_step does not.
         self.model_accepts_loss_kwargs = True
         self._reset_terms()
@@ -129,10 +144,10 @@ class DistillationTrainer(Trainer):
                 whole step. Otherwise they are means over this batch.
         """
         labels = {name: inputs[name] for name in _LABELS if inputs.get(name) is not None}
-        if not labels:
+        if not labels and self.pooling is None:
             raise ValueError(f"distillation needs labels; the batch holds only {', '.join(inputs)}")
         features = {name: value for name, value in inputs.items() if name not in _LABELS}
-        if not model.training:
+        if not model.training and self.pooling is None:
             outputs = model(**features)
             loss = self._label_loss(outputs, labels)
             return (loss, outputs) if return_outputs else loss
@@ -142,14 +157,22 @@ class DistillationTrainer(Trainer):
         outputs = model(**features, **extra, output_hidden_states=True)
         with torch.no_grad(), self.accelerator.autocast():
             teacher_outputs = self.teacher(**features, output_hidden_states=True)
-        kind = self._kind(outputs)
         mask_BS = features.get("attention_mask")
-        terms = {
-            "ce": self._label_loss(outputs, labels),
-            "layer": layer_loss(outputs.hidden_states, teacher_outputs.hidden_states, mask_BS),
-            "prediction": prediction_loss(kind, _prediction(outputs), _prediction(teacher_outputs), mask_BS),
-        }
-        weights = {"ce": 1.0, "layer": self.distill_weight, "prediction": self.distill_weight}
+        layers = layer_loss(outputs.hidden_states, teacher_outputs.hidden_states, mask_BS)
+        per_token = False
+        if self.pooling is None:
+            kind = self._kind(outputs)
+            per_token = kind == "token_classification"
+            predictions = _prediction(outputs), _prediction(teacher_outputs)
+            terms = {
+                "ce": self._label_loss(outputs, labels),
+                "layer": layers,
+                "prediction": prediction_loss(kind, *predictions, mask_BS),
+            }
+        else:
+            ours, theirs = (self.pooling(o.last_hidden_state, mask_BS) for o in (outputs, teacher_outputs))
+            terms = {"layer": layers, "embedding": embedding_loss(ours, theirs)}
+        weights = {name: 1.0 if name == "ce" else self.distill_weight for name in terms}
         if self.learned_gates:
             terms["balance"] = torch.stack([router.balance_loss for router in routers]).mean()
             weights["balance"] = self._student_config.balance_loss_weight
@@ -159,11 +182,11 @@ class DistillationTrainer(Trainer):
             share = _Units(
                 *(n / total.clamp(min=1) for n, total in zip(here, num_items_in_batch, strict=True))
             )
-            per_token = kind == "token_classification"
             shares = {
                 "ce": share.labels,
                 "layer": share.tokens,
                 "prediction": share.tokens if per_token else share.sequences,
+                "embedding": share.sequences,
                 "balance": share.tokens,
             }
             terms = {name: term * shares[name] for name, term in terms.items()}
@@ -277,6 +300,7 @@ def distill(
     settings: DistillSettings,
     checkpoints: Path,
     *,
+    pooling: Pooling | None = None,
     progress: Callable[[int, int], None] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> list[dict[str, float]]:
@@ -291,12 +315,13 @@ def distill(
         tokenizer: pads, and is saved with each checkpoint.
         settings: the same when resuming.
         checkpoints: folder for this run's checkpoints and nothing else.
+        pooling: as for `DistillationTrainer`.
         progress: called with (steps done, steps in all), at the start and after each step.
         callbacks: of the Trainer.
 
     Returns:
-        The loss curves: at each logged step "step", "ce", "layer", "prediction", with learned gates
-        "balance", and "total", averaged since the log before.
+        The loss curves: at each logged step "step", "ce", "layer", "prediction" (or "layer", "embedding"),
+        with learned gates "balance", and "total", averaged since the log before.
 
     Raises:
         UserError: the loss became infinite or NaN.
@@ -329,13 +354,14 @@ def distill(
         teacher,
         args=arguments,
         distill_weight=settings.distill_weight,
+        pooling=pooling,
         train_dataset=rows,
         processing_class=tokenizer,
         callbacks=[*callbacks, _StopWhenDiverged(), *([_Report(progress)] if progress else [])],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
-    terms = ("ce", "layer", "prediction", "balance")
+    terms = ("ce", "layer", "prediction", "embedding", "balance")
     return [
         {"step": entry["step"], **{t: entry[t] for t in terms if t in entry}, "total": entry["loss"]}
         for entry in trainer.state.log_history

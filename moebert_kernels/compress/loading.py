@@ -17,7 +17,7 @@ from transformers import (
 
 from moebert_kernels.compress.artifacts import replace_whole
 from moebert_kernels.errors import ArgumentError, UserError
-from moebert_kernels.models import find_ffns
+from moebert_kernels.models import find_ffns, max_tokens
 
 DEFAULT_MAX_LENGTH = 128
 
@@ -116,7 +116,7 @@ def row_length(
     Raises:
         ArgumentError: the model takes no rows that long, or rows that short hold no text.
     """
-    most = min(config.max_position_embeddings, tokenizer.model_max_length)
+    most = min(max_tokens(config), tokenizer.model_max_length)
     if asked is None:
         return min(DEFAULT_MAX_LENGTH, most)
     if asked > most:

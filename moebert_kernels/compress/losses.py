@@ -7,7 +7,7 @@ classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ PREDICTION_KINDS = (*_ONE_TENSOR_KINDS, "question_answering")
 IGNORED_LABEL = -100
 
 Prediction = Tensor | tuple[Tensor, Tensor]
+Pooling = Callable[[Tensor, Tensor | None], Tensor]
 
 
 def layer_loss(
@@ -141,6 +142,20 @@ def label_loss(kind: str, student: Prediction, labels: Prediction, *, label_smoo
     if kind == "regression":
         return F.mse_loss(_wide(student), _wide(labels).view_as(student))
     return _cross_entropy(student.flatten(0, -2), labels.flatten(), label_smoothing)
+
+
+def embedding_loss(student_BD: Tensor, teacher_BD: Tensor) -> Tensor:
+    """The squared distance of two embeddings in units of the teacher's squared length, mean over sentences.
+
+    Of embeddings of length 1, it is 2 (1 - cosine).
+
+    Args:
+        student_BD: one embedding per sentence.
+        teacher_BD: of the same shape.
+    """
+    student_BD, teacher_BD = _wide(student_BD), _wide(teacher_BD)
+    squared_length_B = teacher_BD.square().sum(-1).clamp(min=torch.finfo(teacher_BD.dtype).eps)
+    return ((student_BD - teacher_BD).square().sum(-1) / squared_length_B).mean()
 
 
 def _wrong_kind(kind: str, first: Prediction, second: Prediction) -> ValueError:

@@ -32,7 +32,7 @@ from moebert_kernels.compress.settings import CompressSettings, resolve
 from moebert_kernels.compress.tasks import TaskData, match_labels, tokenize
 from moebert_kernels.compress.token_scores import token_groups
 from moebert_kernels.errors import UserError
-from moebert_kernels.models import MoEBertConfig, find_ffns
+from moebert_kernels.models import find_ffns, is_moe
 
 
 def score_teacher(
@@ -161,7 +161,7 @@ def distill_student(
     check_no_model(output_dir)
     teacher, tokenizer = load_teacher(teacher_dir)
     student = load_classifier(student_dir)[0]
-    if not isinstance(student.config, MoEBertConfig):
+    if not is_moe(student.config):
         raise UserError(f"the model in {student_dir} has no experts: make a MoE of it with `moebert adapt`")
     settings = resolve(settings, teacher, tokenizer, len(data.train))
     assert settings.learning_rate is not None

@@ -1,11 +1,12 @@
-"""MoEBertConfig: a BertConfig that also says how many experts there are and how tokens reach them."""
+"""What a MoE encoder's configuration adds: how many experts there are and how tokens reach them."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
-from huggingface_hub.dataclasses import strict
-from transformers import BertConfig
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 HASH_ROUTINGS = ("hash-random", "hash-balance", "hash-affinity")
 GATE_ROUTINGS = ("gate-token", "gate-sentence")
@@ -20,29 +21,37 @@ _ACTIVATION_OF_HIDDEN_ACT = {
     "silu": "silu",
     "swish": "silu",
 }
+_ACTIVATION_OF_CLASS = {type(ACT2FN[name]): ours for name, ours in _ACTIVATION_OF_HIDDEN_ACT.items()}
+
+Config = TypeVar("Config", bound="MoEConfig")
 
 
 def expert_activation(hidden_act: Any) -> str:
-    """The `MoEFFN` activation that computes what transformers calls `hidden_act`.
+    """The `MoEFFN` activation that computes `hidden_act`, transformers' name of a function or its module.
 
     Raises:
         ValueError: there is none.
     """
     try:
-        return _ACTIVATION_OF_HIDDEN_ACT[hidden_act]
-    except (KeyError, TypeError):
+        if isinstance(hidden_act, str):
+            return _ACTIVATION_OF_HIDDEN_ACT[hidden_act]
+        return _ACTIVATION_OF_CLASS[type(hidden_act)]
+    except KeyError:
+        found = repr(hidden_act) if isinstance(hidden_act, str) else type(hidden_act).__name__
         known = ", ".join(_ACTIVATION_OF_HIDDEN_ACT)
-        raise ValueError(f"hidden_act must be one of {known} to run in experts, got {hidden_act!r}") from None
+        raise ValueError(f"hidden_act must be one of {known} to run in experts, got {found}") from None
 
 
-@strict
-class MoEBertConfig(BertConfig):
-    """Configuration of the MoEBERT models; everything of `BertConfig`, and:
+@dataclass(kw_only=True)
+class MoEConfig:
+    """What the configurations of all MoE encoders have beyond their dense family's.
+
+    `MoE<Family>Config` is this and the family's own configuration, such as `RobertaConfig`. Whatever sets the
+    width of the dense feed-forward network there keeps the width that the experts were cut from.
 
     Args:
         num_experts: E, per layer.
-        expert_size: F, the neurons of one expert. `intermediate_size` keeps the width of the dense
-            feed-forward network the experts were cut from.
+        expert_size: F, the neurons of one expert.
         num_shared_neurons: how many neurons every expert started with; a record, nothing reads it.
         routing: "hash-random", "hash-balance", "hash-affinity", "gate-token" or "gate-sentence".
         top_k: K, experts per token; a hash has 1.
@@ -53,8 +62,6 @@ class MoEBertConfig(BertConfig):
         ValueError: a value is out of range, or asks for a decoder or for a chunked feed-forward.
     """
 
-    model_type = "moebert"
-
     num_experts: int = 4
     expert_size: int = 768
     num_shared_neurons: int = 512
@@ -64,7 +71,7 @@ class MoEBertConfig(BertConfig):
     hash_seed: int = 0
 
     def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
+        super().__post_init__(**kwargs)  # type: ignore[misc]  # that of the dense family's configuration
         for name in ("num_experts", "expert_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -81,13 +88,15 @@ class MoEBertConfig(BertConfig):
             raise ValueError(f"{self.routing} gives each token one expert: top_k must be 1, got {self.top_k}")
         if self.balance_loss_weight < 0:
             raise ValueError(f"balance_loss_weight must not be negative, got {self.balance_loss_weight}")
-        expert_activation(self.hidden_act)
-        if self.chunk_size_feed_forward:
+        for name in ("hidden_act", "activation"):  # the latter in DistilBERT
+            if hasattr(self, name):
+                expert_activation(getattr(self, name))
+        if getattr(self, "chunk_size_feed_forward", 0):
             raise ValueError(
                 "chunk_size_feed_forward must be 0: a routing plan sorts all tokens of a batch at once, "
-                f"got {self.chunk_size_feed_forward}"
+                f"got {self.chunk_size_feed_forward}"  # type: ignore[attr-defined]
             )
-        if self.is_decoder or self.add_cross_attention:
+        if getattr(self, "is_decoder", False) or getattr(self, "add_cross_attention", False):
             raise ValueError("MoEBERT is an encoder: is_decoder and add_cross_attention must be False")
 
     @property
@@ -96,8 +105,8 @@ class MoEBertConfig(BertConfig):
         return self.routing in GATE_ROUTINGS
 
     @classmethod
-    def from_bert(cls, config: BertConfig, **experts: Any) -> MoEBertConfig:
-        """A dense BERT's configuration with `experts`, the arguments of this class, added.
+    def from_dense(cls: type[Config], config: PreTrainedConfig, **experts: Any) -> Config:
+        """The dense model's configuration with `experts`, the arguments of `MoEConfig`, added.
 
         Labels, problem type, dropout, attention implementation and all else are kept.
         """
@@ -105,7 +114,12 @@ class MoEBertConfig(BertConfig):
         for name in ("model_type", "architectures", "transformers_version", "dtype"):
             dense.pop(name, None)
         moe = cls(**{**dense, **experts})
-        moe.dtype = config.dtype
-        moe.name_or_path = config.name_or_path
-        moe._attn_implementation = config._attn_implementation
+        moe.dtype = config.dtype  # type: ignore[attr-defined]
+        moe.name_or_path = config.name_or_path  # type: ignore[attr-defined]
+        moe._attn_implementation = config._attn_implementation  # type: ignore[attr-defined]
         return moe
+
+
+def is_moe(config: object) -> bool:
+    """Whether `config` is that of a MoE encoder, and so has `num_experts`, `routing` and so on."""
+    return isinstance(config, MoEConfig)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from torch import nn
-from transformers.models.bert.modeling_bert import BertLayer
 
 from moebert_kernels.layer import MoEFFN
-from moebert_kernels.models.modeling import MoEBertLayer
+from moebert_kernels.models.families import FAMILIES
 from moebert_kernels.routing import TokenGate
 
 
@@ -37,27 +36,30 @@ def ffn_flops_per_token(model: nn.Module) -> int:
         multiply_adds += 2 * _top_k(ffn) * ffn.expert_size * ffn.hidden_size
         if isinstance(ffn.router, TokenGate):
             multiply_adds += ffn.num_experts * ffn.hidden_size
-    for layer in _layers(model):
-        if not isinstance(layer, MoEBertLayer):
-            multiply_adds += layer.intermediate.dense.weight.numel() + layer.output.dense.weight.numel()
+    shape_of = {family.layer: family.shape for family in FAMILIES}
+    for layer in model.modules():
+        if type(layer) in shape_of:  # a dense one
+            shape = shape_of[type(layer)]
+            multiply_adds += sum(_weights(layer.get_submodule(path)) for path in (shape.w1, shape.w2))
     return 2 * multiply_adds
 
 
 def encoder_flops_per_token(model: nn.Module) -> int:
-    """`ffn_flops_per_token` and the four projections of every self-attention.
+    """`ffn_flops_per_token` and the projections of every self-attention.
 
     The attention scores, whose cost grows with the sequence, are left out.
     """
+    layers = tuple(family.layer for family in FAMILIES)
     projections = 0
-    for layer in _layers(model):
-        heads = layer.attention.self
-        for linear in (heads.query, heads.key, heads.value, layer.attention.output.dense):
-            projections += linear.weight.numel()
+    for layer in model.modules():
+        if isinstance(layer, layers):
+            projections += _weights(layer.get_submodule("attention"))
     return ffn_flops_per_token(model) + 2 * projections
 
 
-def _layers(model: nn.Module) -> list[BertLayer]:
-    return [module for module in model.modules() if isinstance(module, BertLayer)]
+def _weights(module: nn.Module) -> int:
+    """Of all linear maps in it."""
+    return sum(linear.weight.numel() for linear in module.modules() if isinstance(linear, nn.Linear))
 
 
 def _expert_ffns(model: nn.Module) -> list[MoEFFN]:

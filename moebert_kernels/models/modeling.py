@@ -1,35 +1,31 @@
-"""The MoEBERT models: transformers' BERT with a `MoEFFN` for the second half of every layer.
+"""The MoE encoders: each family's own code, with a `MoEFFN` for the second half of every layer.
 
-How a token's routing travels: a hook on the base model hands `input_ids` and `attention_mask` on, the encoder
-builds the plans of all layers from them, each layer gets its plan as an argument and returns its routing
-decision beside the hidden states. Nothing is kept as state between calls or between layers, so that
-recomputation under gradient checkpointing, threads and compiled graphs see the same plan.
+How a token's routing travels: model, encoder and head call the forward that transformers gave them, but on
+a view of themselves in which the child that needs to know more is called with more. A head's view asks its
+base model for the routing decisions, the base model's hands `input_ids` and the mask to the encoder, and the
+encoder, having built the plans of all layers, gives each layer its own as an argument. Nothing is kept as
+state between calls or between layers, so that recomputation under gradient checkpointing, threads and
+compiled graphs see the same plan; and nothing depends on which arguments a family passes on.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
+from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
-from transformers.models.bert.modeling_bert import (
-    BertAttention,
-    BertForMaskedLM,
-    BertForQuestionAnswering,
-    BertForSequenceClassification,
-    BertForTokenClassification,
-    BertLayer,
-    BertModel,
-    BertPreTrainedModel,
-)
-from transformers.utils.generic import can_return_tuple
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, capture_outputs
 
 from moebert_kernels.layer import MoEFFN
-from moebert_kernels.models.config import MoEBertConfig, expert_activation
+from moebert_kernels.models.config import MoEConfig
+from moebert_kernels.models.families import FAMILIES, HEADS, DenseFFN, Family, LayerShape, find_ffns
 from moebert_kernels.routing import (
     RouterOutput,
     RoutingPlan,
@@ -40,132 +36,123 @@ from moebert_kernels.routing import (
 )
 
 
-class MoEBertLayer(BertLayer):
-    """Attention, then the experts. A `BertLayer` by type alone, which transformers' output capture goes by.
+class _View:
+    """A module as one call sees it: with other children, or called with more arguments. Changes nothing."""
 
-    Args:
-        attention: self-attention with its residual and LayerNorm.
+    def __init__(
+        self,
+        module: nn.Module,
+        children: dict[str, Any] | None = None,
+        arguments: dict[str, Any] | None = None,
+    ):
+        self._module = module
+        self._children = children or {}
+        self._arguments = arguments or {}
+
+    def __getattr__(self, name: str) -> Any:
+        children = self.__dict__["_children"]
+        return children[name] if name in children else getattr(self.__dict__["_module"], name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._module(*args, **kwargs, **self._arguments)
+
+
+class MoELayer(nn.Module):
+    """Attention, then the experts; by type also its family's layer, as transformers' output capture wants.
+
+    Attributes:
         ffn: the experts, with residual and LayerNorms; has a router if and only if routing is learned.
     """
 
-    def __init__(self, attention: BertAttention, ffn: MoEFFN):
-        super(BertLayer, self).__init__()  # BertLayer's own would build the dense network
-        self.attention = attention
-        self.ffn = ffn
-
-    def forward(  # type: ignore[override]
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        plan: RoutingPlan | None = None,
-        token_mask: Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, RoutingPlan, Tensor | None, Tensor | None]:
-        """Apply to `hidden_states` [B, S, D].
-
-        Args:
-            hidden_states: the layer's input.
-            attention_mask: as the attention implementation wants it.
-            plan: where the tokens go; None asks the layer's router.
-            token_mask: [B, S], nonzero at real tokens, for the router.
-            kwargs: for the attention.
-
-        Returns:
-            The new hidden states and the three fields of the `RouterOutput`: side by side, because reentrant
-            checkpointing carries gradients through the top level of a tuple only.
-        """
-        x_BSD, _ = self.attention(hidden_states, attention_mask, **kwargs)
-        routing = self.ffn.route(x_BSD, mask=token_mask) if plan is None else RouterOutput(plan, None, None)
-        return self.ffn(x_BSD, routing=routing), *routing
-
-
-class MoEBertEncoder(nn.Module):
-    """The layers and, under hash routing, the tables they share.
-
-    Args:
-        layers: in order.
-        tables_LV: int32, the expert of every token id for each layer; None if routing is learned.
-    """
-
-    tables_LV: Tensor | None
-
-    def __init__(self, layers: Sequence[MoEBertLayer], tables_LV: Tensor | None):
-        super().__init__()
-        self.num_experts = layers[0].ffn.num_experts
-        self.layer = nn.ModuleList(layers)
-        self.register_buffer("tables_LV", tables_LV)
+    shape: ClassVar[LayerShape]
+    ffn: MoEFFN
 
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
+        *args: Any,
+        plan: RoutingPlan | None = None,
+        token_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple:
+        """Apply to `hidden_states` [B, S, D].
+
+        Args:
+            hidden_states: the layer's input.
+            args: for the attention, as the family passes them.
+            plan: where the tokens go; None asks the layer's router.
+            token_mask: [B, S], nonzero at real tokens, for the router.
+            kwargs: as args.
+
+        Returns:
+            The new hidden states, the three fields of the `RouterOutput` and what the family's layer returns
+            beside hidden states, None if nothing: side by side, because reentrant checkpointing carries
+            gradients through the top level of a tuple only.
+        """
+        x_BSD, others = self.shape.attend(self, hidden_states, *args, **kwargs)
+        routing = self.ffn.route(x_BSD, mask=token_mask) if plan is None else RouterOutput(plan, None, None)
+        return self.ffn(x_BSD, routing=routing), *routing, others
+
+
+class MoEEncoder(nn.Module):
+    """The layers and, under hash routing, the tables they share; by type also its family's encoder.
+
+    Attributes:
+        layer: in order.
+        tables_LV: int32, the expert of every token id for each layer; None if routing is learned.
+    """
+
+    dense: ClassVar[type[nn.Module]]
+    layer: nn.ModuleList
+    tables_LV: Tensor | None
+
+    def forward(
+        self,
+        *args: Any,
         routing_ids: Tensor | None = None,
         routing_mask: Tensor | None = None,
         router_outputs: list[RouterOutput] | None = None,
-        position_ids: Tensor | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPastAndCrossAttentions:
-        """Run all layers over the embeddings `hidden_states` [B, S, D].
+    ) -> Any:
+        """Run all layers, called as the family's encoder is.
 
         Args:
-            hidden_states: the embeddings.
-            attention_mask: as the attention implementation wants it.
+            args: as the family passes them.
             routing_ids: [B, S] token ids; needed under hash routing.
             routing_mask: [B, S], nonzero at real tokens; None if all are. The others skip the experts.
             router_outputs: each layer's `RouterOutput` is appended to it.
-            position_ids: for the attention.
-            kwargs: what `BertModel` hands to an encoder; a decoder's arguments among it are dropped.
+            kwargs: as args.
 
         Raises:
             ValueError: there are no token ids to route by, or (on the CPU) one lies outside the tables.
         """
-        for name in ("encoder_hidden_states", "encoder_attention_mask", "past_key_values", "use_cache"):
-            kwargs.pop(name, None)
         plans: Iterable[RoutingPlan | None] = [None] * len(self.layer)
         if self.tables_LV is not None:
             if routing_ids is None:
                 raise ValueError(
                     "hash routing goes by token id: pass input_ids; inputs_embeds alone cannot be routed"
                 )
-            plans = RoutingPlan.from_input_ids(routing_ids, self.tables_LV, self.num_experts, routing_mask)
-        for layer, plan in zip(self.layer, plans, strict=True):
-            hidden_states, *routing = layer(
-                hidden_states,
-                attention_mask,
-                plan=plan,
-                token_mask=routing_mask,
-                position_ids=position_ids,
-                **kwargs,
-            )
-            if router_outputs is not None:
-                router_outputs.append(RouterOutput(*routing))
-        return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=hidden_states  # type: ignore[arg-type]  # any floating tensor will do
-        )
+            num_experts = cast(MoELayer, self.layer[0]).ffn.num_experts
+            plans = RoutingPlan.from_input_ids(routing_ids, self.tables_LV, num_experts, routing_mask)
+
+        def routed(layer: nn.Module, plan: RoutingPlan | None) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                output = layer(*args, plan=plan, token_mask=routing_mask, **kwargs)
+                hidden_states, *routing, others = output
+                if router_outputs is not None:
+                    router_outputs.append(RouterOutput(*routing))
+                return hidden_states if others is None else (hidden_states, *others)
+
+            return call
+
+        layers = [routed(layer, plan) for layer, plan in zip(self.layer, plans, strict=True)]
+        return self.dense.forward(_View(self, {"layer": layers}), *args, **kwargs)
 
 
-def hand_over_routing_inputs(base: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-    """Forward pre-hook of a `BertModel` whose encoder is a `MoEBertEncoder`.
+class MoEPreTrainedModel(PreTrainedModel):
+    """What all MoE models share: initialisation, vocabulary changes; by type also its family's model."""
 
-    BertModel passes to its encoder the keyword arguments it does not know, but not its `input_ids`, and an
-    `attention_mask` that no longer tells one row from another: here both go along under other names. An
-    attention mask that is not [B, S] says nothing about padding, and every token is routed.
-    """
-    given = {**dict(zip(("input_ids", "attention_mask"), args, strict=False)), **kwargs}
-    mask = given.get("attention_mask")
-    kwargs["routing_ids"] = given.get("input_ids")
-    kwargs["routing_mask"] = mask if mask is not None and mask.dim() == 2 else None
-    return args, kwargs
-
-
-class MoEBertPreTrainedModel(BertPreTrainedModel):
-    """What all MoEBERT models share: configuration class, initialisation, vocabulary changes."""
-
-    config: MoEBertConfig
-    config_class = MoEBertConfig
-    _no_split_modules = ["BertEmbeddings", "MoEBertEncoder"]  # noqa: RUF012
+    family: ClassVar[Family]
     _skip_keys_device_placement = ["router_outputs"]  # noqa: RUF012
 
     @torch.no_grad()
@@ -179,7 +166,7 @@ class MoEBertPreTrainedModel(BertPreTrainedModel):
                     init.zeros_(bias)
             if module.ln_w_ED is not None:
                 init.ones_(module.ln_w_ED)
-        elif isinstance(module, MoEBertEncoder) and module.tables_LV is not None:
+        elif isinstance(module, MoEEncoder) and module.tables_LV is not None:
             init.copy_(module.tables_LV, _tables_from_scratch(self.config))
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
@@ -189,53 +176,16 @@ class MoEBertPreTrainedModel(BertPreTrainedModel):
         """
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         for module in self.modules():
-            if isinstance(module, MoEBertEncoder) and module.tables_LV is not None:
+            if isinstance(module, MoEEncoder) and module.tables_LV is not None:
                 module.tables_LV = _resized(module.tables_LV, embeddings.num_embeddings, self.config)
         return embeddings
 
 
-def _tables_from_scratch(config: MoEBertConfig) -> Tensor:
-    """The tables of a model that has none yet. With no corpus to balance by, ids are dealt out in turn."""
-    num_layers, vocab_size = config.num_hidden_layers, config.vocab_size
-    if config.routing == "hash-balance":
-        counts_V = torch.ones(vocab_size, device="cpu")
-        return hash_balance_tables(num_layers, counts_V, config.num_experts)
-    return hash_random_tables(num_layers, vocab_size, config.num_experts, seed=config.hash_seed)
+class MoEModel(MoEPreTrainedModel):
+    """A family's base model with experts.
 
-
-def _resized(tables_LV: Tensor, vocab_size: int, config: MoEBertConfig) -> Tensor:
-    num_layers, old_size = tables_LV.shape
-    num_new = max(vocab_size - old_size, 0)
-    new = hash_random_tables(num_layers, num_new, config.num_experts, seed=config.hash_seed + old_size)
-    return torch.cat([tables_LV[:, :vocab_size], new.to(tables_LV.device)], dim=1)
-
-
-def _new_layer(config: MoEBertConfig, index: int) -> MoEBertLayer:
-    ffn = MoEFFN(
-        config.hidden_size,
-        config.expert_size,
-        config.num_experts,
-        router=new_router(config),
-        activation=expert_activation(config.hidden_act),
-        norm_eps=config.layer_norm_eps,
-        dropout=config.hidden_dropout_prob,
-    )
-    return MoEBertLayer(BertAttention(config, layer_idx=index), ffn)
-
-
-def new_router(config: MoEBertConfig) -> nn.Module | None:
-    """The gate of one layer; None under hash routing, where one table serves all layers."""
-    if not config.is_gated:
-        return None
-    gate = TokenGate if config.routing == "gate-token" else SentenceGate
-    return gate(config.hidden_size, config.num_experts, config.top_k)
-
-
-class MoEBertModel(MoEBertPreTrainedModel, BertModel):
-    """`BertModel` with experts.
-
-    It is called as `BertModel` is, and takes one argument more: `router_outputs`, a list to which every layer
-    appends its `RouterOutput`, in order. Tokens that a [B, S] `attention_mask` marks as padding use no
+    It is called as the family's is, and takes one argument more: `router_outputs`, a list to which every
+    layer appends its `RouterOutput`, in order. Tokens that a [B, S] `attention_mask` marks as padding use no
     expert.
 
     Example:
@@ -245,27 +195,64 @@ class MoEBertModel(MoEBertPreTrainedModel, BertModel):
         >>> router_outputs[0].plan.counts_E  # tokens of each expert in the first layer
     """
 
-    encoder: MoEBertEncoder  # type: ignore[assignment]
-
-    def __init__(self, config: MoEBertConfig, add_pooling_layer: bool = True):
-        super().__init__(config, add_pooling_layer=add_pooling_layer)
-        layers = [_new_layer(config, index) for index in range(config.num_hidden_layers)]
-        tables_LV = None
-        if not config.is_gated:
-            tables_LV = torch.zeros(config.num_hidden_layers, config.vocab_size, dtype=torch.int32)
-        self.encoder = MoEBertEncoder(layers, tables_LV)
-        self.register_forward_pre_hook(hand_over_routing_inputs, with_kwargs=True)
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        put_in_new_experts(self, self)
         self.post_init()
 
 
-def _with_balance_loss(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A dense head's forward that takes `router_outputs` and adds the load-balance loss to its own."""
+class MoEHead(MoEPreTrainedModel):
+    """A family's head over its base model with experts.
+
+    It is called as the family's is, and takes `router_outputs` as `MoEModel` does. While a gate is trained
+    and labels are given, `loss` includes `balance_loss_weight` times the mean of the layers' load-balance
+    losses.
+    """
+
+    accepts_loss_kwargs = False  # these losses are means over the batch: a Trainer averages its micro-batches
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
+        put_in_new_experts(self, cast(PreTrainedModel, self.base_model))
+        self.post_init()
+
+
+def _model_forward(family: Family) -> Callable[..., Any]:
+    """The family's base model's forward, which hands its encoder what routing needs.
+
+    transformers' decorators go around ours: they need the model itself, where the family's code sees a view.
+    """
+    dense = inspect.unwrap(family.model.forward)
+    always = {"return_dict": True} if "return_dict" in inspect.signature(dense).parameters else {}
+
+    @merge_with_config_defaults
+    @capture_outputs
+    @functools.wraps(family.model.forward)
+    def forward(self, *args, router_outputs: list[RouterOutput] | None = None, **kwargs):
+        given = {**dict(zip(("input_ids", "attention_mask"), args, strict=False)), **kwargs}
+        mask = given.get("attention_mask")
+        arguments = {
+            "routing_ids": given.get("input_ids"),
+            # A mask that is not [B, S] says nothing about padding: every token is routed.
+            "routing_mask": mask if mask is not None and mask.dim() == 2 else None,
+            "router_outputs": router_outputs,
+        }
+        encoder = _View(getattr(self, family.encoder_name), arguments=arguments)
+        return dense(_View(self, {family.encoder_name: encoder}), *args, **kwargs, **always)
+
+    return forward
+
+
+def _head_forward(family: Family, dense_head: type[PreTrainedModel]) -> Callable[..., Any]:
+    """The dense head's forward, which takes `router_outputs` and adds the load-balance loss to its own."""
 
     @can_return_tuple
-    @functools.wraps(forward)
-    def forward_with_balance_loss(self, *args, router_outputs: list[RouterOutput] | None = None, **kwargs):
+    @functools.wraps(dense_head.forward)
+    def forward(self, *args, router_outputs: list[RouterOutput] | None = None, **kwargs):
         ours: list[RouterOutput] = []
-        output = forward(self, *args, router_outputs=ours, return_dict=True, **kwargs)
+        base = _View(self.base_model, arguments={"router_outputs": ours})
+        view = _View(self, {family.base_name: base})
+        output = dense_head.forward(view, *args, return_dict=True, **kwargs)
         balance = [routing.balance_loss for routing in ours if routing.balance_loss is not None]
         if balance and self.training and output.loss is not None:
             output.loss = output.loss + self.config.balance_loss_weight * torch.stack(balance).mean()
@@ -273,44 +260,122 @@ def _with_balance_loss(forward: Callable[..., Any]) -> Callable[..., Any]:
             router_outputs.extend(ours)
         return output
 
-    return forward_with_balance_loss
+    return forward
 
 
-class _MoEBertHead(MoEBertPreTrainedModel):
-    """A BERT head over a `MoEBertModel`: the dense head is built first, then given its new body."""
+class MoEClasses(NamedTuple):
+    """What a family's classes become; `models` has an entry for the base model and each head."""
 
-    bert: BertModel
-    accepts_loss_kwargs = False  # these losses are means over the batch: a Trainer averages its micro-batches
+    config: type[PreTrainedConfig]
+    models: dict[type[PreTrainedModel], type[MoEPreTrainedModel]]
+    encoder: type[MoEEncoder]
+    layer: type[MoELayer]
 
-    def __init__(self, config: MoEBertConfig):
-        super().__init__(config)
-        self.bert = MoEBertModel(config, add_pooling_layer=self.bert.pooler is not None)
-        self.post_init()
+    def named(self) -> dict[str, type]:
+        """The public ones by name."""
+        return {cls.__name__: cls for cls in (self.config, *self.models.values())}
 
 
-class MoEBertForSequenceClassification(_MoEBertHead, BertForSequenceClassification):
-    """`BertForSequenceClassification` (also regression) with experts; see `MoEBertModel`.
+def _declare(family: Family) -> MoEClasses:
+    """Make `MoE<Family>Config`, `MoE<Family>Model`, its heads and what they are built of."""
 
-    While a gate is trained and labels are given, `loss` includes `balance_loss_weight` times the mean of the
-    layers' load-balance losses; so it does in the other heads.
+    def subclass(name: str, *bases: type, **body: Any) -> Any:
+        return type(name, bases, {"__module__": __name__, "__doc__": bases[0].__doc__, **body})
+
+    # What is saved already says "moebert".
+    model_type = "moebert" if family.name == "Bert" else f"moe-{family.config.model_type}"
+    config = strict(subclass(f"MoE{family.name}Config", MoEConfig, family.config, model_type=model_type))
+    encoder = subclass(f"MoE{family.encoder.__name__}", MoEEncoder, family.encoder, dense=family.encoder)
+    layer = subclass(f"MoE{family.layer.__name__}", MoELayer, family.layer, shape=family.shape)
+    shared = {
+        "family": family,
+        "config_class": config,
+        "_no_split_modules": [f"{family.name}Embeddings", "Embeddings", encoder.__name__],
+    }
+    models = {
+        family.model: subclass(
+            f"MoE{family.name}Model", MoEModel, family.model, forward=_model_forward(family), **shared
+        )
+    }
+    for suffix, head in zip(HEADS, family.heads, strict=True):
+        forward = _head_forward(family, head)
+        models[head] = subclass(f"MoE{family.name}{suffix}", MoEHead, head, forward=forward, **shared)
+    return MoEClasses(config, models, encoder, layer)
+
+
+MOE_CLASSES = {family: _declare(family) for family in FAMILIES}
+for _classes in MOE_CLASSES.values():
+    globals().update(_classes.named(), **{cls.__name__: cls for cls in (_classes.encoder, _classes.layer)})
+
+
+def put_in_new_experts(model: PreTrainedModel, base: PreTrainedModel) -> None:
+    """Give a MoE model that was built dense its experts, with weights and tables still to be initialised."""
+    config = model.config
+    ffns = [new_experts(dense, config) for dense in find_ffns(base)]
+    tables_LV = None
+    if not config.is_gated:
+        tables_LV = torch.zeros(len(ffns), config.vocab_size, dtype=torch.int32)
+    family = cast(MoEPreTrainedModel, model).family
+    become_moe(base, family, ffns, tables_LV)
+    getattr(base, family.encoder_name)._is_hf_initialized = False  # its tables are not
+
+
+def new_experts(dense: DenseFFN, config: Any) -> MoEFFN:
+    """Experts to put in the place of `dense`, with no weights of it."""
+    router = None  # under hash routing, where one table serves all layers
+    if config.is_gated:
+        gate = TokenGate if config.routing == "gate-token" else SentenceGate
+        router = gate(dense.w1.in_features, config.num_experts, config.top_k)
+    return MoEFFN(
+        dense.w1.in_features,
+        config.expert_size,
+        config.num_experts,
+        router=router,
+        activation=dense.activation,
+        norm_eps=dense.norm.eps,
+        dropout=dense.dropout,
+    )
+
+
+def become_moe(
+    base: PreTrainedModel, family: Family, ffns: Sequence[MoEFFN], tables_LV: Tensor | None
+) -> None:
+    """Turn a dense base model into its MoE class, in place, with `ffns` in its layers.
+
+    Layers, encoder and model keep their hooks, their checkpointing and their place, because it is their class
+    that changes, as torch.nn.utils.parametrize does it: transformers installs the hooks that capture hidden
+    states once, and a new layer would not have them.
     """
-
-    forward = _with_balance_loss(BertForSequenceClassification.forward)
-
-
-class MoEBertForTokenClassification(_MoEBertHead, BertForTokenClassification):
-    """`BertForTokenClassification` with experts; see `MoEBertForSequenceClassification`."""
-
-    forward = _with_balance_loss(BertForTokenClassification.forward)
-
-
-class MoEBertForQuestionAnswering(_MoEBertHead, BertForQuestionAnswering):
-    """`BertForQuestionAnswering` with experts; see `MoEBertForSequenceClassification`."""
-
-    forward = _with_balance_loss(BertForQuestionAnswering.forward)
+    classes = MOE_CLASSES[family]
+    encoder = getattr(base, family.encoder_name)
+    for layer, ffn in zip(encoder.layer, ffns, strict=True):
+        for name in family.shape.replaced:
+            delattr(layer, name)
+        layer.__class__ = classes.layer
+        layer.ffn = ffn.train(layer.training)
+    encoder.__class__ = classes.encoder
+    encoder.register_buffer("tables_LV", tables_LV)
+    set_class(base, classes.models[family.model])
 
 
-class MoEBertForMaskedLM(_MoEBertHead, BertForMaskedLM):
-    """`BertForMaskedLM` with experts; see `MoEBertForSequenceClassification`."""
+def set_class(model: PreTrainedModel, moe_class: type[MoEPreTrainedModel]) -> None:
+    """Change a model's class, in place."""
+    model.__class__ = moe_class
+    # What PreTrainedModel.__init__ does for the classes of models that are built.
+    _CAN_RECORD_REGISTRY[str(moe_class)] = moe_class._can_record_outputs
 
-    forward = _with_balance_loss(BertForMaskedLM.forward)
+
+def _tables_from_scratch(config: Any) -> Tensor:
+    """The tables of a model that has none yet. With no corpus to balance by, ids are dealt out in turn."""
+    num_layers, vocab_size = config.num_hidden_layers, config.vocab_size
+    if config.routing == "hash-balance":
+        counts_V = torch.ones(vocab_size, device="cpu")
+        return hash_balance_tables(num_layers, counts_V, config.num_experts)
+    return hash_random_tables(num_layers, vocab_size, config.num_experts, seed=config.hash_seed)
+
+
+def _resized(tables_LV: Tensor, vocab_size: int, config: Any) -> Tensor:
+    num_layers, old_size = tables_LV.shape
+    num_new = max(vocab_size - old_size, 0)
+    new = hash_random_tables(num_layers, num_new, config.num_experts, seed=config.hash_seed + old_size)
+    return torch.cat([tables_LV[:, :vocab_size], new.to(tables_LV.device)], dim=1)

@@ -1,93 +1,26 @@
-"""Surgery: a loaded BERT's feed-forward networks, found, and replaced by experts cut from them."""
+"""Surgery: a loaded encoder's feed-forward networks replaced by experts cut from them."""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, PreTrainedModel
-from transformers.models.bert.modeling_bert import (
-    BertForMaskedLM,
-    BertForQuestionAnswering,
-    BertForSequenceClassification,
-    BertForTokenClassification,
-    BertLayer,
-    BertModel,
-)
+from transformers import PreTrainedModel
 
 from moebert_kernels.layer import MoEFFN
-from moebert_kernels.models.config import MoEBertConfig, expert_activation
+from moebert_kernels.models.families import DenseFFN, find_base, find_ffns
 from moebert_kernels.models.modeling import (
-    MoEBertEncoder,
-    MoEBertForMaskedLM,
-    MoEBertForQuestionAnswering,
-    MoEBertForSequenceClassification,
-    MoEBertForTokenClassification,
-    MoEBertLayer,
-    MoEBertModel,
-    MoEBertPreTrainedModel,
-    hand_over_routing_inputs,
-    new_router,
+    MOE_CLASSES,
+    MoEPreTrainedModel,
+    become_moe,
+    new_experts,
+    set_class,
 )
 from moebert_kernels.routing import hash_random_tables
 
-_MOE_CLASS_OF: dict[type[PreTrainedModel], type[MoEBertPreTrainedModel]] = {
-    BertModel: MoEBertModel,
-    BertForSequenceClassification: MoEBertForSequenceClassification,
-    BertForTokenClassification: MoEBertForTokenClassification,
-    BertForQuestionAnswering: MoEBertForQuestionAnswering,
-    BertForMaskedLM: MoEBertForMaskedLM,
-}
-
-
-@dataclass(frozen=True, eq=False)
-class DenseFFN:
-    """One dense post-LN feed-forward network, `norm(dropout(w2(activation(w1(x)))) + x)`.
-
-    Attributes:
-        w1: [D -> width].
-        w2: [width -> D].
-        norm: over D.
-        activation: as `MoEFFN` names it.
-        dropout: probability.
-        layer: the `BertLayer` it belongs to.
-    """
-
-    w1: nn.Linear
-    w2: nn.Linear
-    norm: nn.LayerNorm
-    activation: str
-    dropout: float
-    layer: BertLayer
-
-
-def find_ffns(model: nn.Module) -> list[DenseFFN]:
-    """The dense feed-forward networks of a transformers BERT under any head, in layer order.
-
-    Raises:
-        ValueError: there is none, one is not built of plain linear maps, or its activation has no experts.
-    """
-    layers = [module for module in model.modules() if isinstance(module, BertLayer)]
-    dense = [layer for layer in layers if not isinstance(layer, MoEBertLayer)]
-    if not dense:
-        found = "its BertLayers hold experts already" if layers else "it has none"
-        raise ValueError(
-            f"{type(model).__name__} has no dense feed-forward network to find: looked for transformers' "
-            f"BertLayer with intermediate.dense, output.dense and output.LayerNorm, but {found}"
-        )
-    return [_dense_ffn(layer) for layer in dense]
-
-
-def _dense_ffn(layer: BertLayer) -> DenseFFN:
-    w1, w2 = layer.intermediate.dense, layer.output.dense
-    for name, module in (("intermediate.dense", w1), ("output.dense", w2)):
-        if not isinstance(module, nn.Linear):
-            raise ValueError(f"BertLayer.{name} must be a torch.nn.Linear, got {type(module).__name__}")
-    activation = expert_activation(layer.attention.self.config.hidden_act)
-    return DenseFFN(w1, w2, layer.output.LayerNorm, activation, layer.output.dropout.p, layer)
+__all__ = ["DenseFFN", "find_ffns", "replace_ffns", "to_moe"]
 
 
 def replace_ffns(
@@ -99,16 +32,17 @@ def replace_ffns(
     top_k: int = 1,
     seed: int = 0,
 ) -> None:
-    """Cut every dense feed-forward network of a BERT, under any head, into experts; in place.
+    """Cut every dense feed-forward network of an encoder, under any head, into experts; in place.
 
     Expert e of layer l starts as the neurons `index_LEF[l, e]` of that layer's network with their biases; the
     output bias and the LayerNorm are copied to every expert. The weights are the experts' own from then on.
-    The model is called as before and also takes `router_outputs`, as `MoEBertModel` does; its configuration
-    becomes a `MoEBertConfig`. Its class stays, and so does its loss: under a gate, add the balance losses of
-    `router_outputs` to it, or use `to_moe`, whose heads do so.
+    The model is called as before; its base model becomes a `MoE<Family>Model`, which also takes
+    `router_outputs`, its configuration a `MoE<Family>Config`, and a head that `to_moe` knows becomes its MoE
+    class. Any other head keeps its class and so its loss: under a gate, add the balance losses of
+    `router_outputs` to it.
 
     Args:
-        model: `BertModel` or a head on one.
+        model: a base model of a family in `families.FAMILIES` or any head on one.
         index_LEF: integer [L, E, F], from `split_neurons` or of your own making; E neurons' sets of each
             layer's network, which may overlap.
         routing: "hash-random", "hash-balance", "hash-affinity", "gate-token" or "gate-sentence".
@@ -119,14 +53,14 @@ def replace_ffns(
         seed: of the random tables or of the gates' weights. Torch's global random state is left alone.
 
     Raises:
-        ValueError: there is no BERT to be found, or an argument does not fit it; nothing is changed then.
+        ValueError: there is no encoder to be found, or an argument does not fit it; nothing is changed then.
     """
     dense_ffns = find_ffns(model)
-    base = _only_bert(model)
-    dense_config = cast(BertConfig, base.config)
+    base, family = find_base(model)
+    dense_config, classes = base.config, MOE_CLASSES[family]
     index_LEF = _checked_index(index_LEF, dense_ffns)
     num_layers, num_experts, expert_size = index_LEF.shape
-    config = MoEBertConfig.from_bert(
+    config: Any = classes.config.from_dense(  # type: ignore[attr-defined]
         dense_config,
         num_experts=num_experts,
         expert_size=expert_size,
@@ -135,7 +69,7 @@ def replace_ffns(
         top_k=top_k,
         hash_seed=seed,
     )
-    table_shape = (num_layers, base.get_input_embeddings().num_embeddings)
+    table_shape = (num_layers, cast(nn.Embedding, base.get_input_embeddings()).num_embeddings)
     tables_LV = _checked_tables(tables_LV, table_shape, config)
 
     generator = torch.Generator().manual_seed(seed)
@@ -143,13 +77,12 @@ def replace_ffns(
         _cut(dense, index_EF, config, generator)
         for dense, index_EF in zip(dense_ffns, index_LEF, strict=True)
     ]
-    layers = [_become_moe(dense.layer, ffn) for dense, ffn in zip(dense_ffns, ffns, strict=True)]
-    tables_LV = None if tables_LV is None else tables_LV.to(base.device)
-    base.encoder = MoEBertEncoder(layers, tables_LV).train(base.encoder.training)  # type: ignore[assignment]
-    base.register_forward_pre_hook(hand_over_routing_inputs, with_kwargs=True)
+    become_moe(base, family, ffns, None if tables_LV is None else tables_LV.to(base.device))
+    if type(model) in classes.models:
+        set_class(model, classes.models[type(model)])
     for module in model.modules():
         if getattr(module, "config", None) is dense_config:
-            module.config = config  # type: ignore[assignment]
+            module.config = config
 
 
 def to_moe(
@@ -161,12 +94,12 @@ def to_moe(
     tables_LV: Tensor | None = None,
     top_k: int = 1,
     seed: int = 0,
-) -> MoEBertPreTrainedModel:
-    """A MoEBERT with the same head, cut from `teacher` as `replace_ffns` does; the teacher is left as it is.
+) -> MoEPreTrainedModel:
+    """A MoE model with the same head, cut from `teacher` as `replace_ffns` does; the teacher stays as it is.
 
     Args:
-        teacher: `BertModel` or its head for sequence classification, token classification, question
-            answering or masked language modelling.
+        teacher: a base model of a family in `families.FAMILIES` or its head for sequence classification,
+            token classification, question answering or masked language modelling.
         index_LEF: see `replace_ffns`.
         num_shared_neurons: how many neurons all experts of a layer were given on purpose; recorded in the
             configuration.
@@ -176,41 +109,27 @@ def to_moe(
         seed: see `replace_ffns`.
 
     Returns:
-        `MoEBertFor...`, on the teacher's device and in its dtype and mode, with its labels and problem type.
+        `MoE<Family>...`, on the teacher's device and in its dtype and mode, with its labels and problem type.
 
     Raises:
-        ValueError: as `replace_ffns`, or there is no MoEBERT class for the teacher's.
+        ValueError: as `replace_ffns`, or there is no MoE class for the teacher's.
     """
-    moe_class = _MOE_CLASS_OF.get(type(teacher))
-    if moe_class is None:
+    find_ffns(teacher)
+    known = MOE_CLASSES[find_base(teacher)[1]].models
+    if type(teacher) not in known:
         raise ValueError(
-            f"teacher must be one of {', '.join(cls.__name__ for cls in _MOE_CLASS_OF)}, got "
+            f"teacher must be one of {', '.join(cls.__name__ for cls in known)}, got "
             f"{type(teacher).__name__}; replace_ffns changes any other head in place"
         )
-    moe = copy.deepcopy(teacher)
+    moe: Any = copy.deepcopy(teacher)
     replace_ffns(moe, index_LEF, routing=routing, tables_LV=tables_LV, top_k=top_k, seed=seed)
-    config = cast(MoEBertConfig, moe.config)
-    if not 0 <= num_shared_neurons <= config.num_shared_neurons:
+    if not 0 <= num_shared_neurons <= moe.config.num_shared_neurons:
         raise ValueError(
-            f"num_shared_neurons must lie in [0, {config.num_shared_neurons}], the neurons that all experts "
-            f"of every layer have in index_LEF, got {num_shared_neurons}"
+            f"num_shared_neurons must lie in [0, {moe.config.num_shared_neurons}], the neurons that all "
+            f"experts of every layer have in index_LEF, got {num_shared_neurons}"
         )
-    config.num_shared_neurons = num_shared_neurons
-    with torch.random.fork_rng(devices=[]):  # what is drawn here is overwritten
-        if isinstance(moe, BertModel):
-            student: MoEBertPreTrainedModel = MoEBertModel(config, add_pooling_layer=moe.pooler is not None)
-        else:
-            student = moe_class(config)
-    student.to(device=teacher.device, dtype=teacher.dtype)  # type: ignore[call-arg]
-    student.load_state_dict(moe.state_dict())
-    return student.train(teacher.training)
-
-
-def _only_bert(model: nn.Module) -> BertModel:
-    bases = [module for module in model.modules() if isinstance(module, BertModel)]
-    if len(bases) != 1:
-        raise ValueError(f"model must hold exactly one BertModel, {type(model).__name__} holds {len(bases)}")
-    return bases[0]
+    moe.config.num_shared_neurons = num_shared_neurons
+    return moe
 
 
 def _checked_index(index_LEF: Tensor, dense_ffns: list[DenseFFN]) -> Tensor:
@@ -235,7 +154,7 @@ def _checked_index(index_LEF: Tensor, dense_ffns: list[DenseFFN]) -> Tensor:
     return index_LEF
 
 
-def _checked_tables(tables_LV: Tensor | None, shape: tuple[int, int], config: MoEBertConfig) -> Tensor | None:
+def _checked_tables(tables_LV: Tensor | None, shape: tuple[int, int], config: Any) -> Tensor | None:
     if config.is_gated:
         if tables_LV is not None:
             raise ValueError(f"tables_LV is for hash routing, and routing is {config.routing!r}")
@@ -267,19 +186,11 @@ def _count_shared(index_LEF: Tensor) -> int:
     return min(int((index_EF.flatten().bincount() == num_experts).sum()) for index_EF in index_LEF)
 
 
-def _cut(dense: DenseFFN, index_EF: Tensor, config: MoEBertConfig, generator: torch.Generator) -> MoEFFN:
+def _cut(dense: DenseFFN, index_EF: Tensor, config: Any, generator: torch.Generator) -> MoEFFN:
     """The experts of one layer, with weights copied from the dense network."""
     weight = dense.w1.weight
     with torch.device("meta"):  # every weight is given below: none is drawn here
-        ffn = MoEFFN(
-            dense.w1.in_features,
-            config.expert_size,
-            config.num_experts,
-            router=new_router(config),
-            activation=dense.activation,
-            norm_eps=dense.norm.eps,
-            dropout=dense.dropout,
-        )
+        ffn = new_experts(dense, config)
     index_EF = index_EF.to(weight.device)
     num_experts = config.num_experts
     state = {
@@ -296,16 +207,3 @@ def _cut(dense: DenseFFN, index_EF: Tensor, config: MoEBertConfig, generator: to
         state["router.gate.weight"] = gate_ED.to(weight)
     ffn.load_state_dict({name: tensor.detach() for name, tensor in state.items()}, assign=True)
     return ffn
-
-
-def _become_moe(layer: BertLayer, ffn: MoEFFN) -> MoEBertLayer:
-    """Turn a layer into a MoE layer while it keeps its hooks, its checkpointing and its place.
-
-    By changing its class, as torch.nn.utils.parametrize does: transformers installs the hooks that capture
-    hidden states once, and a new layer would not have them.
-    """
-    del layer.intermediate, layer.output
-    layer.__class__ = MoEBertLayer
-    moe = cast(MoEBertLayer, layer)
-    moe.ffn = ffn.train(layer.training)
-    return moe

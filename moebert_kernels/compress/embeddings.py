@@ -1,0 +1,287 @@
+"""Sentence-embedding models: compressed from text without labels, saved as sentence_transformers saves them.
+
+Such a model is a folder with a `modules.json`: a transformers encoder, a pooling of its last hidden states
+and perhaps a normalisation to length 1. The folder is read here, so that sentence_transformers itself is only
+needed by those who load the result with it. As with any model of this package, `import moebert_kernels` makes
+the architecture known first.
+
+Example:
+    >>> teacher = load_sentence_encoder("all-MiniLM-L6-v2")
+    >>> rows = tokenize_texts(texts, teacher)
+    >>> importance = embedding_importance(teacher, rows)
+    >>> student = replace(teacher, model=adapt(teacher.model, importance))
+    >>> distill_embeddings(student, teacher, rows, DistillSettings(), Path("checkpoints"))
+    >>> save_sentence_encoder(student, Path("all-MiniLM-L6-moe"))
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+
+from moebert_kernels.compress.artifacts import replace_whole
+from moebert_kernels.compress.batching import padded_batches
+from moebert_kernels.compress.distill import DistillSettings, distill
+from moebert_kernels.compress.importance import Importance, compute_importance
+from moebert_kernels.compress.loading import load_tokenizer
+from moebert_kernels.errors import UserError
+from moebert_kernels.models import max_tokens
+
+POOLINGS = ("mean", "cls")
+_OLD_POOLING_KEYS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+_NUM_DIRECTIONS = 1021  # a prime: sums of token ids fall on all of them
+
+
+@dataclass(frozen=True, eq=False)
+class SentenceEncoder:
+    """A sentence-embedding model.
+
+    Attributes:
+        model: the encoder, without a head.
+        tokenizer: its.
+        pooling: "mean" over real tokens or "cls", the first token.
+        normalize: whether embeddings are scaled to length 1.
+        max_length: tokens of a sentence, special ones included; what is more is cut off.
+        lower_case: whether texts are put into lower case first.
+        folder: where all this was read.
+        model_folder: where in it the encoder is; "" if at the top.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    pooling: str
+    normalize: bool
+    max_length: int
+    lower_case: bool
+    folder: Path
+    model_folder: str
+
+    def pool(self, states_BSD: Tensor, mask_BS: Tensor | None) -> Tensor:
+        """Return embeddings [B, D], float32 or wider, of last hidden states.
+
+        Args:
+            states_BSD: of the model.
+            mask_BS: nonzero at real tokens; None if all are.
+        """
+        states_BSD = states_BSD.to(torch.promote_types(states_BSD.dtype, torch.float32))
+        if self.pooling == "cls":
+            embedding_BD = states_BSD[:, 0]
+        elif mask_BS is None:
+            embedding_BD = states_BSD.mean(1)
+        else:
+            real_BS1 = (mask_BS != 0).unsqueeze(-1)
+            embedding_BD = torch.where(real_BS1, states_BSD, 0).sum(1) / real_BS1.sum(1).clamp(min=1)
+        return torch.nn.functional.normalize(embedding_BD, dim=-1) if self.normalize else embedding_BD
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str], *, batch_size: int = 32) -> Tensor:
+        """Return embeddings [N, D] of texts, in their order, on the CPU; the model is put into eval mode."""
+        self.model.eval()
+        rows = tokenize_texts(texts, self)
+        rows = rows.add_column("labels", range(len(rows)))
+        embedding_ND = torch.empty(len(rows), self.model.config.hidden_size)
+        for batch in padded_batches(rows, self.tokenizer, batch_size):
+            order_B = batch.pop("labels")
+            batch = {name: value.to(self.model.device) for name, value in batch.items()}
+            states_BSD = self.model(**batch).last_hidden_state
+            embedding_ND[order_B] = self.pool(states_BSD, batch.get("attention_mask")).float().cpu()
+        return embedding_ND
+
+
+def load_sentence_encoder(folder: str | Path) -> SentenceEncoder:
+    """Read a folder that sentence_transformers or `save_sentence_encoder` wrote, onto the CPU in float32.
+
+    Raises:
+        UserError: it is no such folder, or has modules or a pooling that are not known here.
+    """
+    folder = Path(folder)
+    modules = _read_json(folder / "modules.json", list)
+    kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules]
+    if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+        raise UserError(
+            f"{folder / 'modules.json'} must list Transformer, Pooling and perhaps Normalize, in this order, "
+            f"found {', '.join(kinds) or 'nothing'}"
+        )
+    model_folder, pooling_folder = (str(module.get("path", "")) for module in modules[:2])
+    pooling_file = folder / pooling_folder / "config.json"
+    pooling = _read_json(pooling_file, dict)
+    mode = pooling.get("pooling_mode")
+    if mode is None:  # as it was written before sentence_transformers 5
+        modes = [name for name in pooling if name.startswith("pooling_mode_") and pooling[name]]
+        mode = _OLD_POOLING_KEYS.get(modes[0], modes[0]) if len(modes) == 1 else modes
+    if mode not in POOLINGS:
+        raise UserError(f"{pooling_file} pools by {mode}, expected one of {', '.join(POOLINGS)}")
+    options_file = folder / model_folder / "sentence_bert_config.json"
+    options = _read_json(options_file, dict) if options_file.is_file() else {}
+    try:
+        model = AutoModel.from_pretrained(folder / model_folder, dtype=torch.float32).eval()
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"cannot load the encoder in {folder / model_folder}: {error}") from None
+    tokenizer = load_tokenizer(folder / model_folder, model.config)
+    lengths = [options.get("max_seq_length"), tokenizer.model_max_length, max_tokens(model.config)]
+    return SentenceEncoder(
+        model,
+        tokenizer,
+        mode,
+        kinds[-1] == "Normalize",
+        min(int(length) for length in lengths if length is not None),
+        bool(options.get("do_lower_case", False)),
+        folder,
+        model_folder,
+    )
+
+
+def tokenize_texts(texts: Sequence[str], encoder: SentenceEncoder) -> Dataset:
+    """Return rows of token ids, in the order of `texts`; padding is left to a collator.
+
+    Raises:
+        UserError: there are no texts.
+    """
+    if not texts:
+        raise UserError("there are no texts to tokenize")
+
+    tokenizer, max_length = encoder.tokenizer, encoder.max_length  # datasets hashes what `encode` refers to
+
+    def encode(rows: dict[str, list[str]]) -> dict[str, Any]:
+        return dict(tokenizer(rows["text"], truncation=True, max_length=max_length))
+
+    rows = Dataset.from_dict(
+        {"text": [text.lower() for text in texts] if encoder.lower_case else list(texts)}
+    )
+    return rows.map(
+        encode, batched=True, remove_columns=["text"], load_from_cache_file=False, desc="Tokenizing texts"
+    )
+
+
+def embedding_importance(
+    encoder: SentenceEncoder,
+    rows: Dataset,
+    *,
+    batch_size: int = 32,
+    num_samples: int | None = None,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> Importance:
+    """Score every neuron by how far the sentences' embeddings move without it, to first order.
+
+    There are no labels, and a loss that compares the embedding with itself has no gradient. The loss of a
+    sentence is its embedding's component along a direction, drawn at random once for all sentences whose
+    token ids have the same sum modulo a prime: over many sentences, moves in every direction count, and how
+    they are batched changes nothing.
+
+    Args:
+        encoder: on any device.
+        rows: from `tokenize_texts`.
+        batch_size: sentences of a batch.
+        num_samples: take so many rows only, evenly spread; None for all.
+        seed: of the directions.
+        progress: as for `compute_importance`, whose other errors are raised too.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    size = (_NUM_DIRECTIONS, encoder.model.config.hidden_size)
+    directions_ND = torch.randn(size, generator=generator).to(encoder.model.device)
+
+    def component(output: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        mask_BS = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+        embedding_BD = encoder.pool(output.last_hidden_state, mask_BS)
+        number_B = (batch["input_ids"] * (mask_BS != 0)).sum(1) % _NUM_DIRECTIONS
+        return (embedding_BD * directions_ND[number_B]).sum()
+
+    return compute_importance(
+        encoder.model,
+        padded_batches(rows, encoder.tokenizer, batch_size, num_samples=num_samples),
+        loss=component,
+        task="sentence embedding",
+        progress=progress,
+    )
+
+
+def distill_embeddings(
+    student: SentenceEncoder,
+    teacher: SentenceEncoder,
+    rows: Dataset,
+    settings: DistillSettings,
+    checkpoints: Path,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[dict[str, float]]:
+    """Train the student, in place, to have the teacher's hidden states and embeddings; see `distill`.
+
+    Args:
+        student: made of the teacher by `adapt`.
+        teacher: pools as the student does.
+        rows: from `tokenize_texts`; no labels.
+        settings: the same when resuming.
+        checkpoints: folder for this run's checkpoints and nothing else.
+        progress: called with (steps done, steps in all).
+
+    Returns:
+        The loss curves: "step", "layer", "embedding", with learned gates "balance", and "total".
+
+    Raises:
+        ValueError: student and teacher do not fit each other.
+        UserError: the loss became infinite or NaN.
+    """
+    if (student.pooling, student.normalize) != (teacher.pooling, teacher.normalize):
+        raise ValueError(
+            f"student and teacher must pool alike, got {student.pooling}, normalize={student.normalize} and "
+            f"{teacher.pooling}, normalize={teacher.normalize}"
+        )
+    return distill(
+        student.model,
+        teacher.model,
+        rows,
+        student.tokenizer,
+        settings,
+        checkpoints,
+        pooling=student.pool,
+        progress=progress,
+    )
+
+
+def save_sentence_encoder(encoder: SentenceEncoder, folder: str | Path) -> None:
+    """Write a folder that sentence_transformers loads: `encoder.folder` with this model in place of the old.
+
+    The folder is written whole or not at all.
+
+    Raises:
+        UserError: `folder` holds something already, or `encoder.folder` is gone.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not an empty folder; give another output folder")
+    modules = _read_json(encoder.folder / "modules.json", list)
+    kept = ["modules.json", "config_sentence_transformers.json"]
+    kept.append(str(Path(encoder.model_folder) / "sentence_bert_config.json"))
+    with replace_whole(folder) as fresh:
+        target = fresh / encoder.model_folder
+        encoder.model.save_pretrained(target)
+        encoder.tokenizer.save_pretrained(target)
+        for name in kept:
+            if (encoder.folder / name).is_file():
+                shutil.copyfile(encoder.folder / name, fresh / name)
+        for module in modules[1:]:
+            if (encoder.folder / module["path"]).is_dir():  # Normalize may have no folder
+                shutil.copytree(encoder.folder / module["path"], fresh / module["path"])
+
+
+def _read_json(path: Path, kind: type) -> Any:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"there is no {path}: give the folder of a sentence_transformers model") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    if not isinstance(content, kind):
+        raise UserError(f"{path} must hold a JSON {'list' if kind is list else 'object'}")
+    return content

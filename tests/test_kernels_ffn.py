@@ -4,6 +4,7 @@ bfloat16 is left to the GPU: the interpreter holds it as integers and multiplies
 """
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -104,17 +105,20 @@ def test_strides_of_x_and_of_the_gradient_do_not_matter(device):
 
 
 def test_any_subset_of_inputs_may_require_grad(device):
-    """Skipping a gradient skips kernels and buffers: what is left must not notice."""
-    case = Case(9, K=2, gate=True, routing="dropped")
+    """Skipping a gradient skips kernels and buffers: what is left must not notice.
+
+    One, two and all but one: no kernel writes more than two gradients.
+    """
+    case = Case(5, E=2, K=2, D=8, F=8, gate=True, routing="dropped")
     t = inputs(case, torch.float32, device)
     everything = run(case, t)
     plan = plan_of(case, device)
     names = [k for k in t if k != "dy"]
-    for wanted in ([n] for n in names):
+    for wanted in (c for n in (1, 2, len(names) - 1) for c in itertools.combinations(names, n)):
         part = {k: v.clone().requires_grad_(k in wanted) for k, v in t.items()}
         grads = torch.autograd.grad(call(case, part, plan), [part[n] for n in wanted], t["dy"])
         for name, grad in zip(wanted, grads, strict=True):
-            assert torch.equal(grad, everything["d" + name]), f"{name} alone"
+            assert torch.equal(grad, everything["d" + name]), f"{name} with {wanted}"
 
 
 def test_backward_twice_gives_the_same(device):
@@ -128,6 +132,43 @@ def test_backward_twice_gives_the_same(device):
     )
     for name, a, b in zip(names, first, second, strict=True):
         assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        (Case(9), ["gather_kernel", "scatter_kernel"]),
+        (Case(9, K=2, norm=True, gate=True), ["gather_kernel", "scatter_kernel", "norm_kernel"]),
+        (Case(9, K=2, gate=True), ["gather_kernel", "scatter_kernel", "sum_slots_kernel"]),
+    ],
+    ids=str,
+)
+def test_forward_is_two_launches(case, expected, device):
+    """And a third over rows: the LayerNorm, or the sum over a token's experts in a fixed order."""
+    t = leaves(inputs(case, torch.float32, device))
+    plan = plan_of(case, device)
+    with launch.recorded() as launches:
+        call(case, t, plan)
+    assert [l.kernel.__name__ for l in launches] == expected
+
+
+def test_training_keeps_the_input_and_the_pre_activation(device):
+    """Of tensors with a row per token, no other is kept, above all not the activation."""
+    case = Case(37)
+    t = leaves(inputs(case, torch.float32, device))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda v: kept.append(v) or v, lambda v: v):
+        call(case, t, plan_of(case, device))
+    rows = [v for v in kept if v.is_floating_point() and v.shape[:1] == (case.T,)]
+    assert sorted(v.shape[1] for v in rows) == sorted([case.D, case.F])
+    assert any(v.data_ptr() == t["x"].data_ptr() for v in rows)
+
+
+def test_few_slots_are_masked_by_the_committed_table():
+    """The rule stands in the table: its smallest half-precision entries name a threshold, others none."""
+    for (family, arithmetic, size), config in configs.TABLE.items():
+        masked = arithmetic == "half" and size == "small"
+        assert (config.dense_slots > 0) == masked, (family, arithmetic, size)
 
 
 def test_inference_equals_training_bit_for_bit(device):

@@ -25,6 +25,7 @@ from moebert_kernels.cli_options import (
     Teacher,
     compress_settings,
     expand_options,
+    option_of,
 )
 
 USER_ERROR, INTERRUPTED = 2, 130
@@ -59,11 +60,14 @@ def _command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
                 _say_on_stderr("interrupted; run the same command again to go on")
                 raise typer.Exit(INTERRUPTED) from None
             except ValueError as error:
-                from moebert_kernels.errors import UserError
+                from moebert_kernels.errors import ArgumentError, UserError
 
                 if not isinstance(error, UserError):
                     raise
-                _say_on_stderr(str(error), style="red")
+                sentence = str(error)
+                if isinstance(error, ArgumentError):
+                    sentence = f"{option_of(error.argument)} {error.problem}"
+                _say_on_stderr(sentence, style="red")
                 raise typer.Exit(USER_ERROR) from None
 
         return app.command(name)(run)
@@ -157,7 +161,7 @@ def finetune(
     from moebert_kernels.compress.finetune import finetune
     from moebert_kernels.compress.terminal import StageBars, TrainingProgress
 
-    rows = data.load(run.seed)
+    rows = data.load()
     with StageBars(Console(highlight=False)) as progress:
         metrics = finetune(
             model,
@@ -191,10 +195,14 @@ def compress(
         ),
     ] = False,
     measure_length: Annotated[
-        int, typer.Option(help="Tokens of the sequences that speed is measured on.")
-    ] = 128,
+        int | None,
+        typer.Option(
+            help="Tokens of the sequences that speed is measured on.",
+            show_default="128, or the model's most if that is fewer",
+        ),
+    ] = None,
 ) -> None:
-    """Turn a fine-tuned classifier into a MoE: importance, split, distillation, evaluation, report.
+    """Turn a fine-tuned model into a MoE: importance, split, distillation, evaluation, report.
 
     moebert compress --teacher my-bert --task sst2 --data SST-2 --output runs/sst2
 
@@ -218,7 +226,7 @@ def compress(
     )
     console = Console(highlight=False)
     with StageBars(console) as progress:
-        results = pipeline.compress(settings, data.load(run.seed), teacher, output, progress=progress)
+        results = pipeline.compress(settings, data.load(), teacher, output, progress=progress)
     report.write_report(results, output / "report.html")
     console.print(results_table(results))
     console.print(f"student: {output / 'student'}\nreport: {output / 'report.html'}", soft_wrap=True)
@@ -251,13 +259,14 @@ def importance(
         raise UserError("give --teacher to score a model, or --convert to convert a file: one of the two")
     console = Console(highlight=False)
     if convert is not None:
+        steps.check_scores_file(output)
         scores = convert_published(convert)
         scores.save(output)
     else:
         assert teacher is not None
         settings = compress_settings(run, importance_rows=importance_rows)
         with StageBars(console) as progress:
-            scores = steps.score_teacher(settings, data.load(run.seed), teacher, output, progress=progress)
+            scores = steps.score_teacher(settings, data.load(), teacher, output, progress=progress)
     layers, neurons = scores.scores_LF.shape
     console.print(f"{output}: scores of {layers} layers of {neurons} neurons", soft_wrap=True)
 
@@ -288,7 +297,7 @@ def adapt(
     if (importance is None) != random_split:
         raise UserError("give --importance with the scores, or --random-split: one of the two")
     settings = compress_settings(run, experts)
-    rows = data.load(run.seed) if settings.routing == "hash-balance" else None
+    rows = data.load() if settings.routing == "hash-balance" else None
     student = steps.split_teacher(settings, teacher, importance, output, data=rows)
     config = student.config
     typer.echo(
@@ -317,18 +326,14 @@ def distill(
 
     settings = compress_settings(run, training)
     with StageBars(Console(highlight=False)) as progress:
-        log = steps.distill_student(
-            settings, data.load(run.seed), student, teacher, output, progress=progress
-        )
+        log = steps.distill_student(settings, data.load(), student, teacher, output, progress=progress)
     terms = ", ".join(f"{name} {value:.4g}" for name, value in log[-1].items() if name != "step")
     typer.echo(f"{output}: last losses {terms}")
 
 
 @_command("evaluate")
 def evaluate(
-    model: Annotated[
-        Path, typer.Option("--model", help="Folder of a classifier or regressor, dense or MoE.")
-    ],
+    model: Annotated[Path, typer.Option("--model", help="Folder of a fine-tuned model, dense or MoE.")],
     data: DataOptions,
     run: RunOptions,
     output: Annotated[
@@ -341,11 +346,12 @@ def evaluate(
     """
     from moebert_kernels.compress import artifacts, steps
     from moebert_kernels.compress.terminal import StageBars
+    from moebert_kernels.errors import UserError
 
+    if output is not None and (output.is_dir() or output.suffix != ".json"):
+        raise UserError(f"--output {output} must be a file named .json")
     with StageBars(Console(stderr=True, highlight=False)) as progress:
-        metrics = steps.evaluate_model(
-            model, data.load(run.seed), max_length=run.max_length, progress=progress
-        )
+        metrics = steps.evaluate_model(model, data.load(), max_length=run.max_length, progress=progress)
     if output is not None:
         artifacts.write_json(output, metrics)
     for name, value in metrics.items():

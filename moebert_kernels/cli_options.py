@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     from moebert_kernels.compress.settings import CompressSettings
     from moebert_kernels.compress.tasks import TaskData
 
-TaskName = Literal["sst2", "cola", "mrpc", "stsb", "csv"]
+GlueName = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
+TaskName = Literal[GlueName, "squad", "squad_v2", "conll", "csv"]
 Kind = Literal["classification", "regression"]
 Routing = Literal["hash-random", "hash-balance", "gate-token", "gate-sentence"]
 
 _data = functools.partial(typer.Option, rich_help_panel="Task and data")
 _table = functools.partial(typer.Option, rich_help_panel="Your own table, with --task csv")
+_answers = functools.partial(typer.Option, rich_help_panel="Answers, with --task squad or squad_v2")
 _experts = functools.partial(typer.Option, rich_help_panel="Experts")
 _training = functools.partial(typer.Option, rich_help_panel="Training")
 
@@ -34,10 +36,22 @@ _training = functools.partial(typer.Option, rich_help_panel="Training")
 class DataOptions:
     """The rows to train and validate on."""
 
-    task: Annotated[TaskName | None, _data("--task", help="GLUE's, with official metrics, or csv.")] = None
+    task: Annotated[
+        TaskName | None,
+        _data(
+            "--task",
+            help="With official metrics: GLUE's, SQuAD's, or conll, words with BIO tags. "
+            "csv: a table of your own.",
+        ),
+    ] = None
     data: Annotated[
-        Path | None,
-        _data("--data", help="GLUE: the folder of train.tsv and dev.tsv. csv: the table, .csv or .tsv."),
+        str | None,
+        _data(
+            "--data",
+            metavar="PATH|hub",
+            help="The folder of the original files; for csv the table, .csv, .tsv or .jsonl. Or hub: the "
+            "data set that the Hugging Face hub has of the task; hub:NAME or hub:NAME:CONFIG: another one.",
+        ),
     ] = None
     text_column: Annotated[str | None, _table(help="The text.", show_default="text")] = None
     pair_column: Annotated[str | None, _table(help="A second text, where rows are pairs.")] = None
@@ -45,38 +59,77 @@ class DataOptions:
     validation_data: Annotated[Path | None, _table(help="A second table, to validate on.")] = None
     validation_fraction: Annotated[
         float | None,
-        _table(help="Without a second: the part to hold out, drawn by --seed.", show_default="0.1"),
+        _table(help="Without a second: the part to hold out.", show_default="0.1"),
+    ] = None
+    split_seed: Annotated[
+        int | None,
+        _table(help="Of the rows held out. A teacher and its student must have the same.", show_default="0"),
     ] = None
     kind: Annotated[
         Kind | None, _table(help="By default regression if labels are numbers and not all of them whole.")
     ] = None
+    doc_stride: Annotated[
+        int | None,
+        _answers(
+            help="Tokens that neighbouring windows of a long context have in common.",
+            show_default="128, or less in short windows",
+        ),
+    ] = None
+    n_best: Annotated[
+        int | None, _answers(help="Starts and ends of a window that are combined.", show_default="20")
+    ] = None
+    max_answer_length: Annotated[
+        int | None, _answers(help="Tokens of the longest answer.", show_default="30")
+    ] = None
+    null_threshold: Annotated[
+        float | None,
+        _answers(
+            help="squad_v2: by how much no answer must score higher than the best one.", show_default="0"
+        ),
+    ] = None
 
-    def load(self, seed: int) -> TaskData:
-        """Read the rows; `seed` draws those held out of a table.
+    def load(self) -> TaskData:
+        """Read the rows.
 
         Raises:
             UserError: the options do not fit each other or the files.
         """
-        from moebert_kernels.compress.tasks import CsvOptions, load_task
+        from moebert_kernels.compress.tasks import AnswerOptions, CsvOptions, load_task
         from moebert_kernels.errors import UserError
 
         if self.task is None or self.data is None:
+            missing = [name for name in ("task", "data") if getattr(self, name) is None]
             raise UserError(
-                "name the task and its data: --task sst2 --data SST-2, or --task csv --data my.csv"
+                f"{' and '.join(f'--{name}' for name in missing)} must be given: "
+                "--task sst2 --data SST-2, for instance, or --task csv --data my.csv"
             )
         if self.validation_data is not None and self.validation_fraction is not None:
             raise UserError("give --validation-data or --validation-fraction, not both")
-        given: dict[str, Any] = {
-            "text": self.text_column,
-            "text_pair": self.pair_column,
-            "label": self.label_column,
-            "validation_file": self.validation_data,
-            "validation_fraction": self.validation_fraction,
-            "kind": self.kind,
-        }
-        given = {name: value for name, value in given.items() if value is not None}
-        csv = CsvOptions(**given, seed=seed) if given or self.task == "csv" else None
-        return load_task(self.task, self.data, csv=csv)
+        table = _given(
+            text=self.text_column,
+            text_pair=self.pair_column,
+            label=self.label_column,
+            validation_file=self.validation_data,
+            validation_fraction=self.validation_fraction,
+            kind=self.kind,
+            seed=self.split_seed,
+        )
+        answers = _given(
+            doc_stride=self.doc_stride,
+            n_best=self.n_best,
+            max_answer_length=self.max_answer_length,
+            null_threshold=self.null_threshold,
+        )
+        return load_task(
+            self.task,
+            self.data,
+            csv=CsvOptions(**table) if table else None,
+            answers=AnswerOptions(**answers) if answers else None,
+        )
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -164,7 +217,13 @@ class FinetuneOptions:
 class RunOptions:
     """What every stage that reads rows has."""
 
-    max_length: Annotated[int, _data(help="Tokens a row is cut to.")] = 128
+    max_length: Annotated[
+        int | None,
+        _data(
+            help="Tokens a row is cut to.",
+            show_default="128, for questions 384; or the model's most if that is fewer",
+        ),
+    ] = None
     seed: Annotated[int, typer.Option(help="Of everything random; the same seed, the same result.")] = 0
 
 
@@ -175,6 +234,14 @@ Teacher = Annotated[
         "--teacher", help="Folder of the fine-tuned model and its tokenizer, as transformers saves."
     ),
 ]
+
+
+_OPTION_OF = {"num_experts": "--experts", "num_shared": "--shared", "learning_rate": "--lr"}
+
+
+def option_of(argument: str) -> str:
+    """The option by which a user gives an argument of the library."""
+    return _OPTION_OF.get(argument, "--" + argument.replace("_", "-"))
 
 
 def compress_settings(*groups: ExpertOptions | DistillOptions | RunOptions, **more: Any) -> CompressSettings:

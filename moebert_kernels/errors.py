@@ -1,4 +1,4 @@
-"""The exception for mistakes that the user can put right."""
+"""The exceptions for mistakes that the user can put right."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,17 @@ class UserError(ValueError):
 
     The command line prints the message without a traceback.
     """
+
+
+class ArgumentError(UserError):
+    """An argument has a value that does not do; the command line names the option in its place.
+
+    Args:
+        argument: its name in Python.
+        problem: goes on after the name: "must be at least 1, got 0".
+    """
+
+    def __init__(self, argument: str, problem: str):
+        super().__init__(f"{argument} {problem}")
+        self.argument = argument
+        self.problem = problem

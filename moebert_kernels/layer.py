@@ -38,6 +38,10 @@ class MoEFFN(nn.Module):
     Attributes:
         w1_EFD, b1_EF, w2_EDF, b2_ED: the experts, rows as in `nn.Linear`.
         ln_w_ED, ln_b_ED: their LayerNorms; None in the plain form.
+
+    Raises:
+        ValueError: a size or probability is out of range, the activation unknown, or the router is for
+            another number of experts.
     """
 
     def __init__(
@@ -65,6 +69,9 @@ class MoEFFN(nn.Module):
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
         check_activation(activation)
+        routed = getattr(router, "num_experts", num_experts)
+        if routed != num_experts:
+            raise ValueError(f"router is for {routed} experts, but num_experts is {num_experts}")
         self.hidden_size = hidden_size
         self.expert_size = expert_size
         self.num_experts = num_experts

@@ -3,6 +3,7 @@ import dataclasses
 import inspect
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -24,6 +25,7 @@ from moebert_kernels.compress.finetune import finetune
 from moebert_kernels.compress.importance import Importance
 from moebert_kernels.compress.settings import CompressSettings
 from moebert_kernels.compress.tasks import task_names
+from moebert_kernels.errors import UserError
 from moebert_kernels.models import ROUTINGS, MoEBertConfig
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "a", "b", "c", "d"]
@@ -54,6 +56,8 @@ def folder(tmp_path_factory):
     BertForSequenceClassification(config).save_pretrained(folder / "teacher")
     (folder / "vocab.txt").write_text("\n".join(WORDS))
     BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=16).save_pretrained(folder / "teacher")
+    shutil.copytree(folder / "teacher", folder / "another")
+    shutil.copytree(folder / "teacher", folder / "untokenized", ignore=shutil.ignore_patterns("*token*"))
     return folder
 
 
@@ -131,6 +135,23 @@ def test_finetune_makes_a_teacher(call, folder):
     assert AutoModelForSequenceClassification.from_pretrained(folder / "fresh").config.num_labels == 2
 
 
+def test_the_seed_of_training_does_not_move_held_out_rows(call, monkeypatch):
+    """Stops a student from being validated on its teacher's training rows when --seed is changed between."""
+    seen = []
+
+    def take(settings, data, *others, **options):
+        seen.append((settings.seed, data.validation["text"][:]))
+        raise UserError("seen")
+
+    monkeypatch.setattr(pipeline, "compress", take)
+    for options in ("--seed 0", "--seed 1", "--seed 1 --split-seed 1"):
+        call(f"{COMPRESS} {TABLE} {options}")
+    (first, rows), (second, same_rows), (_, other_rows) = seen
+    assert (first, second) == (0, 1)
+    assert same_rows == rows
+    assert other_rows != rows
+
+
 def test_random_split_and_hash_balance(call, folder):
     result = call(f"adapt --teacher teacher --random-split --routing hash-balance {TABLE} --output balanced")
     assert result.exit_code == 0, result.output + result.stderr
@@ -153,7 +174,7 @@ def test_published_importance_converts(call, folder):
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        (f"compress --teacher nowhere {TABLE} --output x", ["nowhere", "saved transformers model"]),
+        (f"compress --teacher nowhere {TABLE} --output x", ["there is no folder nowhere"]),
         ("compress --teacher teacher --task sst2 --data nowhere --output x", ["nowhere", "train.tsv"]),
         ("compress --teacher teacher --task csv --data nowhere.csv --output x", ["nowhere.csv"]),
         ("compress --teacher teacher --output x", ["--task", "--data"]),
@@ -178,14 +199,34 @@ def test_published_importance_converts(call, folder):
             ["expert size 8", "got 9"],
         ),
         (f"{COMPRESS} {TABLE} --experts 0", ["at least 1", "got 0"]),
-        (f"{COMPRESS} {TABLE} --top-k 2", ["hash-random", "top_k"]),
-        (f"{COMPRESS} {TABLE} --epochs 0", ["epochs", "more than 0"]),
-        (f"{COMPRESS} {TABLE} --lr -1", ["learning_rate", "-1"]),
-        (f"{COMPRESS} {TABLE} --measure-length 99", ["99", "at most 16"]),
-        (f"compress --teacher teacher {TABLE} --measure-length 8 --output teacher", ["the teacher's"]),
+        (f"{COMPRESS} {TABLE} --top-k 2", ["--top-k must be 1, got 2", "hash-random"]),
+        (f"{COMPRESS} {TABLE} --epochs 0", ["--epochs must be more than 0"]),
+        (f"{COMPRESS} {TABLE} --lr -1", ["--lr must be more than 0, got -1"]),
+        (f"{COMPRESS} {TABLE} --measure-length 99", ["--measure-length is 99", "at most 16"]),
+        (
+            f"compress --teacher teacher {TABLE} --measure-length 8 --output teacher",
+            ["already holds a model"],
+        ),
+        (f"compress --teacher teacher {TABLE} --output another", ["another already holds a model"]),
+        (f"compress --teacher teacher {TABLE} --output reviews.csv", ["reviews.csv is a file"]),
+        (f"compress --teacher untokenized {TABLE} --output x", ["untokenized holds no tokenizer"]),
+        (f"importance --teacher untokenized {TABLE} --output x.safetensors", ["holds no tokenizer"]),
+        (f"evaluate --model untokenized {TABLE}", ["holds no tokenizer"]),
+        (f"evaluate --model teacher {TABLE.replace('12', '17')}", ["--max-length is 17", "at most 16"]),
+        (
+            f"importance --teacher teacher {TABLE.replace('12', '17')} --output x.safetensors",
+            ["--max-length is 17"],
+        ),
+        (f"importance --teacher teacher {TABLE} --output reviews.csv", ["must be named .safetensors"]),
+        (
+            f"importance --teacher teacher {TABLE} --output teacher/model.safetensors",
+            ["does not hold importance scores"],
+        ),
+        (f"evaluate --model teacher {TABLE} --output teacher", ["must be a file named .json"]),
+        ("compress --teacher teacher --task csv --output x", ["--data must be given"]),
         (f"importance {TABLE} --output x", ["--teacher", "--convert"]),
-        ("importance --teacher teacher --output x", ["--task"]),
-        ("importance --convert reviews.csv --output x", ["reviews.csv"]),
+        ("importance --teacher teacher --output x", ["--task and --data must be given"]),
+        ("importance --convert reviews.csv --output x.safetensors", ["reviews.csv"]),
         ("adapt --teacher teacher --output x", ["--importance", "--random-split"]),
         ("adapt --teacher teacher --importance nowhere --output x", ["no importance file nowhere"]),
         ("adapt --teacher teacher --random-split --routing hash-balance --output x", ["--task"]),

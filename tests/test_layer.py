@@ -75,6 +75,9 @@ def test_it_can_be_copied_moved_and_made_on_meta():
 
 
 def test_wrong_use_is_refused():
+    for router in (TokenGate(8, 2), HashRouter(torch.tensor([0, 1]), 2)):
+        with pytest.raises(ValueError, match="router is for 2 experts, but num_experts is 4"):
+            MoEFFN(8, 6, 4, router=router)
     with pytest.raises(ValueError, match="expert_size must be at least 1, got 0"):
         MoEFFN(8, 0, 2)
     with pytest.raises(ValueError, match="activation must be one of"):

@@ -276,7 +276,7 @@ def test_balanced_hashing_counts_the_training_tokens(teacher, tmp_path):
         ({"distill_weight": -1}, "distill_weight must not be negative"),
         ({"top_k": 2}, "top_k must be 1"),
         ({"routing": "gate-token", "top_k": 5}, "must not exceed the 4 experts"),
-        ({"comparisons": ("best",)}, "comparison 'best' is unknown"),
+        ({"comparisons": ("best",)}, "comparisons must be from random; got 'best'"),
     ],
 )
 def test_senseless_settings_are_refused(changes, sentence):
@@ -292,8 +292,8 @@ def test_what_cannot_work_is_said_before_any_work(teacher, tmp_path):
             compress(settings, data or make_data(), teacher, output)
         assert not output.exists() or not list(output.glob("work/**/*"))
 
-    refused("holds no config.json", teacher=tmp_path / "nowhere")
-    refused("not a model for sequence", teacher=make_teacher(tmp_path / "mlm", head=BertForMaskedLM))
+    refused("there is no folder", teacher=tmp_path / "nowhere")
+    refused("not a model for classification", teacher=make_teacher(tmp_path / "mlm", head=BertForMaskedLM))
     refused("need 142 neurons", settings=replace(SETTINGS, expert_size=40, num_shared=6))
     refused("max_length is 64", settings=replace(SETTINGS, max_length=64))
     refused("has 2 outputs", data=make_data(kind="regression"))

@@ -148,7 +148,7 @@ def test_figures_have_their_own_ids_and_their_alternatives(results):
     assert len(reader.ids) == len(set(reader.ids))
     assert {link[1:] for link in reader.links} <= set(reader.ids)
     assert len(reader.alternatives) == 4
-    assert "student 0.862 at 6.50 ms" in reader.alternatives[0]
+    assert "student 0.862 at 392 sequences/s" in reader.alternatives[0]
     assert "between 50% and 60%" in reader.alternatives[1]
     assert "from 10% to 40%" in reader.alternatives[2]
     assert "student: total from 3.5 to 1.17" in reader.alternatives[3]

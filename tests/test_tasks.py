@@ -338,9 +338,9 @@ def test_tokenize_pairs_cuts_and_leaves_padding_out(tokenizer):
 
 
 def test_tokenize_refuses_lengths_the_model_cannot_take(tokenizer):
-    with pytest.raises(UserError, match="max_length is 17, but the model takes 16"):
+    with pytest.raises(UserError, match="max_length must be 3 to the model's 16, got 17"):
         tokenize(small_data(), tokenizer, max_length=17)
-    with pytest.raises(UserError, match="max_length is 2, expected at least 3"):
+    with pytest.raises(UserError, match="max_length must be 3 to the model's 16, got 2"):
         tokenize(small_data(), tokenizer, max_length=2)
 
 

@@ -22,6 +22,7 @@ from moebert_kernels.errors import UserError
 _MODEL_SUFFIXES = {".json", ".safetensors", ".bin", ".txt", ".model"}
 _NOT_OF_THE_MODEL = {"training_args.bin", "optimizer.pt", "scheduler.pt", "trainer_state.json"}
 _UNFINISHED = ".unfinished-"
+_LOCK = ".lock"
 
 
 def fingerprint(*parts: Any) -> str:
@@ -156,10 +157,12 @@ def exclusive(folder: Path) -> Iterator[None]:
     Raises:
         UserError: the folder cannot be made or written, or another process holds it.
     """
-    lock_path = folder / ".lock"
+    lock_path = folder / _LOCK
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = lock_path.open("a+", encoding="utf-8")
+    except FileExistsError:
+        raise UserError(f"the output folder {folder} is a file; give a folder") from None
     except OSError as error:
         raise UserError(f"cannot write to the output folder {folder}: {error.strerror or error}") from None
     with lock:
@@ -175,3 +178,24 @@ def exclusive(folder: Path) -> Iterator[None]:
         lock.write(f"process {os.getpid()}")
         lock.flush()
         yield
+
+
+@contextmanager
+def workroom(output: Path, made_from: str) -> Iterator[Path]:
+    """Hold the folder `<output>.unfinished` for this process alone, for the checkpoints of a long stage.
+
+    It is empty, unless work of the same fingerprint was interrupted in it; it is gone when the body has ended
+    well, which should have made `output`.
+
+    Raises:
+        UserError: see `exclusive`.
+    """
+    room = output.with_name(f"{output.name}.unfinished")
+    with exclusive(room):
+        record = room / "made_from"
+        if not record.is_file() or record.read_text(encoding="utf-8") != made_from:
+            for path in [path for path in room.iterdir() if path.name != _LOCK]:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            record.write_text(made_from, encoding="utf-8")
+        yield room
+        shutil.rmtree(room)

@@ -99,6 +99,12 @@ def shortest_first(dataset: Dataset) -> np.ndarray:
     return np.argsort(row_lengths(dataset), kind="stable")
 
 
+def sample_rows(dataset: Dataset, count: int | None, seed: int) -> Dataset:
+    """Return `count` rows drawn at random, in the dataset's order; all of them if None or too many."""
+    order = np.random.default_rng(seed).permutation(len(dataset))
+    return dataset.select(np.sort(order[:count]))
+
+
 def padded_batches(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int, *, num_samples: int | None = None
 ) -> Iterator[dict[str, Tensor]]:

@@ -20,13 +20,11 @@ from transformers import (
     TrainingArguments,
 )
 
-from moebert_kernels.compress.batching import LengthGroupedTrainer
+from moebert_kernels.compress.batching import LABEL_COLUMNS, LengthGroupedTrainer, RowCollator
 from moebert_kernels.compress.finetune import last_checkpoint
 from moebert_kernels.compress.losses import IGNORED_LABEL, Prediction, label_loss, layer_loss, prediction_loss
 from moebert_kernels.errors import UserError
 from moebert_kernels.models import decay_parameters
-
-_LABELS = ("labels", "start_positions", "end_positions")
 
 
 class _Units(NamedTuple):
@@ -41,9 +39,10 @@ class DistillationTrainer(Trainer):
     """A `transformers.Trainer` whose loss is CE + lambda (L_trm + L_pred) (section 3.3 and Eq. 5 to 7).
 
     CE is the loss from labels (mean squared error for regression), L_trm compares the L + 1 hidden states at
-    real tokens, L_pred the predictions. A student with learned gates adds its load-balance loss, weighted by
-    its configuration's `balance_loss_weight`. Everything else is the Trainer's: arguments, callbacks, mixed
-    precision, checkpoints and resuming, gradient accumulation, whose step equals that of one large batch.
+    real tokens, L_pred the predictions: of tokens, at those that have a label. A student with learned gates
+    adds its load-balance loss, weighted by its configuration's `balance_loss_weight`. Everything else is the
+    Trainer's: arguments, callbacks, mixed precision, checkpoints and resuming, gradient accumulation, whose
+    step equals that of one large batch.
 
     The logs carry, beside `loss` (the total), the unweighted terms `ce`, `layer`, `prediction` and, with
     learned gates, `balance`, each averaged over the steps since the last log. Evaluation asks the student
@@ -128,10 +127,10 @@ class DistillationTrainer(Trainer):
             num_items_in_batch: what `get_batch_samples` counted: terms are then divided by the counts of the
                 whole step. Otherwise they are means over this batch.
         """
-        labels = {name: inputs[name] for name in _LABELS if inputs.get(name) is not None}
+        labels = {name: inputs[name] for name in LABEL_COLUMNS if inputs.get(name) is not None}
         if not labels:
             raise ValueError(f"distillation needs labels; the batch holds only {', '.join(inputs)}")
-        features = {name: value for name, value in inputs.items() if name not in _LABELS}
+        features = {name: value for name, value in inputs.items() if name not in LABEL_COLUMNS}
         if not model.training:
             outputs = model(**features)
             loss = self._label_loss(outputs, labels)
@@ -144,10 +143,15 @@ class DistillationTrainer(Trainer):
             teacher_outputs = self.teacher(**features, output_hidden_states=True)
         kind = self._kind(outputs)
         mask_BS = features.get("attention_mask")
+        # Of tokens without a label nobody asks for a prediction, and the teacher has learned none.
+        per_token = kind == "token_classification"
+        predicted_BS = labels["labels"] != IGNORED_LABEL if per_token else mask_BS
         terms = {
             "ce": self._label_loss(outputs, labels),
             "layer": layer_loss(outputs.hidden_states, teacher_outputs.hidden_states, mask_BS),
-            "prediction": prediction_loss(kind, _prediction(outputs), _prediction(teacher_outputs), mask_BS),
+            "prediction": prediction_loss(
+                kind, _prediction(outputs), _prediction(teacher_outputs), predicted_BS
+            ),
         }
         weights = {"ce": 1.0, "layer": self.distill_weight, "prediction": self.distill_weight}
         if self.learned_gates:
@@ -159,11 +163,10 @@ class DistillationTrainer(Trainer):
             share = _Units(
                 *(n / total.clamp(min=1) for n, total in zip(here, num_items_in_batch, strict=True))
             )
-            per_token = kind == "token_classification"
             shares = {
                 "ce": share.labels,
                 "layer": share.tokens,
-                "prediction": share.tokens if per_token else share.sequences,
+                "prediction": share.labels if per_token else share.sequences,
                 "balance": share.tokens,
             }
             terms = {name: term * shares[name] for name, term in terms.items()}
@@ -330,6 +333,7 @@ def distill(
         args=arguments,
         distill_weight=settings.distill_weight,
         train_dataset=rows,
+        data_collator=RowCollator(tokenizer),
         processing_class=tokenizer,
         callbacks=[*callbacks, _StopWhenDiverged(), *([_Report(progress)] if progress else [])],
     )

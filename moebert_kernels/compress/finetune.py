@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
+    PreTrainedModel,
     PrinterCallback,
     TrainerCallback,
     TrainingArguments,
     set_seed,
 )
 
-from moebert_kernels.compress.batching import LengthGroupedTrainer
-from moebert_kernels.compress.tasks import Task, TaskData, compute_metrics, tokenize
-from moebert_kernels.errors import UserError
+from moebert_kernels import __version__
+from moebert_kernels.compress.artifacts import (
+    fingerprint,
+    model_fingerprint,
+    rows_fingerprint,
+    workroom,
+)
+from moebert_kernels.compress.batching import LengthGroupedTrainer, RowCollator
+from moebert_kernels.compress.evaluate import evaluate
+from moebert_kernels.compress.loading import check_model_folder, load_tokenizer, row_length, save_encoder
+from moebert_kernels.compress.tasks import KINDS, Task, TaskData, tokenize
+from moebert_kernels.errors import ArgumentError, UserError
 from moebert_kernels.models.surgery import find_ffns
 
 
@@ -35,7 +40,7 @@ def finetune(
     epochs: float = 3,
     lr: float = 3e-5,
     batch_size: int = 32,
-    max_length: int = 128,
+    max_length: int | None = None,
     weight_decay: float = 0.01,
     seed: int = 0,
     training_arguments: Mapping[str, Any] | None = None,
@@ -54,14 +59,15 @@ def finetune(
         epochs: passes over the training rows.
         lr: the highest learning rate, reached after a tenth of the steps and then falling to 0.
         batch_size: rows per step and device.
-        max_length: tokens of a row.
+        max_length: tokens of a row; by default 128, or 384 for question answering, or as many as the model
+            takes if those are fewer.
         weight_decay: of AdamW.
         seed: of the new head, the order of rows and dropout.
         training_arguments: more arguments of `transformers.TrainingArguments`, such as {"bf16": True}.
         callbacks: for the Trainer.
 
     Returns:
-        The task's metrics on the validation rows.
+        The task's metrics on the validation rows; see `evaluate`.
 
     Raises:
         UserError: no such model, or one that cannot be compressed later; arguments out of range;
@@ -71,13 +77,16 @@ def finetune(
     if output_dir.exists():
         raise UserError(f"{output_dir} exists already; delete it or choose another folder")
     for name, value in (("epochs", epochs), ("lr", lr), ("batch_size", batch_size)):
-        if value <= 0:
-            raise UserError(f"{name} must be more than 0, got {value}")
+        if not 0 < value < float("inf"):
+            raise ArgumentError(name, f"must be more than 0, got {value}")
+    if not 0 <= weight_decay < float("inf"):
+        raise ArgumentError("weight_decay", f"must not be negative, got {weight_decay}")
     set_seed(seed)
-    tokenizer, network = _load(str(model), data.task, max_length)
+    network = _load(str(model), data.task)
+    tokenizer = load_tokenizer(model, network.config)
+    default = KINDS[data.task.kind].default_length
+    max_length = row_length(max_length, network.config, tokenizer, "max_length", default=default)
     tokenized = tokenize(data, tokenizer, max_length)
-
-    unfinished = output_dir.with_name(output_dir.name + ".unfinished")
     fixed = {
         "num_train_epochs": epochs,
         "learning_rate": lr,
@@ -92,26 +101,29 @@ def finetune(
         "report_to": "none",
         **(training_arguments or {}),
     }
-    _prepare_folder(unfinished, {"model": _model_state(model), "data": _data_state(tokenized), **fixed})
-    trainer = LengthGroupedTrainer(
-        network,
-        TrainingArguments(output_dir=str(unfinished), **fixed),
-        data_collator=DataCollatorWithPadding(tokenizer),
-        train_dataset=tokenized.train,
-        eval_dataset=tokenized.validation,
-        processing_class=tokenizer,
-        compute_metrics=compute_metrics(data.task),
-        callbacks=list(callbacks),
+    folder = Path(model)
+    answers = data.task.answers
+    made_from = fingerprint(
+        __version__,
+        model_fingerprint(folder) if folder.is_dir() else str(model),
+        [data.task.label_names, rows_fingerprint(data.train), answers and answers.doc_stride, max_length],
+        {name: str(value) for name, value in fixed.items()},
     )
-    trainer.remove_callback(PrinterCallback)  # the Trainer's stand-in for a bar that was switched off
-    trainer.train(resume_from_checkpoint=last_checkpoint(unfinished))
-    found = trainer.evaluate()
-    finished = unfinished / "finished"
-    shutil.rmtree(finished, ignore_errors=True)
-    trainer.save_model(str(finished))
-    os.replace(finished, output_dir)
-    shutil.rmtree(unfinished)
-    return {name: found[f"eval_{name}"] for name in data.task.metric_names}
+    with workroom(output_dir, made_from) as room:
+        trainer = LengthGroupedTrainer(
+            network,
+            TrainingArguments(output_dir=str(room), **fixed),
+            data_collator=RowCollator(tokenizer),
+            train_dataset=tokenized.train,
+            eval_dataset=tokenized.validation,
+            processing_class=tokenizer,
+            callbacks=list(callbacks),
+        )
+        trainer.remove_callback(PrinterCallback)  # the Trainer's stand-in for a bar that was switched off
+        trainer.train(resume_from_checkpoint=last_checkpoint(room))
+        found = evaluate(network, tokenized, tokenizer, batch_size=2 * batch_size)
+        save_encoder(network, tokenizer, output_dir)
+    return found
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -126,53 +138,22 @@ def last_checkpoint(folder: Path) -> str | None:
     return str(max(complete)[1]) if complete else None
 
 
-def _load(model: str, task: Task, max_length: int):
-    num_labels = len(task.label_names) or 1
-    labels = {
-        "id2label": dict(enumerate(task.label_names)) or {0: "LABEL_0"},
-        "label2id": {name: i for i, name in enumerate(task.label_names)} or {"LABEL_0": 0},
-        "problem_type": "regression" if task.kind == "regression" else "single_label_classification",
-    }
+def _load(model: str, task: Task) -> PreTrainedModel:
+    kind = KINDS[task.kind]
+    if Path(model).exists() or model.startswith((".", "/", "~")):  # otherwise a name on the hub
+        check_model_folder(Path(model))
     try:
-        config = AutoConfig.from_pretrained(model, num_labels=num_labels, **labels)
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model, **kind.head_config(task))
         # A head for another number of labels is replaced by a new one.
-        network = AutoModelForSequenceClassification.from_pretrained(
-            model, config=config, ignore_mismatched_sizes=True
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"{model} cannot be loaded as a pre-trained model: {error}") from error
+        network = kind.auto_model.from_pretrained(model, config=config, ignore_mismatched_sizes=True)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if not Path(model).exists():
+            raise UserError(
+                f"there is no folder {model}, and no model of that name can be had from the hub: {error}"
+            ) from None
+        raise UserError(f"{model} cannot be loaded as a pre-trained model: {error}") from None
     try:
         find_ffns(network)
     except ValueError as error:
-        raise UserError(f"{model} cannot become a MoE: {error}") from error
-    if max_length > config.max_position_embeddings:
-        raise UserError(
-            f"max_length is {max_length}, but {model} has {config.max_position_embeddings} positions"
-        )
-    return tokenizer, network
-
-
-def _prepare_folder(folder: Path, settings: dict[str, Any]) -> None:
-    """Make `folder`, empty unless it was begun with the same settings."""
-    record = folder / "settings.json"
-    text = json.dumps(settings, indent=1, sort_keys=True, default=str)
-    if record.is_file() and record.read_text() == text:
-        return
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    record.write_text(text)
-
-
-def _model_state(model: str | Path) -> list[Any]:
-    """Tell a folder from the same folder with other weights."""
-    files = sorted(Path(model).glob("*.*")) if Path(model).is_dir() else []
-    return [str(model), [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]]
-
-
-def _data_state(data: TaskData) -> str:
-    digest = hashlib.sha256(repr(data.task).encode())
-    for rows in (data.train, data.validation):
-        for batch in rows.iter(batch_size=1000):
-            digest.update(repr(batch).encode())
-    return digest.hexdigest()
+        raise UserError(f"{model} cannot become a MoE: {error}") from None
+    return network

@@ -16,13 +16,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from moebert_kernels.compress.batching import LABEL_COLUMNS
 from moebert_kernels.errors import UserError
 from moebert_kernels.models.surgery import DenseFFN, find_ffns
 
 LossFunction = Callable[[Any, Mapping[str, Tensor]], Tensor]
 
 _FORMAT = "moebert-importance 1"
-_LABELS = ("labels", "start_positions", "end_positions")
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +94,7 @@ class Importance:
         except (SafetensorError, OSError) as error:
             raise UserError(
                 f"{path} is damaged or not an importance file ({error}); files published with the authors'"
-                " code are read by convert_published"
+                " code are converted by `moebert importance --convert` (convert_published)"
             ) from None
         try:
             return cls(scores_LF, header["model"], header["task"], int(header["num_samples"]))
@@ -164,7 +164,7 @@ def compute_importance(
         for batch in batches:
             batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
             with _scoring(ffns) as products_LBF:
-                output = model(**{name: value for name, value in batch.items() if name not in _LABELS})
+                output = model(**{name: value for name, value in batch.items() if name not in LABEL_COLUMNS})
                 loss_function(output, batch).backward()
             for layer, product_BF in enumerate(products_LBF):
                 scores_LF[layer] += product_BF.abs().sum(0)

@@ -20,10 +20,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moebert_kernels import __version__
 from moebert_kernels.compress.adapt import adapt, random_scores, token_counts
@@ -33,16 +32,23 @@ from moebert_kernels.compress.artifacts import (
     exclusive,
     fingerprint,
     model_fingerprint,
-    replace_whole,
     rows_fingerprint,
     write_json,
 )
+from moebert_kernels.compress.batching import sample_rows
 from moebert_kernels.compress.distill import DistillSettings, distill
 from moebert_kernels.compress.evaluate import batches, evaluate, expert_load
 from moebert_kernels.compress.importance import Importance, compute_importance
+from moebert_kernels.compress.loading import (
+    check_no_model,
+    default_device,
+    load_model,
+    load_teacher,
+    save_encoder,
+)
 from moebert_kernels.compress.measure import measure
-from moebert_kernels.compress.settings import CompressSettings, load_teacher, resolve
-from moebert_kernels.compress.tasks import TaskData, match_labels, tokenize
+from moebert_kernels.compress.settings import CompressSettings, resolve
+from moebert_kernels.compress.tasks import EncodedData, TaskData, match_labels, tokenize
 from moebert_kernels.environment import describe_environment
 from moebert_kernels.errors import UserError
 from moebert_kernels.models import (
@@ -86,8 +92,7 @@ def compress(
     Args:
         settings: what to make.
         data: raw rows, as `load_task` returns them.
-        teacher_dir: of a BERT for sequence classification or regression, fine-tuned on the task, with its
-            tokenizer.
+        teacher_dir: of a BERT fine-tuned on the task, with its tokenizer.
         output_dir: made if need be; one run at a time.
         progress: hears about every stage of `stage_names`, in that order.
 
@@ -100,10 +105,9 @@ def compress(
     """
     teacher_dir, output_dir = Path(teacher_dir), Path(output_dir)
     teacher, tokenizer = load_teacher(teacher_dir)
-    settings = resolve(settings, teacher, tokenizer, len(data.train))
+    settings = resolve(settings, teacher, tokenizer, data)
     data = match_labels(data, teacher.config)
-    if output_dir.resolve() == teacher_dir.resolve():
-        raise UserError(f"the output folder {output_dir} is the teacher's; give another one")
+    check_no_model(output_dir)
     with exclusive(output_dir):
         _check_ours(output_dir)
         discard_unfinished(output_dir)
@@ -196,21 +200,28 @@ class _Run:
         self.teacher_dir = teacher_dir
         self.output_dir = output_dir
         self.progress = progress
-        self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        self.device = default_device()
         self.teacher = teacher
         nn.Module.to(teacher, self.device)  # transformers' own `to` does not say what it takes
         self.timings: dict[str, float] = {}
 
         self.teacher_print = model_fingerprint(teacher_dir)
-        self.train_print = fingerprint(rows_fingerprint(data.train), settings.max_length)
-        self.validation_print = fingerprint(rows_fingerprint(data.validation), settings.max_length)
+        answers = data.task.answers
+        doc_stride = answers and answers.doc_stride
+        self.train_print = fingerprint(rows_fingerprint(data.train), settings.max_length, doc_stride)
+        self.validation_print = fingerprint(
+            [rows_fingerprint(rows) for rows in data.validation_sets.values()],
+            settings.max_length,
+            answers and asdict(answers),
+        )
         self.importance_print: str = fingerprint(
             self.teacher_print, self.train_print, settings.importance_rows, settings.seed
         )
 
     @cached_property
-    def data(self) -> TaskData:
+    def data(self) -> EncodedData:
         """The rows as token ids, made when a stage first needs them."""
+        assert self.settings.max_length is not None  # resolved
         return tokenize(self.raw, self.tokenizer, self.settings.max_length)
 
     def results(self) -> dict[str, Any]:
@@ -260,9 +271,7 @@ class _Run:
         path = self.output_dir / "importance.safetensors"
 
         def work(report: Report) -> None:
-            count = self.settings.importance_rows
-            order = np.random.default_rng(self.settings.seed).permutation(len(self.data.train))
-            rows = self.data.train.select(np.sort(order[:count]))
+            rows = sample_rows(self.data.train, self.settings.importance_rows, self.settings.seed)
             compute_importance(
                 self.teacher,
                 batches(rows, self.tokenizer, device=self.device),
@@ -309,7 +318,7 @@ class _Run:
         made_from = fingerprint(variant.folder, variant.made_from(self))
 
         def work(report: Report) -> None:
-            self.save(variant.build(self), folder)
+            save_encoder(variant.build(self), self.tokenizer, folder)
 
         self.stage(f"adapt {variant.name}", made_from, work, folder)
         return folder, made_from
@@ -336,7 +345,7 @@ class _Run:
                 checkpoints,
                 progress=report,
             )
-            self.save(student, folder)
+            save_encoder(student, self.tokenizer, folder)
             return log
 
         log = self.stage(f"distill {variant.name}", made_from, work, folder)
@@ -371,6 +380,7 @@ class _Run:
 
         def work(report: Report) -> dict[str, Any]:
             models = {name: self.load(folder) for name, folder in folders.items()}
+            assert length is not None  # resolved
             rows = self.data.validation["input_ids"]
             return measure(models, rows, sequence_length=length, progress=report)
 
@@ -403,14 +413,9 @@ class _Run:
         return result
 
     def load(self, folder: Path) -> PreTrainedModel:
-        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
-        model.to(device=self.device)
-        return model.eval()
-
-    def save(self, model: PreTrainedModel, folder: Path) -> None:
-        with replace_whole(folder) as fresh:
-            model.save_pretrained(fresh)
-            self.tokenizer.save_pretrained(fresh)
+        model = load_model(folder)[0]
+        nn.Module.to(model, self.device)
+        return model
 
 
 def _remove(folders) -> None:

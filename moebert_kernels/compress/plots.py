@@ -68,25 +68,25 @@ def model_colour(name: str) -> str:
 
 
 def plot_quality_against_speed(models: Sequence[dict[str, Any]], metric: str) -> str | None:
-    """A point for each model with a measured latency; hollow before distillation. None if none has one."""
-    measured = [model for model in models if model["latency_ms"]]
+    """A point for each model with a measured throughput; hollow before distillation. None if none has one."""
+    measured = [model for model in models if model["throughput_per_s"]]
     if not measured:
         return None
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(6.4, 4.2), layout="constrained")
         axes = figure.add_subplot()
         for model in measured:
-            latency, quality = model["latency_ms"], model["quality"][metric]
+            speed, quality = model["throughput_per_s"], model["quality"][metric]
             before = model["name"].endswith("before distillation")
             colour = model_colour(model["name"])
-            axes.plot([latency["low"], latency["high"]], [quality] * 2, color=colour, linewidth=1, alpha=0.5)
+            axes.plot([speed["low"], speed["high"]], [quality] * 2, color=colour, linewidth=1, alpha=0.5)
             face = _PAPER if before else colour
             style: Any = {"linestyle": "none", "marker": "o", "markersize": 8, "markerfacecolor": face}
-            axes.plot(latency["median"], quality, color=colour, label=model["name"], **style)
+            axes.plot(speed["median"], quality, color=colour, label=model["name"], **style)
         axes.margins(y=0.12)
-        axes.set_xlim(0, 1.05 * max(model["latency_ms"]["high"] for model in measured))
-        sample = measured[0]["latency_ms"]
-        axes.set_xlabel(f"latency in ms, {_batch(sample)} (left is better)")
+        axes.set_xlim(0, 1.05 * max(model["throughput_per_s"]["high"] for model in measured))
+        sample = measured[0]["throughput_per_s"]
+        axes.set_xlabel(f"sequences per second, {_batch(sample)} (right is better)")
         axes.set_ylabel(metric.replace("_", " "))
         figure.legend(loc="outside lower center", ncols=2, fontsize=9)
         return _svg(figure, "speed")

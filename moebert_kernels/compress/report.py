@@ -186,7 +186,7 @@ def _models_table(results: dict[str, Any]) -> str:
         ("used per token", lambda m: _millions(m["parameters_used_per_token"])),
         ("FFN FLOPs per token", lambda m: _millions(m["ffn_flops_per_token"])),
         ("latency, ms", lambda m: _timing(m["latency_ms"], 2)),
-        ("throughput, sequences/s", lambda m: _timing(m["throughput_per_s"], 0)),
+        ("sequences per second", lambda m: _timing(m["throughput_per_s"], 0)),
     ]
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name, _ in columns)
     rows = []
@@ -232,11 +232,12 @@ def _table_note(results: dict[str, Any]) -> str:
 
 def _figures(results: dict[str, Any]) -> Iterable[str]:
     metric = results["task"]["main_metric"]
-    models = [model for model in results["models"] if model["latency_ms"]]
+    models = [model for model in results["models"] if model["throughput_per_s"]]
     svg = plots.plot_quality_against_speed(results["models"], metric)
     if svg:
         points = "; ".join(
-            f"{m['name']} {m['quality'][metric]:.3f} at {m['latency_ms']['median']:.2f} ms" for m in models
+            f"{m['name']} {m['quality'][metric]:.3f} at {m['throughput_per_s']['median']:.0f} sequences/s"
+            for m in models
         )
         yield _figure(
             "Quality against speed",

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moebert_kernels.compress.adapt import check_sizes, default_sizes
-from moebert_kernels.errors import UserError
+from moebert_kernels.compress.loading import row_length
+from moebert_kernels.compress.tasks import KINDS, TaskData
+from moebert_kernels.errors import ArgumentError
 from moebert_kernels.models import HASH_ROUTINGS, ROUTINGS, find_ffns
 
 COMPARISONS = ("random",)
@@ -38,11 +31,12 @@ class CompressSettings:
         distill_weight: lambda, the weight of the distillation losses against the labels'.
         batch_size: rows of a distillation step.
         weight_decay: of distillation.
-        max_length: tokens a row is cut to.
+        max_length: tokens a row is cut to; by default 128, or 384 for question answering, or as many as the
+            model takes if those are fewer.
         importance_rows: training rows that importance is taken on, drawn at random; None for all.
         comparisons: models to make, distil and measure in the same way beside the student, from
             `COMPARISONS`.
-        measure_length: tokens of the sequences that speed is measured on.
+        measure_length: tokens of the sequences that speed is measured on; by default as for max_length.
         seed: of everything random.
 
     Raises:
@@ -59,77 +53,53 @@ class CompressSettings:
     distill_weight: float = 1.0
     batch_size: int = 32
     weight_decay: float = 0.0
-    max_length: int = 128
+    max_length: int | None = None
     importance_rows: int | None = 4096
     comparisons: tuple[str, ...] = ("random",)
-    measure_length: int = 128
+    measure_length: int | None = None
     seed: int = 0
 
     def __post_init__(self):
         if self.routing not in ROUTINGS:
-            raise UserError(f"routing must be one of {', '.join(ROUTINGS)}; got {self.routing!r}")
-        for name in ("num_experts", "top_k", "batch_size", "importance_rows", "measure_length"):
+            raise ArgumentError("routing", f"must be one of {', '.join(ROUTINGS)}; got {self.routing!r}")
+        for name in ("num_experts", "top_k", "batch_size", "importance_rows", "max_length", "measure_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UserError(f"{name} must be at least 1, got {value}")
+                raise ArgumentError(name, f"must be at least 1, got {value}")
         for name in ("epochs", "learning_rate"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
-                raise UserError(f"{name} must be more than 0, got {value}")
+                raise ArgumentError(name, f"must be more than 0, got {value}")
         for name in ("distill_weight", "weight_decay", "seed"):
             if not 0 <= getattr(self, name) < float("inf"):
-                raise UserError(f"{name} must not be negative, got {getattr(self, name)}")
+                raise ArgumentError(name, f"must not be negative, got {getattr(self, name)}")
         if self.top_k > 1 and self.routing in HASH_ROUTINGS:
-            raise UserError(f"{self.routing} gives each token one expert: top_k must be 1, got {self.top_k}")
+            raise ArgumentError(
+                "top_k", f"must be 1, got {self.top_k}: {self.routing} gives each token one expert"
+            )
         if self.top_k > self.num_experts:
-            raise UserError(f"top_k must not exceed the {self.num_experts} experts, got {self.top_k}")
+            raise ArgumentError("top_k", f"must not exceed the {self.num_experts} experts, got {self.top_k}")
         for name in self.comparisons:
             if name not in COMPARISONS:
-                raise UserError(f"comparison {name!r} is unknown; there are {', '.join(COMPARISONS)}")
-
-
-def load_teacher(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a fine-tuned BERT classifier or regressor, in eval mode and float32, and its tokenizer.
-
-    Raises:
-        UserError: the folder does not hold one.
-    """
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} holds no config.json: give the folder of a saved transformers model")
-    try:
-        architectures = AutoConfig.from_pretrained(folder).architectures or []
-        if not any(name.endswith("ForSequenceClassification") for name in architectures):
-            raise UserError(
-                f"{folder} holds a {' or '.join(architectures) or 'model of unknown class'}, not a model for "
-                "sequence classification or regression: fine-tune it first (`moebert finetune`)"
-            )
-        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        find_ffns(model)
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(f"cannot use the model in {folder} as a teacher: {error}") from None
-    return model.eval(), tokenizer
+                raise ArgumentError("comparisons", f"must be from {', '.join(COMPARISONS)}; got {name!r}")
 
 
 def resolve(
     settings: CompressSettings,
     teacher: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    train_rows: int,
+    data: TaskData,
 ) -> CompressSettings:
-    """Fill in what depends on the model, and check that it fits.
+    """Fill in what depends on model and task, and check that it fits.
 
     Raises:
         UserError: the experts cannot be cut from the teacher's layers, or it takes no rows that long.
     """
-    most = min(teacher.config.max_position_embeddings, tokenizer.model_max_length)
-    for name in ("max_length", "measure_length"):
-        if getattr(settings, name) > most:
-            raise UserError(
-                f"{name} is {getattr(settings, name)}, but the teacher takes at most {most} tokens"
-            )
+    default = KINDS[data.task.kind].default_length
+
+    def length(name: str) -> int:
+        return row_length(getattr(settings, name), teacher.config, tokenizer, name, default=default)
+
     width = find_ffns(teacher)[0].w1.out_features
     size = settings.expert_size
     if size is None:
@@ -139,5 +109,13 @@ def resolve(
     rate = settings.learning_rate
     if rate is None:
         rate = 1e-4 if teacher.config.hidden_size <= 512 else 3e-5
-    rows = train_rows if settings.importance_rows is None else min(settings.importance_rows, train_rows)
-    return replace(settings, expert_size=size, num_shared=shared, learning_rate=rate, importance_rows=rows)
+    rows = settings.importance_rows and min(settings.importance_rows, len(data.train))
+    return replace(
+        settings,
+        expert_size=size,
+        num_shared=shared,
+        learning_rate=rate,
+        importance_rows=rows,
+        max_length=length("max_length"),
+        measure_length=length("measure_length"),
+    )

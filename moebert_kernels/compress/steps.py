@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-import shutil
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moebert_kernels.compress.adapt import adapt, random_scores, token_counts
 from moebert_kernels.compress.artifacts import (
-    exclusive,
     fingerprint,
     model_fingerprint,
     rows_fingerprint,
+    workroom,
 )
+from moebert_kernels.compress.batching import sample_rows
 from moebert_kernels.compress.distill import DistillSettings, distill
 from moebert_kernels.compress.evaluate import batches, evaluate
 from moebert_kernels.compress.importance import Importance, compute_importance
+from moebert_kernels.compress.loading import (
+    check_no_model,
+    default_device,
+    load_model,
+    load_teacher,
+    row_length,
+    save_encoder,
+)
 from moebert_kernels.compress.pipeline import Progress
-from moebert_kernels.compress.settings import CompressSettings, load_teacher, resolve
-from moebert_kernels.compress.tasks import TaskData, match_labels, tokenize
+from moebert_kernels.compress.settings import CompressSettings, resolve
+from moebert_kernels.compress.tasks import KINDS, EncodedData, TaskData, match_labels, tokenize
 from moebert_kernels.errors import UserError
 from moebert_kernels.models import MoEBertConfig, find_ffns
 
@@ -51,20 +52,19 @@ def score_teacher(
         progress: hears (stage, rows done, rows in all).
 
     Raises:
-        UserError: teacher, data and settings do not fit.
+        UserError: teacher, data and settings do not fit, or `output` is something else.
     """
+    check_scores_file(output)
     teacher, tokenizer = load_teacher(teacher_dir)
-    data = tokenize(match_labels(data, teacher.config), tokenizer, settings.max_length)
-    count = min(settings.importance_rows or len(data.train), len(data.train))
-    order = np.random.default_rng(settings.seed).permutation(len(data.train))
-    rows = data.train.select(np.sort(order[:count]))
+    encoded = _encode(match_labels(data, teacher.config), teacher, tokenizer, settings.max_length)
+    rows = sample_rows(encoded.train, settings.importance_rows, settings.seed)
     _place(teacher)
     importance = compute_importance(
         teacher,
-        batches(rows, tokenizer, device=_device()),
+        batches(rows, tokenizer, device=default_device()),
         task=data.task.name,
         model_name=teacher_dir.resolve().name,
-        progress=lambda done: progress("importance", done, count),
+        progress=lambda done: progress("importance", done, len(rows)),
     )
     importance.save(output)
     return importance
@@ -90,7 +90,7 @@ def split_teacher(
     Raises:
         UserError: sizes, scores and teacher do not fit, or data is missing.
     """
-    _check_no_model(output_dir)
+    check_no_model(output_dir)
     teacher, tokenizer = load_teacher(teacher_dir)
     ffns = find_ffns(teacher)
     scores: Importance | torch.Tensor
@@ -102,7 +102,7 @@ def split_teacher(
     if settings.routing == "hash-balance":
         if data is None:
             raise UserError("hash-balance counts the tokens of the training rows: name the task and its data")
-        rows = tokenize(data, tokenizer, settings.max_length).train
+        rows = _encode(data, teacher, tokenizer, settings.max_length).train
         counts_V = token_counts(rows, teacher.config.vocab_size)
     student = adapt(
         teacher,
@@ -115,7 +115,7 @@ def split_teacher(
         seed=settings.seed,
         token_counts_V=counts_V,
     )
-    _save(student, tokenizer, output_dir)
+    save_encoder(student, tokenizer, output_dir)
     return student
 
 
@@ -146,14 +146,14 @@ def distill_student(
     Raises:
         UserError: the folders' models do not fit each other or the data, or training diverged.
     """
-    _check_no_model(output_dir)
+    check_no_model(output_dir)
     teacher, tokenizer = load_teacher(teacher_dir)
-    student = _load(student_dir)[0]
+    student = load_model(student_dir)[0]
     if not isinstance(student.config, MoEBertConfig):
         raise UserError(f"the model in {student_dir} has no experts: make a MoE of it with `moebert adapt`")
-    settings = replace(settings, measure_length=settings.max_length)  # nothing is measured here
-    settings = resolve(settings, teacher, tokenizer, len(data.train))
+    settings = resolve(settings, teacher, tokenizer, data)
     assert settings.learning_rate is not None
+    assert settings.max_length is not None
     how = DistillSettings(
         epochs=settings.epochs,
         learning_rate=settings.learning_rate,
@@ -167,14 +167,14 @@ def distill_student(
         model_fingerprint(student_dir),
         model_fingerprint(teacher_dir),
         rows_fingerprint(data.train),
+        data.task.answers and data.task.answers.doc_stride,
         settings.max_length,
         asdict(how),
     )
     rows = tokenize(data, tokenizer, settings.max_length).train
-    with exclusive(output_dir):
-        checkpoints = output_dir / f"checkpoints-{made_from[:16]}"
-        _place(student)
-        _place(teacher)
+    _place(student)
+    _place(teacher)
+    with workroom(output_dir, made_from) as room:
         try:
             log = distill(
                 student,
@@ -182,67 +182,60 @@ def distill_student(
                 rows,
                 tokenizer,
                 how,
-                checkpoints,
+                room,
                 progress=lambda done, total: progress("distill", done, total),
             )
         except ValueError as error:
             raise UserError(f"{student_dir} cannot be distilled from {teacher_dir}: {error}") from error
-        _save(student, tokenizer, output_dir)
-        for folder in output_dir.glob("checkpoints-*"):
-            shutil.rmtree(folder)
+        save_encoder(student, tokenizer, output_dir)
     return log
 
 
 def evaluate_model(
-    model_dir: Path, data: TaskData, *, max_length: int = 128, progress: Progress
+    model_dir: Path, data: TaskData, *, max_length: int | None = None, progress: Progress
 ) -> dict[str, float]:
     """Score a saved model, dense or MoE, on the validation rows by the task's official metrics.
 
+    Args:
+        model_dir: of the model and its tokenizer.
+        data: raw rows.
+        max_length: tokens a row is cut to; None as in `CompressSettings`.
+        progress: hears (stage, rows done, rows in all).
+
     Raises:
-        UserError: the folder holds no classifier or regressor, or one for another task.
+        UserError: the folder holds no fine-tuned model, or one for another task.
     """
-    model, tokenizer = _load(model_dir)
-    data = tokenize(match_labels(data, model.config), tokenizer, max_length)
+    model, tokenizer = load_model(model_dir)
+    encoded = _encode(match_labels(data, model.config), model, tokenizer, max_length)
     _place(model)
     return evaluate(
         model,
-        data,
+        encoded,
         tokenizer,
         progress=lambda done, total: progress("evaluate", done, total),
     )
 
 
-def _device() -> torch.device:
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+def check_scores_file(path: Path) -> None:
+    """Raise a UserError unless `path` may be written: a .safetensors that is not there or holds scores."""
+    if path.suffix != ".safetensors":
+        raise UserError(f"the output {path} must be named .safetensors")
+    if path.exists():
+        try:
+            Importance.load(path)
+        except UserError:
+            raise UserError(
+                f"{path} exists and does not hold importance scores; give another output"
+            ) from None
+
+
+def _encode(
+    data: TaskData, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int | None
+) -> EncodedData:
+    default = KINDS[data.task.kind].default_length
+    length = row_length(max_length, model.config, tokenizer, "max_length", default=default)
+    return tokenize(data, tokenizer, length)
 
 
 def _place(model: torch.nn.Module) -> None:
-    model.to(_device())
-
-
-def _load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} holds no config.json: give the folder of a saved transformers model")
-    try:
-        architectures = AutoConfig.from_pretrained(folder).architectures or []
-        if not any(name.endswith("ForSequenceClassification") for name in architectures):
-            raise UserError(
-                f"the model in {folder} has no classification head: it is {architectures or 'bare'}"
-            )
-        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
-        return model.eval(), AutoTokenizer.from_pretrained(folder)
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot load the model in {folder}: {error}") from None
-
-
-def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(folder)
-    model.save_pretrained(folder)
-
-
-def _check_no_model(folder: Path) -> None:
-    if (folder / "model.safetensors").exists():
-        raise UserError(f"{folder} already holds a model; give another output folder")
+    model.to(default_device())

@@ -6,6 +6,7 @@ import time
 from types import TracebackType
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -103,17 +104,25 @@ class TrainingProgress(TrainerCallback):
 def results_table(results: dict[str, Any]) -> Table:
     """The models of results.json, a row each."""
     main = results["task"]["main_metric"]
-    table = Table(title=f"{results['task']['name']}, {results['task']['validation_rows']:,} validation rows")
-    table.add_column("model")
-    headings = (main.replace("_", " "), "parameters\nstored", "used\nper token", "FFN FLOPs\nper token")
-    for heading in (*headings, *_speed_headings(results["models"])):
-        table.add_column(heading, justify="right")
+    title = f"{results['task']['name']}, {results['task']['validation_rows']:,} validation rows"
+    # Narrow enough for 80 columns.
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("\n\nmodel", no_wrap=True)
+    headings = (
+        f"\n\n{main.replace('_', ' ')}",
+        "\nparams\nstored",
+        "params\nused\n/token",
+        "FFN\nFLOPs\n/token",
+        *_speed_headings(results["models"]),
+    )
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
     for model in results["models"]:
         table.add_row(
-            model["name"],
+            model["name"].replace(" before", "\n  before"),
             f"{model['quality'][main]:.3f}",
             *(
-                f"{model[key] / 1e6:.2f} M"
+                f"{model[key] / 1e6:,.1f} M"
                 for key in ("parameters_stored", "parameters_used_per_token", "ffn_flops_per_token")
             ),
             _median(model["latency_ms"], 2),
@@ -127,8 +136,8 @@ def _speed_headings(models: list[dict[str, Any]]) -> tuple[str, str]:
     latency = next((model["latency_ms"] for model in models if model["latency_ms"]), None)
     throughput = next((model["throughput_per_s"] for model in models if model["throughput_per_s"]), None)
     return (
-        f"latency ms\nbatch {latency['batch_size']}" if latency else "latency ms",
-        f"sequences/s\nbatch {throughput['batch_size']}" if throughput else "sequences/s",
+        f"\nms at\nbatch {latency['batch_size']}" if latency else "\n\nms",
+        f"texts/s\nat batch\n{throughput['batch_size']}" if throughput else "\n\ntexts/s",
     )
 
 

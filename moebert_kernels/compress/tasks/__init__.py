@@ -1,7 +1,7 @@
 """Tasks: rows of labelled text and the official metrics of models on them."""
 
+from moebert_kernels.compress.tasks.catalog import load_task, task_names
 from moebert_kernels.compress.tasks.kinds import KINDS, auto_model_of, match_labels, tokenize
-from moebert_kernels.compress.tasks.loading import load_task, task_names
 from moebert_kernels.compress.tasks.tables import CsvOptions
 from moebert_kernels.compress.tasks.task import AnswerOptions, EncodedData, EncodedRows, Kind, Task, TaskData
 

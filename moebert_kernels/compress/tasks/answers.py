@@ -25,6 +25,7 @@ class QuestionAnswering(Kind):
 
     head = "ForQuestionAnswering"
     auto_model = AutoModelForQuestionAnswering
+    default_length = 384
 
     def num_outputs(self, task: Task) -> int:
         """Start and end."""

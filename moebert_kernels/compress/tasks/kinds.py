@@ -14,7 +14,7 @@ from moebert_kernels.compress.tasks.answers import QuestionAnswering
 from moebert_kernels.compress.tasks.sequences import Classification, Regression
 from moebert_kernels.compress.tasks.task import EncodedData, Kind, TaskData
 from moebert_kernels.compress.tasks.tokens import TokenClassification
-from moebert_kernels.errors import UserError
+from moebert_kernels.errors import ArgumentError, UserError
 
 KINDS: Mapping[str, Kind] = MappingProxyType(
     {
@@ -102,14 +102,12 @@ def tokenize(data: TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int
         The rows, and how outputs on the validation rows are scored.
 
     Raises:
-        UserError: `max_length` is less than 3 or more than the tokenizer's model has, or the task needs to
-            know where tokens come from, and the tokenizer does not.
+        ArgumentError: `max_length` is less than 3 or more than the tokenizer's model has.
+        UserError: the task needs to know where tokens come from, and the tokenizer does not.
     """
-    if max_length < 3:
-        raise UserError(f"max_length is {max_length}, expected at least 3")
-    if max_length > tokenizer.model_max_length:
-        raise UserError(
-            f"max_length is {max_length}, but the model takes {tokenizer.model_max_length} at most"
+    if not 3 <= max_length <= tokenizer.model_max_length:
+        raise ArgumentError(
+            "max_length", f"must be 3 to the model's {tokenizer.model_max_length}, got {max_length}"
         )
     task, kind = data.task, KINDS[data.task.kind]
     if not tokenizer.is_fast and task.kind in ("token_classification", "question_answering"):

@@ -11,7 +11,7 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from moebert_kernels.errors import UserError
+from moebert_kernels.errors import ArgumentError
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class AnswerOptions:
             only where it may be absent.
 
     Raises:
-        UserError: a value is out of range.
+        ArgumentError: a value is out of range.
     """
 
     doc_stride: int | None = None
@@ -39,10 +39,10 @@ class AnswerOptions:
 
     def __post_init__(self):
         if self.doc_stride is not None and self.doc_stride < 0:
-            raise UserError(f"doc_stride must not be negative, got {self.doc_stride}")
+            raise ArgumentError("doc_stride", f"must not be negative, got {self.doc_stride}")
         for name in ("n_best", "max_answer_length"):
             if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise ArgumentError(name, f"must be at least 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -143,10 +143,12 @@ class Kind(ABC):
     Attributes:
         head: how the names of its model classes end.
         auto_model: the transformers Auto class of them.
+        default_length: tokens that rows are cut to if nobody says otherwise.
     """
 
     head: str
     auto_model: Any
+    default_length: int = 128
 
     @abstractmethod
     def num_outputs(self, task: Task) -> int:

@@ -1,0 +1,146 @@
+"""Saved encoders: loaded with their tokenizer, or refused with a sentence that says what is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from moebert_kernels.compress.artifacts import replace_whole
+from moebert_kernels.compress.tasks import auto_model_of
+from moebert_kernels.errors import ArgumentError, UserError
+from moebert_kernels.models import find_ffns
+
+
+def default_device() -> torch.device:
+    """The first CUDA device if there is one, otherwise the CPU."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def load_model(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a saved model with the head of a task, dense or MoE, in eval mode and float32, and its tokenizer.
+
+    Raises:
+        UserError: the folder does not hold one.
+    """
+    check_model_folder(folder)
+    try:
+        architectures = AutoConfig.from_pretrained(folder).architectures or []
+        auto_model = auto_model_of(architectures)
+        if auto_model is None:
+            raise UserError(
+                f"{folder} holds a {' or '.join(architectures) or 'model of unknown class'}, not a model for "
+                "classification, regression or question answering: fine-tune it first (`moebert finetune`)"
+            )
+        model = auto_model.from_pretrained(folder, dtype=torch.float32)
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"cannot load the model in {folder}: {error}") from None
+    return model.eval(), load_tokenizer(folder, model.config)
+
+
+def load_teacher(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a fine-tuned model whose feed-forward networks can become experts; see `load_model`.
+
+    Raises:
+        UserError: the folder does not hold one.
+    """
+    model, tokenizer = load_model(folder)
+    try:
+        find_ffns(model)
+    except ValueError as error:
+        raise UserError(f"the model in {folder} cannot become a MoE: {error}") from None
+    return model, tokenizer
+
+
+def load_tokenizer(source: str | Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model.
+
+    Args:
+        source: the model's folder, or its name on the hub.
+        config: the model's.
+
+    Raises:
+        UserError: there is none, or one of another vocabulary.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"cannot load the tokenizer of {source}: {error}") from None
+    files = sorted(set(tokenizer.vocab_files_names.values()))
+    # transformers makes up an empty vocabulary where a folder has none.
+    if Path(source).is_dir() and not any((Path(source) / name).is_file() for name in files):
+        raise UserError(
+            f"{source} holds no tokenizer ({' or '.join(files)}): save the one the model was trained with "
+            "beside it, by its save_pretrained"
+        )
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(
+            f"the tokenizer of {source} has {len(tokenizer)} tokens, but its model's vocabulary has "
+            f"{config.vocab_size}: they do not belong together"
+        )
+    return tokenizer
+
+
+def check_model_folder(folder: Path) -> None:
+    """Raise a UserError unless `folder` is one that a transformers model was saved to."""
+    if not folder.exists():
+        raise UserError(f"there is no folder {folder}")
+    if not folder.is_dir():
+        raise UserError(f"{folder} is a file: give the folder of a saved transformers model")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} holds no config.json: give the folder of a saved transformers model")
+
+
+def row_length(
+    asked: int | None,
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    argument: str,
+    *,
+    default: int = 128,
+) -> int:
+    """Settle to how many tokens rows are cut.
+
+    Args:
+        asked: by the user; None for `default`, or as many as the model takes if those are fewer.
+        config: of the model.
+        tokenizer: the model's.
+        argument: what the user knows this as, for the message.
+        default: of the kind of task.
+
+    Raises:
+        ArgumentError: the model takes no rows that long, or rows that short hold no text.
+    """
+    most = min(config.max_position_embeddings, tokenizer.model_max_length)
+    if asked is None:
+        return min(default, most)
+    if asked > most:
+        raise ArgumentError(argument, f"is {asked}, but the model takes at most {most} tokens")
+    if asked < 3:
+        raise ArgumentError(argument, f"is {asked}, expected at least 3: two tokens mark begin and end")
+    return asked
+
+
+def save_encoder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save a model and its tokenizer, whole or not at all; what was at `folder` is replaced."""
+    with replace_whole(folder) as fresh:
+        model.save_pretrained(fresh)
+        tokenizer.save_pretrained(fresh)
+
+
+def check_no_model(folder: Path) -> None:
+    """Raise a UserError if `folder` cannot take a new model: it is a file, or holds a model already."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"the output {folder} is a file; give a folder")
+    if (folder / "config.json").exists() or (folder / "model.safetensors").exists():
+        raise UserError(f"{folder} already holds a model; give another output folder")

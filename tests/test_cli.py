@@ -233,7 +233,7 @@ def test_published_importance_converts(call, folder):
         ("adapt --teacher teacher --random-split --output teacher", ["already holds a model"]),
         (f"distill --student teacher --teacher teacher {TABLE} --output x", ["no experts", "moebert adapt"]),
         (f"evaluate --model nowhere {TABLE}", ["nowhere"]),
-        (f"finetune --model nowhere/at/all {TABLE} --output x", ["nowhere/at/all", "cannot be loaded"]),
+        (f"finetune --model nowhere/at/all {TABLE} --output x", ["there is no folder nowhere/at/all", "the hub"]),
         (f"finetune --model teacher {TABLE} --output teacher", ["teacher exists already"]),
     ],
 )

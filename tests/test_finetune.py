@@ -171,7 +171,7 @@ def test_wrong_input_gets_a_sentence_before_training(tmp_path, pretrained, token
         finetune(pretrained, data, output, max_length=17)
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(UserError, match="empty cannot be loaded as a pre-trained model"):
+    with pytest.raises(UserError, match="empty holds no config.json"):
         finetune(empty, data, output)
     other = tmp_path / "gpt2"
     GPT2Model(GPT2Config(vocab_size=11, n_positions=16, n_embd=8, n_layer=1, n_head=1)).save_pretrained(other)

@@ -297,10 +297,10 @@ def test_what_cannot_work_is_said_before_any_work(teacher, tmp_path):
     refused("need 142 neurons", settings=replace(SETTINGS, expert_size=40, num_shared=6))
     refused("max_length is 64", settings=replace(SETTINGS, max_length=64))
     refused("has 2 outputs", data=make_data(kind="regression"))
-    refused("is the teacher's", output=teacher)
+    refused("already holds a model", output=teacher)
     file = tmp_path / "file"
     file.write_text("")
-    with pytest.raises(UserError, match="cannot write to the output folder"):
+    with pytest.raises(UserError, match="is a file; give a folder"):
         compress(SETTINGS, make_data(), teacher, file)
     (output / "student").mkdir(parents=True)
     (output / "student" / "thesis.tex").write_text("years of work")
@@ -310,7 +310,7 @@ def test_what_cannot_work_is_said_before_any_work(teacher, tmp_path):
 
 def test_damaged_teachers_are_refused(teacher, tmp_path):
     (teacher / "model.safetensors").write_bytes(b"\0" * 100)
-    with pytest.raises(UserError, match="cannot use the model"):
+    with pytest.raises(UserError, match="cannot load the model"):
         compress(SETTINGS, make_data(), teacher, tmp_path / "out")
 
 

@@ -2,7 +2,7 @@
 
 import datasets
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Sequence, Value
 
 from moebert_kernels.compress.tasks import CsvOptions, load_task
 from moebert_kernels.errors import UserError
@@ -102,7 +102,9 @@ def test_ones_own_table(tmp_path, has_validation):
 
 
 def test_tagged_words(tmp_path):
-    features = Features({"tokens": List(Value("string")), "ner_tags": List(ClassLabel(names=["O", "I-X"]))})
+    features = Features(
+        {"tokens": Sequence(Value("string")), "ner_tags": Sequence(ClassLabel(names=["O", "I-X"]))}
+    )
     rows = [{"tokens": ["a", "b"], "ner_tags": [1, 0]}, {"tokens": [], "ner_tags": []}]
     named = Dataset.from_list(rows, features=features)
     data = load_task("conll", f"hub:{save(tmp_path / 'ner', {'train': named, 'validation': named})}")
@@ -141,6 +143,28 @@ def test_questions(tmp_path):
     ]
     with pytest.raises(UserError, match=r"\(train\), row 2: no answer"):
         load_task("squad", f"hub:{folder}")
+    listed = Dataset.from_list([row | {"answers": [{"text": "b", "answer_start": 2}]}])
+    folder = save(tmp_path / "listed", {"train": listed, "validation": listed})
+    assert load_task("squad", f"hub:{folder}").train.to_list() == data.train.to_list()[:1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"answers": "b"}, "row 1 is not a question with its answers"),
+        ({"answers": {"text": ["b"]}}, "KeyError 'answer_start'"),
+        ({"question": None}, "None where text is expected"),
+        ({"answers": {"text": ["b"], "answer_start": [1, 2]}}, "row 1: 1 answers, but 2 places"),
+        ({"answers": {"text": ["b"], "answer_start": [9]}}, "answer 'b' at character 9 lies outside"),
+    ],
+)
+def test_questions_of_another_form_get_a_sentence(monkeypatch, change, message):
+    row = {"question": "q", "context": "a b", "answers": {"text": ["b"], "answer_start": [2]}}
+    rows = Dataset.from_list([row | change])
+    found = DatasetDict({"train": rows, "validation": rows})
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config: found)
+    with pytest.raises(UserError, match=message):
+        load_task("squad", "hub:mine")
 
 
 def test_what_is_not_there_gets_a_sentence(tmp_path):

@@ -28,7 +28,8 @@ def load_task(
             one's own table.
         data: where the rows are. A path: the folder of the original files, or the table; see `load_glue`,
             `load_squad`, `load_conll` and `load_table`. Or "hub" for the data set that the Hugging Face hub
-            has of the task, "hub:NAME" or "hub:NAME:CONFIG" for another in the same form.
+            has of the task, "hub:NAME" or "hub:NAME:CONFIG" for another in the same form; a folder of such a
+            name is "./hub".
         csv: the table's columns and its validation rows; only for "csv".
         answers: how answers are found; only for "squad" and "squad_v2".
 

@@ -124,14 +124,21 @@ def _from_hub(rows: Dataset, source: str) -> Iterator[_Question]:
     if not len(rows):
         raise UserError(f"{source} has no questions")
     for number, row in enumerate(rows, 1):
-        answers = row["answers"]
-        yield _Question(
-            f"{source}, row {number}",
-            row["question"],
-            row["context"],
-            list(answers["text"]),
-            list(answers["answer_start"]),
-        )
+        place, answers = f"{source}, row {number}", row["answers"]
+        try:
+            if isinstance(answers, list):  # of objects, as in the files; otherwise an object of lists
+                answers = {name: [one[name] for one in answers] for name in ("text", "answer_start")}
+            yield _Question(
+                place,
+                _text(row["question"]),
+                _text(row["context"]),
+                [_text(text) for text in answers["text"]],
+                [_number(start) for start in answers["answer_start"]],
+            )
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"{place} is not a question with its answers: {type(error).__name__} {error}"
+            ) from None
 
 
 def _text(value: Any) -> str:

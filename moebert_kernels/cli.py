@@ -202,7 +202,7 @@ def compress(
         ),
     ] = None,
 ) -> None:
-    """Turn a fine-tuned classifier into a MoE: importance, split, distillation, evaluation, report.
+    """Turn a fine-tuned model into a MoE: importance, split, distillation, evaluation, report.
 
     moebert compress --teacher my-bert --task sst2 --data SST-2 --output runs/sst2
 
@@ -346,9 +346,7 @@ def distill(
 
 @_command("evaluate")
 def evaluate(
-    model: Annotated[
-        Path, typer.Option("--model", help="Folder of a classifier or regressor, dense or MoE.")
-    ],
+    model: Annotated[Path, typer.Option("--model", help="Folder of a fine-tuned model, dense or MoE.")],
     data: DataOptions,
     run: RunOptions,
     output: Annotated[

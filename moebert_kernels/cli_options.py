@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     from moebert_kernels.compress.settings import CompressSettings
     from moebert_kernels.compress.tasks import TaskData
 
-TaskName = Literal["sst2", "cola", "mrpc", "stsb", "csv"]
+GlueName = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
+TaskName = Literal[GlueName, "squad", "squad_v2", "conll", "csv"]
 Kind = Literal["classification", "regression"]
 Routing = Literal["hash-random", "hash-balance", "hash-affinity", "gate-token", "gate-sentence"]
 
 _data = functools.partial(typer.Option, rich_help_panel="Task and data")
 _table = functools.partial(typer.Option, rich_help_panel="Your own table, with --task csv")
+_answers = functools.partial(typer.Option, rich_help_panel="Answers, with --task squad or squad_v2")
 _experts = functools.partial(typer.Option, rich_help_panel="Experts")
 _training = functools.partial(typer.Option, rich_help_panel="Training")
 
@@ -34,10 +36,22 @@ _training = functools.partial(typer.Option, rich_help_panel="Training")
 class DataOptions:
     """The rows to train and validate on."""
 
-    task: Annotated[TaskName | None, _data("--task", help="GLUE's, with official metrics, or csv.")] = None
+    task: Annotated[
+        TaskName | None,
+        _data(
+            "--task",
+            help="With official metrics: GLUE's, SQuAD's, or conll, words with BIO tags. "
+            "csv: a table of your own.",
+        ),
+    ] = None
     data: Annotated[
-        Path | None,
-        _data("--data", help="GLUE: the folder of train.tsv and dev.tsv. csv: the table, .csv or .tsv."),
+        str | None,
+        _data(
+            "--data",
+            metavar="PATH|hub",
+            help="The folder of the original files; for csv the table, .csv, .tsv or .jsonl. Or hub: the "
+            "data set that the Hugging Face hub has of the task; hub:NAME or hub:NAME:CONFIG: another one.",
+        ),
     ] = None
     text_column: Annotated[str | None, _table(help="The text.", show_default="text")] = None
     pair_column: Annotated[str | None, _table(help="A second text, where rows are pairs.")] = None
@@ -54,6 +68,25 @@ class DataOptions:
     kind: Annotated[
         Kind | None, _table(help="By default regression if labels are numbers and not all of them whole.")
     ] = None
+    doc_stride: Annotated[
+        int | None,
+        _answers(
+            help="Tokens that neighbouring windows of a long context have in common.",
+            show_default="128, or less in short windows",
+        ),
+    ] = None
+    n_best: Annotated[
+        int | None, _answers(help="Starts and ends of a window that are combined.", show_default="20")
+    ] = None
+    max_answer_length: Annotated[
+        int | None, _answers(help="Tokens of the longest answer.", show_default="30")
+    ] = None
+    null_threshold: Annotated[
+        float | None,
+        _answers(
+            help="squad_v2: by how much no answer must score higher than the best one.", show_default="0"
+        ),
+    ] = None
 
     def load(self) -> TaskData:
         """Read the rows.
@@ -61,7 +94,7 @@ class DataOptions:
         Raises:
             UserError: the options do not fit each other or the files.
         """
-        from moebert_kernels.compress.tasks import CsvOptions, load_task
+        from moebert_kernels.compress.tasks import AnswerOptions, CsvOptions, load_task
         from moebert_kernels.errors import UserError
 
         if self.task is None or self.data is None:
@@ -72,18 +105,31 @@ class DataOptions:
             )
         if self.validation_data is not None and self.validation_fraction is not None:
             raise UserError("give --validation-data or --validation-fraction, not both")
-        given: dict[str, Any] = {
-            "text": self.text_column,
-            "text_pair": self.pair_column,
-            "label": self.label_column,
-            "validation_file": self.validation_data,
-            "validation_fraction": self.validation_fraction,
-            "kind": self.kind,
-            "seed": self.split_seed,
-        }
-        given = {name: value for name, value in given.items() if value is not None}
-        csv = CsvOptions(**given) if given or self.task == "csv" else None
-        return load_task(self.task, self.data, csv=csv)
+        table = _given(
+            text=self.text_column,
+            text_pair=self.pair_column,
+            label=self.label_column,
+            validation_file=self.validation_data,
+            validation_fraction=self.validation_fraction,
+            kind=self.kind,
+            seed=self.split_seed,
+        )
+        answers = _given(
+            doc_stride=self.doc_stride,
+            n_best=self.n_best,
+            max_answer_length=self.max_answer_length,
+            null_threshold=self.null_threshold,
+        )
+        return load_task(
+            self.task,
+            self.data,
+            csv=CsvOptions(**table) if table else None,
+            answers=AnswerOptions(**answers) if answers else None,
+        )
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -174,7 +220,10 @@ class RunOptions:
 
     max_length: Annotated[
         int | None,
-        _data(help="Tokens a row is cut to.", show_default="128, or the model's most if that is fewer"),
+        _data(
+            help="Tokens a row is cut to.",
+            show_default="128, for questions 384; or the model's most if that is fewer",
+        ),
     ] = None
     seed: Annotated[int, typer.Option(help="Of everything random; the same seed, the same result.")] = 0
 

@@ -166,6 +166,25 @@ def test_accumulated_batches_step_as_one_large_batch(tmp_path, tokenizer, head):
         assert small_log[name] == pytest.approx(large_log[name], rel=1e-4), name
 
 
+def test_of_tokens_without_a_label_no_prediction_is_distilled(tmp_path, tokenizer):
+    """Nobody trained the teacher on what it says of the second half of a word; nobody asks the student."""
+    student, teacher = (tiny_bert(seed, BertForTokenClassification, num_labels=3) for seed in (1, 0))
+    rows = make_rows(8).map(lambda row: {"labels": [-100, *[1] * (len(row["input_ids"]) - 2), -100]})
+    rows = rows.remove_columns("unused")
+    trainer = make_trainer(tmp_path, tokenizer, student, teacher, rows)
+    trainer.data_collator = DataCollatorForTokenClassification(tokenizer)
+    batch = trainer.data_collator(rows.to_list())
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    with torch.no_grad():
+        logits = [model(**inputs).logits for model in (student, teacher)]
+    labelled = (batch["labels"] != -100).long()
+    assert labelled.sum() < batch["attention_mask"].sum()
+    trainer.train()
+    (log,) = training_logs(trainer)
+    expected = ref.prediction_loss("token_classification", *logits, labelled)
+    assert log["prediction"] == pytest.approx(expected.item(), rel=1e-4)
+
+
 def test_the_teacher_is_frozen_in_eval_mode_and_in_no_checkpoint(tmp_path, tokenizer):
     """The authors' teacher was a submodule: its dropout was distilled, its weights saved with the student."""
     teacher, student = tiny_bert(0, dropout=0.5), tiny_bert(1)

@@ -1,14 +1,18 @@
-"""Evaluation: official metrics however rows are batched, and where the tokens went."""
+"""Evaluation: the same however rows are batched, and where the tokens went."""
 
 import pytest
 import torch
 from datasets import Dataset
-from sklearn.metrics import accuracy_score
 from tiny_bert import LAYERS, VOCAB, build, quarters
-from transformers import BertForSequenceClassification, BertTokenizerFast
+from transformers import (
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertTokenizerFast,
+)
 
-from moebert_kernels.compress.evaluate import batches, evaluate, expert_load
-from moebert_kernels.compress.tasks import Task, TaskData
+from moebert_kernels.compress.evaluate import batches, evaluate, expert_load, predict
+from moebert_kernels.compress.tasks import EncodedData, EncodedRows, Task
 from moebert_kernels.models import to_moe
 
 
@@ -26,17 +30,46 @@ def make_rows(n=30):
     return Dataset.from_dict({"input_ids": ids, "attention_mask": masks, "labels": [i % 2 for i in range(n)]})
 
 
+HEADS = {
+    BertForSequenceClassification: lambda output: output.logits[0],
+    BertForTokenClassification: lambda output: output.logits[0],
+    BertForQuestionAnswering: lambda output: torch.stack([output.start_logits, output.end_logits], -1)[0],
+}
+
+
+@pytest.mark.parametrize("head", HEADS, ids=lambda head: head.__name__)
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
-def test_the_metric_does_not_depend_on_batching(tokenizer, batch_size):
-    model, rows = build(BertForSequenceClassification), make_rows()
-    model.train()  # evaluation must switch dropout off by itself
-    data = TaskData(Task("toy", "classification", ("a", "b"), ("accuracy",), "accuracy"), rows, rows)
+def test_predictions_do_not_depend_on_batching(tokenizer, batch_size, head):
+    """In the rows' order, and without what the model says of padding."""
+    model, rows = build(head), make_rows()
+    model.train()  # it must switch dropout off by itself
     calls = []
-    found = evaluate(model, data, tokenizer, batch_size=batch_size, progress=lambda *c: calls.append(c))
-    with torch.no_grad():
-        one_by_one = [int(model(torch.tensor([ids])).logits.argmax()) for ids in rows["input_ids"]]
-    assert found == {"accuracy": accuracy_score(rows["labels"], one_by_one)}
+    found = predict(model, rows, tokenizer, batch_size=batch_size, progress=lambda *c: calls.append(c))
     assert calls[-1] == (30, 30)
+    for ids, output in zip(rows["input_ids"], found, strict=True):
+        with torch.no_grad():
+            alone = HEADS[head](model(torch.tensor([ids])))
+        torch.testing.assert_close(torch.from_numpy(output), alone, rtol=1e-4, atol=1e-4)
+
+
+def test_every_validation_set_is_scored_under_its_name(tokenizer):
+    rows = make_rows()
+    sets = {"": rows, "other": rows.select(range(4))}
+    task = Task("toy", "classification", ("a", "b"), ("rows", "first"), "rows")
+
+    def scored(rows):
+        return EncodedRows(rows, lambda outputs: {"rows": len(outputs), "first": float(outputs[0][0])})
+
+    calls = []
+    found = evaluate(
+        build(BertForSequenceClassification),
+        EncodedData(task, rows, {name: scored(rows) for name, rows in sets.items()}),
+        tokenizer,
+        progress=lambda *call: calls.append(call),
+    )
+    assert (found["rows"], found["rows_other"]) == (30, 4)
+    assert found["first"] == pytest.approx(found["first_other"])
+    assert calls == [(30, 34), (34, 34)]
 
 
 def test_expert_load_counts_real_tokens(tokenizer):

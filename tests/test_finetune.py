@@ -17,7 +17,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from moebert_kernels.compress.batching import LengthGroupedSampler, padded_batches
+from moebert_kernels.compress.batching import LengthGroupedSampler, RowCollator, padded_batches
 from moebert_kernels.compress.finetune import finetune, last_checkpoint
 from moebert_kernels.compress.tasks import Task, TaskData
 from moebert_kernels.errors import UserError
@@ -171,7 +171,7 @@ def test_wrong_input_gets_a_sentence_before_training(tmp_path, pretrained, token
         finetune(pretrained, data, output, max_length=17)
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(UserError, match="empty holds no config"):
+    with pytest.raises(UserError, match=r"empty holds no config\.json"):
         finetune(empty, data, output)
     other = tmp_path / "gpt2"
     GPT2Model(GPT2Config(vocab_size=11, n_positions=16, n_embd=8, n_layer=1, n_head=1)).save_pretrained(other)
@@ -213,3 +213,14 @@ def test_padded_batches_hold_every_row_once(tokenizer):
     assert second["labels"].tolist() == [2]
     (only,) = padded_batches(rows, tokenizer, 2, num_samples=2)
     assert only["labels"].tolist() == [0, 2]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_labels_of_tokens_are_padded_beside_their_tokens(tokenizer, side):
+    tokenizer.padding_side = side
+    rows = [{"input_ids": [2, 5, 3], "labels": [-100, 1, -100]}, {"input_ids": [2], "labels": [-100]}]
+    batch = RowCollator(tokenizer)(rows)
+    padded = {"left": ([0, 0, 2], [0, 0, 1]), "right": ([2, 0, 0], [1, 0, 0])}[side]
+    assert (batch["input_ids"][1].tolist(), batch["attention_mask"][1].tolist()) == padded
+    assert batch["labels"].tolist() == [[-100, 1, -100], [-100] * 3]
+    assert rows[0]["labels"] == [-100, 1, -100]

@@ -324,7 +324,7 @@ def test_what_cannot_work_is_said_before_any_work(teacher, tmp_path):
         assert not output.exists() or not list(output.glob("work/**/*"))
 
     refused("there is no folder", teacher=tmp_path / "nowhere")
-    refused("not a model for sequence", teacher=make_teacher(tmp_path / "mlm", head=BertForMaskedLM))
+    refused("not a model for classification", teacher=make_teacher(tmp_path / "mlm", head=BertForMaskedLM))
     refused("need 142 neurons", settings=replace(SETTINGS, expert_size=40, num_shared=6))
     affinity = replace(SETTINGS, routing="hash-affinity", expert_size=40, num_shared=6)
     refused("need 142 neurons", settings=affinity)

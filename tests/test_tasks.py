@@ -1,13 +1,13 @@
 import numpy as np
 import pytest
 from datasets import Dataset
-from transformers import BertConfig, BertTokenizerFast, EvalPrediction
+from transformers import BertConfig, BertTokenizerFast
 
 from moebert_kernels.compress.tasks import (
+    AnswerOptions,
     CsvOptions,
     Task,
     TaskData,
-    compute_metrics,
     load_task,
     match_labels,
     task_names,
@@ -27,7 +27,21 @@ STSB = (
     '0\tmain\tx\t2012\t0001\tnone\tnone\tA "plane.\tAn air plane.\t5.000\n'
     "1\tmain\tx\t2012\t0004\tnone\tnone\tA man.\tA girl.\t0.250"
 )
+QQP = (
+    "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n"
+    "1\t10\t11\tWhy?\tHow?\t0\n"
+    '2\t12\t13\t"Was he\r real?\n"\tIs there evidence?\t1\n'
+    "3\t14\t15\tWho\n\nis\nthere?\t\t0\n"
+)
+QNLI = (
+    "index\tquestion\tsentence\tlabel\n"
+    '0\tWhat does " mean?\tIt is a quotation mark.\tentailment\n'
+    "1\tWho?\tNobody\u2028came\x0c.\tnot_entailment\n"
+)
+RTE = "index\tsentence1\tsentence2\tlabel\n0\tA b.\tA.\tentailment\n1\tA.\tA b.\tnot_entailment\n"
+WNLI = "index\tsentence1\tsentence2\tlabel\n0\tIt is.\tHe is.\t1\n1\tIt was.\tShe was.\t0\n"
 FILES = {"sst2": SST2, "cola": COLA, "mrpc": MRPC, "stsb": STSB}
+FILES |= {"qqp": QQP, "qnli": QNLI, "rte": RTE, "wnli": WNLI}
 
 
 def glue_folder(tmp_path, text, dev=None):
@@ -57,6 +71,35 @@ def rows(dataset):
             [
                 {"text": 'A "plane.', "text_pair": "An air plane.", "label": 5.0},
                 {"text": "A man.", "text_pair": "A girl.", "label": 0.25},
+            ],
+        ),
+        (
+            "qqp",
+            [
+                {"text": "Why?", "text_pair": "How?", "label": 0},
+                {"text": '"Was he\r real?\n"', "text_pair": "Is there evidence?", "label": 1},
+                {"text": "Who\nis\nthere?", "text_pair": "", "label": 0},
+            ],
+        ),
+        (
+            "qnli",
+            [
+                {"text": 'What does " mean?', "text_pair": "It is a quotation mark.", "label": 0},
+                {"text": "Who?", "text_pair": "Nobody\u2028came\x0c.", "label": 1},
+            ],
+        ),
+        (
+            "rte",
+            [
+                {"text": "A b.", "text_pair": "A.", "label": 0},
+                {"text": "A.", "text_pair": "A b.", "label": 1},
+            ],
+        ),
+        (
+            "wnli",
+            [
+                {"text": "It is.", "text_pair": "He is.", "label": 1},
+                {"text": "It was.", "text_pair": "She was.", "label": 0},
             ],
         ),
     ],
@@ -91,8 +134,34 @@ def test_a_wrong_glue_file_is_named_with_its_line(tmp_path, name, text, message)
         load_task(name, glue_folder(tmp_path, text, dev=FILES[name]))
 
 
+def test_mnli_has_two_validation_sets(tmp_path):
+    """Its files have more labels per row in validation than in training; only the gold one counts."""
+    head, row = "index\tsentence1\tsentence2\t", "0\tA {}.\tB.\t"
+    for name, votes in (("train", 1), ("dev_matched", 5), ("dev_mismatched", 5)):
+        labels = "".join(f"label{i + 1}\t" for i in range(votes)) + "gold_label\n"
+        fields = "neutral\t" * votes + "contradiction\n"
+        (tmp_path / f"{name}.tsv").write_text(head + labels + row.format(name) + fields)
+    data = load_task("mnli", tmp_path)
+    assert data.task.label_names == ("entailment", "neutral", "contradiction")
+    assert list(data.further_validation) == ["mismatched"]
+    for name, found in zip(("", "mismatched"), ("dev_matched", "dev_mismatched"), strict=True):
+        assert rows(data.validation_sets[name]) == [{"text": f"A {found}.", "text_pair": "B.", "label": 2}]
+    matched = match_labels(data, BertConfig(id2label={0: "CONTRADICTION", 1: "entailment", 2: "neutral"}))
+    assert matched.further_validation["mismatched"]["label"][:] == [0]
+
+
+def test_broken_rows_are_joined_only_where_that_completes_them(tmp_path):
+    """Stops a row that lost its end from swallowing the one after it."""
+    glue_folder(tmp_path, QQP.replace("Why?\tHow?\t0", "Why?\tHow?"), dev=QQP)
+    with pytest.raises(UserError, match=r"train\.tsv, line 2: 5 fields, expected 6"):
+        load_task("qqp", tmp_path)
+    glue_folder(tmp_path, SST2.replace("fine ", "fi\nne"), dev=SST2)
+    with pytest.raises(UserError, match=r"train\.tsv, line 2: 1 fields, expected 2"):
+        load_task("sst2", tmp_path)
+
+
 def test_wrong_paths_and_names(tmp_path):
-    with pytest.raises(UserError, match="task 'sst' is unknown; there are sst2, cola, mrpc, stsb, csv"):
+    with pytest.raises(UserError, match="task 'sst' is unknown; there are cola, sst2, mrpc"):
         load_task("sst", tmp_path)
     with pytest.raises(UserError, match="absent is not a folder"):
         load_task("sst2", tmp_path / "absent")
@@ -100,10 +169,11 @@ def test_wrong_paths_and_names(tmp_path):
         load_task("sst2", tmp_path)
     (tmp_path / "SST-2").mkdir()
     glue_folder(tmp_path / "SST-2", SST2)
-    with pytest.raises(UserError, match=r"SST-2 does: give that folder"):
-        load_task("sst2", tmp_path)
+    assert rows(load_task("sst2", tmp_path).train) == rows(load_task("sst2", tmp_path / "SST-2").train)
     with pytest.raises(UserError, match="belong to task csv"):
         load_task("sst2", tmp_path / "SST-2", csv=CsvOptions())
+    with pytest.raises(UserError, match="belong to squad and squad_v2, not to sst2"):
+        load_task("sst2", tmp_path / "SST-2", answers=AnswerOptions())
 
 
 def test_text_that_is_not_utf8_is_named_with_its_line(tmp_path):
@@ -129,6 +199,17 @@ def test_csv_keeps_the_names_of_labels_and_the_text_inside_quotes(tmp_path):
         {"text": "e", "label": 1},
     ]
     assert rows(data.validation) == [{"text": "x", "label": 0}]
+
+
+def test_jsonl_is_read_as_it_is_written(tmp_path):
+    """Stops labels 1.0 and 1 from becoming one, and lists that nobody asks for from being refused."""
+    text = (
+        '{"body": "a\\n\\"b\\"", "stars": 1.0, "meta": {"id": 7}}\n\n{"stars": 2, "body": null, "meta": 0}\n'
+    )
+    data = load_task("csv", write(tmp_path / "t.jsonl", text * 2), csv=CsvOptions(text="body", label="stars"))
+    assert data.task.label_names == ("1.0", "2")
+    found = sorted(rows(data.train) + rows(data.validation), key=lambda row: row["label"])
+    assert found == [{"text": 'a\n"b"', "label": 0}] * 2 + [{"text": "", "label": 1}] * 2
 
 
 @pytest.mark.parametrize(
@@ -175,7 +256,19 @@ def test_held_out_rows_depend_on_the_seed_alone_and_leave_nothing_out(tmp_path):
         ("t.csv", "text,label\na,1\nb,2\n", {"kind": "ranking"}, "kind is 'ranking'"),
         ("t.csv", "text,label\na,1\nb,2\n", {"validation_fraction": 1.0}, "fraction is 1.0"),
         ("t.csv", "text,label\na,1.5\n", {}, "too few to hold any out"),
-        ("t.txt", "text,label\na,1\n", {}, r"must be named \.csv .* or \.tsv"),
+        ("t.txt", "text,label\na,1\n", {}, r"must be named \.csv .* \.tsv .* or \.jsonl"),
+        ("t.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}\n', {}, "line 2: no 'label', which line 1 has"),
+        ("t.jsonl", '{"text": "a", "label": 1}\n{"text": "b", }\n', {}, "line 2: not json"),
+        ("t.jsonl", '{"text": "a", "label": 1}\n["b", 2]\n', {}, "line 2: a list, expected an object"),
+        (
+            "t.jsonl",
+            '{"text": [], "label": 1}\n{"text": [], "label": 2}',
+            {},
+            "no column 'text'; its columns are label",
+        ),
+        ("t.jsonl", '{"text": "a", "label": 1}\n{"text": [], "label": 2}\n', {}, "line 2: 'text' is a list"),
+        ("t.jsonl", "[" * 100000, {}, "line 1: not json"),
+        ("t.jsonl", "\n", {}, "no rows of data"),
     ],
 )
 def test_wrong_csv_input_gets_a_sentence(tmp_path, name, text, options, message):
@@ -201,7 +294,7 @@ def small_data(label_names=("no", "yes"), kind="classification"):
 def test_labels_follow_the_models_order():
     """Stops a model that calls class 0 "Yes" from being scored, or distilled, on swapped labels."""
     data = match_labels(small_data(), BertConfig(id2label={0: "Yes", 1: "No"}))
-    assert data.task.label_names == ("Yes", "No")
+    assert data.task.label_names == ("yes", "no")
     assert data.train["label"][:] == [1, 0]
     assert data.validation["label"][:] == [0]
     assert data.train["text_pair"][:] == ["b", "a b c"]
@@ -252,12 +345,15 @@ def test_tokenize_refuses_lengths_the_model_cannot_take(tokenizer):
 
 
 @pytest.fixture
-def score(tmp_path):
+def score(tmp_path, tokenizer):
     def score(name, logits, labels):
-        task = (
-            small_data().task if name == "csv" else load_task(name, glue_folder(tmp_path, FILES[name])).task
-        )
-        return compute_metrics(task)(EvalPrediction(np.array(logits), np.array(labels)))
+        if name == "csv":
+            task = small_data().task
+        else:
+            task = load_task(name, glue_folder(tmp_path, FILES[name])).task
+        found = Dataset.from_dict({"text": ["a"] * len(labels), "label": labels})
+        encoded = tokenize(TaskData(task, found, found), tokenizer, 8)
+        return encoded.validation_sets[""].score([np.array(row, dtype=np.float32) for row in logits])
 
     return score
 
@@ -268,6 +364,7 @@ def test_official_metrics_against_numbers_worked_by_hand(score):
     labels = [1, 0, 0, 1, 1]
     assert score("sst2", logits, labels) == pytest.approx({"accuracy": 0.6})
     assert score("mrpc", logits, labels) == pytest.approx({"accuracy": 0.6, "f1": 2 / 3})
+    assert score("qqp", logits, labels) == pytest.approx({"accuracy": 0.6, "f1": 2 / 3})
     assert score("cola", logits, labels) == pytest.approx({"matthews": (2 * 1 - 1 * 1) / 6})
     assert score("csv", logits, labels) == pytest.approx({"accuracy": 0.6, "macro_f1": (2 / 3 + 1 / 2) / 2})
     stsb = score("stsb", [[1.0], [2.0], [4.0]], [1.0, 2.0, 3.0])
@@ -280,4 +377,5 @@ def test_a_constant_prediction_has_no_correlation(score):
 
 
 def test_every_task_has_a_name():
-    assert task_names() == ("sst2", "cola", "mrpc", "stsb", "csv")
+    glue = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli")
+    assert task_names() == (*glue, "squad", "squad_v2", "conll", "csv")

@@ -2,13 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer
+
+from moebert_kernels.compress.losses import IGNORED_LABEL
+
+LABEL_COLUMNS = ("labels", "start_positions", "end_positions")
+
+
+class RowCollator(DataCollatorWithPadding):
+    """Pads rows of any kind of task to the longest; labels of tokens, with -100.
+
+    Args:
+        tokenizer: pads.
+    """
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Make a batch of rows: their columns as tensors [B, S], their labels [B] or [B, S]."""
+        rows = [dict(row) for row in features]
+        if not isinstance(rows[0].get("labels"), (list, Tensor, np.ndarray)):
+            return dict(super().__call__(rows))
+        labels = [torch.as_tensor(row.pop("labels")) for row in rows]
+        batch = dict(super().__call__(rows))
+        side = getattr(self.tokenizer, "padding_side", "right")
+        batch["labels"] = torch.nn.utils.rnn.pad_sequence(
+            labels, batch_first=True, padding_value=IGNORED_LABEL, padding_side=side
+        )
+        return batch
 
 
 class LengthGroupedSampler(Sampler[int]):
@@ -67,6 +94,11 @@ def row_lengths(dataset: Dataset) -> list[int]:
     return [len(ids) for ids in dataset["input_ids"]]
 
 
+def shortest_first(dataset: Dataset) -> np.ndarray:
+    """Return the rows' indices by length; of equal lengths, in their order."""
+    return np.argsort(row_lengths(dataset), kind="stable")
+
+
 def sample_rows(dataset: Dataset, count: int | None, seed: int) -> Dataset:
     """Return `count` rows drawn at random, in the dataset's order; all of them if None or too many."""
     order = np.random.default_rng(seed).permutation(len(dataset))
@@ -76,7 +108,7 @@ def sample_rows(dataset: Dataset, count: int | None, seed: int) -> Dataset:
 def padded_batches(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int, *, num_samples: int | None = None
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield every row once, shortest first, in padded batches: for passes that do not train.
+    """Yield every row once, by `shortest_first`, in padded batches: for passes that do not train.
 
     Args:
         dataset: tokenized, with "labels".
@@ -86,8 +118,8 @@ def padded_batches(
     """
     if num_samples is not None and num_samples < len(dataset):
         dataset = dataset.select(np.linspace(0, len(dataset) - 1, num_samples).round().astype(int))
-    collate = DataCollatorWithPadding(tokenizer)
-    order = np.argsort(row_lengths(dataset), kind="stable")
+    collate = RowCollator(tokenizer)
+    order = shortest_first(dataset)
     for start in range(0, len(order), batch_size):
         rows = dataset.select(order[start : start + batch_size])
-        yield dict(collate(rows.to_list()))
+        yield collate(rows.to_list())

@@ -20,7 +20,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from moebert_kernels.compress.batching import LengthGroupedTrainer
+from moebert_kernels.compress.batching import LABEL_COLUMNS, LengthGroupedTrainer, RowCollator
 from moebert_kernels.compress.finetune import last_checkpoint
 from moebert_kernels.compress.losses import (
     IGNORED_LABEL,
@@ -33,8 +33,6 @@ from moebert_kernels.compress.losses import (
 )
 from moebert_kernels.errors import UserError
 from moebert_kernels.models import decay_parameters
-
-_LABELS = ("labels", "start_positions", "end_positions")
 
 
 class _Units(NamedTuple):
@@ -49,9 +47,10 @@ class DistillationTrainer(Trainer):
     """A `transformers.Trainer` whose loss is CE + lambda (L_trm + L_pred) (section 3.3 and Eq. 5 to 7).
 
     CE is the loss from labels (mean squared error for regression), L_trm compares the L + 1 hidden states at
-    real tokens, L_pred the predictions. A student with learned gates adds its load-balance loss, weighted by
-    its configuration's `balance_loss_weight`. Everything else is the Trainer's: arguments, callbacks, mixed
-    precision, checkpoints and resuming, gradient accumulation, whose step equals that of one large batch.
+    real tokens, L_pred the predictions: of tokens, at those that have a label. A student with learned gates
+    adds its load-balance loss, weighted by its configuration's `balance_loss_weight`. Everything else is the
+    Trainer's: arguments, callbacks, mixed precision, checkpoints and resuming, gradient accumulation, whose
+    step equals that of one large batch.
 
     The logs carry, beside `loss` (the total), the unweighted terms `ce`, `layer`, `prediction` and, with
     learned gates, `balance`, each averaged over the steps since the last log. Evaluation asks the student
@@ -143,10 +142,10 @@ class DistillationTrainer(Trainer):
             num_items_in_batch: what `get_batch_samples` counted: terms are then divided by the counts of the
                 whole step. Otherwise they are means over this batch.
         """
-        labels = {name: inputs[name] for name in _LABELS if inputs.get(name) is not None}
+        labels = {name: inputs[name] for name in LABEL_COLUMNS if inputs.get(name) is not None}
         if not labels and self.pooling is None:
             raise ValueError(f"distillation needs labels; the batch holds only {', '.join(inputs)}")
-        features = {name: value for name, value in inputs.items() if name not in _LABELS}
+        features = {name: value for name, value in inputs.items() if name not in LABEL_COLUMNS}
         if not model.training and self.pooling is None:
             outputs = model(**features)
             loss = self._label_loss(outputs, labels)
@@ -163,11 +162,13 @@ class DistillationTrainer(Trainer):
         if self.pooling is None:
             kind = self._kind(outputs)
             per_token = kind == "token_classification"
+            # Of tokens without a label nobody asks for a prediction, and the teacher has learned none.
+            predicted_BS = labels["labels"] != IGNORED_LABEL if per_token else mask_BS
             predictions = _prediction(outputs), _prediction(teacher_outputs)
             terms = {
                 "ce": self._label_loss(outputs, labels),
                 "layer": layers,
-                "prediction": prediction_loss(kind, *predictions, mask_BS),
+                "prediction": prediction_loss(kind, *predictions, predicted_BS),
             }
         else:
             ours, theirs = (self.pooling(o.last_hidden_state, mask_BS) for o in (outputs, teacher_outputs))
@@ -185,7 +186,7 @@ class DistillationTrainer(Trainer):
             shares = {
                 "ce": share.labels,
                 "layer": share.tokens,
-                "prediction": share.tokens if per_token else share.sequences,
+                "prediction": share.labels if per_token else share.sequences,
                 "embedding": share.sequences,
                 "balance": share.tokens,
             }
@@ -356,6 +357,7 @@ def distill(
         distill_weight=settings.distill_weight,
         pooling=pooling,
         train_dataset=rows,
+        data_collator=RowCollator(tokenizer),
         processing_class=tokenizer,
         callbacks=[*callbacks, _StopWhenDiverged(), *([_Report(progress)] if progress else [])],
     )

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moebert_kernels.compress.batching import padded_batches
-from moebert_kernels.compress.tasks import TaskData, compute_metrics
+from moebert_kernels.compress.batching import LABEL_COLUMNS, padded_batches, shortest_first
+from moebert_kernels.compress.tasks import EncodedData
 
 
 def batches(
@@ -40,37 +40,86 @@ def batches(
 
 
 @torch.no_grad()
+def predict(
+    model: PreTrainedModel,
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch_size: int = 32,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[np.ndarray]:
+    """Return what a model says of every row, in the rows' order.
+
+    Args:
+        model: with any of the heads that `tasks` knows; put into eval mode, used where it is.
+        rows: as `tasks.tokenize` makes them; labels are ignored.
+        tokenizer: the model's.
+        batch_size: rows at a time; changes speed alone.
+        progress: called with (rows done, rows in all).
+
+    Returns:
+        float32 [C] of each row, or [S, C] for its S tokens without padding; for question answering C is 2,
+        the logits of start and end.
+    """
+    model.eval()
+    found: list[np.ndarray] = []
+    for batch in batches(rows, tokenizer, batch_size=batch_size, device=model.device, progress=progress):
+        output = model(**_without_labels(batch))
+        if "start_logits" in output:
+            logits = torch.stack([output.start_logits, output.end_logits], dim=-1)
+        else:
+            logits = output.logits
+        values = logits.float().cpu().numpy()
+        if logits.dim() == 3:
+            mask_BS = batch["attention_mask"].bool().cpu().numpy()
+            found += [row_SC[mask_S] for row_SC, mask_S in zip(values, mask_BS, strict=True)]
+        else:
+            found += list(values)
+    in_order: list[np.ndarray] = [np.empty(0)] * len(found)
+    for index, value in zip(shortest_first(rows), found, strict=True):
+        in_order[index] = value
+    return in_order
+
+
 def evaluate(
     model: PreTrainedModel,
-    data: TaskData,
+    data: EncodedData,
     tokenizer: PreTrainedTokenizerBase,
     *,
     batch_size: int = 32,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
-    """Score a model on the validation rows by the task's official metrics.
+    """Score a model on all validation sets by the task's official metrics.
 
     Args:
-        model: sequence classification or regression; put into eval mode, used where it is.
+        model: with the task's head; put into eval mode, used where it is.
         data: tokenised.
         tokenizer: the model's.
         batch_size: rows at a time; changes speed alone.
         progress: called with (rows done, rows in all).
 
     Returns:
-        `data.task.metric_names` to their values.
+        `data.task.metric_names` to their values; those of a further validation set have its name appended,
+        as in "accuracy_mismatched".
     """
-    model.eval()
-    logits, labels = [], []
-    for batch in batches(
-        data.validation, tokenizer, batch_size=batch_size, device=model.device, progress=progress
-    ):
-        labels.append(batch.pop("labels"))
-        logits.append(model(**batch).logits.float())
-    prediction = EvalPrediction(
-        predictions=np.asarray(torch.cat(logits).cpu()), label_ids=np.asarray(torch.cat(labels).cpu())
-    )
-    return compute_metrics(data.task)(prediction)
+    total = sum(len(encoded.rows) for encoded in data.validation_sets.values())
+    metrics: dict[str, float] = {}
+    before = 0
+    for name, encoded in data.validation_sets.items():
+
+        def report(done: int, _: int, before: int = before) -> None:
+            if progress is not None:
+                progress(before + done, total)
+
+        outputs = predict(model, encoded.rows, tokenizer, batch_size=batch_size, progress=report)
+        suffix = f"_{name}" if name else ""
+        metrics |= {metric + suffix: value for metric, value in encoded.score(outputs).items()}
+        before += len(encoded.rows)
+    return metrics
+
+
+def _without_labels(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in batch.items() if name not in LABEL_COLUMNS}
 
 
 @torch.no_grad()
@@ -79,7 +128,7 @@ def expert_load(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) ->
 
     Args:
         model: a MoE model; put into eval mode.
-        batches: its inputs, on its device; "labels" are ignored.
+        batches: its inputs, on its device; labels are ignored.
 
     Returns:
         [L][E], each layer's shares adding up to 1 (0 throughout if there are no tokens).
@@ -88,7 +137,7 @@ def expert_load(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) ->
     counts_LE: Tensor | int = 0
     for batch in batches:
         routers: list = []
-        model(**{name: value for name, value in batch.items() if name != "labels"}, router_outputs=routers)
+        model(**_without_labels(batch), router_outputs=routers)
         counts_LE = counts_LE + torch.stack([router.plan.counts_E for router in routers]).long()
     if isinstance(counts_LE, int):
         raise ValueError("expert_load needs at least one batch")

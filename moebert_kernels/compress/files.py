@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from moebert_kernels.errors import UserError
+
+Records = list[tuple[int, list[str]]]
 
 
 @dataclass(frozen=True)
 class Table:
-    """A file's rows, all as text.
+    """Rows of text, from a file or a data set.
 
     Attributes:
-        path: the file.
+        source: the file's path, or the data set's name.
         columns: names of the columns.
         rows: the fields of every row, as many as columns.
-        lines: the line of the file, from 1, at which each row begins.
+        lines: the line of the file, from 1, at which each row begins; of a data set the row's number.
+        unit: what `lines` counts.
     """
 
-    path: Path
+    source: str
     columns: tuple[str, ...]
     rows: list[list[str]]
     lines: list[int]
+    unit: str = "line"
 
     def column(self, name: str) -> list[str]:
         """Return the fields under `name`.
@@ -34,47 +40,65 @@ class Table:
         """
         if self.columns.count(name) != 1:
             problem = "more than one column" if name in self.columns else "no column"
-            raise UserError(f"{self.path} has {problem} {name!r}; its columns are {', '.join(self.columns)}")
+            raise UserError(
+                f"{self.source} has {problem} {name!r}; its columns are {', '.join(self.columns)}"
+            )
         index = self.columns.index(name)
         return [row[index] for row in self.rows]
 
+    def place(self, row: int) -> str:
+        """Where a row, numbered from 0, is to be found; for messages."""
+        return f"{self.source}, {self.unit} {self.lines[row]}"
 
-def read_table(path: Path, columns: tuple[str, ...] | None = None) -> Table:
-    """Read a UTF-8 table: `.csv` with commas and quoting (RFC 4180), `.tsv` with tabs and none.
+
+def read_table(path: Path, columns: tuple[str, ...] | None = None, *, join_broken: bool = False) -> Table:
+    """Read a UTF-8 table: `.csv` with commas and quoting (RFC 4180), `.tsv` with tabs and none, `.jsonl`.
 
     In a `.tsv`, as in the GLUE files, a quotation mark is text like any other. A byte-order mark and carriage
-    returns at line ends are dropped, empty lines skipped.
+    returns at line ends are dropped, empty lines skipped; a carriage return within a line is text. A `.jsonl`
+    has an object per line; its columns are the first object's names, but for those that hold lists or
+    objects; null is an empty field.
 
     Args:
         path: the file, its kind known by its suffix.
-        columns: the columns' names if the file has no header line.
+        columns: the columns' names if a `.csv` or `.tsv` has no header line.
+        join_broken: in a `.tsv`, put rows together whose text has a line break, if what follows a row with
+            too few fields completes it exactly.
 
     Raises:
         UserError: the file is missing, of another suffix, not UTF-8, without rows, or has a row with more or
             fewer fields than columns.
     """
-    if not path.is_file():
-        raise UserError(f"{path} is not a file; {_describe_folder(path.parent)}")
-    text = _read_text(path)
-    if path.suffix.lower() == ".tsv":
-        records = _split_tsv(text)
-    elif path.suffix.lower() == ".csv":
-        records = _split_csv(path, text)
+    text = read_text(path)
+    suffix = path.suffix.lower()
+    if suffix == ".jsonl":
+        columns, records = _split_jsonl(path, text)
+    elif suffix in (".tsv", ".csv"):
+        records = _split_tsv(text) if suffix == ".tsv" else _split_csv(path, text)
+        if columns is None and records:
+            columns = tuple(name.strip() for name in records.pop(0)[1])
     else:
-        raise UserError(f"{path} must be named .csv (commas) or .tsv (tabs)")
-    if columns is None and records:
-        columns = tuple(name.strip() for name in records.pop(0)[1])
-    if columns is None or not records:
+        raise UserError(f"{path} must be named .csv (commas), .tsv (tabs) or .jsonl (an object per line)")
+    if not columns or not records:
         raise UserError(f"{path} has no rows of data")
+    if join_broken:
+        records = _join_broken(records, len(columns))
     for line, fields in records:
         if len(fields) != len(columns):
             raise UserError(
                 f"{path}, line {line}: {len(fields)} fields, expected {len(columns)} ({', '.join(columns)})"
             )
-    return Table(path, columns, [fields for _, fields in records], [line for line, _ in records])
+    return Table(str(path), columns, [fields for _, fields in records], [line for line, _ in records])
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """Read a UTF-8 file, without its byte-order mark.
+
+    Raises:
+        UserError: the file is missing or not UTF-8.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is not a file; {describe_folder(path.parent)}")
     data = path.read_bytes()
     try:
         return data.decode("utf-8-sig")
@@ -83,13 +107,41 @@ def _read_text(path: Path) -> str:
         raise UserError(f"{path}, line {line}: not UTF-8 text; save the file as UTF-8") from None
 
 
-def _split_tsv(text: str) -> list[tuple[int, list[str]]]:
-    # Not splitlines: it would also break a row at U+2028, U+0085 or a form feed inside the text.
-    lines = (line.removesuffix("\r") for line in text.split("\n"))
-    return [(number, line.split("\t")) for number, line in enumerate(lines, 1) if line]
+def read_json(path: Path) -> Any:
+    """Read a json file.
+
+    Raises:
+        UserError: the file is missing, not UTF-8 or not json.
+    """
+    try:
+        return json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{path} is not json: {error}") from None
 
 
-def _split_csv(path: Path, text: str) -> list[tuple[int, list[str]]]:
+def split_lines(text: str) -> list[str]:
+    """Split at line feeds, and drop carriage returns before them.
+
+    Not `str.splitlines`: it would also break a line at U+2028, U+0085 or a form feed inside the text.
+    """
+    return [line.removesuffix("\r") for line in text.split("\n")]
+
+
+def describe_folder(folder: Path) -> str:
+    """What a folder holds, for messages about what it lacks."""
+    if not folder.is_dir():
+        return f"there is no folder {folder}"
+    names = sorted(entry.name for entry in folder.iterdir())
+    if not names:
+        return f"{folder} is empty"
+    return f"{folder} holds {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}"
+
+
+def _split_tsv(text: str) -> Records:
+    return [(number, line.split("\t")) for number, line in enumerate(split_lines(text), 1) if line]
+
+
+def _split_csv(path: Path, text: str) -> Records:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     records = []
     line = 1
@@ -103,10 +155,54 @@ def _split_csv(path: Path, text: str) -> list[tuple[int, list[str]]]:
     return records
 
 
-def _describe_folder(folder: Path) -> str:
-    if not folder.is_dir():
-        return f"there is no folder {folder}"
-    names = sorted(entry.name for entry in folder.iterdir())
-    if not names:
-        return f"{folder} is empty"
-    return f"{folder} holds {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}"
+def _split_jsonl(path: Path, text: str) -> tuple[tuple[str, ...], Records]:
+    columns: tuple[str, ...] = ()
+    records: Records = []
+    for number, line in enumerate(split_lines(text), 1):
+        if not line.strip():
+            continue
+        try:
+            # Numbers stay as they are written: a label 1.0 is not 1.
+            fields = json.loads(line, parse_int=str, parse_float=str, parse_constant=str)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise UserError(f"{path}, line {number}: not json: {error}") from None
+        if not isinstance(fields, dict):
+            raise UserError(f"{path}, line {number}: a {type(fields).__name__}, expected an object in braces")
+        if not records:
+            columns = tuple(name for name, value in fields.items() if not isinstance(value, (list, dict)))
+        missing = [name for name in columns if name not in fields]
+        if missing:
+            raise UserError(f"{path}, line {number}: no {missing[0]!r}, which line {records[0][0]} has")
+        records.append((number, [_scalar(path, number, name, fields[name]) for name in columns]))
+    return columns, records
+
+
+def _scalar(path: Path, line: int, name: str, value: Any) -> str:
+    if isinstance(value, (list, dict)):
+        raise UserError(
+            f"{path}, line {line}: {name!r} is a {type(value).__name__}, expected text or a number"
+        )
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "" if value is None else value
+
+
+def _join_broken(records: Records, num_columns: int) -> Records:
+    joined: Records = []
+    at = 0
+    while at < len(records):
+        line, fields = records[at]
+        after = at + 1
+        while len(fields) < num_columns and after < len(records):
+            _, more = records[after]
+            # The field that the line break is in counts on both lines.
+            if len(fields) + len(more) - 1 > num_columns:
+                break
+            fields = [*fields[:-1], f"{fields[-1]}\n{more[0]}", *more[1:]]
+            after += 1
+        if len(fields) != num_columns:
+            line, fields = records[at]
+            after = at + 1
+        joined.append((line, fields))
+        at = after
+    return joined

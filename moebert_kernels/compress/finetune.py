@@ -10,8 +10,6 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoModelForSequenceClassification,
-    DataCollatorWithPadding,
     PreTrainedModel,
     PrinterCallback,
     TrainerCallback,
@@ -26,9 +24,10 @@ from moebert_kernels.compress.artifacts import (
     rows_fingerprint,
     workroom,
 )
-from moebert_kernels.compress.batching import LengthGroupedTrainer
+from moebert_kernels.compress.batching import LengthGroupedTrainer, RowCollator
+from moebert_kernels.compress.evaluate import evaluate
 from moebert_kernels.compress.loading import check_model_folder, load_tokenizer, row_length, save_encoder
-from moebert_kernels.compress.tasks import Task, TaskData, compute_metrics, tokenize
+from moebert_kernels.compress.tasks import KINDS, Task, TaskData, tokenize
 from moebert_kernels.errors import ArgumentError, UserError
 from moebert_kernels.models.surgery import find_ffns
 
@@ -60,14 +59,15 @@ def finetune(
         epochs: passes over the training rows.
         lr: the highest learning rate, reached after a tenth of the steps and then falling to 0.
         batch_size: rows per step and device.
-        max_length: tokens of a row; by default 128, or as many as the model takes if those are fewer.
+        max_length: tokens of a row; by default 128, or 384 for question answering, or as many as the model
+            takes if those are fewer.
         weight_decay: of AdamW.
         seed: of the new head, the order of rows and dropout.
         training_arguments: more arguments of `transformers.TrainingArguments`, such as {"bf16": True}.
         callbacks: for the Trainer.
 
     Returns:
-        The task's metrics on the validation rows.
+        The task's metrics on the validation rows; see `evaluate`.
 
     Raises:
         UserError: no such model, or one that cannot be compressed later; arguments out of range;
@@ -84,7 +84,8 @@ def finetune(
     set_seed(seed)
     network = _load(str(model), data.task)
     tokenizer = load_tokenizer(model, network.config)
-    max_length = row_length(max_length, network.config, tokenizer, "max_length")
+    default = KINDS[data.task.kind].default_length
+    max_length = row_length(max_length, network.config, tokenizer, "max_length", default=default)
     tokenized = tokenize(data, tokenizer, max_length)
     fixed = {
         "num_train_epochs": epochs,
@@ -101,28 +102,28 @@ def finetune(
         **(training_arguments or {}),
     }
     folder = Path(model)
+    answers = data.task.answers
     made_from = fingerprint(
         __version__,
         model_fingerprint(folder) if folder.is_dir() else str(model),
-        [data.task.label_names, rows_fingerprint(data.train), rows_fingerprint(data.validation), max_length],
+        [data.task.label_names, rows_fingerprint(data.train), answers and answers.doc_stride, max_length],
         {name: str(value) for name, value in fixed.items()},
     )
     with workroom(output_dir, made_from) as room:
         trainer = LengthGroupedTrainer(
             network,
             TrainingArguments(output_dir=str(room), **fixed),
-            data_collator=DataCollatorWithPadding(tokenizer),
+            data_collator=RowCollator(tokenizer),
             train_dataset=tokenized.train,
             eval_dataset=tokenized.validation,
             processing_class=tokenizer,
-            compute_metrics=compute_metrics(data.task),
             callbacks=list(callbacks),
         )
         trainer.remove_callback(PrinterCallback)  # the Trainer's stand-in for a bar that was switched off
         trainer.train(resume_from_checkpoint=last_checkpoint(room))
-        found = trainer.evaluate()
+        found = evaluate(network, tokenized, tokenizer, batch_size=2 * batch_size)
         save_encoder(network, tokenizer, output_dir)
-    return {name: found[f"eval_{name}"] for name in data.task.metric_names}
+    return found
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -138,20 +139,13 @@ def last_checkpoint(folder: Path) -> str | None:
 
 
 def _load(model: str, task: Task) -> PreTrainedModel:
-    num_labels = len(task.label_names) or 1
-    labels = {
-        "id2label": dict(enumerate(task.label_names)) or {0: "LABEL_0"},
-        "label2id": {name: i for i, name in enumerate(task.label_names)} or {"LABEL_0": 0},
-        "problem_type": "regression" if task.kind == "regression" else "single_label_classification",
-    }
+    kind = KINDS[task.kind]
     if Path(model).exists() or model.startswith((".", "/", "~")):  # otherwise a name on the hub
         check_model_folder(Path(model))
     try:
-        config = AutoConfig.from_pretrained(model, num_labels=num_labels, **labels)
+        config = AutoConfig.from_pretrained(model, **kind.head_config(task))
         # A head for another number of labels is replaced by a new one.
-        network = AutoModelForSequenceClassification.from_pretrained(
-            model, config=config, ignore_mismatched_sizes=True
-        )
+        network = kind.auto_model.from_pretrained(model, config=config, ignore_mismatched_sizes=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if not Path(model).exists():
             raise UserError(

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from moebert_kernels.compress.batching import LABEL_COLUMNS
 from moebert_kernels.compress.token_scores import TokenScores, TokenScoreSums
 from moebert_kernels.errors import UserError
 from moebert_kernels.models.surgery import DenseFFN, find_ffns
@@ -24,7 +25,6 @@ LossFunction = Callable[[Any, Mapping[str, Tensor]], Tensor]
 
 _FORMAT = "moebert-importance 1"
 _WITH_TOKENS = {"scores_LF", "token_scores_LGF", "token_group_V"}
-_LABELS = ("labels", "start_positions", "end_positions")
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,7 +194,7 @@ def compute_importance(
             if tokens is not None:
                 tokens.begin_batch(batch)
             with _scoring(ffns, tokens) as products_LBF:
-                output = model(**{name: value for name, value in batch.items() if name not in _LABELS})
+                output = model(**{name: value for name, value in batch.items() if name not in LABEL_COLUMNS})
                 loss_function(output, batch).backward()
             for layer, product_BF in enumerate(products_LBF):
                 scores_LF[layer] += product_BF.abs().sum(0)

@@ -8,7 +8,6 @@ import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -16,10 +15,9 @@ from transformers import (
 )
 
 from moebert_kernels.compress.artifacts import replace_whole
+from moebert_kernels.compress.tasks import auto_model_of
 from moebert_kernels.errors import ArgumentError, UserError
 from moebert_kernels.models import find_ffns, max_tokens
-
-DEFAULT_MAX_LENGTH = 128
 
 
 def default_device() -> torch.device:
@@ -27,8 +25,8 @@ def default_device() -> torch.device:
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def load_classifier(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a saved classifier or regressor, dense or MoE, in eval mode and float32, and its tokenizer.
+def load_model(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a saved model with the head of a task, dense or MoE, in eval mode and float32, and its tokenizer.
 
     Raises:
         UserError: the folder does not hold one.
@@ -36,12 +34,13 @@ def load_classifier(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerB
     check_model_folder(folder)
     try:
         architectures = AutoConfig.from_pretrained(folder).architectures or []
-        if not any(name.endswith("ForSequenceClassification") for name in architectures):
+        auto_model = auto_model_of(architectures)
+        if auto_model is None:
             raise UserError(
                 f"{folder} holds a {' or '.join(architectures) or 'model of unknown class'}, not a model for "
-                "sequence classification or regression: fine-tune it first (`moebert finetune`)"
+                "classification, regression or question answering: fine-tune it first (`moebert finetune`)"
             )
-        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+        model = auto_model.from_pretrained(folder, dtype=torch.float32)
     except UserError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -50,12 +49,12 @@ def load_classifier(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerB
 
 
 def load_teacher(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a classifier or regressor whose feed-forward networks can become experts; see `load_classifier`.
+    """Load a fine-tuned model whose feed-forward networks can become experts; see `load_model`.
 
     Raises:
         UserError: the folder does not hold one.
     """
-    model, tokenizer = load_classifier(folder)
+    model, tokenizer = load_model(folder)
     try:
         find_ffns(model)
     except ValueError as error:
@@ -103,22 +102,28 @@ def check_model_folder(folder: Path) -> None:
 
 
 def row_length(
-    asked: int | None, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, argument: str
+    asked: int | None,
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    argument: str,
+    *,
+    default: int = 128,
 ) -> int:
     """Settle to how many tokens rows are cut.
 
     Args:
-        asked: by the user; None for `DEFAULT_MAX_LENGTH`, or as many as the model takes if those are fewer.
+        asked: by the user; None for `default`, or as many as the model takes if those are fewer.
         config: of the model.
         tokenizer: the model's.
         argument: what the user knows this as, for the message.
+        default: of the kind of task.
 
     Raises:
         ArgumentError: the model takes no rows that long, or rows that short hold no text.
     """
     most = min(max_tokens(config), tokenizer.model_max_length)
     if asked is None:
-        return min(DEFAULT_MAX_LENGTH, most)
+        return min(default, most)
     if asked > most:
         raise ArgumentError(argument, f"is {asked}, but the model takes at most {most} tokens")
     if asked < 3:

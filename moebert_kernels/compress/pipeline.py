@@ -42,13 +42,13 @@ from moebert_kernels.compress.importance import Importance, compute_importance
 from moebert_kernels.compress.loading import (
     check_no_model,
     default_device,
-    load_classifier,
+    load_model,
     load_teacher,
     save_encoder,
 )
 from moebert_kernels.compress.measure import measure
 from moebert_kernels.compress.settings import CompressSettings, resolve
-from moebert_kernels.compress.tasks import TaskData, match_labels, tokenize
+from moebert_kernels.compress.tasks import EncodedData, TaskData, match_labels, tokenize
 from moebert_kernels.compress.token_scores import token_groups
 from moebert_kernels.environment import describe_environment
 from moebert_kernels.errors import UserError
@@ -93,8 +93,7 @@ def compress(
     Args:
         settings: what to make.
         data: raw rows, as `load_task` returns them.
-        teacher_dir: of a BERT for sequence classification or regression, fine-tuned on the task, with its
-            tokenizer.
+        teacher_dir: of a BERT fine-tuned on the task, with its tokenizer.
         output_dir: made if need be; one run at a time.
         progress: hears about every stage of `stage_names`, in that order.
 
@@ -107,7 +106,7 @@ def compress(
     """
     teacher_dir, output_dir = Path(teacher_dir), Path(output_dir)
     teacher, tokenizer = load_teacher(teacher_dir)
-    settings = resolve(settings, teacher, tokenizer, len(data.train))
+    settings = resolve(settings, teacher, tokenizer, data)
     data = match_labels(data, teacher.config)
     check_no_model(output_dir)
     with exclusive(output_dir):
@@ -208,8 +207,14 @@ class _Run:
         self.timings: dict[str, float] = {}
 
         self.teacher_print = model_fingerprint(teacher_dir)
-        self.train_print = fingerprint(rows_fingerprint(data.train), settings.max_length)
-        self.validation_print = fingerprint(rows_fingerprint(data.validation), settings.max_length)
+        answers = data.task.answers
+        doc_stride = answers and answers.doc_stride
+        self.train_print = fingerprint(rows_fingerprint(data.train), settings.max_length, doc_stride)
+        self.validation_print = fingerprint(
+            [rows_fingerprint(rows) for rows in data.validation_sets.values()],
+            settings.max_length,
+            answers and asdict(answers),
+        )
         self.importance_print: str = fingerprint(
             self.teacher_print,
             self.train_print,
@@ -219,7 +224,7 @@ class _Run:
         )
 
     @cached_property
-    def data(self) -> TaskData:
+    def data(self) -> EncodedData:
         """The rows as token ids, made when a stage first needs them."""
         assert self.settings.max_length is not None  # resolved
         return tokenize(self.raw, self.tokenizer, self.settings.max_length)
@@ -421,7 +426,7 @@ class _Run:
         return result
 
     def load(self, folder: Path) -> PreTrainedModel:
-        model = load_classifier(folder)[0]
+        model = load_model(folder)[0]
         nn.Module.to(model, self.device)
         return model
 

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moebert_kernels.compress.adapt import check_sizes, default_sizes
 from moebert_kernels.compress.loading import row_length
+from moebert_kernels.compress.tasks import KINDS, TaskData
 from moebert_kernels.errors import ArgumentError
 from moebert_kernels.models import HASH_ROUTINGS, ROUTINGS, find_ffns
 
@@ -30,7 +31,8 @@ class CompressSettings:
         distill_weight: lambda, the weight of the distillation losses against the labels'.
         batch_size: rows of a distillation step.
         weight_decay: of distillation.
-        max_length: tokens a row is cut to; by default 128, or as many as the model takes if those are fewer.
+        max_length: tokens a row is cut to; by default 128, or 384 for question answering, or as many as the
+            model takes if those are fewer.
         importance_rows: training rows that importance is taken on, drawn at random; None for all.
         comparisons: models to make, distil and measure in the same way beside the student, from
             `COMPARISONS`.
@@ -86,15 +88,18 @@ def resolve(
     settings: CompressSettings,
     teacher: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    train_rows: int,
+    data: TaskData,
 ) -> CompressSettings:
-    """Fill in what depends on the model, and check that it fits.
+    """Fill in what depends on model and task, and check that it fits.
 
     Raises:
         UserError: the experts cannot be cut from the teacher's layers, or it takes no rows that long.
     """
-    max_length = row_length(settings.max_length, teacher.config, tokenizer, "max_length")
-    measure_length = row_length(settings.measure_length, teacher.config, tokenizer, "measure_length")
+    default = KINDS[data.task.kind].default_length
+
+    def length(name: str) -> int:
+        return row_length(getattr(settings, name), teacher.config, tokenizer, name, default=default)
+
     width = find_ffns(teacher)[0].w1.out_features
     size = settings.expert_size
     if size is None:
@@ -106,13 +111,13 @@ def resolve(
     rate = settings.learning_rate
     if rate is None:
         rate = 1e-4 if teacher.config.hidden_size <= 512 else 3e-5
-    rows = train_rows if settings.importance_rows is None else min(settings.importance_rows, train_rows)
+    rows = settings.importance_rows and min(settings.importance_rows, len(data.train))
     return replace(
         settings,
         expert_size=size,
         num_shared=shared,
         learning_rate=rate,
         importance_rows=rows,
-        max_length=max_length,
-        measure_length=measure_length,
+        max_length=length("max_length"),
+        measure_length=length("measure_length"),
     )

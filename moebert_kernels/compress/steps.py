@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moebert_kernels.compress.adapt import COUNTING_ROUTINGS, adapt, random_scores, token_counts
 from moebert_kernels.compress.artifacts import (
@@ -22,14 +22,14 @@ from moebert_kernels.compress.importance import Importance, compute_importance
 from moebert_kernels.compress.loading import (
     check_no_model,
     default_device,
-    load_classifier,
+    load_model,
     load_teacher,
     row_length,
     save_encoder,
 )
 from moebert_kernels.compress.pipeline import Progress
 from moebert_kernels.compress.settings import CompressSettings, resolve
-from moebert_kernels.compress.tasks import TaskData, match_labels, tokenize
+from moebert_kernels.compress.tasks import KINDS, EncodedData, TaskData, match_labels, tokenize
 from moebert_kernels.compress.token_scores import token_groups
 from moebert_kernels.errors import UserError
 from moebert_kernels.models import find_ffns, is_moe
@@ -59,9 +59,8 @@ def score_teacher(
     """
     check_scores_file(output)
     teacher, tokenizer = load_teacher(teacher_dir)
-    max_length = row_length(settings.max_length, teacher.config, tokenizer, "max_length")
-    data = tokenize(match_labels(data, teacher.config), tokenizer, max_length)
-    rows = sample_rows(data.train, settings.importance_rows, settings.seed)
+    encoded = _encode(match_labels(data, teacher.config), teacher, tokenizer, settings.max_length)
+    rows = sample_rows(encoded.train, settings.importance_rows, settings.seed)
     group_V = token_groups(teacher, token_counts(rows, teacher.config.vocab_size)) if per_token else None
     _place(teacher)
     importance = compute_importance(
@@ -112,8 +111,7 @@ def split_teacher(
             raise UserError(
                 f"{settings.routing} counts the tokens of the training rows: name the task and its data"
             )
-        max_length = row_length(settings.max_length, teacher.config, tokenizer, "max_length")
-        rows = tokenize(data, tokenizer, max_length).train
+        rows = _encode(data, teacher, tokenizer, settings.max_length).train
         counts_V = token_counts(rows, teacher.config.vocab_size)
     student = adapt(
         teacher,
@@ -160,10 +158,10 @@ def distill_student(
     """
     check_no_model(output_dir)
     teacher, tokenizer = load_teacher(teacher_dir)
-    student = load_classifier(student_dir)[0]
+    student = load_model(student_dir)[0]
     if not is_moe(student.config):
         raise UserError(f"the model in {student_dir} has no experts: make a MoE of it with `moebert adapt`")
-    settings = resolve(settings, teacher, tokenizer, len(data.train))
+    settings = resolve(settings, teacher, tokenizer, data)
     assert settings.learning_rate is not None
     assert settings.max_length is not None
     how = DistillSettings(
@@ -179,6 +177,7 @@ def distill_student(
         model_fingerprint(student_dir),
         model_fingerprint(teacher_dir),
         rows_fingerprint(data.train),
+        data.task.answers and data.task.answers.doc_stride,
         settings.max_length,
         asdict(how),
     )
@@ -210,19 +209,18 @@ def evaluate_model(
     Args:
         model_dir: of the model and its tokenizer.
         data: raw rows.
-        max_length: tokens a row is cut to; by default 128, or as many as the model takes if those are fewer.
+        max_length: tokens a row is cut to; None as in `CompressSettings`.
         progress: hears (stage, rows done, rows in all).
 
     Raises:
-        UserError: the folder holds no classifier or regressor, or one for another task.
+        UserError: the folder holds no fine-tuned model, or one for another task.
     """
-    model, tokenizer = load_classifier(model_dir)
-    length = row_length(max_length, model.config, tokenizer, "max_length")
-    data = tokenize(match_labels(data, model.config), tokenizer, length)
+    model, tokenizer = load_model(model_dir)
+    encoded = _encode(match_labels(data, model.config), model, tokenizer, max_length)
     _place(model)
     return evaluate(
         model,
-        data,
+        encoded,
         tokenizer,
         progress=lambda done, total: progress("evaluate", done, total),
     )
@@ -239,6 +237,14 @@ def check_scores_file(path: Path) -> None:
             raise UserError(
                 f"{path} exists and does not hold importance scores; give another output"
             ) from None
+
+
+def _encode(
+    data: TaskData, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int | None
+) -> EncodedData:
+    default = KINDS[data.task.kind].default_length
+    length = row_length(max_length, model.config, tokenizer, "max_length", default=default)
+    return tokenize(data, tokenizer, length)
 
 
 def _place(model: torch.nn.Module) -> None:

@@ -1,0 +1,22 @@
+"""Tasks: rows of labelled text and the official metrics of models on them."""
+
+from moebert_kernels.compress.tasks.catalog import load_task, task_names
+from moebert_kernels.compress.tasks.kinds import KINDS, auto_model_of, match_labels, tokenize
+from moebert_kernels.compress.tasks.tables import CsvOptions
+from moebert_kernels.compress.tasks.task import AnswerOptions, EncodedData, EncodedRows, Kind, Task, TaskData
+
+__all__ = [
+    "KINDS",
+    "AnswerOptions",
+    "CsvOptions",
+    "EncodedData",
+    "EncodedRows",
+    "Kind",
+    "Task",
+    "TaskData",
+    "auto_model_of",
+    "load_task",
+    "match_labels",
+    "task_names",
+    "tokenize",
+]

@@ -1,0 +1,122 @@
+"""The kinds of tasks, and how raw rows become rows for a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+from datasets import Dataset
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from moebert_kernels.compress.tasks.answers import QuestionAnswering
+from moebert_kernels.compress.tasks.sequences import Classification, Regression
+from moebert_kernels.compress.tasks.task import EncodedData, Kind, TaskData
+from moebert_kernels.compress.tasks.tokens import TokenClassification
+from moebert_kernels.errors import ArgumentError, UserError
+
+KINDS: Mapping[str, Kind] = MappingProxyType(
+    {
+        "classification": Classification(),
+        "regression": Regression(),
+        "token_classification": TokenClassification(),
+        "question_answering": QuestionAnswering(),
+    }
+)
+
+
+def auto_model_of(architectures: list[str] | None) -> Any | None:
+    """The Auto class that loads a model, by the class names its configuration has; None for other heads."""
+    for kind in KINDS.values():
+        if any(name.endswith(kind.head) for name in architectures or ()):
+            return kind.auto_model
+    return None
+
+
+def match_labels(data: TaskData, config: PretrainedConfig) -> TaskData:
+    """Give the rows the label ids that a fine-tuned model's configuration uses.
+
+    Names are compared without regard to case. A model that does not name its labels (LABEL_0 or plain
+    numbers) is taken to use the task's order.
+
+    Args:
+        data: as `load_task` returns it.
+        config: of the model.
+
+    Returns:
+        `data`, or the same rows and label names in the model's order.
+
+    Raises:
+        UserError: the model has another head than the task needs, another number of outputs, or other labels.
+    """
+    task, kind = data.task, KINDS[data.task.kind]
+    if config.architectures and not any(name.endswith(kind.head) for name in config.architectures):
+        raise UserError(
+            f"the model is a {' or '.join(config.architectures)}, but task {task.name} needs a model "
+            f"...{kind.head}; give a model fine-tuned on this task"
+        )
+    num_outputs = kind.num_outputs(task)
+    if config.num_labels != num_outputs:
+        raise UserError(
+            f"the model has {config.num_labels} outputs, but task {task.name} ({task.kind}) needs"
+            f" {num_outputs}; give a model fine-tuned on this task"
+        )
+    names = tuple(str(name) for _, name in sorted((config.id2label or {}).items()))
+    if not task.label_names or all(n == str(i) or n == f"LABEL_{i}" for i, n in enumerate(names)):
+        return data
+    ids = {name.casefold(): i for i, name in enumerate(names)} | {name: i for i, name in enumerate(names)}
+    new_ids = [ids.get(name, ids.get(name.casefold())) for name in task.label_names]
+    if set(new_ids) != set(range(num_outputs)):
+        raise UserError(
+            f"the model's labels are {', '.join(names)}, the task's {', '.join(task.label_names)};"
+            " give a model fine-tuned on this task"
+        )
+
+    def new(label: Any) -> Any:
+        return [new_ids[one] for one in label] if isinstance(label, list) else new_ids[label]
+
+    def renumber(rows: Dataset) -> Dataset:
+        labels = [new(label) for label in rows["label"]]
+        return Dataset.from_dict({**rows.remove_columns("label").to_dict(), "label": labels})
+
+    in_order = tuple(task.label_names[new_ids.index(i)] for i in range(num_outputs))
+    return TaskData(
+        replace(task, label_names=in_order),
+        renumber(data.train),
+        renumber(data.validation),
+        {name: renumber(rows) for name, rows in data.further_validation.items()},
+    )
+
+
+def tokenize(data: TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int) -> EncodedData:
+    """Turn the texts into token ids, `max_length` at most in a row; padding is left to a collator.
+
+    Args:
+        data: as `load_task` returns it.
+        tokenizer: of the model.
+        max_length: the most tokens of a row, special ones included. Longer texts are cut where one label is
+            asked for, and become several rows where there is one for every word, or an answer to be found.
+
+    Returns:
+        The rows, and how outputs on the validation rows are scored.
+
+    Raises:
+        ArgumentError: `max_length` is less than 3 or more than the tokenizer's model has.
+        UserError: the task needs to know where tokens come from, and the tokenizer does not.
+    """
+    if not 3 <= max_length <= tokenizer.model_max_length:
+        raise ArgumentError(
+            "max_length", f"must be 3 to the model's {tokenizer.model_max_length}, got {max_length}"
+        )
+    task, kind = data.task, KINDS[data.task.kind]
+    if not tokenizer.is_fast and task.kind in ("token_classification", "question_answering"):
+        raise UserError(
+            f"task {task.name} needs to know which characters a token stands for, which "
+            f"{type(tokenizer).__name__} does not say; load the model with a fast tokenizer"
+        )
+    return EncodedData(
+        task,
+        kind.encode(task, data.train, tokenizer, max_length).rows,
+        {name: kind.encode(task, rows, tokenizer, max_length) for name, rows in data.validation_sets.items()},
+    )

@@ -1,0 +1,169 @@
+"""Tasks made of one's own table: a text or two per row, and a label."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from moebert_kernels.compress.files import Table, read_table
+from moebert_kernels.compress.tasks.hub import HubName, as_table
+from moebert_kernels.compress.tasks.task import Task, TaskData
+from moebert_kernels.errors import UserError
+
+_KINDS = ("classification", "regression")
+
+
+@dataclass(frozen=True)
+class CsvOptions:
+    """How to read one's own table (task "csv").
+
+    Attributes:
+        text: column of the text.
+        text_pair: column of a second text, or None.
+        label: column of the label.
+        validation_file: a second table with the same columns, or None to hold out part of the first.
+        validation_fraction: the part to hold out, drawn at random.
+        kind: "classification" or "regression"; None to infer it: regression if all labels are numbers and
+            not all of them whole.
+        seed: of the draw.
+    """
+
+    text: str = "text"
+    text_pair: str | None = None
+    label: str = "label"
+    validation_file: Path | None = None
+    validation_fraction: float = 0.1
+    kind: str | None = None
+    seed: int = 0
+
+
+def load_table(data: HubName | Path, options: CsvOptions) -> TaskData:
+    """Load one's own table.
+
+    Args:
+        data: a `.csv`, `.tsv` or `.jsonl` file, see `read_table`; or a data set of the hub with a split
+            "train" and, unless part of it is to be held out, "validation".
+        options: columns, and rows to validate on.
+
+    Raises:
+        UserError: options, file and columns do not fit each other, or a row does not fit (its place is
+            named).
+    """
+    if options.kind not in (None, *_KINDS):
+        raise UserError(f"kind is {options.kind!r}, expected {' or '.join(_KINDS)}")
+    if options.validation_file is None and not 0 < options.validation_fraction < 1:
+        raise UserError(f"the validation fraction is {options.validation_fraction}, expected between 0 and 1")
+    table, second = _read(data, options)
+    kind = options.kind or _infer_kind(table.column(options.label))
+    label_ids = None
+    if kind == "regression":
+        task = Task("csv", kind, (), ("pearson", "spearman"), "pearson")
+    else:
+        label_names = _sorted_labels(table, options.label)
+        task = Task("csv", kind, label_names, ("accuracy", "macro_f1"), "accuracy")
+        label_ids = {label: i for i, label in enumerate(label_names)}
+
+    def load(table: Table) -> Dataset:
+        return labelled_rows(table, options.text, options.text_pair, options.label, label_ids)
+
+    rows = load(table)
+    if second is not None:
+        return TaskData(task, rows, load(second))
+    if len(rows) < 2:
+        raise UserError(f"{table.source} has one row, too few to hold any out for validation")
+    held_out = min(max(round(len(rows) * options.validation_fraction), 1), len(rows) - 1)
+    order = np.random.default_rng(options.seed).permutation(len(rows))
+    return TaskData(task, rows.select(np.sort(order[held_out:])), rows.select(np.sort(order[:held_out])))
+
+
+def labelled_rows(
+    table: Table, text: str, text_pair: str | None, label: str, label_ids: dict[str, int] | None
+) -> Dataset:
+    """Make the rows of a classification or regression task.
+
+    Args:
+        table: the fields.
+        text: column of the text.
+        text_pair: column of the second text, or None.
+        label: column of the label.
+        label_ids: the classes' ids by what is written in the table; None if labels are numbers.
+
+    Returns:
+        "text", "text_pair" if there are pairs, and "label".
+
+    Raises:
+        UserError: a column is missing, or a label is not a class or number; its place is named.
+    """
+    columns: dict[str, Sequence[Any]] = {"text": table.column(text)}
+    if text_pair is not None:
+        columns["text_pair"] = table.column(text_pair)
+    columns["label"] = _numbers(table, label) if label_ids is None else _class_ids(table, label, label_ids)
+    return Dataset.from_dict(dict(columns))
+
+
+def _read(data: HubName | Path, options: CsvOptions) -> tuple[Table, Table | None]:
+    second = None if options.validation_file is None else read_table(Path(options.validation_file))
+    if isinstance(data, Path):
+        if data.is_dir():
+            raise UserError(f"{data} is a folder; task csv needs a .csv, .tsv or .jsonl file")
+        return read_table(data), second
+    if data.name is None:
+        raise UserError("task csv has no data set of its own on the hub; give its name: hub:NAME")
+    found = data.load("train")
+    if second is None and "validation" in found:
+        second = as_table(found["validation"], f"{data} (validation)")
+    return as_table(found["train"], f"{data} (train)"), second
+
+
+def _infer_kind(labels: list[str]) -> str:
+    numbers = [_parse_number(label) for label in labels]
+    known = [number for number in numbers if number is not None]
+    if len(known) < len(numbers) or all(number.is_integer() for number in known):
+        return "classification"
+    return "regression"
+
+
+def _sorted_labels(table: Table, column: str) -> tuple[str, ...]:
+    labels = table.column(column)
+    names = set(labels)
+    if "" in names:
+        raise UserError(f"{table.place(labels.index(''))}: the label in column {column!r} is empty")
+    if len(names) < 2:
+        raise UserError(f"{table.source} has one label in column {column!r}, {names.pop()!r}; two are needed")
+    if all(_parse_number(name) is not None for name in names):
+        return tuple(sorted(names, key=lambda name: (float(name), name)))
+    return tuple(sorted(names))
+
+
+def _class_ids(table: Table, column: str, label_ids: dict[str, int]) -> list[int]:
+    labels = table.column(column)
+    for row, label in enumerate(labels):
+        if label not in label_ids:
+            known = list(label_ids)
+            listed = ", ".join(map(repr, known[:10])) + (", ..." if len(known) > 10 else "")
+            raise UserError(f"{table.place(row)}: label {label!r} is unknown, expected one of {listed}")
+    return [label_ids[label] for label in labels]
+
+
+def _numbers(table: Table, column: str) -> list[float]:
+    numbers = []
+    for row, label in enumerate(table.column(column)):
+        number = _parse_number(label)
+        if number is None:
+            raise UserError(f"{table.place(row)}: label {label!r} in column {column!r} is not a number")
+        numbers.append(number)
+    return numbers
+
+
+def _parse_number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None

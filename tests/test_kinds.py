@@ -1,0 +1,129 @@
+"""Every kind of task from files to a distilled student, by the command, on a BERT of two tiny layers."""
+
+import json
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForQuestionAnswering,
+    AutoModelForTokenClassification,
+    BertConfig,
+    BertModel,
+    BertTokenizerFast,
+)
+from typer.testing import CliRunner
+
+from moebert_kernels.cli import app
+from moebert_kernels.models import MoEBertForQuestionAnswering, MoEBertForTokenClassification
+
+WORDS = [f"w{i}" for i in range(30)]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A pre-trained BERT of random weights in pretrained/."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=35,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+    )
+    BertModel(config).save_pretrained("pretrained")
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
+    BertTokenizerFast("vocab.txt", model_max_length=32).save_pretrained("pretrained")
+    return tmp_path
+
+
+def run(command):
+    result = CliRunner().invoke(app, command.split())
+    assert result.exit_code == 0, command + result.output + result.stderr + repr(result.exception)
+    return result.stdout
+
+
+def compress(folder, data):
+    """Fine-tune, compress, and evaluate the student that was saved; returns the results by model."""
+    run(f"finetune --model pretrained {data} --epochs 6 --lr 1e-2 --batch-size 8 --output teacher")
+    run(f"compress --teacher teacher {data} --epochs 1 --measure-length 8 --batch-size 8 --output out")
+    results = json.loads((folder / "out" / "results.json").read_text())
+    found = {model["name"]: model["quality"] for model in results["models"]}
+    run(f"evaluate --model out/student {data} --output found.json")
+    assert json.loads((folder / "found.json").read_text()) == found["student"]
+    curve = results["losses"]["student"]
+    assert all(point["prediction"] > 0 and point["layer"] > 0 for point in curve)
+    return results, found
+
+
+def context_of(i):
+    """The answer is the word after w0; the rest is never w0."""
+    words = [WORDS[1 + (7 * i + 3 * j) % 29] for j in range(14)]
+    at = i % 12
+    words[at] = "w0"
+    return " ".join(words), words[at + 1], len(" ".join(words[: at + 1])) + 1
+
+
+@pytest.mark.parametrize("task", ["squad", "squad_v2"])
+def test_question_answering(folder, task):
+    """Contexts longer than a window, so that rows outnumber questions at every stage."""
+    paragraphs = []
+    for i in range(24):
+        context, answer, start = context_of(i)
+        answers = [{"text": answer, "answer_start": start}] if task == "squad" or i % 3 else []
+        question = {"id": str(i), "question": "w1 w2", "answers": answers}
+        paragraphs.append({"context": context, "qas": [question]})
+    for name in ("train", "dev"):
+        (folder / f"{name}.json").write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
+    data = f"--task {task} --data . --max-length 16 --doc-stride 4 --max-answer-length 3"
+    results, found = compress(folder, data)
+    assert results["task"]["kind"] == "question_answering"
+    assert results["task"]["train_rows"] == 24
+    assert {"exact_match", "f1"} <= set(found["student"])
+    assert ("best_f1" in found["student"]) == (task == "squad_v2")
+    student = AutoModelForQuestionAnswering.from_pretrained("out/student")
+    assert isinstance(student, MoEBertForQuestionAnswering)
+
+
+def test_token_classification(folder):
+    lines = []
+    for i in range(24):
+        words = [WORDS[(5 * i + 3 * j) % 30] for j in range(4 + i % 20)]
+        lines += [f"{word} {'I-X' if int(word[1:]) % 3 == 0 else 'O'}" for word in words] + [""]
+    for name in ("train", "valid"):
+        (folder / f"{name}.txt").write_text("\n".join(lines))
+    results, found = compress(folder, "--task conll --data . --max-length 12")
+    assert results["task"]["kind"] == "token_classification"
+    assert found["teacher"]["accuracy"] > 0.9
+    student = AutoModelForTokenClassification.from_pretrained("out/student")
+    assert isinstance(student, MoEBertForTokenClassification)
+    assert student.config.id2label == {0: "O", 1: "B-X", 2: "I-X"}
+
+
+def test_both_validation_sets_of_mnli(folder):
+    labels = ("entailment", "neutral", "contradiction")
+    for name in ("train", "dev_matched", "dev_mismatched"):
+        shift = name == "dev_mismatched"  # what is right in one set is wrong in the other
+        rows = [f"{WORDS[i]}\t{WORDS[i % 3]}\t{labels[(i + shift) % 3]}" for i in range(24)]
+        (folder / f"{name}.tsv").write_text("\n".join(["sentence1\tsentence2\tgold_label", *rows, ""]))
+    results, found = compress(folder, "--task mnli --data .")
+    assert results["task"]["validation_rows"] == 24
+    for quality in found.values():
+        assert set(quality) == {"accuracy", "accuracy_mismatched"}
+    assert found["teacher"]["accuracy"] > 0.5
+    assert found["teacher"]["accuracy_mismatched"] <= 1 - found["teacher"]["accuracy"]
+
+
+def test_a_teacher_of_another_kind_is_refused(folder):
+    (folder / "train.txt").write_text("w1 B-X\n")
+    (folder / "valid.txt").write_text("w1 B-X\n")
+    data = "--task conll --data ."
+    run(f"finetune --model pretrained {data} --epochs 1 --output teacher")
+    (folder / "t.csv").write_text("text,label\n" + "w1,a\nw2,b\n" * 4)
+    result = CliRunner().invoke(app, ["evaluate", "--model", "teacher", "--task", "csv", "--data", "t.csv"])
+    assert result.exit_code == 2
+    assert (
+        "a BertForTokenClassification, but task csv needs a model ...ForSequenceClassification"
+        in result.stderr
+    )

@@ -17,7 +17,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from moebert_kernels import cpu
+from moebert_kernels import cpu, cpu_native
 from moebert_kernels.activations import check_activation
 from moebert_kernels.autocast import cast_parameter
 from moebert_kernels.routing.plan import RoutingPlan
@@ -211,8 +211,8 @@ def expert_ffn(
         save_preact: whether backward will want the pre-activations.
 
     Returns:
-        y, and the pre-activations [S, F] in sorted order. Rows of slots without an expert are 0 in
-        both.
+        y, whose rows of slots without an expert are 0, and what the same backend's backward wants of the
+        pre-activations, in sorted order: [S, F], or more rows on the CPU (`cpu.preact_rows`).
     """
     return cpu.expert_ffn_forward(
         x_TD,
@@ -230,6 +230,11 @@ def expert_ffn(
     )
 
 
+@expert_ffn.register_kernel("cpu")
+def _(*args):
+    return cpu_native.expert_ffn_forward(*args)
+
+
 @expert_ffn.register_kernel("cuda")
 def _(*args):
     return _cuda_backend(args[0]).expert_ffn_forward(*args)
@@ -240,7 +245,7 @@ def _(
     x_TD, order_S, offsets_E1, w1_EFD, b1_EF, w2_EDF, b2_ED, gate_TK, activation, top_k, per_slot, save_preact
 ):
     rows = order_S.shape[0] if per_slot else x_TD.shape[0]
-    preact_rows = order_S.shape[0] if save_preact else 0
+    preact_rows = cpu.preact_rows(x_TD, order_S.shape[0]) if save_preact else 0
     return x_TD.new_empty(rows, x_TD.shape[1]), x_TD.new_empty(preact_rows, w1_EFD.shape[1])
 
 
@@ -278,6 +283,11 @@ def expert_ffn_backward(
         per_slot,
         needs,
     )
+
+
+@expert_ffn_backward.register_kernel("cpu")
+def _(*args):
+    return cpu_native.expert_ffn_backward(*args)
 
 
 @expert_ffn_backward.register_kernel("cuda")
@@ -362,6 +372,11 @@ def expert_norm(
     )
 
 
+@expert_norm.register_kernel("cpu")
+def _(*args):
+    return cpu_native.expert_norm_forward(*args)
+
+
 @expert_norm.register_kernel("cuda")
 def _(*args):
     return _cuda_backend(args[0]).expert_norm_forward(*args)
@@ -408,6 +423,11 @@ def expert_norm_backward(
         dropout_p,
         need_gate,
     )
+
+
+@expert_norm_backward.register_kernel("cpu")
+def _(*args):
+    return cpu_native.expert_norm_backward(*args)
 
 
 @expert_norm_backward.register_kernel("cuda")

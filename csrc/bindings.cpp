@@ -146,16 +146,17 @@ using DropoutArgs = std::pair<uint64_t, double>;
 
 NormArgs norm_args_of(const std::vector<int>& dtypes, const std::vector<Address>& tensors,
                       const std::vector<int64_t>& sizes, const DropoutArgs& dropout) {
-  require(dtypes.size() == 2 && tensors.size() == 8 && sizes.size() == 4, "wrong number of norm arguments");
+  require(dtypes.size() == 3 && tensors.size() == 8 && sizes.size() == 4, "wrong number of norm arguments");
   const double p = dropout.second;
   require(p >= 0 && p < 1, "dropout must be in [0, 1)");
   return {dtype_of(dtypes[0]),
           dtype_of(dtypes[1]),
+          dtype_of(dtypes[2]),
           at<const void>(tensors[0]),
           at<const void>(tensors[1]),
           at<const int32_t>(tensors[2]),
-          at<const float>(tensors[3]),
-          at<const float>(tensors[4]),
+          at<const void>(tensors[3]),
+          at<const void>(tensors[4]),
           at<const float>(tensors[5]),
           at<float>(tensors[6]),
           at<float>(tensors[7]),
@@ -184,8 +185,8 @@ void norm_backward_rows(const std::vector<int>& dtypes, const std::vector<Addres
                                  at<const void>(dy_TD),
                                  at<void>(dz_SD),
                                  at<void>(dresidual_TD),
-                                 at<float>(dweight_ED),
-                                 at<float>(dbias_ED),
+                                 at<void>(dweight_ED),
+                                 at<void>(dbias_ED),
                                  at<float>(dgate_S)};
   const py::gil_scoped_release released;
   row_kernels().norm_backward(args, num_threads);

@@ -79,11 +79,12 @@ struct ActivationBackwardArgs {
 struct NormArgs {
   Dtype z_dtype;
   Dtype residual_dtype;
+  Dtype parameter_dtype;
   const void* z_SD;
   const void* residual_TD;
   const int32_t* expert_ids_S;
-  const float* weight_ED;
-  const float* bias_ED;
+  const void* weight_ED;
+  const void* bias_ED;
   const float* gate_S;  // or null for 1 / K
   float* mean_S;
   float* rstd_S;
@@ -107,8 +108,8 @@ struct NormBackwardArgs {
   const void* dy_TD;
   void* dz_SD;
   void* dresidual_TD;
-  float* dweight_ED;
-  float* dbias_ED;
+  void* dweight_ED;
+  void* dbias_ED;
   float* dgate_S;  // or null
 };
 

@@ -21,44 +21,67 @@ struct Bfloat16 {
   uint16_t bits;
 };
 
+// The lower half of each word, which must be all it holds. GCC 12 takes
+// __builtin_convertvector apart here, and warns of the unmasked AVX-512 intrinsic.
+inline Halves narrow(Words words) {
+#if MOEBERT_VECTOR_BYTES == 64
+  return reinterpret_cast<Halves>(_mm512_maskz_cvtepi32_epi16(0xffff, reinterpret_cast<__m512i>(words)));
+#elif MOEBERT_VECTOR_BYTES == 32
+  const __m256i packed =
+      _mm256_packus_epi32(reinterpret_cast<__m256i>(words), reinterpret_cast<__m256i>(words));
+  return reinterpret_cast<Halves>(_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+#else
+  return __builtin_convertvector(words, Halves);
+#endif
+}
+
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// `count` < kLanes only at the end of a row; the lanes beyond are 0.
-inline Floats load(const float* from, int64_t count) {
+// How many lanes of a vector there are: all, known when compiling, or fewer at the end of a row. Lanes beyond are
+// loaded as 0.
+struct AllLanes {
+  constexpr operator int64_t() const { return kLanes; }
+};
+
+template <class Count>
+inline Floats load(const float* from, Count count) {
   Floats value = {};
-  memcpy(&value, from, static_cast<size_t>(count) * sizeof(float));
+  memcpy(&value, from, static_cast<size_t>(int64_t{count}) * sizeof(float));
   return value;
 }
 
-inline Floats load(const Bfloat16* from, int64_t count) {
+template <class Count>
+inline Floats load(const Bfloat16* from, Count count) {
   Halves half = {};
-  memcpy(&half, from, static_cast<size_t>(count) * sizeof(Bfloat16));
+  memcpy(&half, from, static_cast<size_t>(int64_t{count}) * sizeof(Bfloat16));
   return reinterpret_cast<Floats>(__builtin_convertvector(half, Words) << 16);
 }
 
-inline void store(float* to, Floats value, int64_t count) {
-  memcpy(to, &value, static_cast<size_t>(count) * sizeof(float));
+template <class Count>
+inline void store(float* to, Floats value, Count count) {
+  memcpy(to, &value, static_cast<size_t>(int64_t{count}) * sizeof(float));
 }
 
-inline void store(Bfloat16* to, Floats value, int64_t count) {
+template <class Count>
+inline void store(Bfloat16* to, Floats value, Count count) {
   const Words bits = reinterpret_cast<Words>(value);
   const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
   const Words not_a_number = reinterpret_cast<Words>(value != value);
   const Words chosen = (not_a_number & 0x7fc0) | (~not_a_number & rounded);
-  const Halves half = __builtin_convertvector(chosen, Halves);
-  memcpy(to, &half, static_cast<size_t>(count) * sizeof(Bfloat16));
+  const Halves half = narrow(chosen);
+  memcpy(to, &half, static_cast<size_t>(int64_t{count}) * sizeof(Bfloat16));
 }
 
-template <class T>
-inline Floats load_or_zero(const T* from, int64_t offset, int64_t count) {
+template <class T, class Count>
+inline Floats load_or_zero(const T* from, int64_t offset, Count count) {
   return from == nullptr ? Floats{} : load(from + offset, count);
 }
 
-// body(i, count) over [begin, end) in vectors: count is kLanes, known where it is inlined, but for the last.
+// body(i, count) over [begin, end) in vectors.
 template <class Body>
 inline void for_lanes(int64_t begin, int64_t end, const Body& body) {
   int64_t i = begin;
-  for (; i + kLanes <= end; i += kLanes) body(i, kLanes);
+  for (; i + kLanes <= end; i += kLanes) body(i, AllLanes{});
   if (i < end) body(i, end - i);
 }
 
@@ -190,7 +213,7 @@ struct ColumnSums {
 
   template <class T>
   void write(T* to, int64_t columns) const {
-    for_lanes(0, columns, [&](int64_t i, int64_t count) { store(to + i, sums[i / kLanes], count); });
+    for_lanes(0, columns, [&](int64_t i, auto count) { store(to + i, sums[i / kLanes], count); });
   }
 };
 
@@ -225,7 +248,7 @@ void gather_as(const Segments& segments, const GatherArgs& args, int num_threads
         continue;
       }
       const T* const from = src + order_S[segment.begin + row] / divisor * columns;
-      for_lanes(first, last, [&](int64_t i, int64_t count) {
+      for_lanes(first, last, [&](int64_t i, auto count) {
         const Floats value = load(from + i, count);
         sums.add(i - first, value);
         store(to + i, value, count);
@@ -252,7 +275,7 @@ void scatter_as(const Segments& segments, const ScatterArgs& args, int num_threa
         continue;
       }
       const T* const bias = bias_EN + segment.expert * columns;
-      for_lanes(0, columns, [&](int64_t i, int64_t count) {
+      for_lanes(0, columns, [&](int64_t i, auto count) {
         store(to + i, load(from + i, count) + load(bias + i, count), count);
       });
     }
@@ -273,7 +296,7 @@ void activate_as(const Segments& segments, const ActivationArgs& args, int num_t
         memset(a + at, 0, static_cast<size_t>(columns) * sizeof(T));
         continue;
       }
-      for_lanes(0, columns, [&](int64_t i, int64_t count) {
+      for_lanes(0, columns, [&](int64_t i, auto count) {
         Floats slope;
         const Floats x = load(h + at + i, count) + load_or_zero(bias_EN, segment.expert * columns + i, count);
         store(a + at + i, Act::both(x, &slope), count);
@@ -295,7 +318,7 @@ void activate_backward_as(const Segments& segments, const ActivationBackwardArgs
     const int64_t bias_at = segment.expert * columns;
     for (int64_t row = 0; row < segment.rows; ++row) {
       const int64_t at = (segment.start + row) * columns;
-      for_lanes(first, last, [&](int64_t i, int64_t count) {
+      for_lanes(first, last, [&](int64_t i, auto count) {
         Floats slope;
         const Floats x = load(h + at + i, count) + load_or_zero(bias_EN, bias_at + i, count);
         store(a + at + i, Act::both(x, &slope), count);
@@ -353,6 +376,32 @@ struct Scratch {
   Scratch& operator=(const Scratch&) = delete;
 };
 
+// The rows of `from`, of a NormArgs' parameter dtype, in float.
+void widen(Dtype dtype, const void* from, int64_t size, float* to) {
+  if (dtype == Dtype::kFloat32) {
+    memcpy(to, from, static_cast<size_t>(size) * sizeof(float));
+    return;
+  }
+  const auto* const half = static_cast<const Bfloat16*>(from);
+  for_lanes(0, size, [&](int64_t i, auto count) { store(to + i, load(half + i, count), count); });
+}
+
+// The experts' weights and biases in float, side by side.
+struct Parameters {
+  Scratch both;
+  const float* const weight_ED;
+  const float* const bias_ED;
+
+  explicit Parameters(const NormArgs& args)
+      : both(2 * args.experts * args.columns),
+        weight_ED(both.data),
+        bias_ED(both.data + args.experts * args.columns) {
+    const int64_t size = args.experts * args.columns;
+    widen(args.parameter_dtype, args.weight_ED, size, both.data);
+    widen(args.parameter_dtype, args.bias_ED, size, both.data + size);
+  }
+};
+
 // u_D = keep * z + residual.
 template <class Z, class R>
 void residual_sum(const NormArgs& args, int64_t token, int64_t slot, float* u_D) {
@@ -360,13 +409,13 @@ void residual_sum(const NormArgs& args, int64_t token, int64_t slot, float* u_D)
   const Z* const z = static_cast<const Z*>(args.z_SD) + slot * columns;
   const R* const residual = static_cast<const R*>(args.residual_TD) + token * columns;
   if (args.keep_scale == 1) {
-    for_lanes(0, columns, [&](int64_t i, int64_t count) {
+    for_lanes(0, columns, [&](int64_t i, auto count) {
       store(u_D + i, load(z + i, count) + load(residual + i, count), count);
     });
     return;
   }
   const Dropout dropout(args, slot);
-  for_lanes(0, columns, [&](int64_t i, int64_t count) {
+  for_lanes(0, columns, [&](int64_t i, auto count) {
     store(u_D + i, load(z + i, count) * dropout.factors(i) + load(residual + i, count), count);
   });
 }
@@ -376,7 +425,8 @@ float gate_of(const NormArgs& args, int64_t slot) {
 }
 
 template <class Z, class R>
-void norm_token(const NormForwardArgs& forward, int64_t token, float* u_D, float* y_D) {
+void norm_token(const NormForwardArgs& forward, const Parameters& parameters, int64_t token, float* u_D,
+                float* y_D) {
   const NormArgs& args = forward.norm;
   const int64_t columns = args.columns;
   R* const y = static_cast<R*>(forward.y_TD) + token * columns;
@@ -388,9 +438,9 @@ void norm_token(const NormForwardArgs& forward, int64_t token, float* u_D, float
     if (expert < 0) continue;
     residual_sum<Z, R>(args, token, slot, u_D);
     Floats sums = {}, squares = {};
-    for_lanes(0, columns, [&](int64_t i, int64_t count) { sums += load(u_D + i, count); });
+    for_lanes(0, columns, [&](int64_t i, auto count) { sums += load(u_D + i, count); });
     const float mean = sum_of(sums) / static_cast<float>(columns);
-    for_lanes(0, columns, [&](int64_t i, int64_t count) {
+    for_lanes(0, columns, [&](int64_t i, auto count) {
       const Floats centred = load(u_D + i, count) - mean;
       squares += count == kLanes ? centred * centred : Floats{};
     });
@@ -401,10 +451,10 @@ void norm_token(const NormForwardArgs& forward, int64_t token, float* u_D, float
     args.mean_S[slot] = mean;
     args.rstd_S[slot] = rstd;
     const float gate = gate_of(args, slot);
-    const float* const weight = args.weight_ED + expert * columns;
-    const float* const bias = args.bias_ED + expert * columns;
+    const float* const weight = parameters.weight_ED + expert * columns;
+    const float* const bias = parameters.bias_ED + expert * columns;
     const bool only = args.top_k == 1;
-    for_lanes(0, columns, [&](int64_t i, int64_t count) {
+    for_lanes(0, columns, [&](int64_t i, auto count) {
       const Floats xhat = (load(u_D + i, count) - mean) * rstd;
       const Floats out = (xhat * load(weight + i, count) + load(bias + i, count)) * gate;
       if (only) {
@@ -419,7 +469,7 @@ void norm_token(const NormForwardArgs& forward, int64_t token, float* u_D, float
     memcpy(y, static_cast<const R*>(args.residual_TD) + token * columns,
            static_cast<size_t>(columns) * sizeof(R));
   } else if (args.top_k > 1) {
-    for_lanes(0, columns, [&](int64_t i, int64_t count) { store(y + i, load(y_D + i, count), count); });
+    for_lanes(0, columns, [&](int64_t i, auto count) { store(y + i, load(y_D + i, count), count); });
   }
 }
 
@@ -427,16 +477,17 @@ template <class Z, class R>
 void norm_as(const NormForwardArgs& args, int num_threads) {
   const int64_t tokens = args.norm.tokens, columns = args.norm.columns;
   const int64_t tasks = (tokens + kRowsPerTask - 1) / kRowsPerTask;
+  const Parameters parameters(args.norm);
   share_out(tasks, tokens * columns * args.norm.top_k, num_threads, [&](int64_t task) {
     const Scratch scratch(2 * columns);
     for (int64_t token = task * kRowsPerTask; token < least((task + 1) * kRowsPerTask, tokens); ++token)
-      norm_token<Z, R>(args, token, scratch.data, scratch.data + columns);
+      norm_token<Z, R>(args, parameters, token, scratch.data, scratch.data + columns);
   });
 }
 
 // dsums_2ED: where this task adds up d weight and d bias.
 template <class Z, class R>
-void norm_backward_token(const NormBackwardArgs& backward, int64_t token, float* u_D, float* du_D,
+void norm_backward_token(const NormBackwardArgs& backward, const Parameters& parameters, int64_t token, float* u_D, float* du_D,
                          float* dsums_2ED) {
   const NormArgs& args = backward.norm;
   const int64_t columns = args.columns;
@@ -454,12 +505,12 @@ void norm_backward_token(const NormBackwardArgs& backward, int64_t token, float*
     }
     residual_sum<Z, R>(args, token, slot, u_D);
     const float mean = args.mean_S[slot], rstd = args.rstd_S[slot], gate = gate_of(args, slot);
-    const float* const weight = args.weight_ED + expert * columns;
-    const float* const bias = args.bias_ED + expert * columns;
+    const float* const weight = parameters.weight_ED + expert * columns;
+    const float* const bias = parameters.bias_ED + expert * columns;
     float* const dweight = dsums_2ED + expert * columns;
     float* const dbias = dweight + args.experts * columns;
     Floats of_d = {}, of_dx = {}, of_gate = {};  // lanes past the end have dy = 0
-    for_lanes(0, columns, [&](int64_t i, int64_t count) {
+    for_lanes(0, columns, [&](int64_t i, auto count) {
       const Floats xhat = (load(u_D + i, count) - mean) * rstd;
       const Floats w = load(weight + i, count), dy_i = load(dy + i, count), dout = dy_i * gate;
       store(dweight + i, load(dweight + i, count) + dout * xhat, count);
@@ -473,7 +524,7 @@ void norm_backward_token(const NormBackwardArgs& backward, int64_t token, float*
     const float mean_dx = sum_of(of_dx) / static_cast<float>(columns);
     const bool drops = args.keep_scale != 1;
     const Dropout dropout(args, slot);
-    for_lanes(0, columns, [&](int64_t i, int64_t count) {
+    for_lanes(0, columns, [&](int64_t i, auto count) {
       const Floats xhat = (load(u_D + i, count) - mean) * rstd;
       const Floats dxhat = load(dy + i, count) * gate * load(weight + i, count);
       const Floats du = (dxhat - mean_d - xhat * mean_dx) * rstd;
@@ -489,7 +540,7 @@ void norm_backward_token(const NormBackwardArgs& backward, int64_t token, float*
   if (done == 0) {
     memcpy(dresidual, dy, static_cast<size_t>(columns) * sizeof(R));
   } else if (args.top_k > 1) {
-    for_lanes(0, columns, [&](int64_t i, int64_t count) { store(dresidual + i, load(du_D + i, count), count); });
+    for_lanes(0, columns, [&](int64_t i, auto count) { store(dresidual + i, load(du_D + i, count), count); });
   }
 }
 
@@ -504,20 +555,25 @@ void norm_backward_as(const NormBackwardArgs& args, int num_threads) {
   if (chunks < 1) chunks = 1;
   const int64_t part = (tokens + chunks - 1) / chunks;
   const Scratch partial(chunks * sums);
+  const Parameters parameters(args.norm);
   share_out(chunks, tokens * columns * args.norm.top_k, num_threads, [&](int64_t chunk) {
     float* const mine = partial.data + chunk * sums;
     memset(mine, 0, static_cast<size_t>(sums) * sizeof(float));
     const Scratch scratch(2 * columns);
     for (int64_t token = chunk * part; token < least((chunk + 1) * part, tokens); ++token)
-      norm_backward_token<Z, R>(args, token, scratch.data, scratch.data + columns, mine);
+      norm_backward_token<Z, R>(args, parameters, token, scratch.data, scratch.data + columns, mine);
   });
   for (int64_t half = 0; half < 2; ++half) {
-    float* const to = half == 0 ? args.dweight_ED : args.dbias_ED;
-    for_lanes(0, sums / 2, [&](int64_t i, int64_t count) {
+    void* const to = half == 0 ? args.dweight_ED : args.dbias_ED;
+    for_lanes(0, sums / 2, [&](int64_t i, auto count) {
       Floats total = {};
       for (int64_t chunk = 0; chunk < chunks; ++chunk)
         total += load(partial.data + chunk * sums + half * (sums / 2) + i, count);
-      store(to + i, total, count);
+      if (args.norm.parameter_dtype == Dtype::kFloat32) {
+        store(static_cast<float*>(to) + i, total, count);
+      } else {
+        store(static_cast<Bfloat16*>(to) + i, total, count);
+      }
     });
   }
 }

@@ -6,5 +6,9 @@
 #include <cstring>
 #include <vector>
 
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
 #include "parallel.h"
 #include "rows_cpu.h"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moebert_kernels.activations import activate, activate_backward
 
-PREACT_SLACK = 48
+PREACT_SLACK = 128
 
 
 def preact_rows(x_TD: Tensor, num_slots: int) -> int:

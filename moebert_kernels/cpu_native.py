@@ -24,9 +24,9 @@ from moebert_kernels.activations import ACTIVATIONS
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # Dtype in csrc/rows_cpu.h
 _ACTIVATIONS = {name: code for code, name in enumerate(ACTIVATIONS)}  # Activation there
 
-# Filling every expert up to the same number of rows, for one batched GEMM instead of E, pays as long as it
-# adds no more rows than this.
-_MAX_BATCH_FILL = cpu.PREACT_SLACK
+# Filling every expert up to the same number of rows, for one batched GEMM instead of E, pays as long as the rows
+# added take no more multiply-adds than this in one GEMM.
+_MAX_BATCH_FILL = 16e6
 # Rows that go through the layer together where nothing is kept for backward: their temporaries stay in the last
 # cache, and the GEMMs are still long enough to forget that each packs its weights anew.
 _ROWS_AT_ONCE = 2048
@@ -89,7 +89,7 @@ def expert_ffn_forward(
 
     y_SD = x_TD.new_empty(num_slots, D)
     preact_PF = x_TD.new_empty(cpu.preact_rows(x_TD, num_slots) if save_preact else 0, F)
-    parts = list(_cut(kernels, offsets, order_S, x_TD.dtype, None if save_preact else _ROWS_AT_ONCE))
+    parts = list(_cut(kernels, offsets, order_S, w1_EFD, None if save_preact else _ROWS_AT_ONCE))
     most_rows = max((part.total for part in parts), default=0)
     rows_PD = x_TD.new_empty(most_rows, D)  # of x, then of z
     hidden_PF = x_TD.new_empty(most_rows, F)
@@ -173,7 +173,7 @@ def expert_ffn_backward(
             tensor.zero_()
         return dx_SD[: x_TD.shape[0]], dw1_EFD, db1_EF, dw2_EDF, db2_ED, none
 
-    (rows,) = _cut(kernels, offsets, order_S, x_TD.dtype, None)
+    (rows,) = _cut(kernels, offsets, order_S, w1_EFD, None)
     rows_PD = x_TD.new_empty(rows.total, D)  # of dz, then of x, then of dx
     kernels.gather_rows(
         rows.native,
@@ -229,7 +229,7 @@ def expert_norm_forward(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `ops.expert_norm`."""
-    kernels = _norm_kernels(z_SD, residual_TD)
+    kernels = _norm_kernels(z_SD, residual_TD, ln_w_ED, ln_b_ED)
     if kernels is None:
         return cpu.expert_norm_forward(
             z_SD,
@@ -270,7 +270,7 @@ def expert_norm_backward(
     need_gate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `ops.expert_norm_backward`."""
-    kernels = _norm_kernels(z_SD, residual_TD)
+    kernels = _norm_kernels(z_SD, residual_TD, ln_w_ED, ln_b_ED)
     if kernels is None:
         return cpu.expert_norm_backward(
             dy_TD,
@@ -292,7 +292,7 @@ def expert_norm_backward(
     residual_TD = residual_TD.contiguous()
     norm = _NormArguments(z_SD, residual_TD, expert_ids_TK, ln_w_ED, ln_b_ED, gate_TK, mean_S, rstd_S)
     dz_SD, dresidual_TD = torch.empty_like(norm.z_SD), torch.empty_like(residual_TD)
-    dln_w_ED, dln_b_ED = (torch.empty_like(ln_w_ED, dtype=torch.float32) for _ in range(2))
+    dln_w_ED, dln_b_ED = (ln_w_ED.new_empty(ln_w_ED.shape) for _ in range(2))
     dgate_TK = mean_S.new_empty(expert_ids_TK.shape if need_gate else 0)
     kernels.norm_backward_rows(
         *norm.addresses(),
@@ -305,7 +305,7 @@ def expert_norm_backward(
         dgate_TK.data_ptr() if need_gate else 0,
         torch.get_num_threads(),
     )
-    return dz_SD, dresidual_TD, dln_w_ED.to(ln_w_ED.dtype), dln_b_ED.to(ln_b_ED.dtype), dgate_TK
+    return dz_SD, dresidual_TD, dln_w_ED, dln_b_ED, dgate_TK
 
 
 class _NormArguments:
@@ -323,14 +323,14 @@ class _NormArguments:
         rstd_S: Tensor,
     ):
         self.z_SD = z_SD.contiguous()
-        self.dtypes = [_DTYPES[z_SD.dtype], _DTYPES[residual_TD.dtype]]
+        self.dtypes = [_DTYPES[tensor.dtype] for tensor in (z_SD, residual_TD, ln_w_ED)]
         self.sizes = [*expert_ids_TK.shape, residual_TD.shape[1], ln_w_ED.shape[0]]
         self.tensors = [
             self.z_SD,
             residual_TD,
             expert_ids_TK.contiguous(),
-            ln_w_ED.float().contiguous(),
-            ln_b_ED.float().contiguous(),
+            ln_w_ED.contiguous(),
+            ln_b_ED.contiguous(),
             None if gate_TK is None else gate_TK.float().contiguous(),
             mean_S,
             rstd_S,
@@ -347,21 +347,23 @@ def _row_kernels(x: Tensor, gate_TK: Tensor | None, top_k: int, per_slot: bool) 
     return native.row_kernels()
 
 
-def _norm_kernels(z_SD: Tensor, residual_TD: Tensor) -> Any | None:
-    return native.row_kernels() if z_SD.dtype in _DTYPES and residual_TD.dtype in _DTYPES else None
+def _norm_kernels(z_SD: Tensor, residual_TD: Tensor, ln_w_ED: Tensor, ln_b_ED: Tensor) -> Any | None:
+    served = all(tensor.dtype in _DTYPES for tensor in (z_SD, residual_TD, ln_w_ED))
+    return native.row_kernels() if served and ln_b_ED.dtype == ln_w_ED.dtype else None
 
 
 def _cut(
-    kernels: Any, offsets: list[int], order_S: Tensor, dtype: torch.dtype, rows_at_once: int | None
+    kernels: Any, offsets: list[int], order_S: Tensor, w1_EFD: Tensor, rows_at_once: int | None
 ) -> Iterator[_Rows]:
     """The experts' rows as one buffer, or as several with at most so many rows of one expert each."""
-    order = order_S.data_ptr()
+    order, dtype = order_S.data_ptr(), w1_EFD.dtype
     counts = [end - begin for begin, end in zip(offsets, offsets[1:], strict=False)]
     routed, most = offsets[-1], max(counts)
     if routed == 0:
         return
     batch = _bounded(most, dtype)
-    if batch * len(counts) - routed <= _MAX_BATCH_FILL:
+    fill = batch * len(counts) - routed
+    if fill <= cpu.PREACT_SLACK and fill * w1_EFD[0].numel() <= _MAX_BATCH_FILL:
         flat, spans = [], []
         for expert, count in enumerate(counts):
             flat += [expert, offsets[expert], count, expert * batch, batch]

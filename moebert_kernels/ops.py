@@ -81,7 +81,8 @@ def moe_ffn(
     )
     differentiable = (x_TD, w1_EFD, b1_EF, w2_EDF, b2_ED, None if norm else gate_TK)
     save_preact = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
-    z, _ = expert_ffn(
+    run_ffn, run_norm = (_ffn_directly, _norm_directly) if _may_skip_dispatch(x_TD) else (expert_ffn, expert_norm)
+    z, _ = run_ffn(
         x_TD,
         plan.order_S,
         plan.offsets_E1,
@@ -99,7 +100,7 @@ def moe_ffn(
         return z
     # Drawn from torch's generator, so that manual_seed and checkpointing's state juggling govern it.
     seed = torch.randint(2**62, (1,), device=x_TD.device) if dropout_p > 0 else None
-    y_TD, _, _ = expert_norm(
+    y_TD, _, _ = run_norm(
         z,
         x_TD if residual_TD is None else residual_TD,
         plan.expert_ids_TK,
@@ -334,7 +335,8 @@ def _expert_ffn_autograd(ctx, dy, _dpreact):
     need = ctx.needs_input_grad
     needs = [need[0], need[3], need[4], need[5], need[6], need[7]]
     saved = ctx.saved_tensors  # once: checkpointing refuses to unpack a tensor a second time
-    grads = expert_ffn_backward(dy, *saved, *ctx.options, needs)
+    run = cpu_native.expert_ffn_backward if _may_skip_dispatch(dy) else expert_ffn_backward
+    grads = run(dy, *saved, *ctx.options, needs)
     dx, dw1, db1, dw2, db2, dgate = (g if n else None for g, n in zip(grads, needs, strict=True))
     if dgate is not None:
         dgate = dgate.to(saved[-1].dtype)
@@ -490,10 +492,60 @@ def _expert_norm_autograd(ctx, dy_TD, _dmean, _drstd):
         return (None,) * 11
     need = ctx.needs_input_grad
     saved = ctx.saved_tensors  # once: checkpointing refuses to unpack a tensor a second time
-    grads = expert_norm_backward(dy_TD, *saved, ctx.dropout_p, need[7])
+    run = cpu_native.expert_norm_backward if _may_skip_dispatch(dy_TD) else expert_norm_backward
+    grads = run(dy_TD, *saved, ctx.dropout_p, need[7])
     dz, dresidual, dln_w, dln_b, dgate = grads
     dgate = dgate.to(saved[9].dtype) if need[7] else None
     return dz, dresidual, None, None, None, dln_w, dln_b, dgate, None, None, None
 
 
 expert_norm.register_autograd(_expert_norm_autograd, setup_context=_expert_norm_setup)
+
+
+# The operators again for eager calls on the CPU, where torch.library's Python layers cost as much as the
+# arithmetic of some dozen tokens.
+
+
+def _may_skip_dispatch(x: Tensor) -> bool:
+    """Whether nobody but autograd watches operators: no compiler, no mode, no subclass, no transform."""
+    return (
+        x.device.type == "cpu"
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+def _ffn_directly(*args):
+    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+        return _ExpertFFN.apply(*args)
+    return cpu_native.expert_ffn_forward(*args)
+
+
+def _norm_directly(*args):
+    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+        return _ExpertNorm.apply(*args)
+    return cpu_native.expert_norm_forward(*args)
+
+
+class _ExpertFFN(torch.autograd.Function):
+    """`expert_ffn` with its own autograd formula."""
+
+    @staticmethod
+    def forward(*args):
+        return cpu_native.expert_ffn_forward(*args)
+
+    setup_context = staticmethod(_expert_ffn_setup)
+    backward = staticmethod(torch.autograd.function.once_differentiable(_expert_ffn_autograd))
+
+
+class _ExpertNorm(torch.autograd.Function):
+    """`expert_norm` with its own autograd formula."""
+
+    @staticmethod
+    def forward(*args):
+        return cpu_native.expert_norm_forward(*args)
+
+    setup_context = staticmethod(_expert_norm_setup)
+    backward = staticmethod(torch.autograd.function.once_differentiable(_expert_norm_autograd))

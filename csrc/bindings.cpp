@@ -108,17 +108,18 @@ Activation activation_of(int code) {
   return static_cast<Activation>(code);
 }
 
-void gather_rows(const SortedRows& rows, int dtype, Address src, Address dst, Address sums_EN, int64_t columns,
-                 int32_t divisor, int num_threads) {
+void gather_rows(const SortedRows& rows, int dtype, Address src, Address dst, Address sums_EN,
+                 int64_t columns, int32_t divisor, int num_threads) {
   require(divisor >= 1, "divisor must be at least 1");
   const GatherArgs args = {at<const void>(src), at<void>(dst), at<void>(sums_EN), columns, divisor};
   const py::gil_scoped_release released;
   row_kernels().gather(rows.view(), dtype_of(dtype), args, num_threads);
 }
 
-void scatter_rows(const SortedRows& rows, int dtype, Address src, Address bias_EN, Address dst, int64_t columns,
-                  int64_t routed, int64_t slots, int num_threads) {
-  const ScatterArgs args = {at<const void>(src), at<const void>(bias_EN), at<void>(dst), columns, routed, slots};
+void scatter_rows(const SortedRows& rows, int dtype, Address src, Address bias_EN, Address dst,
+                  int64_t columns, int64_t routed, int64_t slots, int num_threads) {
+  const ScatterArgs args = {
+      at<const void>(src), at<const void>(bias_EN), at<void>(dst), columns, routed, slots};
   const py::gil_scoped_release released;
   row_kernels().scatter(rows.view(), dtype_of(dtype), args, num_threads);
 }
@@ -238,7 +239,8 @@ std::string compiler_name() {
 }  // namespace
 
 PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
-  m.doc() = "Routing plans in C++ and CUDA, row kernels in C++; see moebert_kernels/native.py, cpu_native.py.";
+  m.doc() =
+      "Routing plans in C++ and CUDA, row kernels in C++; see moebert_kernels/native.py, cpu_native.py.";
   m.attr("ABI_VERSION") = kAbiVersion;
   m.attr("COMPILER") = compiler_name();
   m.attr("CUDA_VERSION") = MOEBERT_CUDA_VERSION;  // "" where built without nvcc

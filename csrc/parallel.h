@@ -30,10 +30,11 @@ void parallel_for(int64_t num_tasks, int num_threads, const Task& task) {
   for (std::thread& helper : helpers) helper.join();
 }
 
-// parallel_for on the threads that torch computes with, where the process has loaded libgomp: awake between two
-// GEMMs, where starting new ones would cost more than many a row kernel. As torch itself, not for a process
-// forked from one that used them. Not a template: code for one instruction set calls it, and must not instantiate
-// what the linker may share with the rest.
-void team_run(int64_t num_tasks, int num_threads, void (*task)(const void* data, int64_t i), const void* data);
+// parallel_for on the threads that torch computes with, where the process has loaded libgomp: awake between
+// two GEMMs, where starting new ones would cost more than many a row kernel. As torch itself, not for a
+// process forked from one that used them. Not a template: code for one instruction set calls it, and must not
+// instantiate what the linker may share with the rest.
+void team_run(int64_t num_tasks, int num_threads, void (*task)(const void* data, int64_t i),
+              const void* data);
 
 }  // namespace moebert

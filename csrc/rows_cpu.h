@@ -1,8 +1,8 @@
-// What lies between the GEMMs of the experts on the host: rows moved into and out of expert order, activations,
-// the experts' LayerNorms. Everything is float inside, whatever the tensors hold.
+// What lies between the GEMMs of the experts on the host: rows moved into and out of expert order,
+// activations, the experts' LayerNorms. Everything is float inside, whatever the tensors hold.
 //
-// Notation: T tokens, K experts per token, S = T * K slots, D or N columns, E experts. A segment is the rows of
-// one expert in a buffer sorted by expert, filled up to `padded` rows.
+// Notation: T tokens, K experts per token, S = T * K slots, D or N columns, E experts. A segment is the rows
+// of one expert in a buffer sorted by expert, filled up to `padded` rows.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@ enum class Activation { kGelu = 0, kGeluTanh = 1, kRelu = 2, kSilu = 3 };
 
 struct Segment {
   int64_t expert;
-  int64_t begin;   // its slots are order[begin] ... order[begin + rows - 1]
+  int64_t begin;  // its slots are order[begin] ... order[begin + rows - 1]
   int64_t rows;
   int64_t start;   // of its rows in the sorted buffer
   int64_t padded;  // at least `rows`
@@ -37,8 +37,8 @@ struct RowBlock {
 // The segments' rows, padding included, cut into blocks.
 std::vector<RowBlock> row_blocks(const Segments& segments, int64_t rows_per_block);
 
-// dst[start + i] = src[order[begin + i] / divisor], padding 0. sums_EN: the column sums of each expert's rows in
-// the dtype of the rows, those of experts without rows included if they are listed; null for none.
+// dst[start + i] = src[order[begin + i] / divisor], padding 0. sums_EN: the column sums of each expert's rows
+// in the dtype of the rows, those of experts without rows included if they are listed; null for none.
 struct GatherArgs {
   const void* src;
   void* dst;
@@ -47,7 +47,8 @@ struct GatherArgs {
   int32_t divisor;
 };
 
-// dst[order[begin + i]] = src[start + i] + bias_EN[expert]; rows order[routed] ... order[slots - 1] of dst are 0.
+// dst[order[begin + i]] = src[start + i] + bias_EN[expert]; rows order[routed] ... order[slots - 1] of dst
+// are 0.
 struct ScatterArgs {
   const void* src;
   const void* bias_EN;  // or null

@@ -1,6 +1,6 @@
-// The row kernels, for the instruction set MOEBERT_ISA with vectors of MOEBERT_VECTOR_BYTES. No include guard: one
-// file per instruction set includes it. Nothing here may instantiate a template of the standard library that is
-// not inlined: the linker would be free to give this copy, for newer processors, to everyone.
+// The row kernels, for the instruction set MOEBERT_ISA with vectors of MOEBERT_VECTOR_BYTES. No include
+// guard: one file per instruction set includes it. Nothing here may instantiate a template of the standard
+// library that is not inlined: the linker would be free to give this copy, for newer processors, to everyone.
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic push
@@ -37,8 +37,8 @@ inline Halves narrow(Words words) {
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// How many lanes of a vector there are: all, known when compiling, or fewer at the end of a row. Lanes beyond are
-// loaded as 0.
+// How many lanes of a vector there are: all, known when compiling, or fewer at the end of a row. Lanes beyond
+// are loaded as 0.
 struct AllLanes {
   constexpr operator int64_t() const { return kLanes; }
 };
@@ -92,12 +92,11 @@ inline float sum_of(Floats value) {
 }
 
 inline Floats choose(Ints mask, Floats yes, Floats no) {
-  return reinterpret_cast<Floats>((mask & reinterpret_cast<Ints>(yes)) | (~mask & reinterpret_cast<Ints>(no)));
+  return reinterpret_cast<Floats>((mask & reinterpret_cast<Ints>(yes)) |
+                                  (~mask & reinterpret_cast<Ints>(no)));
 }
 
-inline Floats absolute(Floats x) {
-  return reinterpret_cast<Floats>(reinterpret_cast<Ints>(x) & 0x7fffffff);
-}
+inline Floats absolute(Floats x) { return reinterpret_cast<Floats>(reinterpret_cast<Ints>(x) & 0x7fffffff); }
 
 // exp(x) for x <= 0: 2^n e^r with |r| <= ln(2) / 2, Cephes' polynomial; 0 or nearly so below -87.
 inline Floats exp_of_negative(Floats x) {
@@ -336,8 +335,8 @@ void activate_backward_as(const Segments& segments, const ActivationBackwardArgs
   });
 }
 
-// Whether dropout keeps the elements of a slot: a hash of seed, slot and column against a threshold. The slot's
-// key is splitmix64's, the columns are mixed as Wellons' lowbias32 does.
+// Whether dropout keeps the elements of a slot: a hash of seed, slot and column against a threshold. The
+// slot's key is splitmix64's, the columns are mixed as Wellons' lowbias32 does.
 struct Dropout {
   uint32_t low;
   uint32_t high;
@@ -354,7 +353,7 @@ struct Dropout {
   }
 
   Floats factors(int64_t column) const {
-    Words x;
+    Words x = {};
     for (int64_t lane = 0; lane < kLanes; ++lane) x[lane] = static_cast<uint32_t>(column + lane);
     x = x * 0x9e3779b9u + low;
     x = (x ^ (x >> 16)) * 0x7feb352du;
@@ -368,7 +367,8 @@ struct Dropout {
 struct Scratch {
   float* const data;
 
-  explicit Scratch(int64_t size) : data(static_cast<float*>(malloc(static_cast<size_t>(size) * sizeof(float)))) {
+  explicit Scratch(int64_t size)
+      : data(static_cast<float*>(malloc(static_cast<size_t>(size) * sizeof(float)))) {
     if (data == nullptr) abort();
   }
   ~Scratch() { free(data); }
@@ -445,7 +445,8 @@ void norm_token(const NormForwardArgs& forward, const Parameters& parameters, in
       squares += count == kLanes ? centred * centred : Floats{};
     });
     float variance = sum_of(squares);
-    for (int64_t i = columns - columns % kLanes; i < columns; ++i) variance += (u_D[i] - mean) * (u_D[i] - mean);
+    for (int64_t i = columns - columns % kLanes; i < columns; ++i)
+      variance += (u_D[i] - mean) * (u_D[i] - mean);
     variance /= static_cast<float>(columns);
     const float rstd = 1.0f / __builtin_sqrtf(variance + static_cast<float>(forward.eps));
     args.mean_S[slot] = mean;
@@ -487,8 +488,8 @@ void norm_as(const NormForwardArgs& args, int num_threads) {
 
 // dsums_2ED: where this task adds up d weight and d bias.
 template <class Z, class R>
-void norm_backward_token(const NormBackwardArgs& backward, const Parameters& parameters, int64_t token, float* u_D, float* du_D,
-                         float* dsums_2ED) {
+void norm_backward_token(const NormBackwardArgs& backward, const Parameters& parameters, int64_t token,
+                         float* u_D, float* du_D, float* dsums_2ED) {
   const NormArgs& args = backward.norm;
   const int64_t columns = args.columns;
   const R* const dy = static_cast<const R*>(backward.dy_TD) + token * columns;
@@ -591,20 +592,28 @@ void scatter(const Segments& segments, Dtype dtype, const ScatterArgs& args, int
 template <class T>
 void activate_with(const Segments& segments, const ActivationArgs& args, int num_threads) {
   switch (args.activation) {
-    case Activation::kGelu: return activate_as<Gelu, T>(segments, args, num_threads);
-    case Activation::kGeluTanh: return activate_as<GeluTanh, T>(segments, args, num_threads);
-    case Activation::kRelu: return activate_as<Relu, T>(segments, args, num_threads);
-    case Activation::kSilu: return activate_as<Silu, T>(segments, args, num_threads);
+    case Activation::kGelu:
+      return activate_as<Gelu, T>(segments, args, num_threads);
+    case Activation::kGeluTanh:
+      return activate_as<GeluTanh, T>(segments, args, num_threads);
+    case Activation::kRelu:
+      return activate_as<Relu, T>(segments, args, num_threads);
+    case Activation::kSilu:
+      return activate_as<Silu, T>(segments, args, num_threads);
   }
 }
 
 template <class T>
 void activate_backward_with(const Segments& segments, const ActivationBackwardArgs& args, int num_threads) {
   switch (args.forward.activation) {
-    case Activation::kGelu: return activate_backward_as<Gelu, T>(segments, args, num_threads);
-    case Activation::kGeluTanh: return activate_backward_as<GeluTanh, T>(segments, args, num_threads);
-    case Activation::kRelu: return activate_backward_as<Relu, T>(segments, args, num_threads);
-    case Activation::kSilu: return activate_backward_as<Silu, T>(segments, args, num_threads);
+    case Activation::kGelu:
+      return activate_backward_as<Gelu, T>(segments, args, num_threads);
+    case Activation::kGeluTanh:
+      return activate_backward_as<GeluTanh, T>(segments, args, num_threads);
+    case Activation::kRelu:
+      return activate_backward_as<Relu, T>(segments, args, num_threads);
+    case Activation::kSilu:
+      return activate_backward_as<Silu, T>(segments, args, num_threads);
   }
 }
 
@@ -614,7 +623,8 @@ void activate(const Segments& segments, Dtype dtype, const ActivationArgs& args,
 
 void activate_backward(const Segments& segments, Dtype dtype, const ActivationBackwardArgs& args,
                        int num_threads) {
-  const auto run = dtype == Dtype::kFloat32 ? activate_backward_with<float> : activate_backward_with<Bfloat16>;
+  const auto run =
+      dtype == Dtype::kFloat32 ? activate_backward_with<float> : activate_backward_with<Bfloat16>;
   run(segments, args, num_threads);
 }
 
@@ -629,9 +639,8 @@ void with_types(const NormArgs& args, const Call& call) {
 }
 
 void norm(const NormForwardArgs& args, int num_threads) {
-  with_types(args.norm, [&](auto z, auto residual) {
-    norm_as<decltype(z), decltype(residual)>(args, num_threads);
-  });
+  with_types(args.norm,
+             [&](auto z, auto residual) { norm_as<decltype(z), decltype(residual)>(args, num_threads); });
 }
 
 void norm_backward(const NormBackwardArgs& args, int num_threads) {
@@ -645,8 +654,8 @@ void norm_backward(const NormBackwardArgs& args, int num_threads) {
 #define MOEBERT_TEXT(name) #name
 #define MOEBERT_TEXT_OF(name) MOEBERT_TEXT(name)
 extern const RowKernels kKernels;
-const RowKernels kKernels = {MOEBERT_TEXT_OF(MOEBERT_ISA), gather, scatter,      activate,
-                             activate_backward,            norm,   norm_backward};
+const RowKernels kKernels = {
+    MOEBERT_TEXT_OF(MOEBERT_ISA), gather, scatter, activate, activate_backward, norm, norm_backward};
 #undef MOEBERT_TEXT_OF
 #undef MOEBERT_TEXT
 

@@ -1,9 +1,9 @@
 """The operators on the CPU: torch's GEMMs, with the row kernels of csrc/ for everything between them.
 
 Rows are gathered into expert order once, go through both GEMMs there, and are scattered back once. Two things
-are bounded besides: the number of calls, since with few rows one batched GEMM over all experts costs little more
-than a single expert's, and the number of different row counts, since oneDNN, torch's 16-bit GEMM, builds code
-for each it meets, which costs as much as thousands of rows.
+are bounded besides: the number of calls, since with few rows one batched GEMM over all experts costs little
+more than a single expert's, and the number of different row counts, since oneDNN, torch's 16-bit GEMM, builds
+code for each it meets, which costs as much as hundreds of rows.
 
 What the row kernels do not serve (float64, float16, a gate or several experts without `per_slot`, an install
 without csrc/) goes the plain way of `cpu`. Argument and result conventions are those of `ops`.
@@ -11,6 +11,7 @@ without csrc/) goes the plain way of `cpu`. Argument and result conventions are 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,11 +25,11 @@ from moebert_kernels.activations import ACTIVATIONS
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # Dtype in csrc/rows_cpu.h
 _ACTIVATIONS = {name: code for code, name in enumerate(ACTIVATIONS)}  # Activation there
 
-# Filling every expert up to the same number of rows, for one batched GEMM instead of E, pays as long as the rows
-# added take no more multiply-adds than this in one GEMM.
+# Filling every expert up to the same number of rows, for one batched GEMM instead of E, pays as long as the
+# rows added take no more multiply-adds than this in one GEMM.
 _MAX_BATCH_FILL = 16e6
-# Rows that go through the layer together where nothing is kept for backward: their temporaries stay in the last
-# cache, and the GEMMs are still long enough to forget that each packs its weights anew.
+# Rows that go through the layer together where nothing is kept for backward: their temporaries stay in the
+# last cache, and the GEMMs are still long enough to forget that each packs its weights anew.
 _ROWS_AT_ONCE = 2048
 
 
@@ -357,19 +358,20 @@ def _cut(
 ) -> Iterator[_Rows]:
     """The experts' rows as one buffer, or as several with at most so many rows of one expert each."""
     order, dtype = order_S.data_ptr(), w1_EFD.dtype
-    counts = [end - begin for begin, end in zip(offsets, offsets[1:], strict=False)]
+    counts = [end - begin for begin, end in itertools.pairwise(offsets)]
     routed, most = offsets[-1], max(counts)
+    flat: list[int] = []
+    spans: list[tuple[int, int, int]] = []
     if routed == 0:
         return
     batch = _bounded(most, dtype)
     fill = batch * len(counts) - routed
     if fill <= cpu.PREACT_SLACK and fill * w1_EFD[0].numel() <= _MAX_BATCH_FILL:
-        flat, spans = [], []
         for expert, count in enumerate(counts):
             flat += [expert, offsets[expert], count, expert * batch, batch]
         yield _Rows(kernels.SortedRows(flat, order), spans, batch * len(counts), batch)
     elif rows_at_once is None or routed <= rows_at_once:
-        flat, spans, start = [], [], 0
+        start = 0
         for expert, count in enumerate(counts):
             padded = _bounded(count, dtype)
             flat += [expert, offsets[expert], count, start, padded]

@@ -11,6 +11,7 @@ expert, E experts. A 0-element tensor stands for a result that was not asked for
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 
@@ -81,7 +82,9 @@ def moe_ffn(
     )
     differentiable = (x_TD, w1_EFD, b1_EF, w2_EDF, b2_ED, None if norm else gate_TK)
     save_preact = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
-    run_ffn, run_norm = (_ffn_directly, _norm_directly) if _may_skip_dispatch(x_TD) else (expert_ffn, expert_norm)
+    run_ffn, run_norm = (
+        (_ffn_directly, _norm_directly) if _may_skip_dispatch(x_TD) else (expert_ffn, expert_norm)
+    )
     z, _ = run_ffn(
         x_TD,
         plan.order_S,
@@ -335,7 +338,7 @@ def _expert_ffn_autograd(ctx, dy, _dpreact):
     need = ctx.needs_input_grad
     needs = [need[0], need[3], need[4], need[5], need[6], need[7]]
     saved = ctx.saved_tensors  # once: checkpointing refuses to unpack a tensor a second time
-    run = cpu_native.expert_ffn_backward if _may_skip_dispatch(dy) else expert_ffn_backward
+    run: Callable = cpu_native.expert_ffn_backward if _may_skip_dispatch(dy) else expert_ffn_backward
     grads = run(dy, *saved, *ctx.options, needs)
     dx, dw1, db1, dw2, db2, dgate = (g if n else None for g, n in zip(grads, needs, strict=True))
     if dgate is not None:
@@ -492,7 +495,7 @@ def _expert_norm_autograd(ctx, dy_TD, _dmean, _drstd):
         return (None,) * 11
     need = ctx.needs_input_grad
     saved = ctx.saved_tensors  # once: checkpointing refuses to unpack a tensor a second time
-    run = cpu_native.expert_norm_backward if _may_skip_dispatch(dy_TD) else expert_norm_backward
+    run: Callable = cpu_native.expert_norm_backward if _may_skip_dispatch(dy_TD) else expert_norm_backward
     grads = run(dy_TD, *saved, ctx.dropout_p, need[7])
     dz, dresidual, dln_w, dln_b, dgate = grads
     dgate = dgate.to(saved[9].dtype) if need[7] else None
@@ -537,7 +540,11 @@ class _ExpertFFN(torch.autograd.Function):
         return cpu_native.expert_ffn_forward(*args)
 
     setup_context = staticmethod(_expert_ffn_setup)
-    backward = staticmethod(torch.autograd.function.once_differentiable(_expert_ffn_autograd))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        return _expert_ffn_autograd(ctx, *grads)
 
 
 class _ExpertNorm(torch.autograd.Function):
@@ -548,4 +555,8 @@ class _ExpertNorm(torch.autograd.Function):
         return cpu_native.expert_norm_forward(*args)
 
     setup_context = staticmethod(_expert_norm_setup)
-    backward = staticmethod(torch.autograd.function.once_differentiable(_expert_norm_autograd))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        return _expert_norm_autograd(ctx, *grads)

@@ -400,20 +400,24 @@ def _multiply(rows: _Rows, a_PN: Tensor, w_ENM: Tensor, out_PM: Tensor) -> None:
     """out[rows of e] = a[rows of e] @ w[e]."""
     if rows.batch:
         E = w_ENM.shape[0]
-        a_EBN, out_EBM = (t[: rows.total].view(E, rows.batch, t.shape[1]) for t in (a_PN, out_PM))
-        torch.bmm(a_EBN, w_ENM, out=out_EBM)
+        torch.bmm(_per_expert(rows, a_PN, E), w_ENM, out=_per_expert(rows, out_PM, E))
         return
     for expert, begin, end in rows.spans:
         if end > begin:
             torch.mm(a_PN[begin:end], w_ENM[expert], out=out_PM[begin:end])
 
 
+def _per_expert(rows: _Rows, t_PN: Tensor, num_experts: int) -> Tensor:
+    """Batched rows with an axis for the experts; `t_PN` may have more rows than those."""
+    N = t_PN.shape[1]
+    return t_PN.as_strided((num_experts, rows.batch, N), (rows.batch * N, N, 1))
+
+
 def _multiply_transposed(rows: _Rows, a_PM: Tensor, b_PN: Tensor, out_EMN: Tensor) -> None:
     """out[e] = a[rows of e]^T @ b[rows of e]."""
     if rows.batch:
         E = out_EMN.shape[0]
-        a_EBM, b_EBN = (t[: rows.total].view(E, rows.batch, t.shape[1]) for t in (a_PM, b_PN))
-        torch.bmm(a_EBM.transpose(1, 2), b_EBN, out=out_EMN)
+        torch.bmm(_per_expert(rows, a_PM, E).transpose(1, 2), _per_expert(rows, b_PN, E), out=out_EMN)
         return
     for expert, begin, end in rows.spans:
         if end > begin:

@@ -148,6 +148,7 @@ def _check_arguments(
         ("residual_TD", residual_TD, (T, D)),
         *((f"norm[{i}]", t, (E, D)) for i, t in enumerate(norm or ())),
     ]
+    device = w1_EFD.device
     for name, tensor, shape in expected:
         if tensor is None:
             continue
@@ -158,8 +159,8 @@ def _check_arguments(
             )
         if not tensor.is_floating_point():
             raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
-        if tensor.device != w1_EFD.device:
-            raise ValueError(f"{name} is on {tensor.device}, but w1_EFD is on {w1_EFD.device}")
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, but w1_EFD is on {device}")
     for name, tensor in (("w1_EFD", w1_EFD), ("w2_EDF", w2_EDF), ("b1_EF", b1_EF), ("b2_ED", b2_ED)):
         if tensor is not None and tensor.dtype != x_TD.dtype:
             raise ValueError(f"{name} must have x_TD's dtype {x_TD.dtype}, got {tensor.dtype}")
@@ -536,10 +537,11 @@ class _ExpertFFN(torch.autograd.Function):
     """`expert_ffn` with its own autograd formula."""
 
     @staticmethod
-    def forward(*args):
-        return cpu_native.expert_ffn_forward(*args)
-
-    setup_context = staticmethod(_expert_ffn_setup)
+    def forward(ctx, *args):
+        # With setup_context apart, apply() would look up this function's signature in every call.
+        outputs = cpu_native.expert_ffn_forward(*args)
+        _expert_ffn_setup(ctx, args, outputs)
+        return outputs
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -551,10 +553,11 @@ class _ExpertNorm(torch.autograd.Function):
     """`expert_norm` with its own autograd formula."""
 
     @staticmethod
-    def forward(*args):
-        return cpu_native.expert_norm_forward(*args)
-
-    setup_context = staticmethod(_expert_norm_setup)
+    def forward(ctx, *args):
+        # With setup_context apart, apply() would look up this function's signature in every call.
+        outputs = cpu_native.expert_norm_forward(*args)
+        _expert_norm_setup(ctx, args, outputs)
+        return outputs
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -1,12 +1,15 @@
 // moebert_kernels._native: raw addresses and sizes in, so that the module depends on no torch.
-// moebert_kernels/native.py is the only caller; it owns dtypes, devices, contiguity and allocation.
+// native.py (plans) and cpu_native.py (rows) call it; they own dtypes, devices, contiguity and allocation.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "plan_cpu.h"
+#include "rows_cpu.h"
 #ifdef MOEBERT_WITH_CUDA
 #include "plan_cuda.h"
 #include "plan_geometry.h"
@@ -21,7 +24,7 @@ using namespace moebert;
 using Address = std::uintptr_t;
 
 // Raised by one whenever a signature or the meaning of an argument below changes.
-constexpr int kAbiVersion = 1;
+constexpr int kAbiVersion = 2;
 
 template <class T>
 T* at(Address address) {
@@ -77,6 +80,119 @@ int64_t from_input_ids_cpu(Address input_ids_T, int id_bytes, Address mask_T, Ad
   return plan_from_input_ids_cpu(ids, tables, shape, out, num_threads);
 }
 
+// The segments of one call: five numbers each, as in the struct.
+class SortedRows {
+ public:
+  SortedRows(const std::vector<int64_t>& flat, Address order_S) : order_S_(at<const int32_t>(order_S)) {
+    require(flat.size() % 5 == 0, "a segment has five numbers");
+    for (size_t i = 0; i < flat.size(); i += 5) {
+      list_.push_back({flat[i], flat[i + 1], flat[i + 2], flat[i + 3], flat[i + 4]});
+      require(flat[i + 2] <= flat[i + 4], "a segment's rows must not exceed its padded rows");
+    }
+  }
+
+  Segments view() const { return {list_.data(), static_cast<int64_t>(list_.size()), order_S_}; }
+
+ private:
+  std::vector<Segment> list_;
+  const int32_t* order_S_;
+};
+
+Dtype dtype_of(int code) {
+  require(code == 0 || code == 1, "dtype must be 0 (float32) or 1 (bfloat16)");
+  return static_cast<Dtype>(code);
+}
+
+Activation activation_of(int code) {
+  require(code >= 0 && code <= 3, "activation must be 0 (gelu), 1 (gelu_tanh), 2 (relu) or 3 (silu)");
+  return static_cast<Activation>(code);
+}
+
+void gather_rows(const SortedRows& rows, int dtype, Address src, Address dst, Address sums_EN,
+                 int64_t columns, int32_t divisor, int num_threads) {
+  require(divisor >= 1, "divisor must be at least 1");
+  const GatherArgs args = {at<const void>(src), at<void>(dst), at<void>(sums_EN), columns, divisor};
+  const py::gil_scoped_release released;
+  row_kernels().gather(rows.view(), dtype_of(dtype), args, num_threads);
+}
+
+void scatter_rows(const SortedRows& rows, int dtype, Address src, Address bias_EN, Address dst,
+                  int64_t columns, int64_t routed, int64_t slots, int num_threads) {
+  const ScatterArgs args = {
+      at<const void>(src), at<const void>(bias_EN), at<void>(dst), columns, routed, slots};
+  const py::gil_scoped_release released;
+  row_kernels().scatter(rows.view(), dtype_of(dtype), args, num_threads);
+}
+
+void activate_rows(const SortedRows& rows, int dtype, int activation, Address h, Address bias_EN, Address a,
+                   int64_t columns, int num_threads) {
+  const ActivationArgs args = {activation_of(activation), at<const void>(h), at<const void>(bias_EN),
+                               at<void>(a), columns};
+  const py::gil_scoped_release released;
+  row_kernels().activate(rows.view(), dtype_of(dtype), args, num_threads);
+}
+
+void activate_backward_rows(const SortedRows& rows, int dtype, int activation, Address h, Address bias_EN,
+                            Address a, Address da, Address sums_EN, int64_t columns, int num_threads) {
+  const ActivationBackwardArgs args = {
+      {activation_of(activation), at<const void>(h), at<const void>(bias_EN), at<void>(a), columns},
+      at<void>(da),
+      at<void>(sums_EN)};
+  const py::gil_scoped_release released;
+  row_kernels().activate_backward(rows.view(), dtype_of(dtype), args, num_threads);
+}
+
+// (seed, probability of dropping); probability 0 for no dropout
+using DropoutArgs = std::pair<uint64_t, double>;
+
+NormArgs norm_args_of(const std::vector<int>& dtypes, const std::vector<Address>& tensors,
+                      const std::vector<int64_t>& sizes, const DropoutArgs& dropout) {
+  require(dtypes.size() == 3 && tensors.size() == 8 && sizes.size() == 4, "wrong number of norm arguments");
+  const double p = dropout.second;
+  require(p >= 0 && p < 1, "dropout must be in [0, 1)");
+  return {dtype_of(dtypes[0]),
+          dtype_of(dtypes[1]),
+          dtype_of(dtypes[2]),
+          at<const void>(tensors[0]),
+          at<const void>(tensors[1]),
+          at<const int32_t>(tensors[2]),
+          at<const void>(tensors[3]),
+          at<const void>(tensors[4]),
+          at<const float>(tensors[5]),
+          at<float>(tensors[6]),
+          at<float>(tensors[7]),
+          sizes[0],
+          sizes[1],
+          sizes[2],
+          sizes[3],
+          dropout.first,
+          static_cast<uint32_t>(p * 4294967296.0),
+          static_cast<float>(1 / (1 - p))};
+}
+
+void norm_rows(const std::vector<int>& dtypes, const std::vector<Address>& tensors,
+               const std::vector<int64_t>& sizes, const DropoutArgs& dropout, Address y_TD, double eps,
+               int num_threads) {
+  const NormForwardArgs args = {norm_args_of(dtypes, tensors, sizes, dropout), at<void>(y_TD), eps};
+  const py::gil_scoped_release released;
+  row_kernels().norm(args, num_threads);
+}
+
+void norm_backward_rows(const std::vector<int>& dtypes, const std::vector<Address>& tensors,
+                        const std::vector<int64_t>& sizes, const DropoutArgs& dropout, Address dy_TD,
+                        Address dz_SD, Address dresidual_TD, Address dweight_ED, Address dbias_ED,
+                        Address dgate_S, int num_threads) {
+  const NormBackwardArgs args = {norm_args_of(dtypes, tensors, sizes, dropout),
+                                 at<const void>(dy_TD),
+                                 at<void>(dz_SD),
+                                 at<void>(dresidual_TD),
+                                 at<void>(dweight_ED),
+                                 at<void>(dbias_ED),
+                                 at<float>(dgate_S)};
+  const py::gil_scoped_release released;
+  row_kernels().norm_backward(args, num_threads);
+}
+
 #ifdef MOEBERT_WITH_CUDA
 PlanShape cuda_shape_of(int64_t num_layers, int64_t num_slots, int64_t num_experts) {
   require(num_layers <= kMaxCudaLayers, "num_layers must be at most 65535 on CUDA");
@@ -123,7 +239,8 @@ std::string compiler_name() {
 }  // namespace
 
 PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
-  m.doc() = "Routing plans in C++ and CUDA; see moebert_kernels/native.py.";
+  m.doc() =
+      "Routing plans in C++ and CUDA, row kernels in C++; see moebert_kernels/native.py, cpu_native.py.";
   m.attr("ABI_VERSION") = kAbiVersion;
   m.attr("COMPILER") = compiler_name();
   m.attr("CUDA_VERSION") = MOEBERT_CUDA_VERSION;  // "" where built without nvcc
@@ -132,6 +249,15 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
 
   m.def("from_expert_ids_cpu", &from_expert_ids_cpu);
   m.def("from_input_ids_cpu", &from_input_ids_cpu);
+
+  m.attr("ROW_KERNELS") = row_kernels().name;
+  py::class_<SortedRows>(m, "SortedRows").def(py::init<const std::vector<int64_t>&, Address>());
+  m.def("gather_rows", &gather_rows);
+  m.def("scatter_rows", &scatter_rows);
+  m.def("activate_rows", &activate_rows);
+  m.def("activate_backward_rows", &activate_backward_rows);
+  m.def("norm_rows", &norm_rows);
+  m.def("norm_backward_rows", &norm_backward_rows);
 #ifdef MOEBERT_WITH_CUDA
   m.attr("HAS_CUDA") = true;
   m.def("workspace_size_cuda", &workspace_size_cuda);

@@ -2,9 +2,9 @@
 
 #include <algorithm>
 #include <atomic>
-#include <system_error>
-#include <thread>
 #include <vector>
+
+#include "parallel.h"
 
 #ifdef __x86_64__
 #include <immintrin.h>
@@ -15,26 +15,6 @@ namespace {
 
 // Fewer slots than this are sorted sooner than a second thread is started.
 constexpr int64_t kMinSlotsPerThread = 32768;
-
-// Runs task(0) ... task(num_tasks - 1), each once, on the calling thread and up to num_threads - 1 more.
-// Threads live for one call: a kept pool would be lost in a forked data-loader worker.
-template <class Task>
-void parallel_for(int64_t num_tasks, int num_threads, const Task& task) {
-  std::atomic<int64_t> next{0};
-  const auto work = [&] {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < num_tasks;) task(i);
-  };
-  std::vector<std::thread> helpers;
-  const int64_t num_helpers = std::min<int64_t>(num_threads, num_tasks) - 1;
-  helpers.reserve(static_cast<size_t>(std::max<int64_t>(num_helpers, 0)));
-  try {
-    for (int64_t i = 0; i < num_helpers; ++i) helpers.emplace_back(work);
-  } catch (const std::system_error&) {
-    // No more threads to be had: those that run share the work.
-  }
-  work();
-  for (std::thread& helper : helpers) helper.join();
-}
 
 // One layer's slots [begin, end) and, per bin, first their number and then the next place in `order`.
 // Bin e < E is expert e, bin E the slots without an expert.

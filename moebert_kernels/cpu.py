@@ -1,4 +1,4 @@
-"""The operators in plain PyTorch: the CPU's path, and that of any device without kernels of its own.
+"""The operators in plain PyTorch: the path of everything that has no kernels of its own.
 
 One expert at a time over its rows in sorted order, so that the GEMMs are torch's own. Reading the row counts
 synchronises an accelerator; on the CPU they are at hand. Argument and result conventions are those of `ops`.
@@ -13,6 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moebert_kernels.activations import activate, activate_backward
+
+PREACT_SLACK = 128
+
+
+def preact_rows(x_TD: Tensor, num_slots: int) -> int:
+    """Rows of the saved pre-activations: on the CPU `cpu_native` fills the experts' rows up."""
+    return num_slots + num_slots // 32 + PREACT_SLACK if x_TD.device.type == "cpu" else num_slots
 
 
 def expert_ffn_forward(
@@ -32,7 +39,7 @@ def expert_ffn_forward(
     """See `ops.expert_ffn`."""
     num_slots = order_S.shape[0]
     y_SD = x_TD.new_zeros(num_slots, x_TD.shape[1])
-    preact_SF = x_TD.new_zeros(num_slots if save_preact else 0, w1_EFD.shape[1])
+    preact_SF = x_TD.new_zeros(preact_rows(x_TD, num_slots) if save_preact else 0, w1_EFD.shape[1])
     gate_S = None if per_slot else _gate_of_slots(gate_TK, num_slots, top_k, x_TD)
     for expert, begin, end in _experts_with_rows(offsets_E1):
         slots_R = order_S[begin:end]

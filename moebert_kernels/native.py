@@ -1,4 +1,4 @@
-"""The door to csrc/: routing plans in C++ and CUDA. Without the extension callers are slower, never broken.
+"""The door to csrc/: routing plans in C++ and CUDA, the CPU's row kernels. Without it slower, never broken.
 
 Notation: L layers, T tokens, S = T * K slots, E experts, V vocabulary.
 """
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-_ABI_VERSION = 1  # kAbiVersion in csrc/bindings.cpp
+_ABI_VERSION = 2  # kAbiVersion in csrc/bindings.cpp
 _MAX_SLOTS = 2**31 - 1
 _MAX_CUDA_EXPERTS = 256
 _MAX_CUDA_LAYERS = 65535
@@ -59,7 +59,7 @@ class NativeStatus:
     """Which native parts this installation has.
 
     Attributes:
-        cpu: plans on the host are built in C++.
+        cpu: plans on the host are built in C++, rows on the CPU handled by kernels in C++.
         cpu_detail: the compiler it was built with, or why it is absent.
         cuda: plans on CUDA devices are built by a CUDA kernel.
         cuda_detail: the toolkit and architectures it was built for, or why it is absent.
@@ -80,6 +80,14 @@ def status() -> NativeStatus:
         return NativeStatus(True, extension.COMPILER, False, extension.NO_CUDA_REASON)
     built_for = f"CUDA {extension.CUDA_VERSION}: {extension.CUDA_ARCHS}"
     return NativeStatus(True, extension.COMPILER, True, built_for)
+
+
+def row_kernels() -> Any | None:
+    """The extension, whose row kernels `cpu_native` calls, or None after one warning."""
+    extension, problem = _load()
+    if extension is None:
+        _warn_once(problem)
+    return extension
 
 
 def build_plans_from_expert_ids(expert_ids_LS: Tensor, num_experts: int) -> PlanTensors | None:
@@ -258,5 +266,5 @@ def _load() -> tuple[Any | None, str]:
 @cache
 def _warn_once(problem: str) -> None:
     warnings.warn(
-        f"{problem}. Routing plans are built in PyTorch, which is slower.", RuntimeWarning, stacklevel=4
+        f"{problem}. What it would do is done in PyTorch, which is slower.", RuntimeWarning, stacklevel=4
     )

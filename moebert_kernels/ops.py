@@ -11,13 +11,14 @@ expert, E experts. A 0-element tensor stands for a result that was not asked for
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from moebert_kernels import cpu
+from moebert_kernels import cpu, cpu_native
 from moebert_kernels.activations import check_activation
 from moebert_kernels.autocast import cast_parameter
 from moebert_kernels.routing.plan import RoutingPlan
@@ -81,7 +82,10 @@ def moe_ffn(
     )
     differentiable = (x_TD, w1_EFD, b1_EF, w2_EDF, b2_ED, None if norm else gate_TK)
     save_preact = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
-    z, _ = expert_ffn(
+    run_ffn, run_norm = (
+        (_ffn_directly, _norm_directly) if _may_skip_dispatch(x_TD) else (expert_ffn, expert_norm)
+    )
+    z, _ = run_ffn(
         x_TD,
         plan.order_S,
         plan.offsets_E1,
@@ -99,7 +103,7 @@ def moe_ffn(
         return z
     # Drawn from torch's generator, so that manual_seed and checkpointing's state juggling govern it.
     seed = torch.randint(2**62, (1,), device=x_TD.device) if dropout_p > 0 else None
-    y_TD, _, _ = expert_norm(
+    y_TD, _, _ = run_norm(
         z,
         x_TD if residual_TD is None else residual_TD,
         plan.expert_ids_TK,
@@ -144,6 +148,7 @@ def _check_arguments(
         ("residual_TD", residual_TD, (T, D)),
         *((f"norm[{i}]", t, (E, D)) for i, t in enumerate(norm or ())),
     ]
+    device = w1_EFD.device
     for name, tensor, shape in expected:
         if tensor is None:
             continue
@@ -154,8 +159,8 @@ def _check_arguments(
             )
         if not tensor.is_floating_point():
             raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
-        if tensor.device != w1_EFD.device:
-            raise ValueError(f"{name} is on {tensor.device}, but w1_EFD is on {w1_EFD.device}")
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, but w1_EFD is on {device}")
     for name, tensor in (("w1_EFD", w1_EFD), ("w2_EDF", w2_EDF), ("b1_EF", b1_EF), ("b2_ED", b2_ED)):
         if tensor is not None and tensor.dtype != x_TD.dtype:
             raise ValueError(f"{name} must have x_TD's dtype {x_TD.dtype}, got {tensor.dtype}")
@@ -211,8 +216,8 @@ def expert_ffn(
         save_preact: whether backward will want the pre-activations.
 
     Returns:
-        y, and the pre-activations [S, F] in sorted order. Rows of slots without an expert are 0 in
-        both.
+        y, whose rows of slots without an expert are 0, and what the same backend's backward wants of the
+        pre-activations, in sorted order: [S, F], or more rows on the CPU (`cpu.preact_rows`).
     """
     return cpu.expert_ffn_forward(
         x_TD,
@@ -230,6 +235,11 @@ def expert_ffn(
     )
 
 
+@expert_ffn.register_kernel("cpu")
+def _(*args):
+    return cpu_native.expert_ffn_forward(*args)
+
+
 @expert_ffn.register_kernel("cuda")
 def _(*args):
     return _cuda_backend(args[0]).expert_ffn_forward(*args)
@@ -240,7 +250,7 @@ def _(
     x_TD, order_S, offsets_E1, w1_EFD, b1_EF, w2_EDF, b2_ED, gate_TK, activation, top_k, per_slot, save_preact
 ):
     rows = order_S.shape[0] if per_slot else x_TD.shape[0]
-    preact_rows = order_S.shape[0] if save_preact else 0
+    preact_rows = cpu.preact_rows(x_TD, order_S.shape[0]) if save_preact else 0
     return x_TD.new_empty(rows, x_TD.shape[1]), x_TD.new_empty(preact_rows, w1_EFD.shape[1])
 
 
@@ -278,6 +288,11 @@ def expert_ffn_backward(
         per_slot,
         needs,
     )
+
+
+@expert_ffn_backward.register_kernel("cpu")
+def _(*args):
+    return cpu_native.expert_ffn_backward(*args)
 
 
 @expert_ffn_backward.register_kernel("cuda")
@@ -324,7 +339,8 @@ def _expert_ffn_autograd(ctx, dy, _dpreact):
     need = ctx.needs_input_grad
     needs = [need[0], need[3], need[4], need[5], need[6], need[7]]
     saved = ctx.saved_tensors  # once: checkpointing refuses to unpack a tensor a second time
-    grads = expert_ffn_backward(dy, *saved, *ctx.options, needs)
+    run: Callable = cpu_native.expert_ffn_backward if _may_skip_dispatch(dy) else expert_ffn_backward
+    grads = run(dy, *saved, *ctx.options, needs)
     dx, dw1, db1, dw2, db2, dgate = (g if n else None for g, n in zip(grads, needs, strict=True))
     if dgate is not None:
         dgate = dgate.to(saved[-1].dtype)
@@ -360,6 +376,11 @@ def expert_norm(
     return cpu.expert_norm_forward(
         z_SD, residual_TD, expert_ids_TK, order_S, offsets_E1, ln_w_ED, ln_b_ED, gate_TK, seed, eps, dropout_p
     )
+
+
+@expert_norm.register_kernel("cpu")
+def _(*args):
+    return cpu_native.expert_norm_forward(*args)
 
 
 @expert_norm.register_kernel("cuda")
@@ -408,6 +429,11 @@ def expert_norm_backward(
         dropout_p,
         need_gate,
     )
+
+
+@expert_norm_backward.register_kernel("cpu")
+def _(*args):
+    return cpu_native.expert_norm_backward(*args)
 
 
 @expert_norm_backward.register_kernel("cuda")
@@ -470,10 +496,70 @@ def _expert_norm_autograd(ctx, dy_TD, _dmean, _drstd):
         return (None,) * 11
     need = ctx.needs_input_grad
     saved = ctx.saved_tensors  # once: checkpointing refuses to unpack a tensor a second time
-    grads = expert_norm_backward(dy_TD, *saved, ctx.dropout_p, need[7])
+    run: Callable = cpu_native.expert_norm_backward if _may_skip_dispatch(dy_TD) else expert_norm_backward
+    grads = run(dy_TD, *saved, ctx.dropout_p, need[7])
     dz, dresidual, dln_w, dln_b, dgate = grads
     dgate = dgate.to(saved[9].dtype) if need[7] else None
     return dz, dresidual, None, None, None, dln_w, dln_b, dgate, None, None, None
 
 
 expert_norm.register_autograd(_expert_norm_autograd, setup_context=_expert_norm_setup)
+
+
+# The operators again for eager calls on the CPU, where torch.library's Python layers cost as much as the
+# arithmetic of some dozen tokens.
+
+
+def _may_skip_dispatch(x: Tensor) -> bool:
+    """Whether nobody but autograd watches operators: no compiler, no mode, no subclass, no transform."""
+    return (
+        x.device.type == "cpu"
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+def _ffn_directly(*args):
+    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+        return _ExpertFFN.apply(*args)
+    return cpu_native.expert_ffn_forward(*args)
+
+
+def _norm_directly(*args):
+    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+        return _ExpertNorm.apply(*args)
+    return cpu_native.expert_norm_forward(*args)
+
+
+class _ExpertFFN(torch.autograd.Function):
+    """`expert_ffn` with its own autograd formula."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        # With setup_context apart, apply() would look up this function's signature in every call.
+        outputs = cpu_native.expert_ffn_forward(*args)
+        _expert_ffn_setup(ctx, args, outputs)
+        return outputs
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        return _expert_ffn_autograd(ctx, *grads)
+
+
+class _ExpertNorm(torch.autograd.Function):
+    """`expert_norm` with its own autograd formula."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        # With setup_context apart, apply() would look up this function's signature in every call.
+        outputs = cpu_native.expert_norm_forward(*args)
+        _expert_norm_setup(ctx, args, outputs)
+        return outputs
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        return _expert_norm_autograd(ctx, *grads)

@@ -12,6 +12,8 @@ warnings="-std=c++17 -Wall -Wextra -Werror -pthread"
 cpu() { # name, flags
   $cxx $warnings $2 "$here/test_plan_cpu.cpp" "$csrc/plan_cpu.cpp" -o "$out/$1"
   "$out/$1"
+  $cxx $warnings $2 "$here/test_rows_cpu.cpp" "$csrc"/rows_*.cpp -o "$out/rows_$1" -ldl
+  "$out/rows_$1"
 }
 kernels() {
   $cxx $warnings -Wno-unknown-pragmas $2 "$here/test_plan_kernels.cpp" -o "$out/$1"

@@ -1,0 +1,40 @@
+// Sharing the tasks of one call among threads.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+namespace moebert {
+
+// Runs task(0) ... task(num_tasks - 1), each once, on the calling thread and up to num_threads - 1 more.
+// Threads live for one call: a kept pool would be lost in a forked data-loader worker.
+template <class Task>
+void parallel_for(int64_t num_tasks, int num_threads, const Task& task) {
+  std::atomic<int64_t> next{0};
+  const auto work = [&] {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < num_tasks;) task(i);
+  };
+  std::vector<std::thread> helpers;
+  const int64_t num_helpers = std::min<int64_t>(num_threads, num_tasks) - 1;
+  helpers.reserve(static_cast<size_t>(std::max<int64_t>(num_helpers, 0)));
+  try {
+    for (int64_t i = 0; i < num_helpers; ++i) helpers.emplace_back(work);
+  } catch (const std::system_error&) {
+    // No more threads to be had: those that run share the work.
+  }
+  work();
+  for (std::thread& helper : helpers) helper.join();
+}
+
+// parallel_for on the threads that torch computes with, where the process has loaded libgomp: awake between
+// two GEMMs, where starting new ones would cost more than many a row kernel. As torch itself, not for a
+// process forked from one that used them. Not a template: code for one instruction set calls it, and must not
+// instantiate what the linker may share with the rest.
+void team_run(int64_t num_tasks, int num_threads, void (*task)(const void* data, int64_t i),
+              const void* data);
+
+}  // namespace moebert

@@ -1,10 +1,13 @@
 import copy
+import itertools
 import json
+import math
 import re
 from html.parser import HTMLParser
 
 import pytest
 
+from moebert_kernels.compress.plots import plot_importance
 from moebert_kernels.compress.report import render_report, summarize, write_report
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -176,6 +179,45 @@ def test_it_says_in_words_what_the_numbers_mean(results):
     assert "4.0 times less work" in text
     assert "1.26 times its throughput" in text
     assert "The checkpoint does not shrink: every expert is stored, in all 22.7 M" in text
+
+
+@pytest.mark.parametrize(
+    ("latency", "throughput", "words"),
+    [
+        (6.5, 392, "Attention and embeddings are as before, so the whole model gains less than the part."),
+        (9.6, 392, "faster in batches of 32 alone; in a batch of 1 it is slower here"),
+        (9.1, 392, "faster in batches of 32 alone; in a batch of 1 it is no faster here"),
+        (6.5, 250, "faster in a batch of 1 alone; in batches of 32 it is slower here"),
+        (9.6, 250, "The student is slower here: the model is too small for"),
+        (9.1, 312, "The student is no faster here: the model is too small for"),
+    ],
+)
+def test_the_speed_is_told_as_it_was_measured(results, latency, throughput, words):
+    """A student that was slower than its teacher was said to gain less than its part."""
+    student = next(entry for entry in results["models"] if entry["name"] == "student")
+    student |= {"latency_ms": timing(latency, 1), "throughput_per_s": timing(throughput, 32)}
+    text = " ".join(summarize(results))
+    assert f"takes {latency:.2f} ms where the teacher takes 9.10 ms" in text
+    assert f"run at {throughput / 310:.2f} times its throughput" in text
+    assert words in text
+    assert ("gains less than the part" in text) == ("gains less than the part" in words)
+
+
+def test_the_speed_of_one_sequence_alone(results):
+    for entry in results["models"]:
+        entry["throughput_per_s"] = None
+    text = " ".join(summarize(results))
+    assert "takes 6.50 ms where the teacher takes 9.10 ms. Attention" in text
+    assert "batches of" not in text
+
+
+def test_layers_have_colours_that_can_be_told_apart():
+    """The third to the fifth of six layers had nearly one colour."""
+    svg = plot_importance([[0.0, 0.5 + layer / 20, 1.0] for layer in range(6)])
+    drawn = list(dict.fromkeys(re.findall(r"stroke: #([0-9a-f]{6})", svg)))
+    assert len(drawn) == 6
+    colours = [[int(colour[i : i + 2], 16) for i in (0, 2, 4)] for colour in drawn]
+    assert min(math.dist(a, b) for a, b in itertools.combinations(colours, 2)) > 75
 
 
 def test_a_checkpoint_that_does_shrink_is_not_said_to_stay(results):

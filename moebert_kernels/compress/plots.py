@@ -29,8 +29,10 @@ _VARIABLES = {
 }
 _INK, _MUTED, _GRID, _PAPER = (_VARIABLES[name] for name in ("ink", "muted", "grid", "paper"))
 
-# From the first layer to the last; every step stands out from white and from near-black.
-_LAYER_COLOURS = LinearSegmentedColormap.from_list("layers", ["#2aa198", "#4a86d8", "#8c62d0", "#d0478f"])
+# From the first layer to the last, through most hues; all stand out from white and from near-black.
+_LAYER_COLOURS = LinearSegmentedColormap.from_list(
+    "layers", ["#b8860b", "#5a9a2a", "#12998c", "#3a83d8", "#8f5fd6", "#d8458c"]
+)
 
 _STYLE: Any = {
     "svg.fonttype": "none",

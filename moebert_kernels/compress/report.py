@@ -12,8 +12,11 @@ from string import Template
 from typing import Any
 
 from moebert_kernels.compress import plots
+from moebert_kernels.compress.units import short_count
 
 FORMAT = 1
+
+_NOTABLE_GAIN = 1.02  # measurements of one model differ by as much
 
 _NAMES = {
     "teacher": "the dense model",
@@ -100,30 +103,61 @@ def summarize(results: dict[str, Any]) -> list[str]:
         )
 
     flops = teacher["ffn_flops_per_token"] / student["ffn_flops_per_token"]
-    text = f"A token uses few of the experts: {flops:.1f} times less work in the feed-forward networks. "
-    if teacher["latency_ms"] and student["latency_ms"]:
-        before, after = teacher["latency_ms"], student["latency_ms"]
-        text += (
-            f"A batch of {before['batch_size']} ({before['sequence_length']} tokens) takes "
-            f"{after['median']:.1f} ms where the teacher takes {before['median']:.1f} ms"
-        )
-        if teacher["throughput_per_s"] and student["throughput_per_s"]:
-            batches, dense = student["throughput_per_s"], teacher["throughput_per_s"]
-            ratio = batches["median"] / dense["median"]
-            text += f", and batches of {batches['batch_size']} run at {ratio:.2f} times its throughput"
-        text += ". Attention and embeddings are as before, so the whole model gains less than the part."
-    paragraphs.append(text)
+    text = f"A token uses few of the experts: {flops:.1f} times less work in the feed-forward networks."
+    paragraphs.append(" ".join([text, *_speed_sentences(teacher, student)]))
     paragraphs.append(_storage_sentence(teacher, student))
     return paragraphs
+
+
+def _speed_sentences(teacher: dict[str, Any], student: dict[str, Any]) -> list[str]:
+    """What was measured, and what to make of it; nothing if nothing was."""
+    if not (teacher["latency_ms"] and student["latency_ms"]):
+        return []
+    before, after = teacher["latency_ms"], student["latency_ms"]
+    single = f"a batch of {before['batch_size']}"
+    gains = {single: before["median"] / after["median"]}
+    measured = (
+        f"{_capital(single)} ({before['sequence_length']} tokens) takes {after['median']:.2f} ms where the "
+        f"teacher takes {before['median']:.2f} ms"
+    )
+    if teacher["throughput_per_s"] and student["throughput_per_s"]:
+        batches, dense = student["throughput_per_s"], teacher["throughput_per_s"]
+        many = f"batches of {batches['batch_size']}"
+        gains[many] = batches["median"] / dense["median"]
+        measured += f", and {many} run at {gains[many]:.2f} times its throughput"
+    return [f"{measured}.", _verdict(gains)]
+
+
+def _verdict(gains: dict[str, float]) -> str:
+    """The student's speed in words, from how many times the teacher's it is for each way of measuring."""
+    faster = [how for how, gain in gains.items() if gain > _NOTABLE_GAIN]
+    slower = [how for how, gain in gains.items() if gain < 1 / _NOTABLE_GAIN]
+    if len(faster) == len(gains):
+        return "Attention and embeddings are as before, so the whole model gains less than the part."
+    found = "slower" if slower else "no faster"
+    if faster:
+        others = " and ".join(how for how in gains if how not in faster)
+        return (
+            f"The student is faster in {' and '.join(faster)} alone; in {others} it is {found} here: there "
+            "the experts cost the time that their smaller work saves."
+        )
+    return (
+        f"The student is {found} here: the model is too small for the work it saves to outweigh what sorting "
+        "tokens by expert costs."
+    )
 
 
 def _storage_sentence(teacher: dict[str, Any], student: dict[str, Any]) -> str:
     stored, before = student["parameters_stored"], teacher["parameters_stored"]
     text = "The checkpoint does not shrink: " if stored > 0.95 * before else ""
-    text += f"every expert is stored, in all {_millions(stored)} parameters against the teacher's "
-    text += f"{_millions(before)}. "
-    used = _millions(student["parameters_used_per_token"])
-    return f"{text[:1].upper()}{text[1:]}What shrinks is what one token uses of them: {used}."
+    text += f"every expert is stored, in all {_count(stored)} parameters against the teacher's "
+    text += f"{_count(before)}. "
+    used = _count(student["parameters_used_per_token"])
+    return f"{_capital(text)}What shrinks is what one token uses of them: {used}."
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _difference(value: float) -> str:
@@ -136,9 +170,8 @@ def _standard_error(metric: str, value: float, rows: int) -> float | None:
     return math.sqrt(value * (1 - value) / rows)
 
 
-def _millions(count: float) -> str:
-    digits = 2 if count < 1e7 else 1
-    return f"{count / 1e6:.{digits}f}\N{NO-BREAK SPACE}M"
+def _count(count: float) -> str:
+    return short_count(count).replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def _tiles(results: dict[str, Any]) -> str:
@@ -160,8 +193,8 @@ def _tiles(results: dict[str, Any]) -> str:
         ),
         (
             "Parameters used per token",
-            _millions(student["parameters_used_per_token"]),
-            f"of {_millions(student['parameters_stored'])} stored",
+            _count(student["parameters_used_per_token"]),
+            f"of {_count(student['parameters_stored'])} stored",
         ),
     ]
     for key, name in (("latency_ms", "Speed"), ("throughput_per_s", "Throughput")):
@@ -182,9 +215,9 @@ def _models_table(results: dict[str, Any]) -> str:
     others = sorted({name for model in results["models"] for name in model["quality"]} - {main})
     columns: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
         *((name.replace("_", " "), lambda m, name=name: _quality(m, name)) for name in (main, *others)),
-        ("parameters stored", lambda m: _millions(m["parameters_stored"])),
-        ("used per token", lambda m: _millions(m["parameters_used_per_token"])),
-        ("FFN FLOPs per token", lambda m: _millions(m["ffn_flops_per_token"])),
+        ("parameters stored", lambda m: _count(m["parameters_stored"])),
+        ("used per token", lambda m: _count(m["parameters_used_per_token"])),
+        ("FFN FLOPs per token", lambda m: _count(m["ffn_flops_per_token"])),
         ("latency, ms", lambda m: _timing(m["latency_ms"], 2)),
         ("sequences per second", lambda m: _timing(m["throughput_per_s"], 0)),
     ]
@@ -221,7 +254,7 @@ def _timing(timing: dict[str, Any] | None, digits: int) -> str:
 def _table_note(results: dict[str, Any]) -> str:
     present = [name for name in _NAMES if any(model["name"] == name for model in results["models"])]
     note = "; ".join(f"{name}: {_NAMES[name]}" for name in present)
-    note = f"{note[:1].upper()}{note[1:]}." if note else ""
+    note = f"{_capital(note)}." if note else ""
     for key, name in (("latency_ms", "Latency"), ("throughput_per_s", "Throughput")):
         timing = next((model[key] for model in results["models"] if model[key]), None)
         if timing:

@@ -21,6 +21,7 @@ from rich.progress import (
 from rich.table import Table
 from transformers import TrainerCallback
 
+from moebert_kernels.compress.units import short_count
 from moebert_kernels.environment import Environment
 
 
@@ -122,7 +123,7 @@ def results_table(results: dict[str, Any]) -> Table:
             model["name"].replace(" before", "\n  before"),
             f"{model['quality'][main]:.3f}",
             *(
-                f"{model[key] / 1e6:,.1f} M"
+                short_count(model[key])
                 for key in ("parameters_stored", "parameters_used_per_token", "ffn_flops_per_token")
             ),
             _median(model["latency_ms"], 2),

@@ -77,7 +77,7 @@ def results(op="ffn", device_type="cpu", device="cpu", rows=()):
         settings={},
         environment=environment,
         ceilings={"bfloat16": Ceiling(1e12, 1e11)},
-        load_average=0.0,
+        busy_cpus=0.0,
         started="2026-01-02T03:04:05+00:00",
     )
     return Results(run, tuple(rows))
@@ -121,8 +121,8 @@ def test_a_measured_table_names_its_origin():
 
 def test_a_busy_machine_is_told():
     measured = results(rows=[row(OURS, 1.0)])
-    busy = replace(measured, run=replace(measured.run, load_average=3.2))
-    assert "**load 3.2 before the start**" in block("ffn-cpu", [busy])
+    busy = replace(measured, run=replace(measured.run, busy_cpus=1.2))
+    assert "**1.2 processors busy with other work at the start**" in block("ffn-cpu", [busy])
 
 
 def test_targets_are_met_by_the_right_figure_only():

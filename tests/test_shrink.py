@@ -1,4 +1,4 @@
-"""Dense encoders made smaller: the same numbers as the parts that were kept, and plain transformers models."""
+"""Dense encoders made smaller: the numbers of the parts that were kept, and plain transformers models."""
 
 from __future__ import annotations
 

@@ -188,12 +188,15 @@ def compress(
     training: DistillOptions,
     importance_rows: ScoredRows = 4096,
     compare: Annotated[
-        bool,
+        str,
         typer.Option(
-            "--compare/--no-compare",
-            help="Also split at random, distil and measure in the same way, for comparison; twice the time.",
+            metavar="NAMES",
+            help="Models of the same cost to make, distil and measure too, with commas between. random: the same "
+            "experts filled at random; narrow: dense, the most important neurons; layers: fewer layers.",
+            show_default="none",
         ),
-    ] = False,
+    ] = "",
+    seeds: Annotated[int, typer.Option(help="Seeds to make each model with, to give mean and spread.")] = 1,
     measure_length: Annotated[
         int | None,
         typer.Option(
@@ -215,7 +218,7 @@ def compress(
     from moebert_kernels.compress import pipeline, report
     from moebert_kernels.compress.terminal import StageBars, results_table
 
-    comparisons = ("random",) if compare else ()
+    comparisons = tuple(name.strip() for name in compare.split(",") if name.strip())
     settings = compress_settings(
         run,
         experts,
@@ -223,6 +226,7 @@ def compress(
         importance_rows=importance_rows,
         comparisons=comparisons,
         measure_length=measure_length,
+        seeds=seeds,
     )
     console = Console(highlight=False)
     with StageBars(console) as progress:

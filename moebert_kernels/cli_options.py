@@ -237,7 +237,12 @@ Teacher = Annotated[
 ]
 
 
-_OPTION_OF = {"num_experts": "--experts", "num_shared": "--shared", "learning_rate": "--lr"}
+_OPTION_OF = {
+    "num_experts": "--experts",
+    "num_shared": "--shared",
+    "learning_rate": "--lr",
+    "comparisons": "--compare",
+}
 
 
 def option_of(argument: str) -> str:

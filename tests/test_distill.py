@@ -129,7 +129,9 @@ def test_a_student_of_fewer_layers_learns_from_those_it_is_mapped_to(tmp_path, t
     batch = tokenizer.pad(rows.remove_columns("unused").to_list(), return_tensors="pt")
     batch.pop("labels")
     with torch.no_grad():
-        ours, theirs = (m.eval()(**batch, output_hidden_states=True).hidden_states for m in (student, teacher))
+        ours, theirs = (
+            m.eval()(**batch, output_hidden_states=True).hidden_states for m in (student, teacher)
+        )
     trainer = DistillationTrainer(
         student,
         teacher,

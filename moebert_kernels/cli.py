@@ -191,8 +191,8 @@ def compress(
         str,
         typer.Option(
             metavar="NAMES",
-            help="Models of the same cost to make, distil and measure too, with commas between. random: the same "
-            "experts filled at random; narrow: dense, the most important neurons; layers: fewer layers.",
+            help="Models of the same cost to make, distil and measure too, with commas between. random: the "
+            "same experts, filled at random; narrow: dense, the most important neurons; layers: fewer of them.",
             show_default="none",
         ),
     ] = "",

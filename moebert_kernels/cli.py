@@ -16,12 +16,14 @@ import typer
 from rich.console import Console
 
 from moebert_kernels.cli_options import (
+    Comparisons,
     DataOptions,
     DistillOptions,
     ExpertOptions,
     FinetuneOptions,
     RunOptions,
     ScoredRows,
+    Seeds,
     Teacher,
     compress_settings,
     expand_options,
@@ -187,16 +189,8 @@ def compress(
     experts: ExpertOptions,
     training: DistillOptions,
     importance_rows: ScoredRows = 4096,
-    compare: Annotated[
-        str,
-        typer.Option(
-            metavar="NAMES",
-            help="Models of the same cost to make, distil and measure too, with commas between. random: the "
-            "same experts, filled at random; narrow: dense, the most important neurons; layers: fewer of them.",
-            show_default="none",
-        ),
-    ] = "",
-    seeds: Annotated[int, typer.Option(help="Seeds to make each model with, to give mean and spread.")] = 1,
+    compare: Comparisons = "",
+    seeds: Seeds = 1,
     measure_length: Annotated[
         int | None,
         typer.Option(

@@ -218,6 +218,8 @@ def test_published_importance_converts(call, folder):
         (f"{COMPRESS} {TABLE} --experts 0", ["at least 1", "got 0"]),
         (f"{COMPRESS} {TABLE} --top-k 2", ["--top-k must be 1, got 2", "hash-random"]),
         (f"{COMPRESS} {TABLE} --epochs 0", ["--epochs must be more than 0"]),
+        (f"{COMPRESS} {TABLE} --compare narrow,best", ["--compare must be from random, narrow", "'best'"]),
+        (f"{COMPRESS} {TABLE} --seeds 0", ["--seeds must be at least 1, got 0"]),
         (f"{COMPRESS} {TABLE} --lr -1", ["--lr must be more than 0, got -1"]),
         (f"{COMPRESS} {TABLE} --measure-length 99", ["--measure-length is 99", "at most 16"]),
         (

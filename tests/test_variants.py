@@ -143,6 +143,15 @@ def test_more_seeds_and_comparisons_leave_what_was_made(finished, tmp_path):
     assert run(comparisons=("narrow",), seeds=2).isdisjoint(first - {"measure"})
 
 
+def test_a_narrow_model_has_as_many_neurons_as_a_token_meets(tmp_path):
+    """Two experts of 16 for every token cost what 32 dense neurons do."""
+    teacher = make_teacher(tmp_path / "teacher")
+    settings = replace(SETTINGS, epochs=0.1, routing="gate-token", top_k=2, comparisons=("narrow",))
+    compress(settings, make_data(), teacher, tmp_path / "out")
+    narrow = BertForSequenceClassification.from_pretrained(tmp_path / "out" / "work" / "narrow" / "distilled")
+    assert narrow.config.intermediate_size == 32
+
+
 def test_one_seed_is_its_own_mean():
     record = {"quality": {"accuracy": 0.1 + 0.2}, "parameters_stored": 5}
     assert over_seeds([record], [0]) is record

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -44,6 +45,8 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line of this process."""
+    # As Ctrl-C: what is being written is finished or removed, and the user is told how to go on.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     app()
 
 
@@ -175,7 +178,7 @@ def finetune(
             callbacks=[TrainingProgress("fine-tune", progress)],
         )
     scores = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-    typer.echo(f"{output}: {scores} on the validation rows")
+    typer.echo(f"{output}: {scores} on {len(rows.validation):,} validation rows")
 
 
 @_command("compress")

@@ -324,6 +324,18 @@ def test_ctrl_c_says_how_to_go_on(call, monkeypatch):
     assert result.stderr.strip() == "interrupted; run the same command again to go on"
 
 
+def test_being_terminated_is_like_ctrl_c():
+    """A scheduler or `timeout` sends SIGTERM, which ends a process without a word by default."""
+    script = (
+        "import os, signal, sys; from moebert_kernels import cli; from moebert_kernels.compress import demo; "
+        "demo.run_demo = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM); "
+        "sys.argv = ['moebert', 'demo']; cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == INTERRUPTED
+    assert done.stderr.strip() == "interrupted; run the same command again to go on"
+
+
 def test_a_defect_keeps_its_traceback(call, monkeypatch):
     """Only what a user can put right is said without one: a plain ValueError is ours."""
 

@@ -243,9 +243,29 @@ def test_held_out_rows_depend_on_the_seed_alone_and_leave_nothing_out(tmp_path):
     assert split(1) != (train, validation)
 
 
+def test_held_out_rows_have_each_label_in_its_due_share(tmp_path):
+    """Six rows held out of thirty good and thirty bad ones used to be five of one kind at times."""
+    table = write(tmp_path / "t.csv", "text,label\n" + "".join(f"row {i},{i % 3 == 0}\n" for i in range(60)))
+    for seed in range(5):
+        data = load_task("csv", table, csv=CsvOptions(validation_fraction=0.1, seed=seed))
+        assert sorted(data.validation["label"][:]) == [0, 0, 0, 0, 1, 1]
+
+
 @pytest.mark.parametrize(
     ("name", "text", "options", "message"),
     [
+        (
+            "t.csv",
+            "text,label\na,0.5\nb,1\nc,nan\n",
+            {},
+            "line 4: label 'nan' .* is not a number, though most are",
+        ),
+        (
+            "t.csv",
+            "text,label\n" + "".join(f"a,l{i}\n" for i in range(9)),
+            {},
+            "9 different labels in 9 rows",
+        ),
         ("t.csv", "text,label\na,1\nb\n", {}, r"t\.csv, line 3: 1 fields, expected 2"),
         ("t.csv", 'text,label\n"a\nb",1\nc,"2\n', {}, r"t\.csv, line 4: unexpected end of data"),
         ("t.csv", "text,text,label\na,b,1\nc,d,0\n", {}, "more than one column 'text'"),

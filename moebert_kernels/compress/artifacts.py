@@ -109,6 +109,11 @@ class Stage:
         record = self._read()
         return record is not None and record["done"] and all(path.exists() for path in self.outputs)
 
+    @property
+    def is_outdated(self) -> bool:
+        """Whether the record is of the stage done with other inputs."""
+        return self.record_path.exists() and self._read() is None
+
     def run(self, work: Callable[[], Any]) -> Any:
         """Return the recorded result if the stage is done; otherwise do `work` and record what it returns.
 

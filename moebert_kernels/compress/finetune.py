@@ -122,7 +122,7 @@ def finetune(
         trainer.remove_callback(PrinterCallback)  # the Trainer's stand-in for a bar that was switched off
         trainer.train(resume_from_checkpoint=last_checkpoint(room))
         found = evaluate(network, tokenized, tokenizer, batch_size=2 * batch_size)
-        save_encoder(network, tokenizer, output_dir)
+        save_encoder(network, tokenizer, output_dir, trained_on=data)
     return found
 
 

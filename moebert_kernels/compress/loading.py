@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from pathlib import Path
 
 import torch
@@ -14,10 +16,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from moebert_kernels.compress.artifacts import replace_whole
-from moebert_kernels.compress.tasks import auto_model_of
+from moebert_kernels.compress.artifacts import replace_whole, rows_fingerprint
+from moebert_kernels.compress.tasks import TaskData, auto_model_of
 from moebert_kernels.errors import ArgumentError, UserError
 from moebert_kernels.models import find_ffns, max_tokens
+
+_NOTES = "moebert_training.json"
 
 
 def default_device() -> torch.device:
@@ -131,11 +135,45 @@ def row_length(
     return asked
 
 
-def save_encoder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save a model and its tokenizer, whole or not at all; what was at `folder` is replaced."""
+def save_encoder(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    trained_on: TaskData | None = None,
+) -> None:
+    """Save a model and its tokenizer, whole or not at all; what was at `folder` is replaced.
+
+    Args:
+        model: goes there as transformers saves it.
+        tokenizer: too.
+        folder: made if need be.
+        trained_on: raw rows; noted beside the model for `warn_of_other_rows`.
+    """
     with replace_whole(folder) as fresh:
         model.save_pretrained(fresh)
         tokenizer.save_pretrained(fresh)
+        if trained_on is not None:
+            (fresh / _NOTES).write_text(json.dumps({"train_rows": rows_fingerprint(trained_on.train)}))
+
+
+def warn_of_other_rows(teacher_dir: Path, data: TaskData) -> None:
+    """Warn if a model that `save_encoder` made notes of was trained on other rows than those of `data`.
+
+    Rows held out by another draw are in part those that the teacher has learned by heart: its own score and
+    its student's would be too good.
+    """
+    try:
+        noted = json.loads((teacher_dir / _NOTES).read_text())["train_rows"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if noted != rows_fingerprint(data.train):
+        warnings.warn(
+            f"The training rows are not those {teacher_dir} was fine-tuned on. Unless that is meant, give "
+            "the same data, --split-seed and --validation-fraction: otherwise rows that the teacher was "
+            "trained on are among those held out, and scores are too good.",
+            stacklevel=2,
+        )
 
 
 def check_no_model(folder: Path) -> None:

@@ -15,6 +15,7 @@ its last checkpoint. In the output folder:
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import cached_property
@@ -46,6 +47,7 @@ from moebert_kernels.compress.loading import (
     load_model,
     load_teacher,
     save_encoder,
+    warn_of_other_rows,
 )
 from moebert_kernels.compress.measure import measure
 from moebert_kernels.compress.settings import CompressSettings, resolve
@@ -112,6 +114,7 @@ def compress(
     teacher_dir, output_dir = Path(teacher_dir), Path(output_dir)
     teacher, tokenizer = load_teacher(teacher_dir)
     settings = resolve(settings, teacher, tokenizer, data)
+    warn_of_other_rows(teacher_dir, data)
     data = match_labels(data, teacher.config)
     check_no_model(output_dir)
     with exclusive(output_dir):
@@ -171,6 +174,7 @@ class _Run:
         nn.Module.to(teacher, self.device)  # transformers' own `to` does not say what it takes
         self.timings: dict[str, float] = {}
         self.student_flops = 0
+        self.said_anew = False
 
         self.teacher_print = model_fingerprint(teacher_dir)
         answers = data.task.answers
@@ -367,6 +371,13 @@ class _Run:
         stage = Stage(record, fingerprint(__version__, made_from), outputs)
         if stage.is_done:
             report(0, 0)
+        elif stage.is_outdated and not self.said_anew:
+            self.said_anew = True
+            warnings.warn(
+                f"{self.output_dir} holds a run with other settings or data: what they change is made anew, "
+                "and replaced",
+                stacklevel=2,
+            )
         result = stage.run(reported_work)
         self.timings[name] = stage.seconds
         return result

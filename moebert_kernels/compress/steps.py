@@ -26,6 +26,7 @@ from moebert_kernels.compress.loading import (
     load_teacher,
     row_length,
     save_encoder,
+    warn_of_other_rows,
 )
 from moebert_kernels.compress.pipeline import Progress
 from moebert_kernels.compress.settings import CompressSettings, resolve
@@ -162,6 +163,7 @@ def distill_student(
     if not is_moe(student.config):
         raise UserError(f"the model in {student_dir} has no experts: make a MoE of it with `moebert adapt`")
     settings = resolve(settings, teacher, tokenizer, data)
+    warn_of_other_rows(teacher_dir, data)
     assert settings.learning_rate is not None
     assert settings.max_length is not None
     how = DistillSettings(

@@ -16,6 +16,7 @@ from moebert_kernels.compress.tasks.hub import HubName, as_table
 from moebert_kernels.compress.tasks.task import Task, TaskData
 from moebert_kernels.errors import UserError
 
+_FEW_ROWS = 8  # too few to tell classes from labels that are all different
 _KINDS = ("classification", "regression")
 
 
@@ -28,7 +29,7 @@ class CsvOptions:
         text_pair: column of a second text, or None.
         label: column of the label.
         validation_file: a second table with the same columns, or None to hold out part of the first.
-        validation_fraction: the part to hold out, drawn at random.
+        validation_fraction: the part to hold out, drawn at random, each label in its due share.
         kind: "classification" or "regression"; None to infer it: regression if all labels are numbers and
             not all of them whole.
         seed: of the draw.
@@ -60,12 +61,18 @@ def load_table(data: HubName | Path, options: CsvOptions) -> TaskData:
     if options.validation_file is None and not 0 < options.validation_fraction < 1:
         raise UserError(f"the validation fraction is {options.validation_fraction}, expected between 0 and 1")
     table, second = _read(data, options)
-    kind = options.kind or _infer_kind(table.column(options.label))
+    kind = options.kind or _infer_kind(table, options.label)
     label_ids = None
     if kind == "regression":
         task = Task("csv", kind, (), ("pearson", "spearman"), "pearson")
     else:
         label_names = _sorted_labels(table, options.label)
+        if options.kind is None and 2 * len(label_names) > len(table.rows) > _FEW_ROWS:
+            raise UserError(
+                f"{table.source} has {len(label_names)} different labels in {len(table.rows)} rows of column "
+                f"{options.label!r}: too many to be classes; name another label column, or say which kind of "
+                "label this is (--kind)"
+            )
         task = Task("csv", kind, label_names, ("accuracy", "macro_f1"), "accuracy")
         label_ids = {label: i for i, label in enumerate(label_names)}
 
@@ -78,8 +85,15 @@ def load_table(data: HubName | Path, options: CsvOptions) -> TaskData:
     if len(rows) < 2:
         raise UserError(f"{table.source} has one row, too few to hold any out for validation")
     held_out = min(max(round(len(rows) * options.validation_fraction), 1), len(rows) - 1)
-    order = np.random.default_rng(options.seed).permutation(len(rows))
-    return TaskData(task, rows.select(np.sort(order[held_out:])), rows.select(np.sort(order[:held_out])))
+    out = _spread_over_labels(rows["label"], held_out, options.seed)
+    return TaskData(task, rows.select(np.setdiff1d(np.arange(len(rows)), out)), rows.select(out))
+
+
+def _spread_over_labels(labels: Sequence[float], count: int, seed: int) -> np.ndarray:
+    """Draw `count` rows at random that have each label, or range of labels, in its due share."""
+    order = np.random.default_rng(seed).permutation(len(labels))
+    order = order[np.argsort(np.asarray(labels)[order], kind="stable")]
+    return np.sort(order[((np.arange(count) + 0.5) * len(labels) / count).astype(int)])
 
 
 def labelled_rows(
@@ -121,12 +135,21 @@ def _read(data: HubName | Path, options: CsvOptions) -> tuple[Table, Table | Non
     return as_table(found["train"], f"{data} (train)"), second
 
 
-def _infer_kind(labels: list[str]) -> str:
+def _infer_kind(table: Table, column: str) -> str:
+    labels = table.column(column)
     numbers = [_parse_number(label) for label in labels]
     known = [number for number in numbers if number is not None]
-    if len(known) < len(numbers) or all(number.is_integer() for number in known):
+    if all(number.is_integer() for number in known):
         return "classification"
-    return "regression"
+    if len(known) == len(numbers):
+        return "regression"
+    if 2 * len(known) > len(numbers):
+        row = numbers.index(None)
+        raise UserError(
+            f"{table.place(row)}: label {labels[row]!r} in column {column!r} is not a number, though most "
+            "are; mend it, or give --kind classification if they are names"
+        )
+    return "classification"
 
 
 def _sorted_labels(table: Table, column: str) -> tuple[str, ...]:

@@ -1,0 +1,36 @@
+"""Saved encoders and what is noted beside them; what commands refuse to load is in test_cli.py."""
+
+import warnings
+
+import pytest
+from test_pipeline import make_data, make_teacher
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from moebert_kernels.compress.loading import load_model, save_encoder, warn_of_other_rows
+
+
+@pytest.fixture
+def saved(tmp_path):
+    source = make_teacher(tmp_path / "source")
+    model = AutoModelForSequenceClassification.from_pretrained(source)
+    save_encoder(model, AutoTokenizer.from_pretrained(source), tmp_path / "saved", trained_on=make_data())
+    return tmp_path / "saved"
+
+
+def test_other_training_rows_than_the_teachers_are_warned_of(saved):
+    """Stops a student from being validated, without a word, on rows that its teacher was trained on."""
+    load_model(saved)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_other_rows(saved, make_data())
+    with pytest.warns(UserWarning, match="not those .*saved was fine-tuned on"):
+        warn_of_other_rows(saved, make_data(seed=1))
+
+
+@pytest.mark.parametrize("notes", [None, "", "[]", "{}"])
+def test_models_without_notes_are_taken_as_they_are(saved, notes):
+    path = saved / "moebert_training.json"
+    path.unlink() if notes is None else path.write_text(notes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_other_rows(saved, make_data(seed=1))

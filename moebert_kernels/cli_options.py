@@ -229,6 +229,20 @@ class RunOptions:
 
 
 ScoredRows = Annotated[int, _experts("--importance-rows", help="Training rows to take importance on.")]
+Comparisons = Annotated[
+    str,
+    typer.Option(
+        "--compare",
+        metavar="NAMES",
+        help="Models of the same cost to make, distil and measure too, with commas between. random: the same "
+        "experts, filled at random; narrow: dense, the most important neurons; layers: fewer layers.",
+        show_default="none",
+    ),
+]
+Seeds = Annotated[
+    int,
+    typer.Option("--seeds", help="How many seeds to make each model with, to give mean and spread."),
+]
 Teacher = Annotated[
     Path,
     typer.Option(
@@ -237,7 +251,12 @@ Teacher = Annotated[
 ]
 
 
-_OPTION_OF = {"num_experts": "--experts", "num_shared": "--shared", "learning_rate": "--lr"}
+_OPTION_OF = {
+    "num_experts": "--experts",
+    "num_shared": "--shared",
+    "learning_rate": "--lr",
+    "comparisons": "--compare",
+}
 
 
 def option_of(argument: str) -> str:

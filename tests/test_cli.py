@@ -88,7 +88,9 @@ def assert_user_error(result, *words):
 
 
 def test_compress_end_to_end(call, folder):
-    command = f"compress --teacher teacher {TABLE} --output out --epochs 1 --measure-length 8 --compare"
+    command = (
+        f"compress --teacher teacher {TABLE} --output out --epochs 1 --measure-length 8 --compare random"
+    )
     result = call(command)
     assert result.exit_code == 0, result.output + result.stderr
     for expected in ("student before distillation", "random split", "importance:", "distill student:"):
@@ -225,6 +227,8 @@ def test_published_importance_converts(call, folder):
         (f"{COMPRESS} {TABLE} --experts 0", ["at least 1", "got 0"]),
         (f"{COMPRESS} {TABLE} --top-k 2", ["--top-k must be 1, got 2", "hash-random"]),
         (f"{COMPRESS} {TABLE} --epochs 0", ["--epochs must be more than 0"]),
+        (f"{COMPRESS} {TABLE} --compare narrow,best", ["--compare must be from random, narrow", "'best'"]),
+        (f"{COMPRESS} {TABLE} --seeds 0", ["--seeds must be at least 1, got 0"]),
         (f"{COMPRESS} {TABLE} --lr -1", ["--lr must be more than 0, got -1"]),
         (f"{COMPRESS} {TABLE} --measure-length 99", ["--measure-length is 99", "at most 16"]),
         (

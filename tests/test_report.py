@@ -220,6 +220,46 @@ def test_layers_have_colours_that_can_be_told_apart():
     assert min(math.dist(a, b) for a, b in itertools.combinations(colours, 2)) > 75
 
 
+def of_equal_cost(results):
+    """The results of `--compare random,narrow,layers --seeds 3`."""
+    dense, narrow, fewer = results["models"][0], *(copy.deepcopy(results["models"][2]) for _ in range(2))
+    narrow |= {"name": "narrow FFN", "quality": {"accuracy": 0.858, "macro_f1": 0.85}}
+    fewer |= {
+        "name": "fewer layers",
+        "quality": {"accuracy": 0.841, "macro_f1": 0.83},
+        "kept_layers": [2, 4, 6],
+    }
+    results["models"] += [fewer | {"name": "fewer layers before distillation"}, narrow, fewer]
+    for entry in results["models"]:
+        entry["encoder_flops_per_token"] = 21_200_000 if entry is dense else 10_600_000
+        if "before" not in entry["name"] and entry is not dense:
+            entry["spread"] = {"accuracy": 0.004, "macro_f1": 0.005}
+            entry["seeds"] = [{"seed": seed, "quality": entry["quality"]} for seed in range(3)]
+    results["losses"] |= {name: results["losses"]["student"] for name in ("narrow FFN", "fewer layers")}
+    return results
+
+
+def test_models_of_equal_cost_stand_beside_the_student(results):
+    page = render_report(of_equal_cost(results))
+    text = words(page)
+    for expected in ("encoder FLOPs per token", "10.6 M", "0.858 ± 0.004", "0.841 ± 0.004", "0.862 ± 0.004"):
+        assert expected in text.replace("\N{NO-BREAK SPACE}", " ")
+    assert "neurons in every layer reaches 0.858 ± 0.004 and the teacher's layers 2, 4 and 6 alone" in text
+    assert "with 1.00 times the work, 0.841 ± 0.004" in text
+    assert "the mean over 3 seeds" in text
+    for colour in ("narrow", "layers"):
+        assert page.count(f"var(--{colour})") >= 3  # its point, its row, its definition is apart
+        assert page.count(f"--{colour}: #") == 3  # light, dark, print
+    alternatives = Reader(page).alternatives
+    assert "fewer layers 0.841 ± 0.004 at 392 sequences/s" in alternatives[0]
+    assert "fewer layers: total from 3.5 to 1.17" in alternatives[3]
+
+
+def test_a_single_layer_is_named_as_one(results):
+    of_equal_cost(results)["models"][-1]["kept_layers"] = [6]
+    assert "the teacher's layer 6 alone" in " ".join(summarize(results))
+
+
 def test_a_checkpoint_that_does_shrink_is_not_said_to_stay(results):
     for entry in results["models"][1:]:
         entry["parameters_stored"] = 15_000_000

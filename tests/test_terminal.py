@@ -138,6 +138,21 @@ def test_a_count_has_three_digits_and_its_unit(count, text):
     assert short_count(count) == text
 
 
+def test_results_table_of_several_seeds_and_of_fewer_layers(console):
+    found = results({"median": 6.523, "batch_size": 1})
+    found["models"].append(
+        found["models"][1] | {"name": "fewer layers", "kept_layers": [2, 4], "spread": {"macro_f1": 0.0123}}
+    )
+    for model in found["models"]:
+        model["encoder_flops_per_token"] = 10_616_832
+    console.print(results_table(found))
+    text = console.file.getvalue()
+    assert "0.500 ± 0.012" in text
+    assert "encoder" in text
+    assert "10.6 M" in text
+    assert max(len(line.rstrip()) for line in text.splitlines()) <= 80
+
+
 def test_results_table_without_measurements(console):
     console.print(results_table(results(None)))
     assert "ms" in console.file.getvalue()

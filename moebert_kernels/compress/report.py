@@ -22,6 +22,8 @@ _NAMES = {
     "teacher": "the dense model",
     "student": "the MoE, distilled",
     "random split": "the same MoE from a split at random, distilled",
+    "narrow FFN": "dense, with as many of the most important neurons as a token meets in the MoE, distilled",
+    "fewer layers": "the dense model with so many of its layers as cost what the MoE does, distilled",
 }
 
 
@@ -94,6 +96,9 @@ def summarize(results: dict[str, Any]) -> list[str]:
             text += f"start from {quality('random split before distillation'):.3f} and "
         text += f"end at {quality('random split'):.3f}."
     paragraphs.append(text)
+    comparison = _comparison(results)
+    if comparison:
+        paragraphs.append(comparison)
 
     error = _standard_error(metric, quality("student"), task["validation_rows"])
     if error is not None:
@@ -147,6 +152,35 @@ def _verdict(gains: dict[str, float]) -> str:
     )
 
 
+def _comparison(results: dict[str, Any]) -> str:
+    """What the models of the same cost reach, and over how many seeds all of this was taken."""
+    models = {model["name"]: model for model in results["models"]}
+    metric = results["task"]["main_metric"]
+    found = []
+    if "narrow FFN" in models:
+        quality = _quality(models["narrow FFN"], metric)
+        found.append(f"one dense network of the most important neurons in every layer reaches {quality}")
+    if "fewer layers" in models:
+        model = models["fewer layers"]
+        *kept, last = map(str, model["kept_layers"])
+        layers = f"layers {', '.join(kept)} and {last}" if kept else f"layer {last}"
+        share = model["encoder_flops_per_token"] / models["student"]["encoder_flops_per_token"]
+        quality = _quality(model, metric)
+        found.append(f"the teacher's {layers} alone, with {share:.2f} times the work, {quality}")
+    text = (
+        f"Distilled in the same way and at about the cost of the MoE, {' and '.join(found)}. "
+        if found
+        else ""
+    )
+    seeds = len(models["student"].get("seeds", ()))
+    if seeds:
+        text += (
+            f"Quality is the mean over {seeds} seeds, \N{PLUS-MINUS SIGN} their sample standard deviation; "
+        )
+        text += "what is not drawn or trained has one value."
+    return text.strip()
+
+
 def _storage_sentence(teacher: dict[str, Any], student: dict[str, Any]) -> str:
     stored, before = student["parameters_stored"], teacher["parameters_stored"]
     text = "The checkpoint does not shrink: " if stored > 0.95 * before else ""
@@ -183,7 +217,7 @@ def _tiles(results: dict[str, Any]) -> str:
     tiles = [
         (
             metric.replace("_", " ").capitalize(),
-            f"{student['quality'][metric]:.3f}",
+            _quality(student, metric),
             f"teacher {teacher['quality'][metric]:.3f}",
         ),
         (
@@ -213,11 +247,15 @@ def _tiles(results: dict[str, Any]) -> str:
 def _models_table(results: dict[str, Any]) -> str:
     main = results["task"]["main_metric"]
     others = sorted({name for model in results["models"] for name in model["quality"]} - {main})
+    encoder: list[tuple[str, Callable[[dict[str, Any]], str]]] = []
+    if all("encoder_flops_per_token" in model for model in results["models"]):
+        encoder = [("encoder FLOPs per token", lambda m: _count(m["encoder_flops_per_token"]))]
     columns: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
         *((name.replace("_", " "), lambda m, name=name: _quality(m, name)) for name in (main, *others)),
         ("parameters stored", lambda m: _count(m["parameters_stored"])),
         ("used per token", lambda m: _count(m["parameters_used_per_token"])),
         ("FFN FLOPs per token", lambda m: _count(m["ffn_flops_per_token"])),
+        *encoder,
         ("latency, ms", lambda m: _timing(m["latency_ms"], 2)),
         ("sequences per second", lambda m: _timing(m["throughput_per_s"], 0)),
     ]
@@ -233,7 +271,7 @@ def _models_table(results: dict[str, Any]) -> str:
 
 
 def _dot(name: str) -> str:
-    kind = next((kind for kind in ("teacher", "student", "random") if name.startswith(kind)), "muted")
+    kind = plots.model_colour(name)
     fill = "transparent" if name.endswith("before distillation") else f"var(--{kind})"
     return (
         f'<span class="dot" aria-hidden="true" style="border-color:var(--{kind});background:{fill}"></span>'
@@ -241,7 +279,10 @@ def _dot(name: str) -> str:
 
 
 def _quality(model: dict[str, Any], metric: str) -> str:
-    return f"{model['quality'][metric]:.3f}" if metric in model["quality"] else "–"
+    if metric not in model["quality"]:
+        return "–"
+    spread = f" \N{PLUS-MINUS SIGN} {model['spread'][metric]:.3f}" if "spread" in model else ""
+    return f"{model['quality'][metric]:.3f}{spread}"
 
 
 def _timing(timing: dict[str, Any] | None, digits: int) -> str:
@@ -260,7 +301,7 @@ def _table_note(results: dict[str, Any]) -> str:
         if timing:
             note += f" {name}: batch {timing['batch_size']} of {timing['sequence_length']} tokens, "
             note += "median, and below it the middle four fifths of the measurements."
-    return note + " A FLOP is a multiplication or an addition, biases not counted."
+    return note + " A FLOP is a multiplication or an addition, biases and attention scores not counted."
 
 
 def _figures(results: dict[str, Any]) -> Iterable[str]:
@@ -269,7 +310,7 @@ def _figures(results: dict[str, Any]) -> Iterable[str]:
     svg = plots.plot_quality_against_speed(results["models"], metric)
     if svg:
         points = "; ".join(
-            f"{m['name']} {m['quality'][metric]:.3f} at {m['throughput_per_s']['median']:.0f} sequences/s"
+            f"{m['name']} {_quality(m, metric)} at {m['throughput_per_s']['median']:.0f} sequences/s"
             for m in models
         )
         yield _figure(

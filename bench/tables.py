@@ -173,7 +173,7 @@ def rich_table(content: Table) -> RichTable:
     """For the terminal."""
     drawn = RichTable(title=content.title, caption="\n".join(content.notes) or None, title_justify="left")
     drawn.caption_justify = "left"
-    drawn.add_column("")
+    drawn.add_column("", min_width=12)
     for column in content.columns:
         drawn.add_column(column, justify="right", no_wrap=True)
     for line in content.lines:

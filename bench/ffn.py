@@ -30,6 +30,8 @@ from .verify import check_close
 
 OURS = "moebert_kernels"
 DENSE, BOUND = "dense FFN replaced", "bound: one expert"
+# torch's LayerNorm on the CPU sums its parameters' bfloat16 gradients in bfloat16: 16 % off at 16384 tokens.
+_NORM_SLACK = 3.0
 
 
 def cases(request: Request, device_type: str) -> list[FFNCase]:
@@ -142,8 +144,11 @@ def check(
             return [tensor[first_T == e] for e in range(inputs.case.E)]
         return list(tensor) if kind == "experts" else [tensor]
 
-    sums = ("dw1", "db1", "dw2", "db2", "dln_w", "dln_b")
-    return check_close(outputs, expected, inputs.x_TD.dtype, parts, sums=sums)
+    norms = {name: expected[name] for name in expected if name in ("dln_w", "dln_b")}
+    others = {name: expected[name] for name in expected if name not in norms}
+    dtype, sums = inputs.x_TD.dtype, ("dw1", "db1", "dw2", "db2", *norms)
+    errors = check_close(outputs, others, dtype, parts, sums=sums)
+    return errors | check_close(outputs, norms, dtype, parts, sums=sums, slack=_NORM_SLACK)
 
 
 def work(inputs: FFNInputs, pass_: str, kind: str) -> Work:

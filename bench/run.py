@@ -100,10 +100,11 @@ def _recorded(item: Any) -> dict[str, Any]:
 def pin_threads(threads: int | None) -> tuple[int, ...]:
     """Confine the process to as many processors as torch has threads, and return them.
 
-    Which thread runs on which of them is settled by OMP_PROC_BIND, which `cpu.sh` sets: it is read when
-    torch is loaded.
+    Where OMP_PROC_BIND is set, as `cpu.sh` does, OpenMP has done so when torch was loaded, each thread on a
+    processor of its own; this thread's mask then holds no more than one, and says nothing of the others.
     """
-    if not hasattr(os, "sched_setaffinity"):
+    bound = os.environ.get("OMP_PROC_BIND", "false").lower() != "false"
+    if bound or not hasattr(os, "sched_setaffinity"):
         torch.set_num_threads(threads or torch.get_num_threads())
         return ()
     cpus = sorted(os.sched_getaffinity(0))

@@ -229,11 +229,22 @@ def test_files_of_another_format_are_refused(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processors cannot be chosen here")
-def test_threads_are_pinned_to_as_many_processors():
+def test_threads_are_pinned_to_as_many_processors(monkeypatch):
+    monkeypatch.delenv("OMP_PROC_BIND", raising=False)
     cpus = pin_threads(1)
     assert len(cpus) == 1
     assert set(cpus) == os.sched_getaffinity(0)
     assert torch.get_num_threads() == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processors cannot be chosen here")
+def test_threads_that_openmp_has_bound_are_all_used(monkeypatch):
+    """Every figure of cpu.sh was of one thread: OpenMP leaves the main thread's mask a single processor."""
+    monkeypatch.setenv("OMP_PROC_BIND", "true")
+    torch.set_num_threads(2)
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    assert pin_threads(None) == ()
+    assert torch.get_num_threads() == 2
 
 
 def test_cold_copies_exceed_the_cache_and_stay_bounded():

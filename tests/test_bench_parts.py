@@ -142,6 +142,9 @@ def test_sums_of_torchs_layernorm_over_many_tokens_are_imprecise_not_wrong():
     assert FFN.check({"dln_w": expected["dln_w"] * 1.16}, expected, inputs, "dense")["dln_w"] > 0.15
     with pytest.raises(DidNotRun, match="wrong: dln_w"):
         FFN.check({"dln_w": -expected["dln_w"]}, expected, inputs, "dense")
+    experts = {"dln_w": torch.ones(2, 1000, dtype=torch.float64)}
+    with pytest.raises(DidNotRun, match="wrong: dln_w"):
+        FFN.check({"dln_w": experts["dln_w"] * 1.16}, experts, inputs, "experts")
 
 
 def test_only_experts_with_tokens_count_as_read():

@@ -7,6 +7,7 @@ each of them does the obvious thing at once.
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import traceback
@@ -76,6 +77,7 @@ def join() -> None:
         torch.cuda.set_device(local_index())
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=_PATIENCE)
+    atexit.register(_leave)  # the group's threads, still running, would abort the interpreter
 
 
 def on_main(work: Callable[[], Result]) -> Result:
@@ -177,13 +179,12 @@ def one_voice() -> Iterator[None]:
         except Exception:
             say_once(traceback.print_exc)
             raise SystemExit(1) from None
-    dist.destroy_process_group()
 
 
 def say_once(say: Callable[[], None] | None) -> None:
     """Let the first process that fails say why, and the others, failing alike or in consequence, be silent.
 
-    Returns when it has been said: a process that ended before would have the launcher end the one that speaks.
+    Returns when it has been said: when any process ends, the launcher ends the others, in mid-sentence too.
 
     Args:
         say: prints the reason; None if another process knows it.
@@ -201,3 +202,8 @@ def say_once(say: Callable[[], None] | None) -> None:
             store.wait(["moebert/said"], timedelta(seconds=10))
     except RuntimeError:  # the store has gone with the process that held it, and that one has spoken
         return
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -26,6 +26,12 @@ ROUTINGS = (
 TIMED_ROUTINGS = ("balanced", "zipf", "skewed")
 TIMED_TOKENS = (64, 512, 4096, 16384, 65536)
 
+# Sizes by name: the encoders that the layer is measured in, each with experts a quarter of the dense network.
+SHAPES = {
+    "bert-base": {"D": 768, "F": 768, "E": 4, "L": 12, "head_size": 64},
+    "minilm": {"D": 384, "F": 384, "E": 4, "L": 6, "head_size": 32},
+}
+
 
 @dataclass(frozen=True)
 class Case:
@@ -70,7 +76,11 @@ class DispatchCase:
 
 @dataclass(frozen=True)
 class ModelCase:
-    """One pass of an encoder over a batch of full sequences; the dense network replaced has E*F neurons."""
+    """One pass of an encoder over a batch; the dense network replaced has E*F neurons.
+
+    The sequences are full, or those of a batch of `text`: a file's name; `tokenizer` made its tokens, `real`
+    of the T tokens are no padding.
+    """
 
     T: int
     sequence: int = 128
@@ -79,7 +89,11 @@ class ModelCase:
     E: int = 4
     L: int = 12
     V: int = 30522
+    head_size: int = 64
     dtype: str = "float32"
+    text: str | None = None
+    tokenizer: str | None = None
+    real: int | None = None
 
     @property
     def batch(self) -> int:
@@ -96,6 +110,7 @@ class ImportanceCase:
     F: int = 3072
     L: int = 12
     V: int = 30522
+    head_size: int = 64
     dtype: str = "float32"
 
     @property
@@ -105,7 +120,11 @@ class ImportanceCase:
 
 @dataclass(frozen=True)
 class Request:
-    """Shapes that were asked for; None where the benchmark's own choice for the device stands."""
+    """Shapes that were asked for; None where the benchmark's own choice for the device stands.
+
+    `shapes` are names in `SHAPES`, over which single sizes go; `norm` is whether the ffn is timed with its
+    residual and LayerNorm; `text` is a file of sentences, for the model benchmark.
+    """
 
     T: tuple[int, ...] | None = None
     D: int | None = None
@@ -117,10 +136,19 @@ class Request:
     sequence: int | None = None
     dtypes: tuple[str, ...] | None = None
     routings: tuple[str, ...] | None = None
+    shapes: tuple[str, ...] | None = None
+    norm: bool | None = None
+    text: str | None = None
 
     def given(self, *names: str) -> dict[str, Any]:
         """The named sizes that were asked for, to put over a case's defaults."""
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+        return {name: value for name in names if (value := getattr(self, name, None)) is not None}
+
+    def sizes(self, *names: str) -> list[dict[str, Any]]:
+        """`given`, over the sizes of each shape by name."""
+        shapes: list[dict[str, int]] = [SHAPES[shape] for shape in self.shapes or ()] or [{}]
+        named = [{name: shape[name] for name in names if name in shape} for shape in shapes]
+        return [sizes | self.given(*names) for sizes in named]
 
     def over(self, other: Request) -> Request:
         """This request, completed by another where it says nothing."""

@@ -69,6 +69,25 @@ def measure(
             help="Routings of ffn: balanced, zipf, skewed (one expert has 70 %).", rich_help_panel=_SHAPES
         ),
     ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(help="Sizes by name (ffn, model): bert-base, minilm.", rich_help_panel=_SHAPES),
+    ] = None,
+    norm: Annotated[
+        bool,
+        typer.Option(
+            "--norm",
+            help="The form that encoders use: residual and each expert's LayerNorm (ffn).",
+            rich_help_panel=_SHAPES,
+        ),
+    ] = False,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            help="Sentences, a line each or a .tsv's column: a padded batch of 32 (model).",
+            rich_help_panel=_SHAPES,
+        ),
+    ] = None,
     toy: Annotated[bool, typer.Option("--toy", help="Tiny shapes: does everything run?")] = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if there is one.")] = None,
     threads: Annotated[
@@ -109,7 +128,7 @@ def measure(
     import torch
 
     from . import ceilings
-    from .cases import DTYPES, TIMED_ROUTINGS, TOY, Request
+    from .cases import DTYPES, SHAPES, TIMED_ROUTINGS, TOY, Request
     from .run import Settings
     from .suite import OPS, run_benchmarks
     from .timing import CACHES, LAUNCHES
@@ -124,6 +143,9 @@ def measure(
         sequence=sequence,
         dtypes=_among("--dtype", _words(dtype), tuple(DTYPES)),
         routings=_among("--skew", _words(skew), TIMED_ROUTINGS),
+        shapes=_among("--shape", _words(shape), tuple(SHAPES)),
+        norm=norm or None,
+        text=None if text is None else str(text),
     )
     settings = Settings(
         request=asked.over(TOY) if toy else asked,

@@ -38,7 +38,7 @@ def bert_sizes(case: Any, width: int) -> dict[str, Any]:
         "vocab_size": case.V,
         "hidden_size": case.D,
         "num_hidden_layers": case.L,
-        "num_attention_heads": max(1, case.D // 64),
+        "num_attention_heads": max(1, case.D // case.head_size),
         "intermediate_size": width,
         "max_position_embeddings": max(512, case.sequence),
     }

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from moebert_kernels import RoutingPlan, moe_ffn
 
 from .baselines import authors, dense, scattermoe, torch_gemms, triton_kernels
-from .baselines.implementation import PASSES, FFNInputs, Implementation, Make, bind, weights_of
+from .baselines.implementation import (
+    NORM_EPS,
+    PASSES,
+    FFNInputs,
+    Implementation,
+    Make,
+    bind,
+    norm_of,
+    weights_of,
+    with_norm,
+)
 from .baselines.transformers_experts import implementations
 from .cases import DTYPES, TIMED_ROUTINGS, TIMED_TOKENS, FFNCase, Request, cpu_dtypes, expert_ids, tensors
 from .reference import specification
@@ -27,15 +37,15 @@ def cases(request: Request, device_type: str) -> list[FFNCase]:
     gpu = device_type == "cuda"
     tokens = request.T or (TIMED_TOKENS if gpu else (64, 512, 2048))
     dtypes = request.dtypes or (("bfloat16",) if gpu else cpu_dtypes())
-    base = FFNCase(0, **request.given("D", "F", "E", "K"))
+    middle = tokens[len(tokens) // 2 :][:2] if gpu else tokens[len(tokens) // 2 :][:1]
     chosen = []
-    for dtype in dtypes:
-        for routing in request.routings or TIMED_ROUTINGS:
-            skewed = routing != "balanced" and request.T is None
-            middle = tokens[len(tokens) // 2 :][:2] if gpu else tokens[len(tokens) // 2 :][:1]
-            for count in middle if skewed else tokens:
-                chosen.append(replace(base, T=count, dtype=dtype, routing=routing))
-    return chosen
+    for sizes in request.sizes("D", "F", "E", "K", "norm"):
+        for dtype in dtypes:
+            for routing in request.routings or TIMED_ROUTINGS:
+                skewed = routing != "balanced" and request.T is None
+                for count in middle if skewed else tokens:
+                    chosen.append(FFNCase(count, **sizes, dtype=dtype, routing=routing))
+    return list(dict.fromkeys(chosen))
 
 
 def make_inputs(case: FFNCase, device: torch.device, seed: int) -> FFNInputs:
@@ -52,20 +62,24 @@ def make_inputs(case: FFNCase, device: torch.device, seed: int) -> FFNInputs:
         b2_ED=made["b2"],
         expert_ids_TK=expert_ids(case, seed=seed).to(device),
         gate_TK=torch.full((case.T, case.K), 1 / case.K, device=device, dtype=dtype),
+        ln_w_ED=made.get("ln_w"),
+        ln_b_ED=made.get("ln_b"),
     )
 
 
 def ours(inputs: FFNInputs) -> Implementation:
     """`moe_ffn` with the plan of `RoutingPlan.from_expert_ids`."""
-    leaves = weights_of(inputs)
+    leaves, norm = weights_of(inputs), norm_of(inputs)
+    scale_and_shift = (norm["ln_w"], norm["ln_b"]) if norm else None
 
     def dispatch() -> RoutingPlan:
         return RoutingPlan.from_expert_ids(inputs.expert_ids_TK, inputs.case.E)
 
     def compute(x_TD: Tensor, plan: RoutingPlan) -> Tensor:
-        return moe_ffn(x_TD, plan, leaves["w1"], leaves["b1"], leaves["w2"], leaves["b2"])
+        weights = (leaves["w1"], leaves["b1"], leaves["w2"], leaves["b2"])
+        return moe_ffn(x_TD, plan, *weights, norm=scale_and_shift, norm_eps=NORM_EPS)
 
-    return Implementation(dict(leaves), dispatch, compute)
+    return Implementation({**leaves, **norm}, dispatch, compute)
 
 
 def entries(peer_path: str | None) -> list[Entry]:
@@ -74,17 +88,20 @@ def entries(peer_path: str | None) -> list[Entry]:
     def entry(name: str, make: Make, **options) -> Entry:
         return Entry(name, functools.partial(bind, make), **options)
 
+    def peer(name: str, make: Make, **options) -> Entry:
+        return entry(name, with_norm(make), **options)
+
     return [
         entry(OURS, ours),
         entry(DENSE, dense.replaced, work="dense"),
         entry(BOUND, dense.bound, work="bound"),
         entry("authors' loop", authors.authors_loop, dispatch="inside"),
-        entry("GEMM per expert", torch_gemms.expert_gemms),
-        entry("F.grouped_mm", torch_gemms.grouped_mm),
-        *(entry(name, make, dispatch="inside") for name, make in implementations().items()),
-        entry("masked dense", dense.masked, restore=dense.restore_masked),
-        entry("triton_kernels", functools.partial(triton_kernels.triton_kernels, peer_path=peer_path)),
-        entry("scattermoe", functools.partial(scattermoe.scattermoe, peer_path=peer_path)),
+        peer("GEMM per expert", torch_gemms.expert_gemms),
+        peer("F.grouped_mm", torch_gemms.grouped_mm),
+        *(peer(name, make, dispatch="inside") for name, make in implementations().items()),
+        peer("masked dense", dense.masked, restore=dense.restore_masked),
+        peer("triton_kernels", functools.partial(triton_kernels.triton_kernels, peer_path=peer_path)),
+        peer("scattermoe", functools.partial(scattermoe.scattermoe, peer_path=peer_path)),
     ]
 
 
@@ -92,21 +109,25 @@ def reference(inputs: FFNInputs, pass_: str, kind: str) -> dict[str, Tensor]:
     """The pass in float64 by `python_ref`."""
     ref = specification("ffn")
     if kind == "experts":
-        leaves = weights_of(inputs)
+        leaves = weights_of(inputs) | norm_of(inputs)
     else:
         made = dense.replaced(inputs) if kind == "dense" else dense.bound(inputs)
         leaves = {name: leaf for name, leaf in made.parameters.items() if isinstance(leaf, Tensor)}
     leaves = {name: leaf.double().requires_grad_() for name, leaf in leaves.items()}
     x_TD = inputs.x_TD.double().requires_grad_()
     weights = (leaves["w1"], leaves["b1"], leaves["w2"], leaves["b2"])
+    ln_w, ln_b = leaves.get("ln_w"), leaves.get("ln_b")
     if kind == "experts":
-        y_TD = ref.moe_ffn(x_TD, inputs.expert_ids_TK, *weights)
+        norm = {"ln_w_ED": ln_w, "ln_b_ED": ln_b, "ln_eps": NORM_EPS}
+        y_TD = ref.moe_ffn(x_TD, inputs.expert_ids_TK, *weights, **norm)
     else:
         y_TD = ref.dense_ffn(x_TD, *weights)
+        if ln_w is not None:
+            y_TD = functional.layer_norm(y_TD + x_TD, x_TD.shape[1:], ln_w, ln_b, NORM_EPS)
     outputs = {"y": y_TD.detach()}
     if pass_.endswith("backward"):
-        grads = torch.autograd.grad(y_TD, [x_TD, *weights], inputs.dy_TD.double())
-        outputs |= dict(zip(("dx", "dw1", "db1", "dw2", "db2"), grads, strict=True))
+        grads = torch.autograd.grad(y_TD, [x_TD, *leaves.values()], inputs.dy_TD.double())
+        outputs |= dict(zip(("dx", *(f"d{name}" for name in leaves)), grads, strict=True))
     return outputs
 
 
@@ -121,14 +142,15 @@ def check(
             return [tensor[first_T == e] for e in range(inputs.case.E)]
         return list(tensor) if kind == "experts" else [tensor]
 
-    return check_close(outputs, expected, inputs.x_TD.dtype, parts, sums=("dw1", "db1", "dw2", "db2"))
+    sums = ("dw1", "db1", "dw2", "db2", "dln_w", "dln_b")
+    return check_close(outputs, expected, inputs.x_TD.dtype, parts, sums=sums)
 
 
 def work(inputs: FFNInputs, pass_: str, kind: str) -> Work:
     """Multiply-adds of the two projections, three times as many with backward; weights and rows moved once.
 
     Forward: the weights of the experts that have tokens, x and y. With backward: these weights again, their
-    gradients, and dy, x and dx beside the pre-activations written and read.
+    gradients, and dy, x and dx beside the pre-activations written and read; with a norm its input as well.
     """
     case, size = inputs.case, inputs.x_TD.element_size()
     T, D, F, K = case.T, case.D, case.F, case.K
@@ -137,9 +159,10 @@ def work(inputs: FFNInputs, pass_: str, kind: str) -> Work:
     else:
         networks, neurons = 1, (case.E if kind == "dense" else K) * F
     width = F if kind == "experts" else neurons
-    weights = networks * (2 * width * D + width + D) * size
+    weights = networks * (2 * width * D + width + (3 * D if case.norm else D)) * size
     if pass_.endswith("backward"):
-        return Work(12 * T * neurons * D, 3 * weights + T * (5 * D + 2 * neurons) * size)
+        normed = 2 * D * (K if kind == "experts" else 1) if case.norm else 0
+        return Work(12 * T * neurons * D, 3 * weights + T * (5 * D + 2 * neurons + normed) * size)
     return Work(4 * T * neurons * D, weights + 2 * T * D * size)
 
 

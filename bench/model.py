@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,45 +14,82 @@ from torch import Tensor
 from .cases import DTYPES, ModelCase, Request, cpu_dtypes, token_ids
 from .encoders import build, with_authors_dispatch, with_reference_experts
 from .registry import Entry, Op, Outputs, Thunk, Work
+from .text import read_batch
 from .verify import check_close
 
 OURS = "moebert_kernels"
 DENSE, BOUND = "dense BERT", "bound: dense FFN of one expert"
+_CPU_BATCHES = ((1, 32), (8, 128), (32, 128))
 _WORKS = {"dense": DENSE, "bound": BOUND, "half": "DistilBERT shape: half the layers"}
 
 
 @dataclass(frozen=True, eq=False)
 class ModelInputs:
-    """A batch of full sequences.
+    """A batch.
 
     Attributes:
         case: the sizes.
         ids_BS: token ids.
+        mask_BS: int64, 0 for padding; None where there is none.
         dy_BSD: gradient at the last hidden state.
         models: encoders by work, built when first asked for.
     """
 
     case: ModelCase
     ids_BS: Tensor
+    mask_BS: Tensor | None
     dy_BSD: Tensor
     models: dict[str, Any]
 
 
 def cases(request: Request, device_type: str) -> list[ModelCase]:
-    """One sequence, and a batch; more of them on a GPU."""
+    """A short sequence and batches, larger ones on a GPU; then the text's padded one, if there is any."""
     gpu = device_type == "cuda"
-    base = ModelCase(0, **request.given("sequence", "D", "F", "E", "L", "V"))
-    tokens = request.T or tuple(base.sequence * batch for batch in ((8, 32, 128) if gpu else (1, 8)))
     dtypes = request.dtypes or (("bfloat16",) if gpu else cpu_dtypes())
-    return [replace(base, T=count, dtype=dtype) for dtype in dtypes for count in tokens]
+    chosen = []
+    for sizes in request.sizes("D", "F", "E", "L", "V", "head_size"):
+        for dtype in dtypes:
+            chosen += [
+                ModelCase(count, sequence, **sizes, dtype=dtype) for count, sequence in _batches(request, gpu)
+            ]
+            if request.text is not None:
+                chosen.append(_text_case(request.text, sizes, dtype))
+    return list(dict.fromkeys(chosen))
+
+
+def _batches(request: Request, gpu: bool) -> list[tuple[int, int]]:
+    """Tokens and sequence lengths."""
+    if request.T is None and request.sequence is None and not gpu:
+        return [(batch * sequence, sequence) for batch, sequence in _CPU_BATCHES]
+    sequence = request.sequence or 128
+    return [(count, sequence) for count in request.T or [sequence * batch for batch in (8, 32, 128)]]
+
+
+def _text_case(path: str, sizes: dict[str, Any], dtype: str) -> ModelCase:
+    batch = read_batch(path, ModelCase(0, **sizes).V)
+    count, real = batch.mask_BS.numel(), int(batch.mask_BS.sum())
+    return ModelCase(
+        count,
+        batch.mask_BS.shape[1],
+        **sizes,
+        dtype=dtype,
+        text=path,
+        tokenizer=batch.tokenizer,
+        real=real,
+    )
 
 
 def make_inputs(case: ModelCase, device: torch.device, seed: int) -> ModelInputs:
-    """Zipf's token ids; no padding, which only MoEBERT skips."""
-    ids_BS = token_ids(case.batch, case.sequence, case.V, seed).to(device)
+    """The text's tokens, or without one full sequences of Zipf's token ids."""
     generator = torch.Generator().manual_seed(seed)
     dy_BSD = torch.randn(case.batch, case.sequence, case.D, generator=generator)
-    return ModelInputs(case, ids_BS, dy_BSD.to(device, DTYPES[case.dtype]), {})
+    if case.text is None:
+        ids_BS, mask_BS = token_ids(case.batch, case.sequence, case.V, seed), None
+    else:
+        batch = read_batch(case.text, case.V)
+        ids_BS, mask_BS = batch.ids_BS, batch.mask_BS.to(device)
+        dy_BSD *= batch.mask_BS.unsqueeze(2)
+    return ModelInputs(case, ids_BS.to(device), mask_BS, dy_BSD.to(device, DTYPES[case.dtype]), {})
 
 
 def _model(inputs: ModelInputs, kind: str) -> Any:
@@ -71,13 +108,16 @@ def _bind(kind: str, change: Callable[[Any], Any] | None, inputs: ModelInputs, p
 
 def _passes(model: Any, inputs: ModelInputs, pass_: str) -> Thunk:
     dy_BSD = inputs.dy_BSD.to(next(model.parameters()).dtype)
+    batch = {"input_ids": inputs.ids_BS}
+    if inputs.mask_BS is not None:
+        batch["attention_mask"] = inputs.mask_BS
 
     @torch.no_grad()
     def forward() -> Outputs:
-        return {"y": model(input_ids=inputs.ids_BS).last_hidden_state}
+        return {"y": model(**batch).last_hidden_state}
 
     def forward_backward() -> Outputs:
-        y_BSD = model(input_ids=inputs.ids_BS).last_hidden_state
+        y_BSD = model(**batch).last_hidden_state
         names, parameters = zip(*model.named_parameters(), strict=True)
         grads = torch.autograd.grad(y_BSD, parameters, dy_BSD, allow_unused=True)
         return {
@@ -112,22 +152,32 @@ def reference(inputs: ModelInputs, pass_: str, kind: str) -> dict[str, Tensor]:
 def check(
     outputs: dict[str, Tensor], expected: dict[str, Tensor], inputs: ModelInputs, kind: str
 ) -> dict[str, float]:
-    """Every layer adds its rounding: the limits are those of one layer times their number."""
+    """Every layer adds its rounding: the limits are those of one layer times their number.
+
+    What becomes of padding is nobody's concern.
+    """
+    if inputs.mask_BS is not None:
+        real_BS = inputs.mask_BS.bool()
+        outputs, expected = ({**named, "y": named["y"][real_BS]} for named in (outputs, expected))
     return check_close(outputs, expected, DTYPES[inputs.case.dtype], sums=("dword",), slack=inputs.case.L)
 
 
 def work(inputs: ModelInputs, pass_: str, kind: str) -> Work:
-    """Multiply-adds of projections and attention, three times as many with backward; parameters read once."""
+    """Multiply-adds of projections and attention, three times as many with backward; parameters read once.
+
+    The experts need not compute padding; dense networks, as transformers has them, do.
+    """
     case = inputs.case
     layers = max(1, case.L // 2) if kind == "half" else case.L
     neurons = case.E * case.F if kind in ("dense", "half") else case.F
-    per_token = layers * (4 * case.D**2 + 2 * case.D * neurons + 2 * case.sequence * case.D)
     tokens = case.batch * case.sequence
+    routed = case.real if kind == "experts" and case.real is not None else tokens
+    mults = tokens * (4 * case.D**2 + 2 * case.sequence * case.D) + routed * 2 * case.D * neurons
     networks = case.E if kind == "experts" else 1
     parameters = layers * (4 * case.D**2 + 2 * case.D * neurons * networks)
     passes = 3 if pass_.endswith("backward") else 1
     moved = parameters + 2 * tokens * case.D * layers
-    return Work(2 * per_token * tokens * passes, moved * passes * DTYPES[case.dtype].itemsize)
+    return Work(2 * layers * mults * passes, moved * passes * DTYPES[case.dtype].itemsize)
 
 
 def footprint(inputs: ModelInputs) -> int:

@@ -13,7 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from .cases import FFNCase
-from .results import Results, Row, read_folder
+from .ratios import RATIO_LEGEND, networks, ratio_tables
+from .results import BUSY, Results, Row, read_folder, subject
 from .suite import OPS
 from .tables import LEGEND, Group, grouped, markdown, table
 from .targets import TARGETS, Target
@@ -21,6 +22,8 @@ from .targets import TARGETS, Target
 NOT_MEASURED = "not measured yet"
 _BLOCK = re.compile(r"(<!-- bench:(?P<name>[a-z-]+):begin -->\n).*?(<!-- bench:(?P=name):end -->)", re.DOTALL)
 _MARKER = re.compile(r"<!-- bench:([a-z-]+):(?:begin|end) -->")
+_SUBJECTS = (*OPS, "ffn-norm")
+_BY_RATIO = ("ffn-norm", "model")  # more cases than entries: a line for each
 _DEVICE_TYPES = {"cpu": "cpu", "gpu": "cuda"}
 
 
@@ -84,25 +87,36 @@ def demo(folder: Path) -> str:
 
 def block(name: str, results: Iterable[Results]) -> str:
     """The markdown between one pair of markers."""
-    subject, _, kind = name.rpartition("-")
-    if kind not in _DEVICE_TYPES or subject not in (*OPS, "targets"):
-        known = ", ".join(f"{subject}-cpu|gpu" for subject in OPS)
+    wanted, _, kind = name.rpartition("-")
+    if kind not in _DEVICE_TYPES or wanted not in (*_SUBJECTS, "targets"):
+        known = ", ".join(f"{known}-cpu|gpu" for known in _SUBJECTS)
         raise ValueError(f"there is no table {name!r}; there are {known} and targets-gpu")
-    op = "ffn" if subject == "targets" else subject
+    measured = "ffn" if wanted == "targets" else wanted
+    device_type = _DEVICE_TYPES[kind]
     mine = [
-        result for result in results if (result.run.op, result.run.device_type) == (op, _DEVICE_TYPES[kind])
+        result
+        for result in results
+        if (subject(result.run), result.run.device_type) == (measured, device_type)
     ]
-    if subject == "targets":
+    if wanted == "targets":
         return _targets(mine)
     if not mine:
-        return f"*{op} on a {kind.upper()}: {NOT_MEASURED}.*"
+        return f"*{measured} on a {kind.upper()}: {NOT_MEASURED}.*"
     return "\n\n".join(_measured(result) for result in mine)
 
 
 def _measured(result: Results) -> str:
-    baselines = OPS[result.run.op].baselines
-    drawn = [markdown(table(group.title(), rows, baselines)) for group, rows in _shown(result).items()]
-    return "\n\n".join([*drawn, provenance(result)])
+    groups = _shown(result)
+    rows = tuple(row for rows in groups.values() for row in rows)
+    drawn, legends = [], []
+    if subject(result.run) in _BY_RATIO:
+        drawn += [markdown(content) for content in ratio_tables(Results(result.run, rows))]
+        legends.append(RATIO_LEGEND)
+    if not legends or len(list(networks(rows, rows[0].entry))) < len(rows):
+        baselines = OPS[result.run.op].baselines
+        drawn += [markdown(table(group.title(), rows, baselines)) for group, rows in groups.items()]
+        legends.append(LEGEND)
+    return "\n\n".join([*drawn, provenance(result, "; ".join(legends))])
 
 
 def _shown(result: Results) -> dict[Group, list[Row]]:
@@ -118,8 +132,8 @@ def _shown(result: Results) -> dict[Group, list[Row]]:
     }
 
 
-def provenance(result: Results) -> str:
-    """One sentence that says how, where and from which commit."""
+def provenance(result: Results, legend: str) -> str:
+    """A sentence that says what is shown, how, where and from which commit."""
     run, environment = result.run, result.run.environment
     versions = environment.get("versions", {})
     device = f"{environment.get('cpu')}, {run.threads} threads" if run.device_type == "cpu" else run.device
@@ -129,9 +143,10 @@ def provenance(result: Results) -> str:
         if samples and min(samples) != max(samples)
         else f"{max(samples, default=0)}"
     )
-    busy = f", **load {run.load_average:.1f} before the start**" if (run.load_average or 0) > 0.5 else ""
+    other = run.busy_cpus or 0
+    busy = f", **{other:.1f} processors busy with other work at the start**" if other > BUSY else ""
     return (
-        f"*{LEGEND}. {device}; torch {versions.get('torch')}, commit {environment.get('commit')}, "
+        f"*{legend}. {device}; torch {versions.get('torch')}, commit {environment.get('commit')}, "
         f"{run.started[:10]}; {counts} interleaved samples{busy}.*"
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -15,6 +16,7 @@ from .ceilings import Ceiling
 from .timing import Spread
 
 FORMAT = 1
+BUSY = 0.25  # processors' worth of other work that is told
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Run:
         started: UTC, ISO format.
         threads: torch's, on the CPU.
         cpus: the processors the process was confined to.
-        load_average: runnable processes over the minute before the start; other work distorts the figures.
+        busy_cpus: processors that other work kept busy right before the start: it distorts the figures.
         settings: what was asked for.
         environment: of `moebert_kernels.environment`, commit and versions among it.
         ceilings: by dtype.
@@ -42,7 +44,7 @@ class Run:
     settings: dict[str, Any]
     environment: dict[str, Any]
     ceilings: dict[str, Ceiling]
-    load_average: float | None = field(default_factory=lambda: _load_average())
+    busy_cpus: float | None = None
     started: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
 
 
@@ -88,10 +90,16 @@ class Results:
     rows: tuple[Row, ...]
 
 
+def subject(run: Run) -> str:
+    """The benchmark, and its form if that is not the plain one: `ffn`, `ffn-norm`, `model`..."""
+    norm = run.settings.get("request", {}).get("norm")
+    return f"{run.op}-norm" if norm and run.op == "ffn" else run.op
+
+
 def slug(run: Run) -> str:
     """Name of a run's files, such as `ffn-cpu` or `ffn-nvidia-h200`."""
     device = "cpu" if run.device_type == "cpu" else re.sub(r"[^a-z0-9]+", "-", run.device.lower()).strip("-")
-    return f"{run.op}-{device}"
+    return f"{subject(run)}-{device}"
 
 
 def write(folder: str | Path, run: Run, rows: Iterable[Row]) -> Path:
@@ -137,5 +145,25 @@ def _row(values: dict[str, Any]) -> Row:
     return Row(seconds=None if seconds is None else Spread(**seconds), **values)
 
 
-def _load_average() -> float | None:
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+def busy_cpus(seconds: float = 0.2) -> float | None:
+    """Processors that other processes keep busy, by the kernel's counters over a short sleep of this one.
+
+    The load average would count what this process did in the last minute. None where nothing is counted.
+    """
+    before = _processor_times()
+    time.sleep(seconds)
+    after = _processor_times()
+    if before is None or after is None or sum(after) <= sum(before):
+        return None
+    spent = [late - early for early, late in zip(before, after, strict=True)]
+    idle = sum(spent[3:5])  # idle, and waiting for a disk
+    return (os.cpu_count() or 1) * (1 - idle / sum(spent))
+
+
+def _processor_times() -> list[int] | None:
+    """user, nice, system, idle, iowait, irq, softirq, steal: of all processors, in ticks."""
+    try:
+        with open("/proc/stat", encoding="ascii") as file:
+            return [int(ticks) for ticks in file.readline().split()[1:9]]
+    except OSError:
+        return None

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from moebert_kernels.environment import describe_environment
 from .cases import Request
 from .ceilings import Ceiling, ProbeSizes, measure_ceilings
 from .registry import DidNotRun, Entry, Op, Thunk
-from .results import Row, Run
+from .results import Row, Run, busy_cpus
 from .timing import Timer, first_line, interleave, make_timer, spread
 
 _CACHES_TO_ROTATE_PAST = 3
@@ -66,6 +67,7 @@ def start(op: Op, settings: Settings) -> tuple[Run, Iterator[Row]]:
         ValueError: an entry, a pass or the device that was asked for does not exist.
     """
     device = _device(settings.device)
+    busy = busy_cpus()
     cases = op.cases(settings.request, device.type)
     entries = _chosen("entry", [entry.name for entry in op.entries(settings.peer_path)], settings.only)
     passes = _chosen("pass", list(op.passes), settings.passes or op.default_passes)
@@ -77,11 +79,22 @@ def start(op: Op, settings: Settings) -> tuple[Run, Iterator[Row]]:
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         threads=torch.get_num_threads(),
         cpus=cpus,
-        settings=asdict(settings),
+        settings=_recorded(settings),
         environment=asdict(describe_environment()),
         ceilings=measure_ceilings(dtypes, device, settings.probes),
+        busy_cpus=busy,
     )
     return run, _rows(op, cases, entries, passes, device, settings, run.ceilings)
+
+
+def _recorded(item: Any) -> dict[str, Any]:
+    """A dataclass as a file holds it: where a user keeps texts and peers is nobody's business."""
+    values = asdict(item)
+    for holder in (values, values.get("request", {})):
+        for name in ("text", "peer_path"):
+            if holder.get(name):
+                holder[name] = "/".join(Path(holder[name]).parts[-2:])
+    return values
 
 
 def pin_threads(threads: int | None) -> tuple[int, ...]:
@@ -207,7 +220,7 @@ def _time(
         work = op.work(inputs[0], mode.pass_, entry.work)
         errors = checked[entry.name]
         yield Row(
-            case=asdict(mode.case),
+            case=_recorded(mode.case),
             entry=entry.name,
             work=entry.work,
             pass_=mode.pass_,

@@ -14,8 +14,9 @@ from .ffn import FFN
 from .importance import IMPORTANCE
 from .model import MODEL
 from .plot import plot
+from .ratios import ratio_tables
 from .registry import Op
-from .results import Results, Row, slug, write
+from .results import BUSY, Results, Row, slug, write
 from .run import Settings, start
 from .tables import LEGEND, group_of, rich_table, tables
 
@@ -63,9 +64,9 @@ def _run(op: Op, settings: Settings, out: str | Path | None, console: Console) -
             f"{op.name}, {dtype}: at most {ceiling.flops_per_s / 1e9:.4g} GFLOP/s, "
             f"{ceiling.bytes_per_s / 1e9:.4g} GB/s on this machine"
         )
-    if run.load_average is not None and run.load_average > 0.5:
+    if (run.busy_cpus or 0) > BUSY:
         console.print(
-            f"[yellow]The load average is {run.load_average:.1f}: other work will distort the figures."
+            f"[yellow]Other work keeps {run.busy_cpus:.1f} processors busy: it will distort the figures."
         )
     kept: list[Row] = []
     with console.status(op.name) as status:
@@ -82,7 +83,7 @@ def _run(op: Op, settings: Settings, out: str | Path | None, console: Console) -
         else:
             write(out, run, watched())
     results = Results(run, tuple(kept))
-    for table in tables(results, op.baselines):
+    for table in (*tables(results, op.baselines), *ratio_tables(results)):
         console.print(rich_table(table))
     console.print(LEGEND, style="dim")
     if out is not None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from rich.table import Table as RichTable
 
-from .cases import DTYPES
+from .cases import DTYPES, SHAPES
 from .results import Results, Row
 from .timing import Spread
 from .verify import LIMITS
@@ -28,7 +29,19 @@ class Group:
         """In words, without the sizes that every table of a file shares."""
         case = dict(self.case)
         parts = [self.pass_, *(str(case[name]) for name in ("dtype", "routing") if name in case)]
+        parts += ["with LayerNorm"] if case.get("norm") else []
+        parts += [shape] if (shape := shape_name(case)) not in (None, "bert-base") else []
+        parts += [f"sequences of {case['sequence']}"] if "sequence" in case else []
+        parts += [f"padded, {case['text']}"] if case.get("text") else []
         return ", ".join([*parts, f"{self.launch}, {self.cache}"])
+
+
+def shape_name(case: dict[str, Any]) -> str | None:
+    """Which of `SHAPES` a case has, if any."""
+    for name, sizes in SHAPES.items():
+        if "F" in case and all(case.get(size, value) == value for size, value in sizes.items()):
+            return name
+    return None
 
 
 @dataclass(frozen=True)
@@ -86,10 +99,10 @@ def table(title: str, rows: list[Row], baselines: tuple[str, ...]) -> Table:
         if any(row.seconds for row in rows if row.entry == entry)
     ]
     for baseline in baselines:
-        ratios = [_ratio(cells.get((baseline, count)), cells.get((ours, count))) for count in tokens]
+        ratios = [ratio(cells.get((baseline, count)), cells.get((ours, count))) for count in tokens]
         if any(ratio != NOTHING for ratio in ratios):
             lines.append(Line(f"{baseline} / {ours}", tuple(ratios)))
-    return Table(title, tuple(f"T={count}" for count in tokens), tuple(lines), tuple(_notes(rows)))
+    return Table(title, tuple(f"T={count}" for count in tokens), tuple(lines), tuple(notes_of(rows)))
 
 
 def _name(entry: str, rows: list[Row]) -> str:
@@ -108,14 +121,16 @@ def _cell(row: Row | None) -> str:
     if row is None or row.seconds is None:
         return NOTHING
     share = row.floor_s / row.seconds.median
-    return f"{duration(row.seconds.median)} ±{_half_width(row.seconds):.0%} ({share:.0%})"
+    return f"{duration(row.seconds.median)} ±{half_width(row.seconds):.0%} ({share:.0%})"
 
 
-def _half_width(seconds: Spread) -> float:
+def half_width(seconds: Spread) -> float:
+    """Half the distance of the deciles, relative to the median."""
     return (seconds.high - seconds.low) / 2 / seconds.median
 
 
-def _ratio(numerator: Row | None, denominator: Row | None) -> str:
+def ratio(numerator: Row | None, denominator: Row | None) -> str:
+    """Of the medians; a dash where one is missing."""
     if numerator is None or denominator is None or not (numerator.seconds and denominator.seconds):
         return NOTHING
     return f"{numerator.seconds.median / denominator.seconds.median:.2f}"
@@ -129,7 +144,8 @@ def duration(seconds: float) -> str:
     return f"{seconds / 1e-6:.3g} µs"
 
 
-def _notes(rows: list[Row]) -> Iterator[str]:
+def notes_of(rows: list[Row]) -> Iterator[str]:
+    """What did not run and why, and what the marks mean."""
     reasons: dict[tuple[str, str], list[int]] = {}
     for row in rows:
         if row.did_not_run:
@@ -157,7 +173,7 @@ def rich_table(content: Table) -> RichTable:
     """For the terminal."""
     drawn = RichTable(title=content.title, caption="\n".join(content.notes) or None, title_justify="left")
     drawn.caption_justify = "left"
-    drawn.add_column("")
+    drawn.add_column("", min_width=12)
     for column in content.columns:
         drawn.add_column(column, justify="right", no_wrap=True)
     for line in content.lines:

@@ -18,12 +18,14 @@ import typer
 from rich.console import Console
 
 from moebert_kernels.cli_options import (
+    Comparisons,
     DataOptions,
     DistillOptions,
     ExpertOptions,
     FinetuneOptions,
     RunOptions,
     ScoredRows,
+    Seeds,
     Teacher,
     compress_settings,
     expand_options,
@@ -215,13 +217,8 @@ def compress(
     experts: ExpertOptions,
     training: DistillOptions,
     importance_rows: ScoredRows = 4096,
-    compare: Annotated[
-        bool,
-        typer.Option(
-            "--compare/--no-compare",
-            help="Also split at random, distil and measure in the same way, for comparison; twice the time.",
-        ),
-    ] = False,
+    compare: Comparisons = "",
+    seeds: Seeds = 1,
     measure_length: Annotated[
         int | None,
         typer.Option(
@@ -243,7 +240,7 @@ def compress(
     from moebert_kernels.compress import pipeline, processes, report
     from moebert_kernels.compress.terminal import StageBars, results_table
 
-    comparisons = ("random",) if compare else ()
+    comparisons = tuple(name.strip() for name in compare.split(",") if name.strip())
     settings = compress_settings(
         run,
         experts,
@@ -251,6 +248,7 @@ def compress(
         importance_rows=importance_rows,
         comparisons=comparisons,
         measure_length=measure_length,
+        seeds=seeds,
     )
     console = Console(highlight=False)
     with StageBars(console) as progress:

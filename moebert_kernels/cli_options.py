@@ -190,7 +190,9 @@ class DistillOptions:
             help="Weight of the teacher's layers and predictions against the labels'; 1 to 5 in the paper."
         ),
     ] = 1.0
-    batch_size: Annotated[int, _training(help="Rows of a step; 8 to 64 in the paper.")] = 32
+    batch_size: Annotated[
+        int, _training(help="Rows of a step, over all processes; 8 to 64 in the paper.")
+    ] = 32
     weight_decay: Annotated[float, _training(help="Of AdamW; 0 to 0.1 in the paper.")] = 0.0
 
     def settings(self) -> dict[str, Any]:
@@ -210,7 +212,7 @@ class FinetuneOptions:
 
     epochs: Annotated[float, _training(help="Passes over the training rows.")] = 3.0
     lr: Annotated[float, _training(help="The highest learning rate; small models like 1e-4.")] = 3e-5
-    batch_size: Annotated[int, _training(help="Rows of a step.")] = 32
+    batch_size: Annotated[int, _training(help="Rows of a step, over all processes.")] = 32
     weight_decay: Annotated[float, _training(help="Of AdamW.")] = 0.01
 
 
@@ -229,6 +231,20 @@ class RunOptions:
 
 
 ScoredRows = Annotated[int, _experts("--importance-rows", help="Training rows to take importance on.")]
+Comparisons = Annotated[
+    str,
+    typer.Option(
+        "--compare",
+        metavar="NAMES",
+        help="Models of the same cost to make, distil and measure too, with commas between. random: the same "
+        "experts, filled at random; narrow: dense, the most important neurons; layers: fewer layers.",
+        show_default="none",
+    ),
+]
+Seeds = Annotated[
+    int,
+    typer.Option("--seeds", help="How many seeds to make each model with, to give mean and spread."),
+]
 Teacher = Annotated[
     Path,
     typer.Option(
@@ -237,7 +253,12 @@ Teacher = Annotated[
 ]
 
 
-_OPTION_OF = {"num_experts": "--experts", "num_shared": "--shared", "learning_rate": "--lr"}
+_OPTION_OF = {
+    "num_experts": "--experts",
+    "num_shared": "--shared",
+    "learning_rate": "--lr",
+    "comparisons": "--compare",
+}
 
 
 def option_of(argument: str) -> str:

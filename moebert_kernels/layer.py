@@ -118,15 +118,22 @@ class MoEFFN(nn.Module):
             x: the input, and the residual when there is a norm.
             input_ids: leading shape of x; read by a `HashRouter`.
             mask: leading shape of x, nonzero at real tokens; the others use no expert.
-            routing: a decision already made, such as a plan shared by layers; the router is not asked.
+            routing: a decision already made, such as a plan shared by layers, in the place of `input_ids` and
+                `mask`: the router is not asked.
 
         Raises:
-            ValueError: neither `routing` nor a router is at hand, or shapes do not fit.
+            TypeError: `routing` is neither a `RoutingPlan` nor a `RouterOutput`.
+            ValueError: neither `routing` nor a router is at hand, or something for the router beside
+                `routing`; shapes do not fit; or `x` has no values, on the meta device.
         """
         if x.shape[-1] != self.hidden_size:
             raise ValueError(f"x must end in hidden_size={self.hidden_size}, got shape {tuple(x.shape)}")
+        if x.device.type == "meta":
+            raise ValueError("x must have values to be computed with, got a tensor on the meta device")
         if routing is None:
             routing = self.route(x, input_ids=input_ids, mask=mask)
+        else:
+            _check_routing(routing, input_ids=input_ids, mask=mask)
         plan, gate_TK = (routing, None) if isinstance(routing, RoutingPlan) else routing[:2]
         dropout_p = self.dropout if self.training else 0.0
         norm = None if self.ln_w_ED is None or self.ln_b_ED is None else (self.ln_w_ED, self.ln_b_ED)
@@ -150,9 +157,21 @@ class MoEFFN(nn.Module):
     def route(
         self, x: Tensor, *, input_ids: Tensor | None = None, mask: Tensor | None = None
     ) -> RouterOutput:
-        """Ask the router alone: for callers who need the load-balance loss beside the output."""
+        """Ask the router alone: for callers who need the load-balance loss beside the output.
+
+        The arguments are those of `forward`.
+
+        Raises:
+            ValueError: there is no router, or `input_ids` or `mask` do not have the leading shape of x.
+        """
         if self.router is None:
             raise ValueError("this MoEFFN has no router: pass routing=, a RoutingPlan or a RouterOutput")
+        for name, tensor in (("input_ids", input_ids), ("mask", mask)):
+            if tensor is not None and tensor.shape != x.shape[:-1]:
+                leading = tuple(x.shape[:-1])
+                raise ValueError(
+                    f"{name} must have the leading shape of x, {leading}, got {tuple(tensor.shape)}"
+                )
         return self.router(x, input_ids, mask)
 
     def extra_repr(self) -> str:
@@ -162,3 +181,16 @@ class MoEFFN(nn.Module):
             f"num_experts={self.num_experts}, activation={self.activation!r}, "
             f"norm_eps={self.norm_eps}, dropout={self.dropout}"
         )
+
+
+def _check_routing(routing: object, **for_the_router: Tensor | None) -> None:
+    """Refuse what is no decision about one layer, and what its router would have been asked with."""
+    if not isinstance(routing, RoutingPlan | RouterOutput):
+        found, hint = type(routing).__name__, ""
+        if isinstance(routing, tuple | list) and any(isinstance(part, RoutingPlan) for part in routing):
+            found = f"a {found} of length {len(routing)}"
+            hint = "; RoutingPlan.from_input_ids gives one plan per layer: pass this layer's"
+        raise TypeError(f"routing must be a RoutingPlan or a RouterOutput, got {found}{hint}")
+    for name, value in for_the_router.items():
+        if value is not None:
+            raise ValueError(f"{name} goes to the router, which routing replaces: pass one of the two")

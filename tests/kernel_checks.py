@@ -120,7 +120,7 @@ def plain_errors(case: Case, t: dict[str, Tensor], neighbours: int = NEIGHBOURS)
     for i in range(neighbours):
         near = {k: _nudge(v, g) for k, v in t.items()} if i else t
         with pytest.MonkeyPatch.context() as plain_path:
-            plain_path.setattr(ops, "cpu", cpu)
+            plain_path.setattr(ops, "cpu_native", cpu)
             plain_path.setattr(ops, "_cuda_backend", lambda _: cpu)
             result = run(case, near)
         for group, (rms, largest) in errors(result, reference(case, near), expert_ids(case), case.E).items():

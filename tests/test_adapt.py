@@ -54,11 +54,11 @@ def test_the_split_equals_the_reference(data):
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ((0, 2, 1), "number of experts must be at least 1, got 0"),
-        ((2, 11, 11), "expert size must be 1 to the dense width 10, got 11"),
-        ((2, 0, 0), "expert size must be 1 to the dense width 10, got 0"),
-        ((2, 4, 5), "shared neurons must be 0 to the expert size 4, got 5"),
-        ((2, 4, -1), "shared neurons must be 0 to the expert size 4, got -1"),
+        ((0, 2, 1), "num_experts must be at least 1, got 0"),
+        ((2, 11, 11), "expert_size must be 1 to the dense width 10, got 11"),
+        ((2, 0, 0), "expert_size must be 1 to the dense width 10, got 0"),
+        ((2, 4, 5), "num_shared must be 0 to the expert size 4, got 5"),
+        ((2, 4, -1), "num_shared must be 0 to the expert size 4, got -1"),
         (
             (4, 4, 1),
             "4 experts of 4 neurons, 1 of them shared, need 13 neurons, but the model's layers have 10",
@@ -68,6 +68,21 @@ def test_the_split_equals_the_reference(data):
 def test_sizes_that_do_not_fit_are_named(sizes, message):
     with pytest.raises(UserError, match=message):
         split_neurons(torch.rand(2, 10), *sizes)
+
+
+@pytest.mark.parametrize(
+    ("importance_LF", "message"),
+    [
+        (torch.rand(10), r"must be floating point \[L, F\], got torch.float32 \(10,\)"),
+        (torch.ones(2, 10).long(), r"must be floating point \[L, F\], got torch.int64 \(2, 10\)"),
+        (torch.rand(2, 10).index_fill(1, torch.tensor(3), float("nan")), "must be finite"),
+        (torch.rand(2, 10).index_fill(1, torch.tensor(3), float("inf")), "must be finite"),
+    ],
+)
+def test_importance_that_cannot_be_sorted_is_refused(importance_LF, message):
+    """NaN was sorted as the most important."""
+    with pytest.raises(UserError, match=f"importance_LF {message}"):
+        split_neurons(importance_LF, 2, 4, 1)
 
 
 def test_random_scores_depend_on_the_seed_alone():
@@ -180,7 +195,7 @@ def test_affinity_says_what_it_lacks(teacher):
         adapt(teacher, random_scores(2, 12), routing="hash-affinity")
     with pytest.raises(UserError, match="importance --per-token"):
         adapt(teacher, random_scores(2, 12), routing="hash-affinity", token_counts_V=torch.ones(VOCAB).long())
-    with pytest.raises(UserError, match="expert size must be 1 to the dense width 12, got 13"):
+    with pytest.raises(UserError, match="expert_size must be 1 to the dense width 12, got 13"):
         adapt(
             teacher,
             random_scores(2, 12),

@@ -18,6 +18,7 @@ from bench.commands import app
 from bench.ffn import OURS
 from bench.readme import block, update
 from bench.results import Results, Row, Run, slug
+from bench.suite import OPS
 from bench.tables import duration
 from bench.timing import Spread
 
@@ -55,6 +56,8 @@ def test_a_benchmark_on_the_users_shapes(tmp_path):
     [
         (["ffn", "--tokens", "12,many"], "expected whole numbers with commas between them, got '12,many'"),
         (["ffn", "--dtype", "int8"], "--dtype must be among float32, bfloat16, float16, got int8"),
+        (["ffn", "--shape", "tiny"], "--shape must be among bert-base, minilm, got tiny"),
+        (["model", "--toy", "--device", "cpu", "--text", "nowhere.txt"], "cannot read the text nowhere.txt"),
         (["ffn", "--skew", "flat"], "--skew must be among balanced, zipf, skewed, got flat"),
         (["ffn", "--passes", "up"], "--passes must be among"),
         (["ffn", "--toy", "--device", "cpu", "--only", "nobody"], "there is no entry nobody"),
@@ -77,7 +80,7 @@ def results(op="ffn", device_type="cpu", device="cpu", rows=()):
         settings={},
         environment=environment,
         ceilings={"bfloat16": Ceiling(1e12, 1e11)},
-        load_average=0.0,
+        busy_cpus=0.0,
         started="2026-01-02T03:04:05+00:00",
     )
     return Results(run, tuple(rows))
@@ -119,10 +122,50 @@ def test_a_measured_table_names_its_origin():
     assert "eager, warm" not in block("ffn-cpu", [results(rows=rows)])
 
 
+def test_shapes_are_lines_where_they_matter():
+    """The form with LayerNorm has a table of its own: passes across, ratios to the dense networks."""
+
+    def normed(entry, work, *, forward, step, tokens):
+        case = asdict(FFNCase(tokens, D=384, F=384, norm=True))
+        return [
+            replace(row(entry, seconds, work=work, pass_=pass_), case=case)
+            for pass_, seconds in (("forward", forward), ("forward+backward", step))
+        ]
+
+    rows = [
+        *normed(OURS, "experts", forward=2e-5, step=4e-5, tokens=16),
+        *normed("dense FFN replaced", "dense", forward=7e-5, step=2e-4, tokens=16),
+        *normed("bound: one expert", "bound", forward=1.6e-5, step=5e-5, tokens=16),
+        *normed(OURS, "experts", forward=2e-2, step=None, tokens=4096),
+        *normed("dense FFN replaced", "dense", forward=6e-2, step=1e-1, tokens=4096),
+    ]
+    measured = results(rows=rows)
+    assert "not measured yet" in block("ffn-norm-cpu", [measured])
+    request = {"request": {"norm": True}}
+    measured = replace(measured, run=replace(measured.run, settings=request))
+    assert "not measured yet" in block("ffn-cpu", [measured])
+    assert slug(measured.run) == "ffn-norm-cpu"
+    lines = block("ffn-norm-cpu", [measured]).splitlines()
+    assert lines[0] == (
+        "| MiniLM, bfloat16, balanced, with LayerNorm, eager, warm | forward | dense / ours | ours / bound "
+        "| forward+backward | dense / ours | ours / bound |"
+    )
+    assert lines[2:4] == [
+        "| T=16 | 20 µs ±10% | 3.50 | 1.25 | 40 µs ±10% | 5.00 | 0.80 |",
+        "| T=4096 | 20 ms ±10% | 3.00 | – | – | – | – |",
+    ]
+    assert lines[-1].startswith("*Median of ours, ±")
+    # Beside peers the whole table follows.
+    peer = row("F.grouped_mm", 3e-5, tokens=16)
+    with_peer = replace(measured, rows=(*rows, replace(peer, case=rows[0].case)))
+    assert "| F.grouped_mm | 30 µs" in block("ffn-norm-cpu", [with_peer])
+    assert "F.grouped_mm" not in "\n".join(lines)
+
+
 def test_a_busy_machine_is_told():
     measured = results(rows=[row(OURS, 1.0)])
-    busy = replace(measured, run=replace(measured.run, load_average=3.2))
-    assert "**load 3.2 before the start**" in block("ffn-cpu", [busy])
+    busy = replace(measured, run=replace(measured.run, busy_cpus=1.2))
+    assert "**1.2 processors busy with other work at the start**" in block("ffn-cpu", [busy])
 
 
 def test_targets_are_met_by_the_right_figure_only():
@@ -229,6 +272,55 @@ def test_scripts_parse_and_explain_themselves():
     assert done.returncode == 2
     assert "unknown option: --fast" in done.stderr
     assert "--dry-run    needs no GPU" in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+@pytest.mark.parametrize("wrong", [["--fast"], ["--only", "ffn,models"]])
+def test_the_cpu_script_refuses_what_it_does_not_know(wrong):
+    command = ["bash", "bench/cpu.sh", *wrong]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert re.search(r"unknown (option: --fast|part: models)$", done.stderr.strip())
+    assert "--dry-run  tiny sizes" in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_the_cpu_script_calls_each_part(tmp_path):
+    """`echo` for Python shows the commands, which must be ones that this version understands."""
+    text = tmp_path / "text.txt"
+    text.write_text("a b c\n" * 32)
+    done = subprocess.run(
+        ["bash", "bench/cpu.sh", "--dry-run", "--text", str(text), "--out", str(tmp_path)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHON": "echo"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    commands = [line for line in done.stdout.splitlines() if line.startswith("-m bench ")]
+    assert [line.split()[2] for line in commands] == ["ffn", "ffn", "dispatch", "model", "importance"]
+    assert "--norm --shape bert-base,minilm" in commands[0]
+    assert f"--text {text}" in commands[3]
+    assert re.findall(r"(\w+): done", done.stdout) == ["ffn", "dispatch", "model", "importance"]
+    parts = subprocess.run(
+        ["bash", "bench/cpu.sh", "--dry-run", "--only", "model,dispatch"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHON": "false"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert parts.returncode == 1
+    assert re.findall(r"(\w+): FAILED", parts.stdout) == ["model", "dispatch"]
+
+
+def test_the_cpu_scripts_selections_exist():
+    """Its --only lists name entries; a renamed one would fail after minutes of measuring."""
+    script = (ROOT / "bench" / "cpu.sh").read_text(encoding="utf-8")
+    selections = re.findall(r'--only "([^"]+)"', script)
+    assert [len(names.split(",")) for names in selections] == [3, 3]
+    for op, names in zip(("ffn", "model"), selections, strict=True):
+        assert names.split(",") == [OURS, *OPS[op].baselines]
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")

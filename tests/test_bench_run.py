@@ -12,6 +12,7 @@ from bench import ceilings
 from bench.baselines.implementation import bind
 from bench.cases import TOY, FFNCase
 from bench.ffn import FFN, OURS, make_inputs, ours
+from bench.ratios import ratio_tables
 from bench.registry import Entry, Op
 from bench.results import Results, read, write
 from bench.run import Settings, copies_past_cache, pin_threads, start
@@ -54,6 +55,58 @@ def test_every_entry_passes_verification_and_is_timed(name, tmp_path):
     assert (tmp_path / f"{name}-cpu.svg").read_text().count("<svg") == 1
 
 
+def test_every_entry_runs_with_residual_and_layernorm(tmp_path):
+    settings = replace(SETTINGS, request=replace(TOY, norm=True), passes=("dispatch+forward+backward",))
+    (results,) = run_benchmarks(["ffn"], settings, tmp_path, Console(quiet=True))
+    for row in results.rows:
+        assert row.case["norm"]
+        if row.entry in NEEDS_CUDA:
+            continue
+        assert row.did_not_run is None, row
+        assert {"y", "dx", "dw1", "db2", "dln_w", "dln_b"} <= set(row.errors)
+    assert (tmp_path / "ffn-norm-cpu.jsonl").is_file()
+
+
+def test_a_forgotten_residual_is_not_timed():
+    def forgetful(inputs):
+        implementation = ours(inputs)
+        plain = ours(replace(inputs, ln_w_ED=None, ln_b_ED=None))
+
+        def compute(x_TD, plan):
+            return functional.layer_norm(plain.compute(x_TD, plan), x_TD.shape[1:])
+
+        return replace(implementation, compute=compute)
+
+    found = reasons(changed(forgetful), request=replace(TOY, norm=True))
+    assert found[OURS] is None
+    assert found["wrong"].startswith("wrong: y is off by")
+
+
+def test_padded_text_is_a_batch_of_the_model_benchmark(tmp_path):
+    """And the folders above it stay out of the file."""
+    text = tmp_path / "here" / "text.txt"
+    text.parent.mkdir()
+    text.write_text("\n".join("word " * (1 + line % 5) for line in range(32)))
+    request = replace(TOY, text=str(text), L=1)
+    only = (OURS, *OPS["model"].baselines, "authors' loop")
+    settings = replace(SETTINGS, request=request, only=only, passes=("forward+backward",), rounds=1)
+    (results,) = run_benchmarks(["model"], settings, tmp_path, Console(quiet=True))
+    padded = [row for row in results.rows if row.case["text"]]
+    assert [row.entry for row in padded] == list(only)
+    for row in padded:
+        assert row.did_not_run is None, row
+        assert row.case["T"] == 32 * 5
+        assert row.case["real"] == sum(1 + line % 5 for line in range(32))
+    assert padded[0].flops < next(row for row in padded if row.work == "bound").flops
+    assert (
+        {row.case["text"] for row in padded} == {results.run.settings["request"]["text"]} == {"here/text.txt"}
+    )
+    (table,) = ratio_tables(read(tmp_path / "model-cpu.jsonl"))
+    assert [line.name for line in table.lines] == ["4×6", "text, 32×5, 42% padding"]
+    assert table.columns == ("forward+backward", "sequences/s", "dense / ours", "ours / bound")
+    assert table.notes == ("text: here/text.txt, by a token per word, the batch of median length",)
+
+
 def test_modes_are_rows_of_their_own_and_graphs_need_cuda():
     settings = replace(SETTINGS, caches=("warm", "cold"), launches=("eager", "graph"))
     _, rows = start(OPS["dispatch"], settings)
@@ -73,6 +126,7 @@ def changed(make, name="wrong"):
 
 
 def reasons(op: Op, **settings) -> dict[str, str | None]:
+    """Why each entry was not timed."""
     _, rows = start(op, replace(SETTINGS, passes=("forward",), **settings))
     return {row.entry: row.did_not_run for row in rows}
 

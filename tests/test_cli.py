@@ -88,7 +88,9 @@ def assert_user_error(result, *words):
 
 
 def test_compress_end_to_end(call, folder):
-    command = f"compress --teacher teacher {TABLE} --output out --epochs 1 --measure-length 8 --compare"
+    command = (
+        f"compress --teacher teacher {TABLE} --output out --epochs 1 --measure-length 8 --compare random"
+    )
     result = call(command)
     assert result.exit_code == 0, result.output + result.stderr
     for expected in ("student before distillation", "random split", "importance:", "distill student:"):
@@ -104,6 +106,14 @@ def test_compress_end_to_end(call, folder):
     assert again.exit_code == 0
     assert "distill student: reused" in again.stdout
     assert json.loads((folder / "out" / "results.json").read_text()) == results
+
+
+def test_a_moe_is_no_teacher(call):
+    """It was said to have no feed-forward network."""
+    made = call("adapt --teacher teacher --random-split --output experts")
+    assert made.exit_code == 0, made.output + made.stderr
+    result = call("adapt --teacher experts --random-split --output x")
+    assert_user_error(result, "the model in experts is a MoE already")
 
 
 def test_the_stages_one_by_one_make_what_compress_makes(call, folder):
@@ -211,11 +221,14 @@ def test_published_importance_converts(call, folder):
         ),
         (
             f"{COMPRESS} {TABLE} --expert-size 8 --shared 9",
-            ["expert size 8", "got 9"],
+            ["--shared must be 0 to the expert size 8, got 9"],
         ),
+        (f"{COMPRESS} {TABLE} --expert-size 99", ["--expert-size must be 1 to the dense width 32, got 99"]),
         (f"{COMPRESS} {TABLE} --experts 0", ["at least 1", "got 0"]),
         (f"{COMPRESS} {TABLE} --top-k 2", ["--top-k must be 1, got 2", "hash-random"]),
         (f"{COMPRESS} {TABLE} --epochs 0", ["--epochs must be more than 0"]),
+        (f"{COMPRESS} {TABLE} --compare narrow,best", ["--compare must be from random, narrow", "'best'"]),
+        (f"{COMPRESS} {TABLE} --seeds 0", ["--seeds must be at least 1, got 0"]),
         (f"{COMPRESS} {TABLE} --lr -1", ["--lr must be more than 0, got -1"]),
         (f"{COMPRESS} {TABLE} --measure-length 99", ["--measure-length is 99", "at most 16"]),
         (

@@ -33,12 +33,12 @@ def tokenizer(tmp_path):
     return BertTokenizerFast(str(vocab))
 
 
-def tiny_bert(seed=0, head=BertForSequenceClassification, dropout=0.0, **options):
+def tiny_bert(seed=0, head=BertForSequenceClassification, dropout=0.0, num_hidden_layers=2, **options):
     torch.manual_seed(seed)
     config = BertConfig(
         vocab_size=45,
         hidden_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=num_hidden_layers,
         num_attention_heads=2,
         intermediate_size=64,
         max_position_embeddings=32,
@@ -121,6 +121,39 @@ def test_terms_are_those_of_the_reference_and_logged_each_by_itself(tmp_path, to
     total = expected["ce"] + 3 * (expected["layer"] + expected["prediction"])
     assert log["loss"] == pytest.approx(total.item(), rel=1e-4)
     assert "balance" not in log
+
+
+def test_a_student_of_fewer_layers_learns_from_those_it_is_mapped_to(tmp_path, tokenizer):
+    teacher, rows = tiny_bert(0, num_hidden_layers=4), make_rows(8)
+    student = tiny_bert(1)
+    batch = tokenizer.pad(rows.remove_columns("unused").to_list(), return_tensors="pt")
+    batch.pop("labels")
+    with torch.no_grad():
+        ours, theirs = (
+            m.eval()(**batch, output_hidden_states=True).hidden_states for m in (student, teacher)
+        )
+    trainer = DistillationTrainer(
+        student,
+        teacher,
+        layer_map=[1, 3],
+        args=arguments(tmp_path),
+        train_dataset=rows,
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    (log,) = training_logs(trainer)
+    expected = ref.layer_loss(ours, [theirs[0], theirs[2], theirs[4]], batch["attention_mask"])
+    assert log["layer"] == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("layer_map", [[1], [0, 4], [-1, 2]])
+def test_a_map_that_does_not_fit_is_refused(tmp_path, layer_map):
+    with pytest.raises(ValueError, match="one of the teacher's layers, 0 to 3, for each of the model's 2"):
+        DistillationTrainer(
+            tiny_bert(1), tiny_bert(0, num_hidden_layers=4), layer_map=layer_map, args=arguments(tmp_path)
+        )
+    with pytest.raises(ValueError, match="same num_hidden_layers, got 2 and 4"):
+        DistillationTrainer(tiny_bert(1), tiny_bert(0, num_hidden_layers=4), args=arguments(tmp_path))
 
 
 def test_logged_terms_are_means_over_the_steps_since_the_last_log(tmp_path, tokenizer):

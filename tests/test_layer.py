@@ -57,10 +57,14 @@ def test_state_dict_round_trip_brings_the_routing_along():
     assert torch.equal(first(x, input_ids=input_ids), second(x, input_ids=input_ids))
 
 
+def a_plan(num_tokens):
+    return RoutingPlan.from_expert_ids(torch.zeros(num_tokens, dtype=torch.long), 2)
+
+
 def test_dropout_acts_in_training_only():
     torch.manual_seed(0)
     ffn = MoEFFN(8, 6, 2, dropout=0.5)
-    x, plan = torch.randn(10, 8), RoutingPlan.from_expert_ids(torch.zeros(10, dtype=torch.long), 2)
+    x, plan = torch.randn(10, 8), a_plan(10)
     assert not torch.equal(ffn(x, routing=plan), ffn(x, routing=plan))
     ffn.eval()
     assert torch.equal(ffn(x, routing=plan), ffn(x, routing=plan))
@@ -86,5 +90,43 @@ def test_wrong_use_is_refused():
         TokenGate(8, 4, top_k=5)
     with pytest.raises(ValueError, match="no router"):
         MoEFFN(8, 6, 2)(torch.zeros(3, 8))
+    with pytest.raises(ValueError, match=r"x must have values.*meta device"), torch.autocast("cpu"):
+        MoEFFN(8, 6, 2, device="meta")(torch.zeros(3, 8, device="meta"), routing=a_plan(3))
     with pytest.raises(ValueError, match=r"hidden_size=8, got shape \(3, 7\)"):
-        MoEFFN(8, 6, 2)(torch.zeros(3, 7), routing=RoutingPlan.from_expert_ids(torch.zeros(3).long(), 2))
+        MoEFFN(8, 6, 2)(torch.zeros(3, 7), routing=a_plan(3))
+
+
+@pytest.mark.parametrize(
+    ("routing", "words"),
+    [
+        (
+            (a_plan(3), a_plan(3)),
+            "got a tuple of length 2; RoutingPlan.from_input_ids gives one plan per layer",
+        ),
+        ("hash-random", "got str"),
+        (torch.zeros(3).long(), "got Tensor"),
+    ],
+)
+def test_what_is_no_routing_is_refused(routing, words):
+    """The plans of all layers ended in an AttributeError, or ran with the second as the first's gate."""
+    with pytest.raises(TypeError, match=f"routing must be a RoutingPlan or a RouterOutput, {words}"):
+        MoEFFN(8, 6, 2)(torch.zeros(3, 8), routing=routing)
+
+
+@pytest.mark.parametrize("name", ["input_ids", "mask"])
+@pytest.mark.parametrize("router", [HashRouter(torch.zeros(9).long(), 2), TokenGate(8, 2)])
+def test_what_the_router_reads_must_have_the_shape_of_x(name, router):
+    """Ids of another shape were said to be an `x_TD` that does not fit the plan, or went unread."""
+    ffn, x = MoEFFN(8, 6, 2, router=router), torch.zeros(2, 5, 8)
+    given = {"input_ids": torch.zeros(2, 5).long(), name: torch.zeros(2, 4).long()}
+    words = rf"{name} must have the leading shape of x, \(2, 5\), got \(2, 4\)"
+    for call in (ffn, ffn.route):
+        with pytest.raises(ValueError, match=words):
+            call(x, **given)
+
+
+@pytest.mark.parametrize("name", ["input_ids", "mask"])
+def test_routing_and_what_the_router_reads_are_one_too_many(name):
+    ffn = MoEFFN(8, 6, 2, router=TokenGate(8, 2))
+    with pytest.raises(ValueError, match=f"{name} goes to the router, which routing replaces"):
+        ffn(torch.zeros(3, 8), routing=a_plan(3), **{name: torch.ones(3).long()})

@@ -307,7 +307,8 @@ def test_affinity_makes_neurons_and_tables_together_and_is_served_as_any_hash(te
         ({"distill_weight": -1}, "distill_weight must not be negative"),
         ({"top_k": 2}, "top_k must be 1"),
         ({"routing": "gate-token", "top_k": 5}, "must not exceed the 4 experts"),
-        ({"comparisons": ("best",)}, "comparisons must be from random; got 'best'"),
+        ({"seeds": 0}, "seeds must be at least 1"),
+        ({"comparisons": ("best",)}, "comparisons must be from random, narrow, layers; got 'best'"),
     ],
 )
 def test_senseless_settings_are_refused(changes, sentence):

@@ -111,7 +111,9 @@ def test_compress_as_a_whole(one, two):
     for name, curve in alone["losses"].items():
         for ours, theirs in zip(results["losses"][name], curve, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-4)
-    assert read(two / "calls-0.json") == read(one / "calls-0.json")
+    told, told_alone = (read(out / "calls-0.json") for out in (two, one))
+    # Importance tells of two batches at a time.
+    assert told == [call for call in told_alone if call != ["importance", 32, 48]]
     assert read(two / "calls-1.json") == []
     assert not list((two / "whole").rglob("checkpoint-*"))
 
@@ -121,7 +123,6 @@ def test_an_error_in_one_process_ends_both_and_another_number_of_them_goes_on(fo
     done = start(TORCHRUN, jobs.__file__, "broken", folder, folder)
     assert done.returncode != 0
     assert done.stderr.count("RuntimeError: pulled the plug") == 1
-    assert done.stderr.count("in on_step_end") == 1
     assert "Connection closed" not in done.stderr
     assert not (folder / "broken" / "results.json").exists()
     calls = []

@@ -1,10 +1,13 @@
 import copy
+import itertools
 import json
+import math
 import re
 from html.parser import HTMLParser
 
 import pytest
 
+from moebert_kernels.compress.plots import plot_importance
 from moebert_kernels.compress.report import render_report, summarize, write_report
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -176,6 +179,85 @@ def test_it_says_in_words_what_the_numbers_mean(results):
     assert "4.0 times less work" in text
     assert "1.26 times its throughput" in text
     assert "The checkpoint does not shrink: every expert is stored, in all 22.7 M" in text
+
+
+@pytest.mark.parametrize(
+    ("latency", "throughput", "words"),
+    [
+        (6.5, 392, "Attention and embeddings are as before, so the whole model gains less than the part."),
+        (9.6, 392, "faster in batches of 32 alone; in a batch of 1 it is slower here"),
+        (9.1, 392, "faster in batches of 32 alone; in a batch of 1 it is no faster here"),
+        (6.5, 250, "faster in a batch of 1 alone; in batches of 32 it is slower here"),
+        (9.6, 250, "The student is slower here: the model is too small for"),
+        (9.1, 312, "The student is no faster here: the model is too small for"),
+    ],
+)
+def test_the_speed_is_told_as_it_was_measured(results, latency, throughput, words):
+    """A student that was slower than its teacher was said to gain less than its part."""
+    student = next(entry for entry in results["models"] if entry["name"] == "student")
+    student |= {"latency_ms": timing(latency, 1), "throughput_per_s": timing(throughput, 32)}
+    text = " ".join(summarize(results))
+    assert f"takes {latency:.2f} ms where the teacher takes 9.10 ms" in text
+    assert f"run at {throughput / 310:.2f} times its throughput" in text
+    assert words in text
+    assert ("gains less than the part" in text) == ("gains less than the part" in words)
+
+
+def test_the_speed_of_one_sequence_alone(results):
+    for entry in results["models"]:
+        entry["throughput_per_s"] = None
+    text = " ".join(summarize(results))
+    assert "takes 6.50 ms where the teacher takes 9.10 ms. Attention" in text
+    assert "batches of" not in text
+
+
+def test_layers_have_colours_that_can_be_told_apart():
+    """The third to the fifth of six layers had nearly one colour."""
+    svg = plot_importance([[0.0, 0.5 + layer / 20, 1.0] for layer in range(6)])
+    drawn = list(dict.fromkeys(re.findall(r"stroke: #([0-9a-f]{6})", svg)))
+    assert len(drawn) == 6
+    colours = [[int(colour[i : i + 2], 16) for i in (0, 2, 4)] for colour in drawn]
+    assert min(math.dist(a, b) for a, b in itertools.combinations(colours, 2)) > 75
+
+
+def of_equal_cost(results):
+    """The results of `--compare random,narrow,layers --seeds 3`."""
+    dense, narrow, fewer = results["models"][0], *(copy.deepcopy(results["models"][2]) for _ in range(2))
+    narrow |= {"name": "narrow FFN", "quality": {"accuracy": 0.858, "macro_f1": 0.85}}
+    fewer |= {
+        "name": "fewer layers",
+        "quality": {"accuracy": 0.841, "macro_f1": 0.83},
+        "kept_layers": [2, 4, 6],
+    }
+    results["models"] += [fewer | {"name": "fewer layers before distillation"}, narrow, fewer]
+    for entry in results["models"]:
+        entry["encoder_flops_per_token"] = 21_200_000 if entry is dense else 10_600_000
+        if "before" not in entry["name"] and entry is not dense:
+            entry["spread"] = {"accuracy": 0.004, "macro_f1": 0.005}
+            entry["seeds"] = [{"seed": seed, "quality": entry["quality"]} for seed in range(3)]
+    results["losses"] |= {name: results["losses"]["student"] for name in ("narrow FFN", "fewer layers")}
+    return results
+
+
+def test_models_of_equal_cost_stand_beside_the_student(results):
+    page = render_report(of_equal_cost(results))
+    text = words(page)
+    for expected in ("encoder FLOPs per token", "10.6 M", "0.858 ± 0.004", "0.841 ± 0.004", "0.862 ± 0.004"):
+        assert expected in text.replace("\N{NO-BREAK SPACE}", " ")
+    assert "neurons in every layer reaches 0.858 ± 0.004 and the teacher's layers 2, 4 and 6 alone" in text
+    assert "with 1.00 times the work, 0.841 ± 0.004" in text
+    assert "the mean over 3 seeds" in text
+    for colour in ("narrow", "layers"):
+        assert page.count(f"var(--{colour})") >= 3  # its point, its row, its definition is apart
+        assert page.count(f"--{colour}: #") == 3  # light, dark, print
+    alternatives = Reader(page).alternatives
+    assert "fewer layers 0.841 ± 0.004 at 392 sequences/s" in alternatives[0]
+    assert "fewer layers: total from 3.5 to 1.17" in alternatives[3]
+
+
+def test_a_single_layer_is_named_as_one(results):
+    of_equal_cost(results)["models"][-1]["kept_layers"] = [6]
+    assert "the teacher's layer 6 alone" in " ".join(summarize(results))
 
 
 def test_a_checkpoint_that_does_shrink_is_not_said_to_stay(results):

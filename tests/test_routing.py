@@ -81,6 +81,17 @@ def test_plans_of_all_layers_equal_one_plan_per_layer():
             "shape",
         ),
         (lambda: RoutingPlan.from_expert_ids(torch.tensor([0]), 0), ValueError, "num_experts.*0"),
+        (lambda: RoutingPlan.from_expert_ids([0, 1, 2], 4), TypeError, "expert_ids.*tensor, got list"),
+        (
+            lambda: RoutingPlan.from_input_ids(torch.tensor([0]), [[0]], 4),
+            TypeError,
+            "tables_LV.*tensor, got list",
+        ),
+        (lambda: hash_random_tables(1, 100, 0), ValueError, "num_experts must be at least 1, got 0"),
+        (lambda: hash_random_tables(0, 100, 4), ValueError, "num_layers must be at least 1, got 0"),
+        (lambda: hash_random_tables(1, -1, 4), ValueError, "vocab_size must not be negative, got -1"),
+        (lambda: hash_balance_tables(1, torch.ones(9), 0), ValueError, "num_experts must be at least 1"),
+        (lambda: hash_balance_tables(0, torch.ones(9), 4), ValueError, "num_layers must be at least 1"),
         (
             lambda: RoutingPlan.from_input_ids(torch.tensor([7]), torch.zeros(1, 7, dtype=torch.int32), 4),
             ValueError,

@@ -245,7 +245,8 @@ def test_an_activation_without_experts_is_named():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"index_LEF": torch.zeros(2, 4, 16, dtype=torch.long)}, r"\[L=3, E, F\].*\(2, 4, 16\)"),
+        ({"index_LEF": torch.zeros(2, 4, 16, dtype=torch.long)}, "the model's 3 layers, got 2 layers"),
+        ({"index_LEF": torch.zeros(4, 16, dtype=torch.long)}, r"\[L=3, E, F\].*\(4, 16\)"),
         ({"index_LEF": torch.zeros(3, 4, 16)}, "must be integer.*float32"),
         ({"index_LEF": quarters() + 1}, r"neurons in \[0, 64\).*1 to 64"),
         ({"index_LEF": torch.zeros(3, 4, 2, dtype=torch.long)}, "names a neuron twice"),

@@ -5,6 +5,7 @@ import pytest
 from rich.console import Console
 
 from moebert_kernels.compress.terminal import StageBars, TrainingProgress, environment_table, results_table
+from moebert_kernels.compress.units import short_count
 from moebert_kernels.environment import Backend, Environment
 
 
@@ -92,12 +93,64 @@ def test_results_table_has_every_column(console):
         "0.500",
         "22.7 M",
         "17.4 M",
-        "3.5 M",
+        "3.54 M",
         "6.52",
         "batch 1",
         "1,000 validation rows",
     ):
         assert expected in text
+
+
+def test_results_of_a_small_model_have_digits_and_fit_80_columns():
+    """A model of a few thousand parameters had "0.0 M" of everything."""
+    found = results({"median": 1234.5, "batch_size": 1})
+    for entry in found["models"]:
+        entry["name"] = "random split before distillation"
+        entry |= {"parameters_used_per_token": 40_512, "ffn_flops_per_token": 512}
+        entry["throughput_per_s"] = {"median": 123_456.0, "batch_size": 32}
+    console = Console(file=io.StringIO(), width=80)
+    console.print(results_table(found))
+    assert "before distillation" in console.file.getvalue()
+    row = next(line for line in lines(console) if "22.7 M" in line)
+    assert row.split()[2:] == ["0.500", "22.7", "M", "40.5", "K", "512", "1,234.50", "123,456"]
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0"),
+        (7.4, "7"),
+        (999, "999"),
+        (999.6, "1.00 K"),
+        (1000, "1.00 K"),
+        (9994, "9.99 K"),
+        (9996, "10.0 K"),
+        (99_960, "100 K"),
+        (999_499, "999 K"),
+        (999_500, "1.00 M"),
+        (3_538_944, "3.54 M"),
+        (109_482_240, "109 M"),
+        (1_415_577_600, "1.42 G"),
+        (12_345_000_000_000, "12345 G"),
+    ],
+)
+def test_a_count_has_three_digits_and_its_unit(count, text):
+    assert short_count(count) == text
+
+
+def test_results_table_of_several_seeds_and_of_fewer_layers(console):
+    found = results({"median": 6.523, "batch_size": 1})
+    found["models"].append(
+        found["models"][1] | {"name": "fewer layers", "kept_layers": [2, 4], "spread": {"macro_f1": 0.0123}}
+    )
+    for model in found["models"]:
+        model["encoder_flops_per_token"] = 10_616_832
+    console.print(results_table(found))
+    text = console.file.getvalue()
+    assert "0.500 ± 0.012" in text
+    assert "encoder" in text
+    assert "10.6 M" in text
+    assert max(len(line.rstrip()) for line in text.splitlines()) <= 80
 
 
 def test_results_table_without_measurements(console):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..registry import DidNotRun
-from .implementation import FFNInputs, Implementation, no_dispatch
+from .implementation import NORM_EPS, FFNInputs, Implementation, no_dispatch, norm_of
 
 
 class AuthorsExpert(nn.Module):
@@ -50,13 +50,13 @@ class AuthorsExperts(nn.Module):
 
 
 def authors_loop(inputs: FFNInputs) -> Implementation:
-    """The experts of `inputs` as modules, without residual and LayerNorm."""
+    """The experts of `inputs` as modules."""
     if inputs.case.K != 1:
         raise DidNotRun(f"gives every token one expert; top_k is {inputs.case.K}")
-    weights = zip(inputs.w1_EFD, inputs.b1_EF, inputs.w2_EDF, inputs.b2_ED, strict=True)
+    weights = zip(inputs.w1_EFD, inputs.b1_EF, inputs.w2_EDF, inputs.b2_ED, _norms(inputs), strict=True)
     experts = [
-        AuthorsExpert(w1_FD.detach(), b1_F.detach(), w2_DF.detach(), b2_D.detach())
-        for w1_FD, b1_F, w2_DF, b2_D in weights
+        AuthorsExpert(w1_FD.detach(), b1_F.detach(), w2_DF.detach(), b2_D.detach(), norm)
+        for w1_FD, b1_F, w2_DF, b2_D, norm in weights
     ]
     module = AuthorsExperts(experts)
     parameters: dict[str, Tensor | list[Tensor]] = {
@@ -65,4 +65,19 @@ def authors_loop(inputs: FFNInputs) -> Implementation:
         "w2": [expert.fc2.weight for expert in experts],
         "b2": [expert.fc2.bias for expert in experts],
     }
+    norms = [expert.norm for expert in experts if expert.norm is not None]
+    if norms:
+        parameters |= {"ln_w": [norm.weight for norm in norms], "ln_b": [norm.bias for norm in norms]}
     return Implementation(parameters, no_dispatch(inputs), lambda x_TD, ids_TK: module(x_TD, ids_TK[:, 0]))
+
+
+def _norms(inputs: FFNInputs) -> list[nn.LayerNorm | None]:
+    leaves = norm_of(inputs)
+    if not leaves:
+        return [None] * inputs.case.E
+    norms: list[nn.LayerNorm | None] = []
+    for ln_w_D, ln_b_D in zip(leaves["ln_w"], leaves["ln_b"], strict=True):
+        norm = nn.LayerNorm(inputs.case.D, eps=NORM_EPS, device="meta")
+        norm.weight, norm.bias = nn.Parameter(ln_w_D), nn.Parameter(ln_b_D)
+        norms.append(norm)
+    return norms

@@ -6,16 +6,23 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..registry import Outputs, stack_lists
-from .implementation import FFNInputs, Implementation, weights_of
+from .implementation import NORM_EPS, FFNInputs, Implementation, norm_of, weights_of
 
 
-def _dense(w1_ND: Tensor, b1_N: Tensor, w2_DN: Tensor, b2_D: Tensor) -> Implementation:
-    parameters: dict[str, Tensor | list[Tensor]] = {"w1": w1_ND, "b1": b1_N, "w2": w2_DN, "b2": b2_D}
+def _dense(
+    w1_ND: Tensor, b1_N: Tensor, w2_DN: Tensor, b2_D: Tensor, norm: dict[str, Tensor]
+) -> Implementation:
+    parameters: dict[str, Tensor | list[Tensor]] = {"w1": w1_ND, "b1": b1_N, "w2": w2_DN, "b2": b2_D, **norm}
 
-    def compute(x_TD: Tensor, _: None) -> Tensor:
+    def plain(x_TD: Tensor, _: None) -> Tensor:
         return functional.linear(functional.gelu(functional.linear(x_TD, w1_ND, b1_N)), w2_DN, b2_D)
 
-    return Implementation(parameters, lambda: None, compute)
+    def normed(x_TD: Tensor, _: None) -> Tensor:
+        return functional.layer_norm(
+            plain(x_TD, None) + x_TD, x_TD.shape[1:], norm["ln_w"], norm["ln_b"], NORM_EPS
+        )
+
+    return Implementation(parameters, lambda: None, normed if norm else plain)
 
 
 def _side_by_side(inputs: FFNInputs, experts: int) -> Implementation:
@@ -26,6 +33,7 @@ def _side_by_side(inputs: FFNInputs, experts: int) -> Implementation:
         b1_eF.flatten().detach(),
         w2_eDF.transpose(0, 1).flatten(1).contiguous().detach(),
         inputs.b2_ED[0].detach(),
+        {name: leaf_ED[0] for name, leaf_ED in norm_of(inputs).items()},
     )
 
 

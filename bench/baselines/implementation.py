@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ..cases import FFNCase
-from ..registry import Outputs, Thunk
+from ..registry import DidNotRun, Outputs, Thunk
 
+NORM_EPS = 1e-12  # BERT's
 PASSES = ("forward", "forward+backward", "dispatch+forward", "dispatch+forward+backward")
 
 
@@ -26,6 +28,7 @@ class FFNInputs:
         w1_EFD, b1_EF, w2_EDF, b2_ED: the experts.
         expert_ids_TK: int64.
         gate_TK: 1/K throughout, for peers that want weights.
+        ln_w_ED, ln_b_ED: each expert's LayerNorm over the sum of its output and x; None without `case.norm`.
     """
 
     case: FFNCase
@@ -37,6 +40,8 @@ class FFNInputs:
     b2_ED: Tensor
     expert_ids_TK: Tensor
     gate_TK: Tensor
+    ln_w_ED: Tensor | None = None
+    ln_b_ED: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,8 @@ class Implementation:
     """One peer, bound to its own views of the weights.
 
     Attributes:
-        parameters: leaves by name ("w1", "b1", "w2", "b2"); a list where each expert has a tensor of its own.
+        parameters: leaves by name ("w1", "b1", "w2", "b2", with a norm "ln_w", "ln_b"); a list
+            where each expert has a tensor of its own.
         dispatch: sorts the tokens, from the expert ids it was bound to.
         compute: (x_TD, what dispatch returned) -> y_TD.
     """
@@ -63,8 +69,36 @@ def weights_of(inputs: FFNInputs) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in named}
 
 
+def norm_of(inputs: FFNInputs) -> dict[str, Tensor]:
+    """Fresh leaves of the LayerNorms; none where the case has no norm."""
+    if inputs.ln_w_ED is None or inputs.ln_b_ED is None:
+        return {}
+    return {"ln_w": inputs.ln_w_ED.detach(), "ln_b": inputs.ln_b_ED.detach()}
+
+
+def with_norm(make: Make) -> Make:
+    """Put residual and LayerNorm after a peer that has neither, in torch's operations."""
+
+    def made(inputs: FFNInputs) -> Implementation:
+        plain, norm = make(inputs), norm_of(inputs)
+        if not norm:
+            return plain
+        if inputs.case.K != 1:
+            raise DidNotRun(f"adds up its experts before any LayerNorm; top_k is {inputs.case.K}")
+        experts_T = inputs.expert_ids_TK[:, 0]
+
+        def compute(x_TD: Tensor, given: Any) -> Tensor:
+            u_TD = plain.compute(x_TD, given) + x_TD
+            xhat_TD = functional.layer_norm(u_TD, u_TD.shape[1:], eps=NORM_EPS)
+            return torch.addcmul(norm["ln_b"][experts_T], xhat_TD, norm["ln_w"][experts_T])
+
+        return Implementation({**plain.parameters, **norm}, plain.dispatch, compute)
+
+    return made
+
+
 def bind(make: Make, inputs: FFNInputs, pass_: str) -> Thunk:
-    """The function to be timed. Outputs: "y", and with backward "dx", "dw1", "db1", "dw2", "db2"."""
+    """The function to be timed. Outputs: "y", and with backward "dx" and a "d..." for each parameter."""
     implementation = make(inputs)
     train, dispatches = pass_.endswith("backward"), pass_.startswith("dispatch")
     x_TD = inputs.x_TD.detach().requires_grad_(train)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from moebert_kernels.compress.affinity import split_by_affinity
 from moebert_kernels.compress.importance import Importance
-from moebert_kernels.errors import UserError
+from moebert_kernels.errors import ArgumentError, UserError
 from moebert_kernels.models.surgery import find_ffns, to_moe
 from moebert_kernels.routing import hash_balance_tables
 
@@ -50,8 +50,16 @@ def split_neurons(importance_LF: Tensor, num_experts: int, expert_size: int, num
         int64 [L, E, expert_size], indices of dense neurons, by falling importance.
 
     Raises:
-        UserError: the sizes do not fit each other, or need more neurons than there are.
+        UserError: the sizes do not fit each other, or need more neurons than there are; or the importance
+            is not finite numbers of this shape.
     """
+    if importance_LF.dim() != 2 or not importance_LF.is_floating_point():
+        raise UserError(
+            f"importance_LF must be floating point [L, F], got {importance_LF.dtype} "
+            f"{tuple(importance_LF.shape)}"
+        )
+    if not bool(importance_LF.isfinite().all()):
+        raise UserError("importance_LF must be finite, found infinite or NaN scores")
     width = importance_LF.shape[1]
     check_sizes(width, num_experts, expert_size, num_shared)
     order_LF = importance_LF.argsort(dim=1, descending=True, stable=True)
@@ -65,14 +73,15 @@ def check_sizes(
 ) -> None:
     """Raise a UserError unless layers of `ffn_width` neurons can be split this way.
 
-    Under "hash-affinity" experts are `overlapping`: they choose neurons independently of each other.
+    It is an ArgumentError where one size alone is at fault. Under "hash-affinity" experts are `overlapping`:
+    they choose neurons independently of each other.
     """
     if num_experts < 1:
-        raise UserError(f"the number of experts must be at least 1, got {num_experts}")
+        raise ArgumentError("num_experts", f"must be at least 1, got {num_experts}")
     if not 1 <= expert_size <= ffn_width:
-        raise UserError(f"the expert size must be 1 to the dense width {ffn_width}, got {expert_size}")
+        raise ArgumentError("expert_size", f"must be 1 to the dense width {ffn_width}, got {expert_size}")
     if not 0 <= num_shared <= expert_size:
-        raise UserError(f"the shared neurons must be 0 to the expert size {expert_size}, got {num_shared}")
+        raise ArgumentError("num_shared", f"must be 0 to the expert size {expert_size}, got {num_shared}")
     needed = num_experts * (expert_size - num_shared) + num_shared
     if needed > ffn_width and not overlapping:
         raise UserError(

@@ -74,6 +74,9 @@ class DistillationTrainer(Trainer):
         teacher: a model with the same head and as many layers of the same hidden size.
         args: as for `Trainer`.
         distill_weight: lambda, the weight of the distillation terms.
+        layer_map: for each layer of a student that has another number of layers, the index, counted from 0,
+            of the teacher's layer that it is compared with; None if they are compared one to one. The
+            embedding outputs are compared in any case.
         pooling: makes a sentence's embedding of the last hidden states [B, S, D] and the mask [B, S]; None
             for models with a head.
         trainer_options: the other arguments of `Trainer`, such as `train_dataset`, `processing_class`,
@@ -91,6 +94,7 @@ class DistillationTrainer(Trainer):
         *,
         args: TrainingArguments,
         distill_weight: float = 1.0,
+        layer_map: Sequence[int] | None = None,
         pooling: Pooling | None = None,
         **trainer_options: Any,
     ):
@@ -98,7 +102,7 @@ class DistillationTrainer(Trainer):
             raise ValueError(f"distill_weight must not be negative, got {distill_weight}")
         if trainer_options.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func does not apply: DistillationTrainer defines the loss")
-        _check_models(model, teacher)
+        _check_models(model, teacher, layer_map)
         super().__init__(model, args, **trainer_options)
         self.learned_gates = str(getattr(model.config, "routing", "")).startswith("gate-")
         if self.learned_gates and self.args.n_gpu > 1:
@@ -108,6 +112,7 @@ class DistillationTrainer(Trainer):
             )
         self.teacher = teacher.requires_grad_(False).eval().to(self.args.device)
         self.distill_weight = distill_weight
+        self.layer_map = layer_map
         self.pooling = pooling
         # Says that compute_loss divides by what get_batch_samples counted, so that training_step does not.
         self.model_accepts_loss_kwargs = True
@@ -163,7 +168,10 @@ class DistillationTrainer(Trainer):
         with torch.no_grad(), self.accelerator.autocast():
             teacher_outputs = self.teacher(**features, output_hidden_states=True)
         mask_BS = features.get("attention_mask")
-        layers = layer_loss(outputs.hidden_states, teacher_outputs.hidden_states, mask_BS)
+        teacher_states = teacher_outputs.hidden_states
+        if self.layer_map is not None:
+            teacher_states = [teacher_states[0], *(teacher_states[1 + layer] for layer in self.layer_map)]
+        layers = layer_loss(outputs.hidden_states, teacher_states, mask_BS)
         per_token = False
         if self.pooling is None:
             kind = self._kind(outputs)
@@ -262,10 +270,21 @@ def _count_units(batch: dict[str, Any]) -> _Units:
     return _Units(count_labels(batch), tokens, sequences)
 
 
-def _check_models(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+def _check_models(
+    student: PreTrainedModel, teacher: PreTrainedModel, layer_map: Sequence[int] | None
+) -> None:
     if {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}:
         raise ValueError("model and teacher share parameters; freezing the teacher would freeze the student")
-    for name in ("num_hidden_layers", "hidden_size", "num_labels"):
+    depth = teacher.config.num_hidden_layers
+    if layer_map is not None and (
+        len(layer_map) != student.config.num_hidden_layers or not set(layer_map) <= set(range(depth))
+    ):
+        raise ValueError(
+            f"layer_map must name one of the teacher's layers, 0 to {depth - 1}, for each of the model's "
+            f"{student.config.num_hidden_layers}, got {list(layer_map)}"
+        )
+    same = ("hidden_size", "num_labels") if layer_map else ("num_hidden_layers", "hidden_size", "num_labels")
+    for name in same:
         ours, theirs = getattr(student.config, name), getattr(teacher.config, name)
         if ours != theirs:
             raise ValueError(f"model and teacher must have the same {name}, got {ours} and {theirs}")
@@ -304,6 +323,7 @@ def distill(
     settings: DistillSettings,
     checkpoints: Path,
     *,
+    layer_map: Sequence[int] | None = None,
     pooling: Pooling | None = None,
     progress: Callable[[int, int], None] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
@@ -321,6 +341,7 @@ def distill(
         tokenizer: pads, and is saved with each checkpoint.
         settings: the same when resuming.
         checkpoints: folder for this run's checkpoints and nothing else.
+        layer_map: as for `DistillationTrainer`.
         pooling: as for `DistillationTrainer`.
         progress: called with (steps done, steps in all), at the start and after each step.
         callbacks: of the Trainer.
@@ -362,6 +383,7 @@ def distill(
         teacher,
         args=arguments,
         distill_weight=settings.distill_weight,
+        layer_map=layer_map,
         pooling=pooling,
         train_dataset=rows,
         data_collator=RowCollator(tokenizer),

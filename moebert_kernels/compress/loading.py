@@ -20,7 +20,7 @@ from moebert_kernels.compress import processes
 from moebert_kernels.compress.artifacts import replace_whole, rows_fingerprint
 from moebert_kernels.compress.tasks import TaskData, auto_model_of
 from moebert_kernels.errors import ArgumentError, UserError
-from moebert_kernels.models import find_ffns, max_tokens
+from moebert_kernels.models import find_ffns, is_moe, max_tokens
 
 _NOTES = "moebert_training.json"
 
@@ -60,6 +60,8 @@ def load_teacher(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
         UserError: the folder does not hold one.
     """
     model, tokenizer = load_model(folder)
+    if is_moe(model.config):
+        raise UserError(f"the model in {folder} is a MoE already: give the dense model that it was made of")
     try:
         find_ffns(model)
     except ValueError as error:

@@ -8,6 +8,7 @@ its last checkpoint. In the output folder:
     importance.safetensors  the scores the split was made by; for hash-affinity, those of token ids too
     work/NAME/adapted/      each model before distillation
     work/NAME/distilled/    the comparison models after it
+    work/NAME/seed-S/       the same of further seeds
     work/stages/*.json      what each stage was made from, how long it took, its small results
 """
 
@@ -16,7 +17,7 @@ from __future__ import annotations
 import shutil
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,7 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moebert_kernels import __version__
 from moebert_kernels.compress import processes
-from moebert_kernels.compress.adapt import COUNTING_ROUTINGS, adapt, random_scores, token_counts
+from moebert_kernels.compress.adapt import token_counts
 from moebert_kernels.compress.artifacts import (
     Stage,
     discard_unfinished,
@@ -53,16 +54,23 @@ from moebert_kernels.compress.measure import measure
 from moebert_kernels.compress.settings import CompressSettings, resolve
 from moebert_kernels.compress.tasks import EncodedData, TaskData, match_labels, tokenize
 from moebert_kernels.compress.token_scores import token_groups
+from moebert_kernels.compress.variants import STUDENT, Report, Trial, over_seeds, trials
 from moebert_kernels.environment import describe_environment
 from moebert_kernels.errors import UserError
 from moebert_kernels.models import (
     count_parameters,
+    encoder_flops_per_token,
     ffn_flops_per_token,
-    find_ffns,
     parameters_used_per_token,
 )
 
 FORMAT = 1
+_COSTS = {
+    "parameters_stored": count_parameters,
+    "parameters_used_per_token": parameters_used_per_token,
+    "ffn_flops_per_token": ffn_flops_per_token,
+    "encoder_flops_per_token": encoder_flops_per_token,
+}
 
 
 class Progress(Protocol):
@@ -75,9 +83,6 @@ class Progress(Protocol):
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Take note."""
-
-
-Report = Callable[[int, int], None]
 
 
 def compress(
@@ -122,11 +127,8 @@ def compress(
 
 def stage_names(settings: CompressSettings) -> list[str]:
     """The stages of `compress` in their order, as `Progress` and "timings_s" of the results name them."""
-    names = ["importance", "evaluate teacher"]
-    for variant in _variants(settings).values():
-        before = f"evaluate {variant.name} before distillation"
-        names += [f"adapt {variant.name}", before, f"distill {variant.name}", f"evaluate {variant.name}"]
-    return [*names, "expert load", "measure"]
+    made = [stage for of_seeds in trials(settings).values() for trial in of_seeds for stage in trial.stages]
+    return ["importance", "evaluate teacher", *made, "expert load", "measure"]
 
 
 def share_curves(importance: Importance, points: int = 101) -> list[list[float]]:
@@ -149,43 +151,6 @@ def _prepare(output_dir: Path) -> None:
             f"{output_dir / 'student'} exists and was not made by this command; give another output folder"
         )
     discard_unfinished(output_dir)
-
-
-@dataclass(frozen=True)
-class _Variant:
-    """A model to be made of the teacher, distilled and measured.
-
-    Attributes:
-        name: in results.json.
-        folder: of its files, under the output folder's work/.
-        build: makes it, and says how far it is.
-        made_from: everything that decides what `build` makes, for json.
-    """
-
-    name: str
-    folder: str
-    build: Callable[[_Run, Report], PreTrainedModel]
-    made_from: Callable[[_Run], Any]
-
-
-_STUDENT = _Variant(
-    "student",
-    "student",
-    build=lambda run, report: run.split_by(run.importance, report),
-    made_from=lambda run: [run.importance_print, *run.split_inputs],
-)
-_COMPARISONS = {
-    "random": _Variant(
-        "random split",
-        "random",
-        build=lambda run, report: run.split_by(run.random_scores(), report),
-        made_from=lambda run: run.split_inputs,
-    ),
-}
-
-
-def _variants(settings: CompressSettings) -> dict[str, _Variant]:
-    return {"student": _STUDENT, **{name: _COMPARISONS[name] for name in settings.comparisons}}
 
 
 class _Run:
@@ -211,6 +176,7 @@ class _Run:
         self.teacher = teacher
         nn.Module.to(teacher, self.device)  # transformers' own `to` does not say what it takes
         self.timings: dict[str, float] = {}
+        self.student_flops = 0
         self.said_anew = False
 
         self.teacher_print = model_fingerprint(teacher_dir)
@@ -241,15 +207,26 @@ class _Run:
         _ = self.importance
         models = {"teacher": self.evaluated("teacher", self.teacher_dir, self.teacher_print)}
         folders, prints = {"teacher": self.teacher_dir}, {"teacher": self.teacher_print}
-        losses = {}
-        for variant in _variants(self.settings).values():
+        losses: dict[str, list] = {}
+        for variant, of_seeds in trials(self.settings).items():
             name, before = variant.name, f"{variant.name} before distillation"
-            folders[before], prints[before] = self.adapted(variant)
-            models[before] = self.evaluated(before, folders[before], prints[before])
-            folders[name], prints[name], losses[name] = self.distilled(
-                variant, folders[before], prints[before]
-            )
-            models[name] = self.evaluated(name, folders[name], prints[name])
+            before_records, records = [], []
+            for trial in of_seeds:
+                if trial.is_adapted:
+                    adapted, made_from = self.adapted(trial)
+                    record = self.evaluated(f"{trial.name} before distillation", adapted, made_from)
+                    before_records.append(record)
+                    if trial.is_first and variant is STUDENT:
+                        self.student_flops = record["encoder_flops_per_token"]
+                distilled, distilled_from, log = self.distilled(trial, adapted, made_from)
+                records.append(self.evaluated(trial.name, distilled, distilled_from))
+                if trial.is_first:
+                    folders |= {before: adapted, name: distilled}
+                    prints |= {before: made_from, name: distilled_from}
+                    losses[name] = log
+            seeds = [trial.seed for trial in of_seeds]
+            for row, found in ((before, before_records), (name, records)):
+                models[row] = over_seeds(found, seeds[: len(found)]) | _layers(variant.kept_layers(self))
         load = self.expert_load(folders["student"], prints["student"])
         speed = self.speed(folders, prints)
         task = self.raw.task
@@ -300,56 +277,27 @@ class _Run:
         self.stage("importance", self.importance_print, work, path, together=True)
         return Importance.load(path)
 
-    @property
-    def split_inputs(self) -> list[Any]:
-        """What the teacher's split depends on beside the scores."""
-        s = self.settings
-        counts = self.train_print if s.routing in COUNTING_ROUTINGS else None
-        sizes = [s.num_experts, s.expert_size, s.num_shared]
-        return [self.teacher_print, *sizes, s.routing, s.top_k, s.seed, counts]
+    def token_counts(self) -> Tensor:
+        """How often each token id occurs in the training rows."""
+        return token_counts(self.data.train, self.teacher.config.vocab_size)
 
-    def split_by(self, scores: Importance | Tensor, report: Report) -> PreTrainedModel:
-        """The MoE whose experts take the teacher's neurons by falling score."""
-        s = self.settings
-        routing = s.routing
-        if routing == "hash-affinity" and not isinstance(scores, Importance):
-            routing = "hash-random"  # neurons drawn at random suit no token better than another
-        counts_V = None
-        if routing in COUNTING_ROUTINGS:
-            counts_V = token_counts(self.data.train, self.teacher.config.vocab_size)
-        return adapt(
-            self.teacher,
-            scores,
-            num_experts=s.num_experts,
-            expert_size=s.expert_size,
-            num_shared=s.num_shared,
-            routing=routing,
-            top_k=s.top_k,
-            seed=s.seed,
-            token_counts_V=counts_V,
-            progress=report,
-        )
-
-    def random_scores(self) -> Tensor:
-        ffns = find_ffns(self.teacher)
-        return random_scores(len(ffns), ffns[0].w1.out_features, seed=self.settings.seed)
-
-    def adapted(self, variant: _Variant) -> tuple[Path, str]:
-        folder = self.output_dir / "work" / variant.folder / "adapted"
-        made_from = fingerprint(variant.folder, variant.made_from(self))
+    def adapted(self, trial: Trial) -> tuple[Path, str]:
+        variant, folder = trial.variant, self.output_dir / "work" / trial.folder / "adapted"
+        made_from = fingerprint(variant.folder, variant.made_from(self, trial.seed))
 
         def work(report: Report) -> None:
-            save_encoder(variant.build(self, report), self.tokenizer, folder)
+            save_encoder(variant.build(self, trial.seed, report), self.tokenizer, folder)
 
-        self.stage(f"adapt {variant.name}", made_from, work, folder)
+        self.stage(f"adapt {trial.name}", made_from, work, folder)
         return folder, made_from
 
-    def distilled(self, variant: _Variant, adapted: Path, made_from: str) -> tuple[Path, str, list]:
-        s, room = self.settings, self.output_dir / "work" / variant.folder
-        folder = self.output_dir / "student" if variant is _STUDENT else room / "distilled"
+    def distilled(self, trial: Trial, adapted: Path, made_from: str) -> tuple[Path, str, list]:
+        s, room = self.settings, self.output_dir / "work" / trial.folder
+        is_student = trial.variant is STUDENT and trial.is_first
+        folder = self.output_dir / "student" if is_student else room / "distilled"
         assert s.learning_rate is not None  # resolved
         how = DistillSettings(
-            s.epochs, s.learning_rate, s.distill_weight, s.batch_size, s.weight_decay, s.seed
+            s.epochs, s.learning_rate, s.distill_weight, s.batch_size, s.weight_decay, trial.seed
         )
         made_from = fingerprint(made_from, self.teacher_print, self.train_print, asdict(how))
         checkpoints = room / f"checkpoints-{made_from[:16]}"
@@ -364,26 +312,24 @@ class _Run:
                 self.tokenizer,
                 how,
                 checkpoints,
+                layer_map=trial.variant.kept_layers(self),
                 progress=report,
             )
             processes.on_main(lambda: save_encoder(student, self.tokenizer, folder))
             return log
 
-        log = self.stage(f"distill {variant.name}", made_from, work, folder, together=True)
+        log = self.stage(f"distill {trial.name}", made_from, work, folder, together=True)
         processes.on_main(lambda: _remove(room.glob("checkpoints-*")))
         return folder, made_from, log
 
     def evaluated(self, name: str, folder: Path, made_from: str) -> dict[str, Any]:
         def work(report: Report) -> dict[str, Any]:
             model = self.load(folder)
-            return {
-                "quality": evaluate(model, self.data, self.tokenizer, progress=report),
-                "parameters_stored": count_parameters(model),
-                "parameters_used_per_token": parameters_used_per_token(model),
-                "ffn_flops_per_token": ffn_flops_per_token(model),
-            }
+            quality = evaluate(model, self.data, self.tokenizer, progress=report)
+            return {"quality": quality, **{name: cost(model) for name, cost in _COSTS.items()}}
 
-        return self.stage(f"evaluate {name}", fingerprint(made_from, self.validation_print), work)
+        made_from = fingerprint(made_from, self.validation_print, list(_COSTS))
+        return self.stage(f"evaluate {name}", made_from, work)
 
     def expert_load(self, student: Path, made_from: str) -> list[list[float]]:
         def work(report: Report) -> list[list[float]]:
@@ -451,6 +397,11 @@ class _Run:
         model = load_model(folder)[0]
         nn.Module.to(model, self.device)
         return model
+
+
+def _layers(kept: list[int] | None) -> dict[str, Any]:
+    """For results.json, where layers are counted from 1 as in the report."""
+    return {} if kept is None else {"kept_layers": [layer + 1 for layer in kept]}
 
 
 def _remove(folders: Iterable[Path], *, keep: Path | None = None) -> None:

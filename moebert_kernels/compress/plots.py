@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +23,8 @@ _VARIABLES = {
     "teacher": "#a10005",
     "student": "#a10006",
     "random": "#a10007",
+    "narrow": "#a10012",
+    "layers": "#a10013",
     "term-a": "#a10008",
     "term-b": "#a10009",
     "term-c": "#a10010",
@@ -29,8 +32,10 @@ _VARIABLES = {
 }
 _INK, _MUTED, _GRID, _PAPER = (_VARIABLES[name] for name in ("ink", "muted", "grid", "paper"))
 
-# From the first layer to the last; every step stands out from white and from near-black.
-_LAYER_COLOURS = LinearSegmentedColormap.from_list("layers", ["#2aa198", "#4a86d8", "#8c62d0", "#d0478f"])
+# From the first layer to the last, through most hues; all stand out from white and from near-black.
+_LAYER_COLOURS = LinearSegmentedColormap.from_list(
+    "layers", ["#b8860b", "#5a9a2a", "#12998c", "#3a83d8", "#8f5fd6", "#d8458c"]
+)
 
 _STYLE: Any = {
     "svg.fonttype": "none",
@@ -59,16 +64,25 @@ _STYLE: Any = {
 }
 
 
+_COLOUR_OF = {
+    "teacher": "teacher",
+    "student": "student",
+    "random split": "random",
+    "narrow FFN": "narrow",
+    "fewer layers": "layers",
+}
+
+
 def model_colour(name: str) -> str:
-    """The colour of a row of results.json's "models"."""
-    for kind in ("teacher", "student", "random"):
-        if name.startswith(kind):
-            return _VARIABLES[kind]
-    return _MUTED
+    """The CSS variable that is the colour of a row of results.json's "models"."""
+    return _COLOUR_OF.get(name.removesuffix(" before distillation"), "muted")
 
 
 def plot_quality_against_speed(models: Sequence[dict[str, Any]], metric: str) -> str | None:
-    """A point for each model with a measured throughput; hollow before distillation. None if none has one."""
+    """A point for each model with a measured throughput; hollow before distillation. None if none has one.
+
+    A vertical line is the spread of a model's seeds.
+    """
     measured = [model for model in models if model["throughput_per_s"]]
     if not measured:
         return None
@@ -78,8 +92,11 @@ def plot_quality_against_speed(models: Sequence[dict[str, Any]], metric: str) ->
         for model in measured:
             speed, quality = model["throughput_per_s"], model["quality"][metric]
             before = model["name"].endswith("before distillation")
-            colour = model_colour(model["name"])
+            colour = _VARIABLES[model_colour(model["name"])]
             axes.plot([speed["low"], speed["high"]], [quality] * 2, color=colour, linewidth=1, alpha=0.5)
+            if "spread" in model:
+                low, high = (quality + sign * model["spread"][metric] for sign in (-1, 1))
+                axes.plot([speed["median"]] * 2, [low, high], color=colour, linewidth=1, alpha=0.5)
             face = _PAPER if before else colour
             style: Any = {"linestyle": "none", "marker": "o", "markersize": 8, "markerfacecolor": face}
             axes.plot(speed["median"], quality, color=colour, label=model["name"], **style)
@@ -155,9 +172,13 @@ def plot_losses(losses: dict[str, Sequence[dict[str, float]]]) -> str | None:
     terms = list(dict.fromkeys(key for points in logged.values() for key in points[0] if key != "step"))
     colours = [_VARIABLES[f"term-{letter}"] for letter in "abcd"]
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(6.4, 3.4), layout="constrained")
-        panels = figure.subplots(1, len(logged), sharey=True, squeeze=False)[0]
-        for axes, (name, points) in zip(panels, logged.items(), strict=True):
+        num_rows = math.ceil(len(logged) / 2)
+        figure = Figure(figsize=(6.4, 0.6 + 2.8 * num_rows), layout="constrained")
+        grid = figure.subplots(num_rows, min(len(logged), 2), sharey=True, squeeze=False)
+        panels = grid.flatten()
+        for axes in panels[len(logged) :]:
+            axes.remove()
+        for axes, (name, points) in zip(panels, logged.items(), strict=False):
             for i, term in enumerate(terms):
                 drawn = [(point["step"], point[term]) for point in points if point.get(term, 0) > 0]
                 colour, width = (_INK, 2.0) if term == "total" else (colours[i % 4], 1.5)
@@ -169,7 +190,8 @@ def plot_losses(losses: dict[str, Sequence[dict[str, float]]]) -> str | None:
             axes.yaxis.set_minor_formatter(NullFormatter())
             axes.set_title(name)
             axes.set_xlabel("step")
-        panels[0].set_ylabel("loss")
+        for axes in grid[:, 0]:
+            axes.set_ylabel("loss")
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(terms), fontsize=9)
         return _svg(figure, "losses")

@@ -21,6 +21,7 @@ from moebert_kernels.errors import UserError
 _DATA_ONLY = {"PROTO", "FRAME", "STOP", "MARK", "BINPUT", "BINGET", "MEMOIZE"}
 _DATA_ONLY |= {"EMPTY_DICT", "SETITEM", "SETITEMS", "EMPTY_LIST", "APPEND", "APPENDS"}
 _DATA_ONLY |= {"BINUNICODE", "SHORT_BINUNICODE", "BINFLOAT", "BININT", "BININT1", "BININT2"}
+_FIRST_BYTE = b"\x80"  # of a pickle since protocol 2
 _MAX_BYTES = 16 * 2**20  # the published files have 0.4 MB
 
 
@@ -70,6 +71,8 @@ def _read(path: Path) -> dict[str, Any]:
     if path.stat().st_size > _MAX_BYTES:
         raise UserError(f"{path} has more than {_MAX_BYTES} bytes: not a published importance file")
     data = path.read_bytes()
+    if not data.startswith(_FIRST_BYTE):
+        raise UserError(f"{path} is not one of the published importance files: it is no pickle of their kind")
     try:
         for opcode, _, _ in pickletools.genops(data):
             if opcode.name not in _DATA_ONLY:

@@ -12,13 +12,18 @@ from string import Template
 from typing import Any
 
 from moebert_kernels.compress import plots
+from moebert_kernels.compress.units import short_count
 
 FORMAT = 1
+
+_NOTABLE_GAIN = 1.02  # measurements of one model differ by as much
 
 _NAMES = {
     "teacher": "the dense model",
     "student": "the MoE, distilled",
     "random split": "the same MoE from a split at random, distilled",
+    "narrow FFN": "dense, with as many of the most important neurons as a token meets in the MoE, distilled",
+    "fewer layers": "the dense model with so many of its layers as cost what the MoE does, distilled",
 }
 
 
@@ -91,6 +96,9 @@ def summarize(results: dict[str, Any]) -> list[str]:
             text += f"start from {quality('random split before distillation'):.3f} and "
         text += f"end at {quality('random split'):.3f}."
     paragraphs.append(text)
+    comparison = _comparison(results)
+    if comparison:
+        paragraphs.append(comparison)
 
     error = _standard_error(metric, quality("student"), task["validation_rows"])
     if error is not None:
@@ -100,30 +108,90 @@ def summarize(results: dict[str, Any]) -> list[str]:
         )
 
     flops = teacher["ffn_flops_per_token"] / student["ffn_flops_per_token"]
-    text = f"A token uses few of the experts: {flops:.1f} times less work in the feed-forward networks. "
-    if teacher["latency_ms"] and student["latency_ms"]:
-        before, after = teacher["latency_ms"], student["latency_ms"]
-        text += (
-            f"A batch of {before['batch_size']} ({before['sequence_length']} tokens) takes "
-            f"{after['median']:.1f} ms where the teacher takes {before['median']:.1f} ms"
-        )
-        if teacher["throughput_per_s"] and student["throughput_per_s"]:
-            batches, dense = student["throughput_per_s"], teacher["throughput_per_s"]
-            ratio = batches["median"] / dense["median"]
-            text += f", and batches of {batches['batch_size']} run at {ratio:.2f} times its throughput"
-        text += ". Attention and embeddings are as before, so the whole model gains less than the part."
-    paragraphs.append(text)
+    text = f"A token uses few of the experts: {flops:.1f} times less work in the feed-forward networks."
+    paragraphs.append(" ".join([text, *_speed_sentences(teacher, student)]))
     paragraphs.append(_storage_sentence(teacher, student))
     return paragraphs
+
+
+def _speed_sentences(teacher: dict[str, Any], student: dict[str, Any]) -> list[str]:
+    """What was measured, and what to make of it; nothing if nothing was."""
+    if not (teacher["latency_ms"] and student["latency_ms"]):
+        return []
+    before, after = teacher["latency_ms"], student["latency_ms"]
+    single = f"a batch of {before['batch_size']}"
+    gains = {single: before["median"] / after["median"]}
+    measured = (
+        f"{_capital(single)} ({before['sequence_length']} tokens) takes {after['median']:.2f} ms where the "
+        f"teacher takes {before['median']:.2f} ms"
+    )
+    if teacher["throughput_per_s"] and student["throughput_per_s"]:
+        batches, dense = student["throughput_per_s"], teacher["throughput_per_s"]
+        many = f"batches of {batches['batch_size']}"
+        gains[many] = batches["median"] / dense["median"]
+        measured += f", and {many} run at {gains[many]:.2f} times its throughput"
+    return [f"{measured}.", _verdict(gains)]
+
+
+def _verdict(gains: dict[str, float]) -> str:
+    """The student's speed in words, from how many times the teacher's it is for each way of measuring."""
+    faster = [how for how, gain in gains.items() if gain > _NOTABLE_GAIN]
+    slower = [how for how, gain in gains.items() if gain < 1 / _NOTABLE_GAIN]
+    if len(faster) == len(gains):
+        return "Attention and embeddings are as before, so the whole model gains less than the part."
+    found = "slower" if slower else "no faster"
+    if faster:
+        others = " and ".join(how for how in gains if how not in faster)
+        return (
+            f"The student is faster in {' and '.join(faster)} alone; in {others} it is {found} here: there "
+            "the experts cost the time that their smaller work saves."
+        )
+    return (
+        f"The student is {found} here: the model is too small for the work it saves to outweigh what sorting "
+        "tokens by expert costs."
+    )
+
+
+def _comparison(results: dict[str, Any]) -> str:
+    """What the models of the same cost reach, and over how many seeds all of this was taken."""
+    models = {model["name"]: model for model in results["models"]}
+    metric = results["task"]["main_metric"]
+    found = []
+    if "narrow FFN" in models:
+        quality = _quality(models["narrow FFN"], metric)
+        found.append(f"one dense network of the most important neurons in every layer reaches {quality}")
+    if "fewer layers" in models:
+        model = models["fewer layers"]
+        *kept, last = map(str, model["kept_layers"])
+        layers = f"layers {', '.join(kept)} and {last}" if kept else f"layer {last}"
+        share = model["encoder_flops_per_token"] / models["student"]["encoder_flops_per_token"]
+        quality = _quality(model, metric)
+        found.append(f"the teacher's {layers} alone, with {share:.2f} times the work, {quality}")
+    text = (
+        f"Distilled in the same way and at about the cost of the MoE, {' and '.join(found)}. "
+        if found
+        else ""
+    )
+    seeds = len(models["student"].get("seeds", ()))
+    if seeds:
+        text += (
+            f"Quality is the mean over {seeds} seeds, \N{PLUS-MINUS SIGN} their sample standard deviation; "
+        )
+        text += "what is not drawn or trained has one value."
+    return text.strip()
 
 
 def _storage_sentence(teacher: dict[str, Any], student: dict[str, Any]) -> str:
     stored, before = student["parameters_stored"], teacher["parameters_stored"]
     text = "The checkpoint does not shrink: " if stored > 0.95 * before else ""
-    text += f"every expert is stored, in all {_millions(stored)} parameters against the teacher's "
-    text += f"{_millions(before)}. "
-    used = _millions(student["parameters_used_per_token"])
-    return f"{text[:1].upper()}{text[1:]}What shrinks is what one token uses of them: {used}."
+    text += f"every expert is stored, in all {_count(stored)} parameters against the teacher's "
+    text += f"{_count(before)}. "
+    used = _count(student["parameters_used_per_token"])
+    return f"{_capital(text)}What shrinks is what one token uses of them: {used}."
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _difference(value: float) -> str:
@@ -136,9 +204,8 @@ def _standard_error(metric: str, value: float, rows: int) -> float | None:
     return math.sqrt(value * (1 - value) / rows)
 
 
-def _millions(count: float) -> str:
-    digits = 2 if count < 1e7 else 1
-    return f"{count / 1e6:.{digits}f}\N{NO-BREAK SPACE}M"
+def _count(count: float) -> str:
+    return short_count(count).replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def _tiles(results: dict[str, Any]) -> str:
@@ -150,7 +217,7 @@ def _tiles(results: dict[str, Any]) -> str:
     tiles = [
         (
             metric.replace("_", " ").capitalize(),
-            f"{student['quality'][metric]:.3f}",
+            _quality(student, metric),
             f"teacher {teacher['quality'][metric]:.3f}",
         ),
         (
@@ -160,8 +227,8 @@ def _tiles(results: dict[str, Any]) -> str:
         ),
         (
             "Parameters used per token",
-            _millions(student["parameters_used_per_token"]),
-            f"of {_millions(student['parameters_stored'])} stored",
+            _count(student["parameters_used_per_token"]),
+            f"of {_count(student['parameters_stored'])} stored",
         ),
     ]
     for key, name in (("latency_ms", "Speed"), ("throughput_per_s", "Throughput")):
@@ -180,11 +247,15 @@ def _tiles(results: dict[str, Any]) -> str:
 def _models_table(results: dict[str, Any]) -> str:
     main = results["task"]["main_metric"]
     others = sorted({name for model in results["models"] for name in model["quality"]} - {main})
+    encoder: list[tuple[str, Callable[[dict[str, Any]], str]]] = []
+    if all("encoder_flops_per_token" in model for model in results["models"]):
+        encoder = [("encoder FLOPs per token", lambda m: _count(m["encoder_flops_per_token"]))]
     columns: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
         *((name.replace("_", " "), lambda m, name=name: _quality(m, name)) for name in (main, *others)),
-        ("parameters stored", lambda m: _millions(m["parameters_stored"])),
-        ("used per token", lambda m: _millions(m["parameters_used_per_token"])),
-        ("FFN FLOPs per token", lambda m: _millions(m["ffn_flops_per_token"])),
+        ("parameters stored", lambda m: _count(m["parameters_stored"])),
+        ("used per token", lambda m: _count(m["parameters_used_per_token"])),
+        ("FFN FLOPs per token", lambda m: _count(m["ffn_flops_per_token"])),
+        *encoder,
         ("latency, ms", lambda m: _timing(m["latency_ms"], 2)),
         ("sequences per second", lambda m: _timing(m["throughput_per_s"], 0)),
     ]
@@ -200,7 +271,7 @@ def _models_table(results: dict[str, Any]) -> str:
 
 
 def _dot(name: str) -> str:
-    kind = next((kind for kind in ("teacher", "student", "random") if name.startswith(kind)), "muted")
+    kind = plots.model_colour(name)
     fill = "transparent" if name.endswith("before distillation") else f"var(--{kind})"
     return (
         f'<span class="dot" aria-hidden="true" style="border-color:var(--{kind});background:{fill}"></span>'
@@ -208,7 +279,10 @@ def _dot(name: str) -> str:
 
 
 def _quality(model: dict[str, Any], metric: str) -> str:
-    return f"{model['quality'][metric]:.3f}" if metric in model["quality"] else "–"
+    if metric not in model["quality"]:
+        return "–"
+    spread = f" \N{PLUS-MINUS SIGN} {model['spread'][metric]:.3f}" if "spread" in model else ""
+    return f"{model['quality'][metric]:.3f}{spread}"
 
 
 def _timing(timing: dict[str, Any] | None, digits: int) -> str:
@@ -221,13 +295,13 @@ def _timing(timing: dict[str, Any] | None, digits: int) -> str:
 def _table_note(results: dict[str, Any]) -> str:
     present = [name for name in _NAMES if any(model["name"] == name for model in results["models"])]
     note = "; ".join(f"{name}: {_NAMES[name]}" for name in present)
-    note = f"{note[:1].upper()}{note[1:]}." if note else ""
+    note = f"{_capital(note)}." if note else ""
     for key, name in (("latency_ms", "Latency"), ("throughput_per_s", "Throughput")):
         timing = next((model[key] for model in results["models"] if model[key]), None)
         if timing:
             note += f" {name}: batch {timing['batch_size']} of {timing['sequence_length']} tokens, "
             note += "median, and below it the middle four fifths of the measurements."
-    return note + " A FLOP is a multiplication or an addition, biases not counted."
+    return note + " A FLOP is a multiplication or an addition, biases and attention scores not counted."
 
 
 def _figures(results: dict[str, Any]) -> Iterable[str]:
@@ -236,7 +310,7 @@ def _figures(results: dict[str, Any]) -> Iterable[str]:
     svg = plots.plot_quality_against_speed(results["models"], metric)
     if svg:
         points = "; ".join(
-            f"{m['name']} {m['quality'][metric]:.3f} at {m['throughput_per_s']['median']:.0f} sequences/s"
+            f"{m['name']} {_quality(m, metric)} at {m['throughput_per_s']['median']:.0f} sequences/s"
             for m in models
         )
         yield _figure(

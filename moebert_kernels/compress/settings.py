@@ -12,7 +12,7 @@ from moebert_kernels.compress.tasks import KINDS, TaskData
 from moebert_kernels.errors import ArgumentError
 from moebert_kernels.models import HASH_ROUTINGS, ROUTINGS, find_ffns
 
-COMPARISONS = ("random",)
+COMPARISONS = ("random", "narrow", "layers")
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,14 @@ class CompressSettings:
         max_length: tokens a row is cut to; by default 128, or 384 for question answering, or as many as the
             model takes if those are fewer.
         importance_rows: training rows that importance is taken on, drawn at random; None for all.
-        comparisons: models to make, distil and measure in the same way beside the student, from
-            `COMPARISONS`.
+        comparisons: models of the same cost to make, distil and measure in the same way beside the student:
+            "random", the same experts filled at random; "narrow", a dense encoder that keeps as many of the
+            most important neurons as a token meets in the student; "layers", the teacher with so many of its
+            layers as cost what the student does.
         measure_length: tokens of the sequences that speed is measured on; by default as for max_length.
-        seed: of everything random.
+        seed: of everything random; with more `seeds` the first of them.
+        seeds: how many times to make and distil each model, with seeds one after the other; quality is then
+            the mean. The student that is kept, and what is measured, are of the first.
 
     Raises:
         UserError: a value makes no sense whatever the model is.
@@ -58,11 +62,13 @@ class CompressSettings:
     comparisons: tuple[str, ...] = ("random",)
     measure_length: int | None = None
     seed: int = 0
+    seeds: int = 1
 
     def __post_init__(self):
         if self.routing not in ROUTINGS:
             raise ArgumentError("routing", f"must be one of {', '.join(ROUTINGS)}; got {self.routing!r}")
-        for name in ("num_experts", "top_k", "batch_size", "importance_rows", "max_length", "measure_length"):
+        counts = ("num_experts", "top_k", "batch_size", "importance_rows", "max_length", "measure_length")
+        for name in (*counts, "seeds"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ArgumentError(name, f"must be at least 1, got {value}")

@@ -21,6 +21,7 @@ from rich.progress import (
 from rich.table import Table
 from transformers import TrainerCallback
 
+from moebert_kernels.compress.units import short_count
 from moebert_kernels.environment import Environment
 
 
@@ -108,11 +109,13 @@ def results_table(results: dict[str, Any]) -> Table:
     # Narrow enough for 80 columns.
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("\n\nmodel", no_wrap=True)
+    # Fewer layers cost what the student does in attention and feed-forward networks together.
+    part = "encoder" if any("kept_layers" in model for model in results["models"]) else "ffn"
     headings = (
         f"\n\n{main.replace('_', ' ')}",
         "\nparams\nstored",
         "params\nused\n/token",
-        "FFN\nFLOPs\n/token",
+        f"{'FFN' if part == 'ffn' else part}\nFLOPs\n/token",
         *_speed_headings(results["models"]),
     )
     for heading in headings:
@@ -120,10 +123,11 @@ def results_table(results: dict[str, Any]) -> Table:
     for model in results["models"]:
         table.add_row(
             model["name"].replace(" before", "\n  before"),
-            f"{model['quality'][main]:.3f}",
+            f"{model['quality'][main]:.3f}"
+            + (f" ± {model['spread'][main]:.3f}" if "spread" in model else ""),
             *(
-                f"{model[key] / 1e6:,.1f} M"
-                for key in ("parameters_stored", "parameters_used_per_token", "ffn_flops_per_token")
+                short_count(model[key])
+                for key in ("parameters_stored", "parameters_used_per_token", f"{part}_flops_per_token")
             ),
             _median(model["latency_ms"], 2),
             _median(model["throughput_per_s"], 0),

@@ -27,6 +27,12 @@ from moebert_kernels.models.costs import (
 from moebert_kernels.models.families import FAMILIES, DenseFFN, find_ffns, max_tokens
 from moebert_kernels.models.modeling import MOE_CLASSES, MoEPreTrainedModel
 from moebert_kernels.models.parameters import decay_parameters
+from moebert_kernels.models.shrink import (
+    evenly_spaced_layers,
+    keep_layers,
+    layers_of_equal_cost,
+    narrow_ffns,
+)
 from moebert_kernels.models.surgery import replace_ffns, to_moe
 
 __all__ = [
@@ -40,10 +46,14 @@ __all__ = [
     "count_parameters",
     "decay_parameters",
     "encoder_flops_per_token",
+    "evenly_spaced_layers",
     "ffn_flops_per_token",
     "find_ffns",
     "is_moe",
+    "keep_layers",
+    "layers_of_equal_cost",
     "max_tokens",
+    "narrow_ffns",
     "parameters_used_per_token",
     "replace_ffns",
     "to_moe",

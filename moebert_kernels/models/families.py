@@ -102,6 +102,7 @@ class Family:
         shape: of the layer.
         encoder_name: the encoder's name in the base model.
         skips_positions: whether the first token's position is the one after the padding token's id.
+        width_name: what the configuration calls the width of the feed-forward networks.
     """
 
     name: str
@@ -112,6 +113,7 @@ class Family:
     shape: LayerShape
     encoder_name: str
     skips_positions: bool
+    width_name: str = "intermediate_size"
 
     @property
     def config(self) -> type[PreTrainedConfig]:
@@ -133,6 +135,7 @@ def _family(
     layer: str | None = None,
     encoder: str | None = None,
     encoder_name: str = "encoder",
+    width_name: str = "intermediate_size",
 ) -> Family:
     return Family(
         name,
@@ -143,6 +146,7 @@ def _family(
         shape,
         encoder_name,
         skips_positions,
+        width_name,
     )
 
 
@@ -163,6 +167,7 @@ FAMILIES = (
         layer="TransformerBlock",
         encoder="Transformer",
         encoder_name="transformer",
+        width_name="hidden_dim",
     ),
 )
 

@@ -134,10 +134,15 @@ def to_moe(
 
 def _checked_index(index_LEF: Tensor, dense_ffns: list[DenseFFN]) -> Tensor:
     index_LEF = torch.as_tensor(index_LEF)
-    if index_LEF.is_floating_point() or index_LEF.dim() != 3 or index_LEF.shape[0] != len(dense_ffns):
+    if index_LEF.is_floating_point() or index_LEF.dim() != 3:
         raise ValueError(
             f"index_LEF must be integer [L={len(dense_ffns)}, E, F], got {index_LEF.dtype} "
             f"{tuple(index_LEF.shape)}"
+        )
+    if index_LEF.shape[0] != len(dense_ffns):
+        raise ValueError(
+            f"index_LEF must be for the model's {len(dense_ffns)} layers, got {index_LEF.shape[0]} layers, "
+            f"shape {tuple(index_LEF.shape)}"
         )
     if 0 in index_LEF.shape:
         raise ValueError(f"index_LEF must give every expert a neuron, got shape {tuple(index_LEF.shape)}")

@@ -125,6 +125,8 @@ class RoutingPlan:
 
 
 def _check_ids(name: str, ids: Tensor) -> Tensor:
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name} must be a signed integer tensor, got {type(ids).__name__}")
     if ids.dtype not in (torch.int32, torch.int64, torch.int16, torch.int8):
         raise TypeError(f"{name} must be a signed integer tensor, got {ids.dtype}")
     return ids

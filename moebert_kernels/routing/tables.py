@@ -19,7 +19,13 @@ def hash_random_tables(num_layers: int, vocab_size: int, num_experts: int, *, se
 
     Returns:
         int32 [L, V] with entries in [0, E), on the CPU.
+
+    Raises:
+        ValueError: there is no layer or no expert, or `vocab_size` is negative.
     """
+    _check_sizes(num_layers, num_experts)
+    if vocab_size < 0:
+        raise ValueError(f"vocab_size must not be negative, got {vocab_size}")
     generator = torch.Generator("cpu").manual_seed(seed)
     shape = (num_layers, vocab_size)
     return torch.randint(num_experts, shape, generator=generator, dtype=torch.int32, device="cpu")
@@ -42,8 +48,10 @@ def hash_balance_tables(num_layers: int, token_counts_V: Tensor, num_experts: in
         int32 [L, V] with entries in [0, E), on the CPU.
 
     Raises:
-        ValueError: `token_counts_V` is not one-dimensional or holds a negative count.
+        ValueError: there is no layer or no expert, or `token_counts_V` is not one-dimensional or holds a
+            negative count.
     """
+    _check_sizes(num_layers, num_experts)
     if token_counts_V.dim() != 1 or (token_counts_V.numel() and int(token_counts_V.min()) < 0):
         raise ValueError(
             f"token_counts_V must be one count >= 0 per token id, got shape {tuple(token_counts_V.shape)}"
@@ -65,3 +73,9 @@ def hash_balance_tables(num_layers: int, token_counts_V: Tensor, num_experts: in
         table[token] = expert
         heapq.heapreplace(queue, (num_ids + 1, 0, expert))
     return torch.tensor(table, dtype=torch.int32, device="cpu").repeat(num_layers, 1)
+
+
+def _check_sizes(num_layers: int, num_experts: int) -> None:
+    for name, size in (("num_layers", num_layers), ("num_experts", num_experts)):
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")

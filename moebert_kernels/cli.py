@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -50,8 +51,13 @@ def main() -> None:
     app()
 
 
-def _command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a command that ends in a sentence, not a traceback, for what its user can put right."""
+def _command(name: str, *, by_many: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a command that ends in a sentence, not a traceback, for what its user can put right.
+
+    Args:
+        name: as it is typed.
+        by_many: whether several processes can do it together, started by torchrun or accelerate.
+    """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
         expanded = expand_options(function)
@@ -60,9 +66,9 @@ def _command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
         def run(**arguments: Any) -> None:
             try:
                 _quiet_libraries()
-                expanded(**arguments)
+                _run(name, by_many, functools.partial(expanded, **arguments))
             except KeyboardInterrupt:
-                _say_on_stderr("interrupted; run the same command again to go on")
+                _say_once("interrupted; run the same command again to go on")
                 raise typer.Exit(INTERRUPTED) from None
             except ValueError as error:
                 from moebert_kernels.errors import ArgumentError, UserError
@@ -72,12 +78,31 @@ def _command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
                 sentence = str(error)
                 if isinstance(error, ArgumentError):
                     sentence = f"{option_of(error.argument)} {error.problem}"
-                _say_on_stderr(sentence, style="red")
+                _say_once(sentence, style="red")
                 raise typer.Exit(USER_ERROR) from None
 
         return app.command(name)(run)
 
     return register
+
+
+def _run(name: str, by_many: bool, command: Callable[[], None]) -> None:
+    from moebert_kernels.compress import processes
+    from moebert_kernels.errors import UserError
+
+    with processes.one_voice():
+        if processes.count() > 1 and not by_many:
+            raise UserError(f"moebert {name} runs in one process: start it without torchrun or accelerate")
+        command()
+
+
+def _say_once(sentence: str, style: str | None = None) -> None:
+    if "WORLD_SIZE" not in os.environ:  # one process, which may have been interrupted while it imported torch
+        _say_on_stderr(sentence, style)
+        return
+    from moebert_kernels.compress import processes
+
+    processes.say_once(lambda: _say_on_stderr(sentence, style))
 
 
 def _say_on_stderr(sentence: str, style: str | None = None) -> None:
@@ -149,7 +174,7 @@ def demo(
     run_demo(output, seed=seed, console=Console(highlight=False))
 
 
-@_command("finetune")
+@_command("finetune", by_many=True)
 def finetune(
     model: Annotated[
         str, typer.Option("--model", help="Folder of a pre-trained BERT, or its name on the hub.")
@@ -181,7 +206,7 @@ def finetune(
     typer.echo(f"{output}: {scores} on {len(rows.validation):,} validation rows")
 
 
-@_command("compress")
+@_command("compress", by_many=True)
 def compress(
     teacher: Teacher,
     output: Annotated[
@@ -212,7 +237,7 @@ def compress(
     The student is in OUTPUT/student: load it with transformers after `import moebert_kernels`. An interrupted
     run goes on where it was when it is given again; a stage whose inputs are unchanged is reused.
     """
-    from moebert_kernels.compress import pipeline, report
+    from moebert_kernels.compress import pipeline, processes, report
     from moebert_kernels.compress.terminal import StageBars, results_table
 
     comparisons = tuple(name.strip() for name in compare.split(",") if name.strip())
@@ -228,12 +253,12 @@ def compress(
     console = Console(highlight=False)
     with StageBars(console) as progress:
         results = pipeline.compress(settings, data.load(), teacher, output, progress=progress)
-    report.write_report(results, output / "report.html")
+    processes.on_main(lambda: report.write_report(results, output / "report.html"))
     console.print(results_table(results))
     console.print(f"student: {output / 'student'}\nreport: {output / 'report.html'}", soft_wrap=True)
 
 
-@_command("importance")
+@_command("importance", by_many=True)
 def importance(
     output: Annotated[Path, typer.Option("--output", help="File to write, .safetensors.")],
     data: DataOptions,
@@ -258,7 +283,7 @@ def importance(
 
     moebert importance --convert importance_sst2.pkl --output scores.safetensors
     """
-    from moebert_kernels.compress import steps
+    from moebert_kernels.compress import processes, steps
     from moebert_kernels.compress.published import convert_published
     from moebert_kernels.compress.terminal import StageBars
     from moebert_kernels.errors import UserError
@@ -269,7 +294,7 @@ def importance(
     if convert is not None:
         steps.check_scores_file(output)
         scores = convert_published(convert)
-        scores.save(output)
+        processes.on_main(lambda: scores.save(output))
     else:
         assert teacher is not None
         settings = compress_settings(run, importance_rows=importance_rows)
@@ -320,7 +345,7 @@ def adapt(
     )
 
 
-@_command("distill")
+@_command("distill", by_many=True)
 def distill(
     student: Annotated[
         Path, typer.Option("--student", help="Folder of the MoE, as `moebert adapt` writes it.")

@@ -190,7 +190,9 @@ class DistillOptions:
             help="Weight of the teacher's layers and predictions against the labels'; 1 to 5 in the paper."
         ),
     ] = 1.0
-    batch_size: Annotated[int, _training(help="Rows of a step; 8 to 64 in the paper.")] = 32
+    batch_size: Annotated[
+        int, _training(help="Rows of a step, over all processes; 8 to 64 in the paper.")
+    ] = 32
     weight_decay: Annotated[float, _training(help="Of AdamW; 0 to 0.1 in the paper.")] = 0.0
 
     def settings(self) -> dict[str, Any]:
@@ -210,7 +212,7 @@ class FinetuneOptions:
 
     epochs: Annotated[float, _training(help="Passes over the training rows.")] = 3.0
     lr: Annotated[float, _training(help="The highest learning rate; small models like 1e-4.")] = 3e-5
-    batch_size: Annotated[int, _training(help="Rows of a step.")] = 32
+    batch_size: Annotated[int, _training(help="Rows of a step, over all processes.")] = 32
     weight_decay: Annotated[float, _training(help="Of AdamW.")] = 0.01
 
 

@@ -10,13 +10,14 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
+from moebert_kernels.compress import processes
 from moebert_kernels.errors import UserError
 
 _MODEL_SUFFIXES = {".json", ".safetensors", ".bin", ".txt", ".model"}
@@ -114,12 +115,21 @@ class Stage:
         """Whether the record is of the stage done with other inputs."""
         return self.record_path.exists() and self._read() is None
 
-    def run(self, work: Callable[[], Any]) -> Any:
+    def run(self, work: Callable[[], Any], *, together: bool = False) -> Any:
         """Return the recorded result if the stage is done; otherwise do `work` and record what it returns.
+
+        With several processes this is collective; the main one keeps the record, and all return its result.
 
         Args:
             work: makes the outputs and returns what json can write.
+            together: all processes do it; otherwise, the main one while the others wait.
         """
+        if together and not processes.on_main(lambda: self.is_done):
+            result = self._run(work) if processes.is_main() else work()
+            return processes.on_main(lambda: result)
+        return processes.on_main(lambda: self._run(work))
+
+    def _run(self, work: Callable[[], Any]) -> Any:
         record = self._read()
         if record is not None and self.is_done:
             return record["result"]
@@ -155,13 +165,20 @@ class Stage:
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Hold an output folder, created if need be, for this process alone.
+    """Hold an output folder, created if need be, for this process, or those it works with; collective.
 
-    The lock is the operating system's and goes with the process, however it ends: none is ever stale.
+    The lock is the operating system's and goes with the main process, however it ends: none is ever stale.
 
     Raises:
         UserError: the folder cannot be made or written, or another process holds it.
     """
+    with ExitStack() as held:
+        processes.on_main(lambda: held.enter_context(_locked(folder)))
+        yield
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
     lock_path = folder / _LOCK
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -187,7 +204,7 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def workroom(output: Path, made_from: str) -> Iterator[Path]:
-    """Hold the folder `<output>.unfinished` for this process alone, for the checkpoints of a long stage.
+    """Hold the folder `<output>.unfinished` for the checkpoints of a long stage; see `exclusive`.
 
     It is empty, unless work of the same fingerprint was interrupted in it; it is gone when the body has ended
     well, which should have made `output`.
@@ -196,11 +213,15 @@ def workroom(output: Path, made_from: str) -> Iterator[Path]:
         UserError: see `exclusive`.
     """
     room = output.with_name(f"{output.name}.unfinished")
-    with exclusive(room):
+
+    def prepare() -> None:
         record = room / "made_from"
         if not record.is_file() or record.read_text(encoding="utf-8") != made_from:
             for path in [path for path in room.iterdir() if path.name != _LOCK]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             record.write_text(made_from, encoding="utf-8")
+
+    with exclusive(room):
+        processes.on_main(prepare)
         yield room
-        shutil.rmtree(room)
+        processes.on_main(lambda: shutil.rmtree(room))

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset
 from torch import Tensor
-from torch.utils.data import Sampler
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer
+from torch.utils.data import BatchSampler, DataLoader, Sampler
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from moebert_kernels.compress.losses import IGNORED_LABEL
 
@@ -81,12 +82,80 @@ class LengthGroupedSampler(Sampler[int]):
             yield from rest.tolist()
 
 
+class SharedBatchSampler(BatchSampler):
+    """The rows of each batch that fall to one of several processes: a step takes those it would take in one.
+
+    The processes take turns, so that their shares are of like length. Shares differ by a row if a last, short
+    batch does not divide; if it has fewer rows than there are processes, all of them take it whole. Either
+    way the mean over all shares, each item counted wherever it is, is the mean over the batch.
+
+    Args:
+        sampler: gives the order of rows.
+        batch_size: of a step, over all processes.
+        count: of processes.
+        index: of this one.
+    """
+
+    def __init__(self, sampler: Sampler[int], batch_size: int, count: int, index: int):
+        super().__init__(sampler, batch_size, drop_last=False)
+        self.count = count
+        self.index = index
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in super().__iter__():
+            yield batch if len(batch) < self.count else batch[self.index :: self.count]
+
+
 class LengthGroupedTrainer(Trainer):
-    """A Trainer that takes the rows of a tokenized dataset by `LengthGroupedSampler`."""
+    """A Trainer that takes the rows of a tokenized dataset by `LengthGroupedSampler`.
+
+    Several processes share the rows of each step by `SharedBatchSampler`. Each then draws its own dropout, by
+    seed, step and process alone: a resumed run goes on as the interrupted one would have.
+    """
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        if self.args.world_size > 1:
+            self.add_callback(_SeedEachProcess())
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Give each process its share of every batch."""
+        if self.args.world_size == 1:
+            return super().get_train_dataloader()
+        dataset = self._remove_unused_columns(self.train_dataset, description="Training")
+        count = self.args.world_size
+        sampler = LengthGroupedSampler(row_lengths(dataset), count * self._train_batch_size, self.args.seed)
+        loader = DataLoader(
+            dataset,
+            batch_sampler=SharedBatchSampler(sampler, sampler.batch_size, count, self.args.process_index),
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        # accelerate's own shares would fill up a short last batch with rows that have had their turn.
+        return prepare_data_loader(
+            loader, self.args.device, num_processes=1, process_index=0, put_on_device=True
+        )
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         return LengthGroupedSampler(row_lengths(dataset), self._train_batch_size, self.args.seed)
+
+
+class _SeedEachProcess(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        entropy = np.random.SeedSequence((args.seed, state.global_step, args.process_index))
+        torch.manual_seed(int(entropy.generate_state(1)[0]))
+
+
+def count_labels(batch: Mapping[str, Any]) -> Tensor:
+    """Return how many items of a batch have a label: rows, or tokens if those are labelled."""
+    labels = batch.get("labels")
+    if labels is None or labels.is_floating_point():  # spans; regression, where -100 is a number like others
+        rows = batch["input_ids"] if batch.get("input_ids") is not None else batch["inputs_embeds"]
+        # torch.full, not torch.tensor: the latter copies from the host and waits for the device.
+        return torch.full((), rows.shape[0], device=rows.device)
+    return labels.ne(IGNORED_LABEL).sum()
 
 
 def row_lengths(dataset: Dataset) -> list[int]:

@@ -20,7 +20,13 @@ from transformers import (
     TrainingArguments,
 )
 
-from moebert_kernels.compress.batching import LABEL_COLUMNS, LengthGroupedTrainer, RowCollator
+from moebert_kernels.compress import processes
+from moebert_kernels.compress.batching import (
+    LABEL_COLUMNS,
+    LengthGroupedTrainer,
+    RowCollator,
+    count_labels,
+)
 from moebert_kernels.compress.finetune import last_checkpoint
 from moebert_kernels.compress.losses import (
     IGNORED_LABEL,
@@ -258,13 +264,10 @@ def _prediction(outputs: Any) -> Prediction:
 
 def _count_units(batch: dict[str, Any]) -> _Units:
     ids = batch["input_ids"] if batch.get("input_ids") is not None else batch["inputs_embeds"][..., 0]
-    mask_BS, labels = batch.get("attention_mask"), batch.get("labels")
-    # torch.full, not torch.tensor: the latter copies from the host and waits for the device.
+    mask_BS = batch.get("attention_mask")
     sequences = torch.full((), ids.shape[0], device=ids.device)
     tokens = torch.full((), ids.numel(), device=ids.device) if mask_BS is None else mask_BS.ne(0).sum()
-    if labels is None or labels.is_floating_point():  # spans; regression, where -100 is a number like others
-        return _Units(sequences, tokens, sequences)
-    return _Units(labels.ne(IGNORED_LABEL).sum(), tokens, sequences)
+    return _Units(count_labels(batch), tokens, sequences)
 
 
 def _check_models(
@@ -299,7 +302,7 @@ class DistillSettings:
         epochs: passes over the training rows; may be a fraction.
         learning_rate: at the start; it falls linearly to 0.
         distill_weight: lambda.
-        batch_size: rows of a step.
+        batch_size: rows of a step, over all processes.
         weight_decay: of AdamW; biases and LayerNorms are exempt.
         seed: of data order and dropout.
     """
@@ -325,9 +328,11 @@ def distill(
     progress: Callable[[int, int], None] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> list[dict[str, float]]:
-    """Distil on one device, in place; go on from the last checkpoint if there is one.
+    """Distil in place, on one device per process; go on from the last checkpoint if there is one.
 
-    An interrupted run that is called again ends with the same weights as an undisturbed one.
+    An interrupted run that is called again ends with the same weights as an undisturbed one, unless it goes
+    on in another number of processes: steps take the same rows then, but dropout is drawn otherwise and sums
+    are added up in another order. Among several processes this is collective.
 
     Args:
         student: as it was at the start of the run, also when resuming.
@@ -346,15 +351,17 @@ def distill(
         with learned gates "balance", and "total", averaged since the log before.
 
     Raises:
-        UserError: the loss became infinite or NaN.
+        UserError: the loss became infinite or NaN, or the processes cannot share the rows of a step evenly.
     """
+    rows_each = processes.rows_each(settings.batch_size)
+    processes.join()
     on_cuda = torch.cuda.is_available()
     steps_per_epoch = math.ceil(len(rows) / settings.batch_size)
     logging_steps = min(max(math.ceil(settings.epochs * steps_per_epoch / 50), 1), 100)
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         num_train_epochs=settings.epochs,
-        per_device_train_batch_size=settings.batch_size,
+        per_device_train_batch_size=rows_each,
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
         seed=settings.seed,
@@ -385,6 +392,7 @@ def distill(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
+    processes.wait_for_all()  # the others may still be writing their part of the last checkpoint
     terms = ("ce", "layer", "prediction", "embedding", "balance")
     return [
         {"step": entry["step"], **{t: entry[t] for t in terms if t in entry}, "total": entry["loss"]}

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -18,13 +19,14 @@ from transformers import (
 )
 
 from moebert_kernels import __version__
+from moebert_kernels.compress import processes
 from moebert_kernels.compress.artifacts import (
     fingerprint,
     model_fingerprint,
     rows_fingerprint,
     workroom,
 )
-from moebert_kernels.compress.batching import LengthGroupedTrainer, RowCollator
+from moebert_kernels.compress.batching import LengthGroupedTrainer, RowCollator, count_labels
 from moebert_kernels.compress.evaluate import evaluate
 from moebert_kernels.compress.loading import check_model_folder, load_tokenizer, row_length, save_encoder
 from moebert_kernels.compress.tasks import KINDS, Task, TaskData, tokenize
@@ -58,7 +60,7 @@ def finetune(
         output_dir: a folder that does not exist.
         epochs: passes over the training rows.
         lr: the highest learning rate, reached after a tenth of the steps and then falling to 0.
-        batch_size: rows per step and device.
+        batch_size: rows of a step, over all processes.
         max_length: tokens of a row; by default 128, or 384 for question answering, or as many as the model
             takes if those are fewer.
         weight_decay: of AdamW.
@@ -71,16 +73,17 @@ def finetune(
 
     Raises:
         UserError: no such model, or one that cannot be compressed later; arguments out of range;
-            `output_dir` exists.
+            `output_dir` exists; the processes cannot share the rows of a step evenly.
     """
     output_dir = Path(output_dir)
-    if output_dir.exists():
+    if processes.on_main(output_dir.exists):
         raise UserError(f"{output_dir} exists already; delete it or choose another folder")
     for name, value in (("epochs", epochs), ("lr", lr), ("batch_size", batch_size)):
         if not 0 < value < float("inf"):
             raise ArgumentError(name, f"must be more than 0, got {value}")
     if not 0 <= weight_decay < float("inf"):
         raise ArgumentError("weight_decay", f"must not be negative, got {weight_decay}")
+    processes.rows_each(batch_size)  # refuses what does not divide
     set_seed(seed)
     network = _load(str(model), data.task)
     tokenizer = load_tokenizer(model, network.config)
@@ -110,9 +113,12 @@ def finetune(
         {name: str(value) for name, value in fixed.items()},
     )
     with workroom(output_dir, made_from) as room:
-        trainer = LengthGroupedTrainer(
+        arguments = TrainingArguments(output_dir=str(room), **{**fixed, **_shared(fixed)})
+        if arguments.n_gpu > 1:
+            arguments._n_gpu = 1  # DataParallel would multiply the batch size
+        trainer = _FinetuningTrainer(
             network,
-            TrainingArguments(output_dir=str(room), **fixed),
+            arguments,
             data_collator=RowCollator(tokenizer),
             train_dataset=tokenized.train,
             eval_dataset=tokenized.validation,
@@ -121,9 +127,40 @@ def finetune(
         )
         trainer.remove_callback(PrinterCallback)  # the Trainer's stand-in for a bar that was switched off
         trainer.train(resume_from_checkpoint=last_checkpoint(room))
-        found = evaluate(network, tokenized, tokenizer, batch_size=2 * batch_size)
-        save_encoder(network, tokenizer, output_dir, trained_on=data)
-    return found
+        processes.wait_for_all()  # the others may still be writing their part of the last checkpoint
+
+        def finish() -> dict[str, float]:
+            found = evaluate(network, tokenized, tokenizer, batch_size=2 * batch_size)
+            save_encoder(network, tokenizer, output_dir, trained_on=data)
+            return found
+
+        return processes.on_main(finish)
+
+
+class _FinetuningTrainer(LengthGroupedTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The mean over the items of all processes, as it would be in one.
+
+        transformers multiplies by the number of processes, for models that divide by `num_items_in_batch`;
+        many heads do not.
+        """
+        if self.args.world_size == 1 or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        here = count_labels(inputs)
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        # The gradients of the processes are averaged: their shares must add up to the number of them.
+        share = here * self.args.world_size / self.accelerator.reduce(here, "sum").clamp(min=1)
+        loss = torch.where(here > 0, loss, 0) * share
+        return (loss, outputs) if return_outputs else loss
+
+
+def _shared(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of each of several processes that are not those of one process alone."""
+    if processes.count() == 1:
+        return {}
+    processes.join()
+    rows_each = processes.rows_each(arguments["per_device_train_batch_size"])
+    return {"per_device_train_batch_size": rows_each, "use_cpu": not torch.cuda.is_available()}
 
 
 def last_checkpoint(folder: Path) -> str | None:

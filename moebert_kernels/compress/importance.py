@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from moebert_kernels.compress import processes
 from moebert_kernels.compress.batching import LABEL_COLUMNS
 from moebert_kernels.compress.token_scores import TokenScores, TokenScoreSums
 from moebert_kernels.errors import UserError
@@ -158,6 +160,11 @@ def compute_importance(
     pass of the summed losses gives every sample its own gradients at h and a: none flow between samples.
     How samples are batched therefore changes nothing but rounding.
 
+    Several processes (torchrun) share the batches out and return the same scores, collectively. Each is to be
+    given all of the batches. What they find is added up in the order of the batches, as one process does it:
+    where each computes a batch as that process would (the same kind of device and number of threads), scores
+    are equal to the last bit. Token scores are summed up by each process first, and equal to rounding.
+
     The model is scored in evaluation mode and left as it was: modes, requires_grad and gradients.
 
     Args:
@@ -189,24 +196,39 @@ def compute_importance(
     # The fused attention kernels for CUDA add up their gradients in no fixed order.
     attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else nullcontext()
     with _in_evaluation(model), torch.enable_grad(), attention:
-        for batch in batches:
-            batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-            if tokens is not None:
-                tokens.begin_batch(batch)
-            with _scoring(ffns, tokens) as products_LBF:
-                output = model(**{name: value for name, value in batch.items() if name not in LABEL_COLUMNS})
-                loss_function(output, batch).backward()
-            for layer, product_BF in enumerate(products_LBF):
-                scores_LF[layer] += product_BF.abs().sum(0)
-            num_samples += len(next(iter(batch.values())))
+        for turn in _turns(batches, processes.count()):
+            sums_LF = torch.zeros_like(scores_LF)
+            if processes.index() < len(turn):
+                batch = turn[processes.index()]
+                batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+                if tokens is not None:
+                    tokens.begin_batch(batch)
+                features = {name: value for name, value in batch.items() if name not in LABEL_COLUMNS}
+                with _scoring(ffns, tokens) as products_LBF:
+                    loss_function(model(**features), batch).backward()
+                for sums_F, product_BF in zip(sums_LF, products_LBF, strict=True):
+                    sums_F += product_BF.abs().sum(0)
+            for found_LF in processes.gather(sums_LF):
+                scores_LF += found_LF
+            num_samples += sum(len(next(iter(batch.values()))) for batch in turn)
             if progress is not None:
                 progress(num_samples)
     if num_samples == 0:
         raise ValueError("batches is empty: importance needs training samples")
     if model_name is None:
         model_name = str(getattr(getattr(model, "config", None), "name_or_path", ""))
-    token_scores = None if tokens is None else tokens.scores()
+    token_scores = None
+    if tokens is not None:
+        tokens.add_up()
+        token_scores = tokens.scores()
     return Importance(scores_LF, model_name, task, num_samples, token_scores)
+
+
+def _turns(batches: Iterable[Mapping[str, Tensor]], count: int) -> Iterator[list[Mapping[str, Tensor]]]:
+    """Yield the batches that so many processes take at the same time, one each; the last may be too few."""
+    batches = iter(batches)
+    while turn := list(islice(batches, count)):
+        yield turn
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from moebert_kernels.compress import processes
 from moebert_kernels.compress.artifacts import replace_whole, rows_fingerprint
 from moebert_kernels.compress.tasks import TaskData, auto_model_of
 from moebert_kernels.errors import ArgumentError, UserError
@@ -25,8 +26,8 @@ _NOTES = "moebert_training.json"
 
 
 def default_device() -> torch.device:
-    """The first CUDA device if there is one, otherwise the CPU."""
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    """The first CUDA device if there is one, otherwise the CPU; of several processes, each takes its own."""
+    return torch.device("cuda", processes.local_index()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def load_model(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moebert_kernels import __version__
+from moebert_kernels.compress import processes
 from moebert_kernels.compress.adapt import token_counts
 from moebert_kernels.compress.artifacts import (
     Stage,
@@ -95,14 +96,15 @@ def compress(
     """Compress a fine-tuned encoder into a MoE, and measure what that costs and brings.
 
     On the first CUDA device if there is one, otherwise on the CPU. The same seed gives the same student on
-    the same machine. Interrupted at any point and called again, it goes on where it was.
+    the same machine. Several processes (torchrun) share importance and training; all return the results.
+    Interrupted at any point and called again, it goes on where it was.
 
     Args:
         settings: what to make.
         data: raw rows, as `load_task` returns them.
         teacher_dir: of a BERT fine-tuned on the task, with its tokenizer.
         output_dir: made if need be; one run at a time.
-        progress: hears about every stage of `stage_names`, in that order.
+        progress: hears about every stage of `stage_names`, in that order; in the main process alone.
 
     Returns:
         The content of results.json.
@@ -116,10 +118,10 @@ def compress(
     settings = resolve(settings, teacher, tokenizer, data)
     warn_of_other_rows(teacher_dir, data)
     data = match_labels(data, teacher.config)
+    processes.rows_each(settings.batch_size)  # refuses what does not divide
     check_no_model(output_dir)
     with exclusive(output_dir):
-        _check_ours(output_dir)
-        discard_unfinished(output_dir)
+        processes.on_main(lambda: _prepare(output_dir))
         return _Run(settings, data, teacher, tokenizer, teacher_dir, output_dir, progress).results()
 
 
@@ -142,12 +144,13 @@ def share_curves(importance: Importance, points: int = 101) -> list[list[float]]
     return share_LF1[:, index_Q].tolist()
 
 
-def _check_ours(output_dir: Path) -> None:
-    """Refuse to replace a folder that no run of ours has made."""
+def _prepare(output_dir: Path) -> None:
+    """Refuse to replace a folder that no run of ours has made; remove what a killed one left."""
     if (output_dir / "student").exists() and not (output_dir / "work" / "stages").exists():
         raise UserError(
             f"{output_dir / 'student'} exists and was not made by this command; give another output folder"
         )
+    discard_unfinished(output_dir)
 
 
 class _Run:
@@ -168,7 +171,7 @@ class _Run:
         self.tokenizer = tokenizer
         self.teacher_dir = teacher_dir
         self.output_dir = output_dir
-        self.progress = progress
+        self.progress = progress if processes.is_main() else None
         self.device = default_device()
         self.teacher = teacher
         nn.Module.to(teacher, self.device)  # transformers' own `to` does not say what it takes
@@ -249,7 +252,7 @@ class _Run:
             "losses": losses,
             "timings_s": self.timings,
         }
-        write_json(self.output_dir / "results.json", results)
+        processes.on_main(lambda: write_json(self.output_dir / "results.json", results))
         return results
 
     @cached_property
@@ -261,16 +264,17 @@ class _Run:
             group_V = None
             if self.settings.routing == "hash-affinity":
                 group_V = token_groups(self.teacher, token_counts(rows, self.teacher.config.vocab_size))
-            compute_importance(
+            importance = compute_importance(
                 self.teacher,
                 batches(rows, self.tokenizer, device=self.device),
                 task=self.raw.task.name,
                 model_name=self.teacher_dir.resolve().name,
                 group_V=group_V,
                 progress=lambda done: report(done, len(rows)),
-            ).save(path)
+            )
+            processes.on_main(lambda: importance.save(path))
 
-        self.stage("importance", self.importance_print, work, path)
+        self.stage("importance", self.importance_print, work, path, together=True)
         return Importance.load(path)
 
     def token_counts(self) -> Tensor:
@@ -299,7 +303,7 @@ class _Run:
         checkpoints = room / f"checkpoints-{made_from[:16]}"
 
         def work(report: Report) -> list[dict[str, float]]:
-            _remove(path for path in room.glob("checkpoints-*") if path != checkpoints)
+            processes.on_main(lambda: _remove(room.glob("checkpoints-*"), keep=checkpoints))
             student = self.load(adapted)
             log = distill(
                 student,
@@ -311,11 +315,11 @@ class _Run:
                 layer_map=trial.variant.kept_layers(self),
                 progress=report,
             )
-            save_encoder(student, self.tokenizer, folder)
+            processes.on_main(lambda: save_encoder(student, self.tokenizer, folder))
             return log
 
-        log = self.stage(f"distill {trial.name}", made_from, work, folder)
-        _remove(room.glob("checkpoints-*"))
+        log = self.stage(f"distill {trial.name}", made_from, work, folder, together=True)
+        processes.on_main(lambda: _remove(room.glob("checkpoints-*")))
         return folder, made_from, log
 
     def evaluated(self, name: str, folder: Path, made_from: str) -> dict[str, Any]:
@@ -349,8 +353,15 @@ class _Run:
 
         return self.stage("measure", made_from, work)
 
-    def stage(self, name: str, made_from: str, work: Callable[[Report], Any], *outputs: Path) -> Any:
-        """Do a stage or reuse it; tell progress and note the time it took."""
+    def stage(
+        self,
+        name: str,
+        made_from: str,
+        work: Callable[[Report], Any],
+        *outputs: Path,
+        together: bool = False,
+    ) -> Any:
+        """Do a stage or reuse it; tell progress and note the time it took. See `Stage.run` for `together`."""
 
         last = (0, 1)
 
@@ -378,7 +389,7 @@ class _Run:
                 "and replaced",
                 stacklevel=2,
             )
-        result = stage.run(reported_work)
+        result = stage.run(reported_work, together=together)
         self.timings[name] = stage.seconds
         return result
 
@@ -393,6 +404,7 @@ def _layers(kept: list[int] | None) -> dict[str, Any]:
     return {} if kept is None else {"kept_layers": [layer + 1 for layer in kept]}
 
 
-def _remove(folders) -> None:
+def _remove(folders: Iterable[Path], *, keep: Path | None = None) -> None:
     for folder in folders:
-        shutil.rmtree(folder)
+        if folder != keep:
+            shutil.rmtree(folder)

@@ -29,7 +29,7 @@ class CompressSettings:
         learning_rate: of distillation; by default 3e-5, the paper's for BERT-base, and 1e-4 for models of
             hidden size 512 or less.
         distill_weight: lambda, the weight of the distillation losses against the labels'.
-        batch_size: rows of a distillation step.
+        batch_size: rows of a distillation step, over all processes.
         weight_decay: of distillation.
         max_length: tokens a row is cut to; by default 128, or 384 for question answering, or as many as the
             model takes if those are fewer.

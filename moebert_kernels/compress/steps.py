@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moebert_kernels.compress import processes
 from moebert_kernels.compress.adapt import COUNTING_ROUTINGS, adapt, random_scores, token_counts
 from moebert_kernels.compress.artifacts import (
     fingerprint,
@@ -45,7 +46,7 @@ def score_teacher(
     per_token: bool = False,
     progress: Progress,
 ) -> Importance:
-    """Take importance on training rows and save it; see `compute_importance`.
+    """Take importance on training rows and save it; see `compute_importance`. Collective, as that is.
 
     Args:
         settings: `importance_rows`, `max_length` and `seed` are read.
@@ -72,7 +73,7 @@ def score_teacher(
         group_V=group_V,
         progress=lambda done: progress("importance", done, len(rows)),
     )
-    importance.save(output)
+    processes.on_main(lambda: importance.save(output))
     return importance
 
 
@@ -139,7 +140,7 @@ def distill_student(
     *,
     progress: Progress,
 ) -> list[dict[str, float]]:
-    """Distil a saved MoE from its teacher and save the result; see `distill`.
+    """Distil a saved MoE from its teacher and save the result; see `distill`. Collective, as that is.
 
     Interrupted and called again with the same arguments, it goes on from its last checkpoint.
 
@@ -158,6 +159,7 @@ def distill_student(
         UserError: the folders' models do not fit each other or the data, or training diverged.
     """
     check_no_model(output_dir)
+    processes.rows_each(settings.batch_size)  # refuses what does not divide
     teacher, tokenizer = load_teacher(teacher_dir)
     student = load_model(student_dir)[0]
     if not is_moe(student.config):
@@ -199,7 +201,7 @@ def distill_student(
             )
         except ValueError as error:
             raise UserError(f"{student_dir} cannot be distilled from {teacher_dir}: {error}") from error
-        save_encoder(student, tokenizer, output_dir)
+        processes.on_main(lambda: save_encoder(student, tokenizer, output_dir))
     return log
 
 

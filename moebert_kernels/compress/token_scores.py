@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moebert_kernels.compress import processes
 from moebert_kernels.errors import UserError
 from moebert_kernels.models.surgery import find_ffns
 
@@ -164,6 +165,10 @@ class TokenScoreSums:
         )
         real = groups >= 0
         self._scores_LGF[layer].index_add_(0, groups[real], sums_GF[real])
+
+    def add_up(self) -> None:
+        """Add what other processes have found; collective."""
+        processes.add_up(self._scores_LGF)
 
     def scores(self) -> TokenScores:
         """Return what has been added so far."""

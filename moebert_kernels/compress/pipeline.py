@@ -382,7 +382,7 @@ class _Run:
         stage = Stage(record, fingerprint(__version__, made_from), outputs)
         if stage.is_done:
             report(0, 0)
-        elif stage.is_outdated and not self.said_anew:
+        elif stage.is_outdated and outputs and not self.said_anew:
             self.said_anew = True
             warnings.warn(
                 f"{self.output_dir} holds a run with other settings or data: what they change is made anew, "

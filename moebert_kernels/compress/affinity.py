@@ -78,7 +78,7 @@ def split_by_affinity(
     if tokens is None:
         raise UserError(
             "hash-affinity needs importance with token scores: take it with "
-            "`moebert importance --per-token`, or give compute_importance the token_groups"
+            "`moebert importance --per-token`, or give compute_importance group_V, from token_groups"
         )
     if token_counts_V.shape != tokens.group_V.shape:
         raise UserError(

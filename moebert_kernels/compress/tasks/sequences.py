@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -36,9 +37,9 @@ class _SequenceKind(Kind):
 
         return EncodedRows(to_rows(rows, encode), score)
 
+    @abstractmethod
     def predict(self, outputs_NC: np.ndarray) -> np.ndarray:
         """The predictions [N] by a head's outputs."""
-        raise NotImplementedError
 
 
 class Classification(_SequenceKind):

@@ -24,7 +24,7 @@ using namespace moebert;
 using Address = std::uintptr_t;
 
 // Raised by one whenever a signature or the meaning of an argument below changes.
-constexpr int kAbiVersion = 2;
+constexpr int kAbiVersion = 3;
 
 template <class T>
 T* at(Address address) {
@@ -91,6 +91,16 @@ class SortedRows {
     }
   }
 
+  // By expert, how far its rows lie behind where they would be without padding.
+  std::vector<int64_t> shifts(int64_t num_experts) const {
+    std::vector<int64_t> shift_E(static_cast<size_t>(num_experts));
+    for (const Segment& segment : list_) {
+      require(segment.expert < num_experts, "a segment's expert does not exist");
+      shift_E[static_cast<size_t>(segment.expert)] = segment.start - segment.begin;
+    }
+    return shift_E;
+  }
+
   Segments view() const { return {list_.data(), static_cast<int64_t>(list_.size()), order_S_}; }
 
  private:
@@ -117,9 +127,9 @@ void gather_rows(const SortedRows& rows, int dtype, Address src, Address dst, Ad
 }
 
 void scatter_rows(const SortedRows& rows, int dtype, Address src, Address bias_EN, Address dst,
-                  int64_t columns, int64_t routed, int64_t slots, int num_threads) {
+                  int64_t columns, int64_t routed, int64_t slots, bool add, int num_threads) {
   const ScatterArgs args = {
-      at<const void>(src), at<const void>(bias_EN), at<void>(dst), columns, routed, slots};
+      at<const void>(src), at<const void>(bias_EN), at<void>(dst), columns, routed, slots, add};
   const py::gil_scoped_release released;
   row_kernels().scatter(rows.view(), dtype_of(dtype), args, num_threads);
 }
@@ -145,50 +155,63 @@ void activate_backward_rows(const SortedRows& rows, int dtype, int activation, A
 // (seed, probability of dropping); probability 0 for no dropout
 using DropoutArgs = std::pair<uint64_t, double>;
 
-NormArgs norm_args_of(const std::vector<int>& dtypes, const std::vector<Address>& tensors,
-                      const std::vector<int64_t>& sizes, const DropoutArgs& dropout) {
-  require(dtypes.size() == 3 && tensors.size() == 8 && sizes.size() == 4, "wrong number of norm arguments");
-  const double p = dropout.second;
-  require(p >= 0 && p < 1, "dropout must be in [0, 1)");
-  return {dtype_of(dtypes[0]),
-          dtype_of(dtypes[1]),
-          dtype_of(dtypes[2]),
-          at<const void>(tensors[0]),
-          at<const void>(tensors[1]),
-          at<const int32_t>(tensors[2]),
-          at<const void>(tensors[3]),
-          at<const void>(tensors[4]),
-          at<const float>(tensors[5]),
-          at<float>(tensors[6]),
-          at<float>(tensors[7]),
-          sizes[0],
-          sizes[1],
-          sizes[2],
-          sizes[3],
-          dropout.first,
-          static_cast<uint32_t>(p * 4294967296.0),
-          static_cast<float>(1 / (1 - p))};
-}
+// The arguments of both directions of the norm, and what they point to.
+class Norm {
+ public:
+  // rows: null for z by slot.
+  Norm(const SortedRows* rows, const std::vector<int>& dtypes, const std::vector<Address>& tensors,
+       const std::vector<int64_t>& sizes, const DropoutArgs& dropout) {
+    require(dtypes.size() == 3 && tensors.size() == 10 && sizes.size() == 4,
+            "wrong number of norm arguments");
+    const double p = dropout.second;
+    require(p >= 0 && p < 1, "dropout must be in [0, 1)");
+    if (rows != nullptr) shift_E_ = rows->shifts(sizes[3]);
+    args_ = {dtype_of(dtypes[0]),
+             dtype_of(dtypes[1]),
+             dtype_of(dtypes[2]),
+             at<const void>(tensors[0]),
+             at<const void>(tensors[1]),
+             at<const int32_t>(tensors[2]),
+             at<const void>(tensors[3]),
+             at<const void>(tensors[4]),
+             at<const float>(tensors[5]),
+             at<const void>(tensors[8]),
+             rows == nullptr ? nullptr : at<const int32_t>(tensors[9]),
+             shift_E_.data(),
+             at<float>(tensors[6]),
+             at<float>(tensors[7]),
+             sizes[0],
+             sizes[1],
+             sizes[2],
+             sizes[3],
+             dropout.first,
+             static_cast<uint32_t>(p * 4294967296.0),
+             static_cast<float>(1 / (1 - p))};
+  }
 
-void norm_rows(const std::vector<int>& dtypes, const std::vector<Address>& tensors,
+  const NormArgs& args() const { return args_; }
+
+ private:
+  std::vector<int64_t> shift_E_;
+  NormArgs args_;
+};
+
+void norm_rows(const SortedRows* rows, const std::vector<int>& dtypes, const std::vector<Address>& tensors,
                const std::vector<int64_t>& sizes, const DropoutArgs& dropout, Address y_TD, double eps,
                int num_threads) {
-  const NormForwardArgs args = {norm_args_of(dtypes, tensors, sizes, dropout), at<void>(y_TD), eps};
+  const Norm norm(rows, dtypes, tensors, sizes, dropout);
   const py::gil_scoped_release released;
-  row_kernels().norm(args, num_threads);
+  row_kernels().norm({norm.args(), at<void>(y_TD), eps}, num_threads);
 }
 
-void norm_backward_rows(const std::vector<int>& dtypes, const std::vector<Address>& tensors,
-                        const std::vector<int64_t>& sizes, const DropoutArgs& dropout, Address dy_TD,
-                        Address dz_SD, Address dresidual_TD, Address dweight_ED, Address dbias_ED,
-                        Address dgate_S, int num_threads) {
-  const NormBackwardArgs args = {norm_args_of(dtypes, tensors, sizes, dropout),
-                                 at<const void>(dy_TD),
-                                 at<void>(dz_SD),
-                                 at<void>(dresidual_TD),
-                                 at<void>(dweight_ED),
-                                 at<void>(dbias_ED),
-                                 at<float>(dgate_S)};
+void norm_backward_rows(const SortedRows* rows, const std::vector<int>& dtypes,
+                        const std::vector<Address>& tensors, const std::vector<int64_t>& sizes,
+                        const DropoutArgs& dropout, Address dy_TD, Address dz, Address dresidual_TD,
+                        Address dweight_ED, Address dbias_ED, Address dgate_S, int num_threads) {
+  const Norm norm(rows, dtypes, tensors, sizes, dropout);
+  const NormBackwardArgs args = {
+      norm.args(),          at<const void>(dy_TD), at<void>(dz),      at<void>(dresidual_TD),
+      at<void>(dweight_ED), at<void>(dbias_ED),    at<float>(dgate_S)};
   const py::gil_scoped_release released;
   row_kernels().norm_backward(args, num_threads);
 }

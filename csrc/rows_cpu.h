@@ -40,7 +40,7 @@ std::vector<RowBlock> row_blocks(const Segments& segments, int64_t rows_per_bloc
 // dst[start + i] = src[order[begin + i] / divisor], padding 0. sums_EN: the column sums of each expert's rows
 // in the dtype of the rows, those of experts without rows included if they are listed; null for none.
 struct GatherArgs {
-  const void* src;
+  const void* src;  // or null for rows that are in `dst` already
   void* dst;
   void* sums_EN;
   int64_t columns;
@@ -48,7 +48,7 @@ struct GatherArgs {
 };
 
 // dst[order[begin + i]] = src[start + i] + bias_EN[expert]; rows order[routed] ... order[slots - 1] of dst
-// are 0.
+// are 0. Or, with `add`, dst[order[begin + i]] += src[start + i], and nothing else.
 struct ScatterArgs {
   const void* src;
   const void* bias_EN;  // or null
@@ -56,6 +56,7 @@ struct ScatterArgs {
   int64_t columns;
   int64_t routed;
   int64_t slots;
+  bool add;
 };
 
 // a = act(h + bias_EN[expert]), padding 0. `a` may be h.
@@ -76,17 +77,21 @@ struct ActivationBackwardArgs {
 
 // y_t = sum_k g_tk LayerNorm_e(keep * z_tk + residual_t) over the slots with an expert; the residual itself
 // where there is none. Dropout zeroes an element where its hash of (seed, slot, column) falls below
-// drop_below, and scales the others.
+// drop_below, and scales the others. z, and dz in backward, may lie in rows sorted by expert, the slot in row
+// inverse[slot] + shift[expert], their bias not yet added; z_tk is with it.
 struct NormArgs {
   Dtype z_dtype;
   Dtype residual_dtype;
   Dtype parameter_dtype;
-  const void* z_SD;
+  const void* z;
   const void* residual_TD;
   const int32_t* expert_ids_S;
   const void* weight_ED;
   const void* bias_ED;
-  const float* gate_S;  // or null for 1 / K
+  const float* gate_S;       // or null for 1 / K
+  const void* z_bias_ED;     // or null
+  const int32_t* inverse_S;  // or null for z by slot
+  const int64_t* shift_E;    // with inverse_S
   float* mean_S;
   float* rstd_S;
   int64_t tokens;
@@ -107,7 +112,7 @@ struct NormForwardArgs {
 struct NormBackwardArgs {
   NormArgs norm;
   const void* dy_TD;
-  void* dz_SD;
+  void* dz;
   void* dresidual_TD;
   void* dweight_ED;
   void* dbias_ED;

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-_ABI_VERSION = 2  # kAbiVersion in csrc/bindings.cpp
+_ABI_VERSION = 3  # kAbiVersion in csrc/bindings.cpp
 _MAX_SLOTS = 2**31 - 1
 _MAX_CUDA_EXPERTS = 256
 _MAX_CUDA_LAYERS = 65535

@@ -1,8 +1,7 @@
 """`moe_ffn`: the expert feed-forward network as two torch.library operators.
 
 `expert_ffn` is the two grouped GEMMs, `expert_norm` the residual sum with each expert's own LayerNorm. Both
-have a schema, a fake implementation and an autograd formula; each device's implementation is picked here and
-nowhere else.
+have a schema, a fake implementation and an autograd formula; `backends` picks what computes them.
 
 Notation: T tokens, K experts per token, S = T*K slots (slot s = t*K + k), D hidden size, F neurons of one
 expert, E experts. A 0-element tensor stands for a result that was not asked for: operators return no None.
@@ -10,15 +9,10 @@ expert, E experts. A 0-element tensor stands for a result that was not asked for
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
-from functools import cache
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-from moebert_kernels import cpu, cpu_native
+from moebert_kernels import backends, cpu, cpu_eager
 from moebert_kernels.activations import check_activation
 from moebert_kernels.autocast import cast_parameter
 from moebert_kernels.routing.plan import RoutingPlan
@@ -80,41 +74,30 @@ def moe_ffn(
     _check_arguments(
         x_TD, plan, w1_EFD, b1_EF, w2_EDF, b2_ED, gate_TK, activation, norm, residual_TD, dropout_p
     )
+    # Drawn from torch's generator, so that manual_seed and checkpointing's state juggling govern it.
+    seed = torch.randint(2**62, (1,), device=x_TD.device) if dropout_p > 0 else None
+    if backends.runs_eagerly(x_TD, gate_TK, norm, residual_TD, plan.top_k):
+        ln_w_ED, ln_b_ED = norm or (None, None)
+        return cpu_eager.moe_ffn(
+            cpu_eager.Options(plan, activation, norm_eps, dropout_p),
+            cpu_eager.Tensors(
+                x_TD, w1_EFD, b1_EF, w2_EDF, b2_ED, ln_w_ED, ln_b_ED, gate_TK, residual_TD, seed
+            ),
+        )
     differentiable = (x_TD, w1_EFD, b1_EF, w2_EDF, b2_ED, None if norm else gate_TK)
     save_preact = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
-    run_ffn, run_norm = (
-        (_ffn_directly, _norm_directly) if _may_skip_dispatch(x_TD) else (expert_ffn, expert_norm)
-    )
-    z, _ = run_ffn(
-        x_TD,
-        plan.order_S,
-        plan.offsets_E1,
-        w1_EFD,
-        b1_EF,
-        w2_EDF,
-        b2_ED,
-        None if norm else gate_TK,
-        activation,
-        plan.top_k,
-        norm is not None,
-        save_preact,
+    order_S, offsets_E1, ids_TK = plan.order_S, plan.offsets_E1, plan.expert_ids_TK
+    weights = (w1_EFD, b1_EF, w2_EDF, b2_ED)
+    gate = None if norm else gate_TK
+    per_slot = norm is not None
+    z, _ = expert_ffn(
+        x_TD, order_S, offsets_E1, *weights, gate, activation, plan.top_k, per_slot, save_preact
     )
     if norm is None:
         return z
-    # Drawn from torch's generator, so that manual_seed and checkpointing's state juggling govern it.
-    seed = torch.randint(2**62, (1,), device=x_TD.device) if dropout_p > 0 else None
-    y_TD, _, _ = run_norm(
-        z,
-        x_TD if residual_TD is None else residual_TD,
-        plan.expert_ids_TK,
-        plan.order_S,
-        plan.offsets_E1,
-        norm[0],
-        norm[1],
-        gate_TK,
-        seed,
-        norm_eps,
-        dropout_p,
+    residual_TD = x_TD if residual_TD is None else residual_TD
+    y_TD, _, _ = expert_norm(
+        z, residual_TD, ids_TK, order_S, offsets_E1, *norm, gate_TK, seed, norm_eps, dropout_p
     )
     return y_TD
 
@@ -172,25 +155,6 @@ def _check_arguments(
         raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
 
 
-def _cuda_backend(x: Tensor) -> ModuleType:
-    """Where CUDA tensors go: the Triton kernels, which do not do float64, or the PyTorch path."""
-    return cpu if x.dtype == torch.float64 else _triton_backend()
-
-
-@cache
-def _triton_backend() -> ModuleType:
-    try:
-        from moebert_kernels import kernels
-    except ImportError as error:
-        warnings.warn(
-            f"moebert_kernels runs its slower PyTorch path on CUDA, with a host synchronisation per call: "
-            f"Triton cannot be imported ({error})",
-            stacklevel=2,
-        )
-        return cpu
-    return kernels
-
-
 @torch.library.custom_op("moebert_kernels::expert_ffn", mutates_args=())
 def expert_ffn(
     x_TD: Tensor,
@@ -235,14 +199,10 @@ def expert_ffn(
     )
 
 
-@expert_ffn.register_kernel("cpu")
-def _(*args):
-    return cpu_native.expert_ffn_forward(*args)
-
-
-@expert_ffn.register_kernel("cuda")
-def _(*args):
-    return _cuda_backend(args[0]).expert_ffn_forward(*args)
+@expert_ffn.register_kernel(("cpu", "cuda"))
+def _(x_TD, *args):
+    gate_TK, _activation, top_k, per_slot, _save_preact = args[-5:]
+    return backends.for_ffn(x_TD, gate_TK, top_k, per_slot).expert_ffn_forward(x_TD, *args)
 
 
 @expert_ffn.register_fake
@@ -290,14 +250,10 @@ def expert_ffn_backward(
     )
 
 
-@expert_ffn_backward.register_kernel("cpu")
-def _(*args):
-    return cpu_native.expert_ffn_backward(*args)
-
-
-@expert_ffn_backward.register_kernel("cuda")
-def _(*args):
-    return _cuda_backend(args[1]).expert_ffn_backward(*args)
+@expert_ffn_backward.register_kernel(("cpu", "cuda"))
+def _(dy, x_TD, *args):
+    gate_TK, _activation, top_k, per_slot, _needs = args[-5:]
+    return backends.for_ffn(x_TD, gate_TK, top_k, per_slot).expert_ffn_backward(dy, x_TD, *args)
 
 
 @expert_ffn_backward.register_fake
@@ -339,8 +295,7 @@ def _expert_ffn_autograd(ctx, dy, _dpreact):
     need = ctx.needs_input_grad
     needs = [need[0], need[3], need[4], need[5], need[6], need[7]]
     saved = ctx.saved_tensors  # once: checkpointing refuses to unpack a tensor a second time
-    run: Callable = cpu_native.expert_ffn_backward if _may_skip_dispatch(dy) else expert_ffn_backward
-    grads = run(dy, *saved, *ctx.options, needs)
+    grads = expert_ffn_backward(dy, *saved, *ctx.options, needs)
     dx, dw1, db1, dw2, db2, dgate = (g if n else None for g, n in zip(grads, needs, strict=True))
     if dgate is not None:
         dgate = dgate.to(saved[-1].dtype)
@@ -378,14 +333,11 @@ def expert_norm(
     )
 
 
-@expert_norm.register_kernel("cpu")
-def _(*args):
-    return cpu_native.expert_norm_forward(*args)
-
-
-@expert_norm.register_kernel("cuda")
-def _(*args):
-    return _cuda_backend(args[0]).expert_norm_forward(*args)
+@expert_norm.register_kernel(("cpu", "cuda"))
+def _(z_SD, residual_TD, *args):
+    ln_w_ED, ln_b_ED = args[3:5]
+    backend = backends.for_norm(z_SD, residual_TD, ln_w_ED, ln_b_ED)
+    return backend.expert_norm_forward(z_SD, residual_TD, *args)
 
 
 @expert_norm.register_fake
@@ -431,14 +383,11 @@ def expert_norm_backward(
     )
 
 
-@expert_norm_backward.register_kernel("cpu")
-def _(*args):
-    return cpu_native.expert_norm_backward(*args)
-
-
-@expert_norm_backward.register_kernel("cuda")
-def _(*args):
-    return _cuda_backend(args[1]).expert_norm_backward(*args)
+@expert_norm_backward.register_kernel(("cpu", "cuda"))
+def _(dy_TD, z_SD, residual_TD, *args):
+    ln_w_ED, ln_b_ED = args[5:7]
+    backend = backends.for_norm(z_SD, residual_TD, ln_w_ED, ln_b_ED)
+    return backend.expert_norm_backward(dy_TD, z_SD, residual_TD, *args)
 
 
 @expert_norm_backward.register_fake
@@ -496,70 +445,10 @@ def _expert_norm_autograd(ctx, dy_TD, _dmean, _drstd):
         return (None,) * 11
     need = ctx.needs_input_grad
     saved = ctx.saved_tensors  # once: checkpointing refuses to unpack a tensor a second time
-    run: Callable = cpu_native.expert_norm_backward if _may_skip_dispatch(dy_TD) else expert_norm_backward
-    grads = run(dy_TD, *saved, ctx.dropout_p, need[7])
+    grads = expert_norm_backward(dy_TD, *saved, ctx.dropout_p, need[7])
     dz, dresidual, dln_w, dln_b, dgate = grads
     dgate = dgate.to(saved[9].dtype) if need[7] else None
     return dz, dresidual, None, None, None, dln_w, dln_b, dgate, None, None, None
 
 
 expert_norm.register_autograd(_expert_norm_autograd, setup_context=_expert_norm_setup)
-
-
-# The operators again for eager calls on the CPU, where torch.library's Python layers cost as much as the
-# arithmetic of some dozen tokens.
-
-
-def _may_skip_dispatch(x: Tensor) -> bool:
-    """Whether nobody but autograd watches operators: no compiler, no mode, no subclass, no transform."""
-    return (
-        x.device.type == "cpu"
-        and type(x) in (Tensor, torch.nn.Parameter)
-        and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-    )
-
-
-def _ffn_directly(*args):
-    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-        return _ExpertFFN.apply(*args)
-    return cpu_native.expert_ffn_forward(*args)
-
-
-def _norm_directly(*args):
-    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-        return _ExpertNorm.apply(*args)
-    return cpu_native.expert_norm_forward(*args)
-
-
-class _ExpertFFN(torch.autograd.Function):
-    """`expert_ffn` with its own autograd formula."""
-
-    @staticmethod
-    def forward(ctx, *args):
-        # With setup_context apart, apply() would look up this function's signature in every call.
-        outputs = cpu_native.expert_ffn_forward(*args)
-        _expert_ffn_setup(ctx, args, outputs)
-        return outputs
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, *grads):
-        return _expert_ffn_autograd(ctx, *grads)
-
-
-class _ExpertNorm(torch.autograd.Function):
-    """`expert_norm` with its own autograd formula."""
-
-    @staticmethod
-    def forward(ctx, *args):
-        # With setup_context apart, apply() would look up this function's signature in every call.
-        outputs = cpu_native.expert_norm_forward(*args)
-        _expert_norm_setup(ctx, args, outputs)
-        return outputs
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, *grads):
-        return _expert_norm_autograd(ctx, *grads)

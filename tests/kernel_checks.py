@@ -11,12 +11,14 @@ and hardly ever 1.5 times that: at N = 32 no further allowance is needed, in any
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import pytest
 import torch
 from cases import Case, expert_ids, tensors
 from torch import Tensor
 
-from moebert_kernels import RoutingPlan, cpu, moe_ffn, ops
+from moebert_kernels import RoutingPlan, backends, cpu, moe_ffn
 from python_ref import ffn as ref
 
 NEIGHBOURS = 32
@@ -25,6 +27,13 @@ FEW_NEIGHBOURS = 4  # where groups have many thousand elements, each a draw of i
 _NEAR = 2.0**-3
 
 Errors = dict[tuple[str, int], tuple[float, float]]  # by output and expert: rms and largest
+
+
+def send_to(backend: ModuleType, patch: pytest.MonkeyPatch) -> None:
+    """Let one module run every operator, on every device."""
+    patch.setattr(backends, "runs_eagerly", lambda *_: False)
+    patch.setattr(backends, "for_ffn", lambda *_: backend)
+    patch.setattr(backends, "for_norm", lambda *_: backend)
 
 
 def call(case: Case, t: dict[str, Tensor], plan: RoutingPlan, **options) -> Tensor:
@@ -120,8 +129,7 @@ def plain_errors(case: Case, t: dict[str, Tensor], neighbours: int = NEIGHBOURS)
     for i in range(neighbours):
         near = {k: _nudge(v, g) for k, v in t.items()} if i else t
         with pytest.MonkeyPatch.context() as plain_path:
-            plain_path.setattr(ops, "cpu_native", cpu)
-            plain_path.setattr(ops, "_cuda_backend", lambda _: cpu)
+            send_to(cpu, plain_path)
             result = run(case, near)
         for group, (rms, largest) in errors(result, reference(case, near), expert_ids(case), case.E).items():
             before = worst.get(group, (0.0, 0.0))

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_ops import make_inputs, ours, reference, used
 
-from moebert_kernels import RoutingPlan, cpu, cpu_native, native, ops
+from moebert_kernels import RoutingPlan, backends, cpu, cpu_native, cpu_rows, native, ops
 
 pytestmark = pytest.mark.skipif(not native.status().cpu, reason=native.status().cpu_detail)
 
@@ -51,9 +51,9 @@ LAYOUTS = ("one batch", "one after another", "in pieces")
 def layout(request, monkeypatch):
     """Forces a layout that only large inputs would reach."""
     if request.param != "one batch":
-        monkeypatch.setattr(cpu_native, "_MAX_BATCH_FILL", -1)
+        monkeypatch.setattr(cpu_rows, "_MAX_BATCH_FILL", -1)
     if request.param == "in pieces":
-        monkeypatch.setattr(cpu_native, "_ROWS_AT_ONCE", 5)
+        monkeypatch.setattr(cpu_rows, "_ROWS_AT_ONCE", 5)
     return request.param
 
 
@@ -156,7 +156,7 @@ def test_dropout_drops_its_share_without_a_pattern():
 def test_eager_calls_equal_those_through_the_dispatcher(norm, monkeypatch):
     t, ids = make_inputs(20, 16, 24, 3, 1, dtype=torch.float32)
     direct, _ = run(t, ids, 3, norm=norm, gate=False)
-    monkeypatch.setattr(ops, "_may_skip_dispatch", lambda _: False)
+    monkeypatch.setattr(backends, "_may_skip_dispatch", lambda _: False)
     dispatched, _ = run(t, ids, 3, norm=norm, gate=False)
     for name, value in direct.items():
         assert torch.equal(value, dispatched[name]), name
@@ -202,8 +202,8 @@ def test_opcheck_is_clean(K, dtype):
 @pytest.mark.parametrize("rows", [1, 31, 32, 33, 63, 64, 65, 100, 2047, 2048, 100_003])
 def test_row_counts_are_bounded_and_little_more(rows):
     """Each new row count of a 16-bit GEMM makes oneDNN build code for it: 32 counts an octave are enough."""
-    filled = cpu_native._bounded(rows, torch.bfloat16)
+    filled = cpu_rows._bounded(rows, torch.bfloat16)
     assert rows <= filled <= rows + rows // 32
     low = 1 << (rows.bit_length() - 1)
-    octave = {cpu_native._bounded(n, torch.bfloat16) for n in range(low, 2 * low, max(1, low // 512))}
+    octave = {cpu_rows._bounded(n, torch.bfloat16) for n in range(low, 2 * low, max(1, low // 512))}
     assert len(octave) <= 33

@@ -17,7 +17,7 @@ from kernel_checks import (
     slack_of_long_sums,
 )
 
-from moebert_kernels import MoEFFN, RoutingPlan, moe_ffn, ops
+from moebert_kernels import MoEFFN, RoutingPlan, backends, moe_ffn, ops
 
 pytestmark = pytest.mark.gpu
 pytest.importorskip("triton", reason="the kernels are written in Triton")
@@ -34,7 +34,7 @@ def kernels_and_ieee():
     """A fallback to PyTorch would pass most of these tests: it may not happen. Nor may stray TF32."""
     from moebert_kernels import kernels
 
-    assert ops._cuda_backend(torch.empty(0, device="cuda")) is kernels
+    assert backends._cuda_backend(torch.empty(0, device="cuda")) is kernels
     assert not torch.backends.cuda.matmul.allow_tf32
 
 

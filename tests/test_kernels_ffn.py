@@ -21,9 +21,8 @@ from kernel_checks import (
     plan_of,
     reference,
     run,
+    send_to,
 )
-
-from moebert_kernels import ops
 
 # numpy on the NaN of poisoned memory, and on Triton's own index conversions
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::DeprecationWarning")
@@ -45,7 +44,7 @@ DENSE = dataclasses.replace(PLAIN, dense_slots=64, dense=SQUARE)
 @pytest.fixture(autouse=True)
 def through_the_kernels(device, monkeypatch, poisoned_memory):
     """CPU tensors go to the interpreted kernels, and tiles are small enough for small cases to have many."""
-    monkeypatch.setattr(ops, "cpu_native", kernels)
+    send_to(kernels, monkeypatch)
     monkeypatch.setattr(configs, "select", lambda *_: PLAIN)
 
 

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from moebert_kernels import cpu, ops
+from moebert_kernels import backends, cpu
 
 WITHOUT_TRITON = """
 import sys
@@ -34,14 +34,14 @@ def test_the_import_leaves_triton_alone():
 def no_triton(monkeypatch):
     monkeypatch.setitem(sys.modules, "moebert_kernels.kernels", None)
     monkeypatch.delattr("moebert_kernels.kernels", raising=False)
-    ops._triton_backend.cache_clear()
+    backends._triton_backend.cache_clear()
     yield
-    ops._triton_backend.cache_clear()
+    backends._triton_backend.cache_clear()
 
 
 def test_cuda_without_triton_warns_once_and_takes_the_pytorch_path(no_triton):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        backends = [ops._cuda_backend(torch.empty(0)) for _ in range(2)]
-    assert backends == [cpu, cpu]
+        chosen = [backends._cuda_backend(torch.empty(0)) for _ in range(2)]
+    assert chosen == [cpu, cpu]
     assert [str(w.message).count("Triton cannot be imported") for w in caught] == [1]

@@ -37,6 +37,9 @@ struct Numbers {
     std::uniform_real_distribution<float> draw(-3, 3);
     for (size_t i = 0; i < size; ++i) set(i, draw(random));
   }
+  const void* data() const {
+    return dtype == Dtype::kFloat32 ? static_cast<const void*>(wide.data()) : half.data();
+  }
   void* data() { return dtype == Dtype::kFloat32 ? static_cast<void*>(wide.data()) : half.data(); }
   void set(size_t i, float value) {
     if (dtype == Dtype::kFloat32) {
@@ -89,6 +92,10 @@ void check_rows(const RowKernels& kernels, Dtype dtype, int64_t slots, int64_t c
     kernels.gather(sorted.view(), dtype, {src.data(), rows.data(), sums.data(), columns, 1}, threads);
     kernels.gather(sorted.view(), dtype, {src.data(), plain_rows.data(), nullptr, columns, 1}, threads);
     require(rows == plain_rows, kernels.name, "gather with and without sums");
+    Numbers sums_in_place(dtype, 3 * N);
+    kernels.gather(sorted.view(), dtype, {nullptr, plain_rows.data(), sums_in_place.data(), columns, 1},
+                   threads);
+    require(rows == plain_rows && sums == sums_in_place, kernels.name, "sums of rows in place");
     for (const Segment& segment : sorted.list) {
       std::vector<double> expected(N, 0.0);
       for (int64_t row = 0; row < segment.padded; ++row) {
@@ -108,7 +115,7 @@ void check_rows(const RowKernels& kernels, Dtype dtype, int64_t slots, int64_t c
                 "sums");
     }
     kernels.scatter(sorted.view(), dtype,
-                    {rows.data(), bias.data(), back.data(), columns, sorted.routed, slots}, threads);
+                    {rows.data(), bias.data(), back.data(), columns, sorted.routed, slots, false}, threads);
     for (const Segment& segment : sorted.list)
       for (int64_t row = 0; row < segment.rows; ++row)
         for (size_t c = 0; c < N; ++c) {
@@ -121,6 +128,14 @@ void check_rows(const RowKernels& kernels, Dtype dtype, int64_t slots, int64_t c
       for (size_t c = 0; c < N; ++c)
         require(back.get(static_cast<size_t>(sorted.order[static_cast<size_t>(i)]) * N + c) == 0,
                 kernels.name, "scatter of no expert");
+    Numbers twice(src);
+    kernels.scatter(sorted.view(), dtype,
+                    {rows.data(), nullptr, twice.data(), columns, sorted.routed, slots, true}, threads);
+    for (int64_t i = 0; i < slots; ++i)
+      for (size_t c = 0; c < N; ++c) {
+        const size_t at = static_cast<size_t>(sorted.order[static_cast<size_t>(i)]) * N + c;
+        require(twice.near(at, (i < sorted.routed ? 2 : 1) * src.get(at)), kernels.name, "scatter that adds");
+      }
     if (threads == 1) {
       first_sums = sums;
     } else {
@@ -177,6 +192,55 @@ void check_activations(const RowKernels& kernels, Dtype dtype, int64_t slots, in
   }
 }
 
+// z in rows sorted by expert, with two rows of padding between experts and its bias not yet added, must do
+// what `plain` found: y, dz, dresidual, dweight, dbias.
+void check_sorted_norm(const RowKernels& kernels, NormArgs args, const std::vector<Numbers>& plain,
+                       const Numbers& dy) {
+  const auto S = static_cast<size_t>(args.tokens * args.top_k), N = static_cast<size_t>(args.columns);
+  const auto experts = static_cast<size_t>(args.experts);
+  Numbers z(args.z_dtype, S * N), bias(args.z_dtype, experts * N);
+  std::memcpy(z.data(), args.z, S * N * (args.z_dtype == Dtype::kFloat32 ? 4 : 2));
+  for (size_t i = 0; i < experts * N; ++i) bias.set(i, 0.5);
+  std::vector<int32_t> inverse(S);
+  std::vector<int64_t> shift_E;
+  int32_t place = 0;
+  for (int32_t expert = 0; expert < args.experts; ++expert) {
+    shift_E.push_back(2 * expert);
+    for (size_t s = 0; s < S; ++s)
+      if (args.expert_ids_S[s] == expert) inverse[s] = place++;
+  }
+  Numbers sorted(args.z_dtype, (S + 2 * experts) * N), dz(sorted);
+  for (size_t s = 0; s < S; ++s) {
+    const int32_t expert = args.expert_ids_S[s];
+    if (expert < 0) continue;
+    const size_t row = static_cast<size_t>(inverse[s] + shift_E[static_cast<size_t>(expert)]);
+    for (size_t c = 0; c < N; ++c) sorted.set(row * N + c, static_cast<float>(z.get(s * N + c)) - 0.5f);
+  }
+  std::vector<Numbers> found(plain);
+  args.z = sorted.data();
+  args.z_bias_ED = bias.data();
+  args.inverse_S = inverse.data();
+  args.shift_E = shift_E.data();
+  NormBackwardArgs backward = {
+      args, dy.data(), dz.data(), found[2].data(), found[3].data(), found[4].data(), nullptr};
+  kernels.norm({args, found[0].data(), 1e-5}, 2);
+  kernels.norm_backward(backward, 2);
+  const double slack = args.z_dtype == Dtype::kFloat32 ? 20 : 100;  // z lost digits with its bias
+  for (size_t s = 0; s < S; ++s) {
+    const int32_t expert = args.expert_ids_S[s];
+    if (expert < 0) continue;
+    const size_t row = static_cast<size_t>(inverse[s] + shift_E[static_cast<size_t>(expert)]);
+    for (size_t c = 0; c < N; ++c)
+      require(dz.near(row * N + c, plain[1].get(s * N + c), slack), kernels.name, "dz in sorted rows");
+  }
+  for (const size_t which : {0, 2, 3, 4}) {
+    const size_t size =
+        plain[which].dtype == Dtype::kFloat32 ? plain[which].wide.size() : plain[which].half.size();
+    for (size_t i = 0; i < size; ++i)
+      require(found[which].near(i, plain[which].get(i), slack), kernels.name, "norm of sorted rows");
+  }
+}
+
 void check_norm(const RowKernels& kernels, Dtype dtype, int64_t tokens, int64_t top_k, int64_t columns,
                 std::mt19937& random) {
   const auto T = static_cast<size_t>(tokens), K = static_cast<size_t>(top_k),
@@ -188,23 +252,10 @@ void check_norm(const RowKernels& kernels, Dtype dtype, int64_t tokens, int64_t 
   Numbers y(dtype, T * N), dz(dtype, T * K * N), dresidual(dtype, T * N), dweight(dtype, 3 * N),
       dbias(dtype, 3 * N);
   std::vector<float> gate(T * K, 0.75f), mean(T * K), rstd(T * K), dgate(T * K);
-  const NormArgs args = {dtype,
-                         dtype,
-                         dtype,
-                         z.data(),
-                         residual.data(),
-                         ids.data(),
-                         weight.data(),
-                         bias.data(),
-                         gate.data(),
-                         mean.data(),
-                         rstd.data(),
-                         tokens,
-                         top_k,
-                         columns,
-                         3,
-                         7,
-                         0,
+  const NormArgs args = {dtype,      dtype,         dtype,       z.data(),    residual.data(),
+                         ids.data(), weight.data(), bias.data(), gate.data(), nullptr,
+                         nullptr,    nullptr,       mean.data(), rstd.data(), tokens,
+                         top_k,      columns,       3,           7,           0,
                          1};
   std::vector<Numbers> first;
   for (const int threads : kThreadCounts) {
@@ -215,6 +266,7 @@ void check_norm(const RowKernels& kernels, Dtype dtype, int64_t tokens, int64_t 
     if (first.empty()) first = found;
     require(found == first, kernels.name, "norm by thread count");
   }
+  check_sorted_norm(kernels, args, {y, dz, dresidual, dweight, dbias}, dy);
   for (size_t t = 0; t < T; ++t) {
     std::vector<double> expected(N, 0.0);
     bool routed = false;

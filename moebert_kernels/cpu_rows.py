@@ -1,0 +1,222 @@
+"""The experts' rows on the CPU: sorted into buffers, through torch's GEMMs and the row kernels of csrc/.
+
+Rows are gathered into expert order once, go through both GEMMs there, and leave it once. Two things are
+bounded besides: the number of calls, since with few rows one batched GEMM over all experts costs little more
+than a single expert's, and the number of different row counts, since oneDNN, torch's 16-bit GEMM, builds code
+for each it meets, which costs as much as hundreds of rows.
+
+Notation: P rows of a sorted buffer, the padding of each expert included; S slots, E experts, R rows of each.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moebert_kernels import cpu
+from moebert_kernels.activations import ACTIVATIONS
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # Dtype in csrc/rows_cpu.h
+_ACTIVATIONS = {name: code for code, name in enumerate(ACTIVATIONS)}  # Activation there
+
+# Filling every expert up to the same number of rows, for one batched GEMM instead of E, pays as long as the
+# rows added take no more multiply-adds than this in one GEMM.
+_MAX_BATCH_FILL = 16e6
+# Rows of one expert that go through the layer together where nothing is kept for backward: their temporaries
+# stay in the last cache, and the GEMMs are still long enough to forget that each packs its weights anew. One
+# of the counts of `_bounded`, so that only an expert's last rows are filled up.
+_ROWS_AT_ONCE = 2048
+
+
+@dataclass(frozen=True)
+class SortedRows:
+    """Where the experts' rows lie in a sorted buffer.
+
+    Attributes:
+        kernels: the extension.
+        native: the same for the row kernels.
+        order_S: of the plan, which `native` points to.
+        spans: each expert's first and last row, padding included.
+        pieces: parts of these that go through the layer one after another: for the row kernels, as if they
+            began at row 0; expert, first and last row. Empty where all rows go together.
+        total: P.
+        routed: rows without the padding.
+        batch: R where all experts have the same; 0 where they do not.
+    """
+
+    kernels: Any
+    native: Any
+    order_S: Tensor
+    spans: list[tuple[int, int]]
+    pieces: list[tuple[Any, int, int, int]]
+    total: int
+    routed: int
+    batch: int
+
+    def empty(self, like: Tensor, columns: int) -> Tensor:
+        """A buffer of P rows: [E, R, columns] where R is the same for all, or [P, columns]."""
+        if self.batch:
+            return like.new_empty(len(self.spans), self.batch, columns)
+        return like.new_empty(self.total, columns)
+
+    def view(self, buffer: Tensor) -> Tensor:
+        """The first P rows of a [more, columns] buffer, in the shape of `empty`."""
+        columns = buffer.shape[1]
+        return buffer[: self.total].view(len(self.spans), self.batch, columns) if self.batch else buffer
+
+
+def sort_rows(
+    kernels: Any, order_S: Tensor, offsets_E1: Tensor, w1_EFD: Tensor, *, in_pieces: bool
+) -> SortedRows:
+    """Lay out the rows of a plan; `in_pieces` allows pieces, where many rows need not stay together."""
+    order_S, dtype = order_S.contiguous(), w1_EFD.dtype
+    offsets, order = offsets_E1.tolist(), order_S.data_ptr()
+    counts = [end - begin for begin, end in itertools.pairwise(offsets)]
+    batch = _bounded(max(counts), dtype)
+    fill = batch * len(counts) - offsets[-1]
+    if fill > cpu.PREACT_SLACK or fill * w1_EFD[0].numel() > _MAX_BATCH_FILL:
+        batch = 0
+    flat: list[int] = []
+    spans: list[tuple[int, int]] = []
+    start = 0
+    for expert, count in enumerate(counts):
+        padded = batch or _bounded(count, dtype)
+        flat += (expert, offsets[expert], count, start, padded)
+        spans.append((start, start + padded))
+        start += padded
+    pieces = []
+    if in_pieces and not batch and offsets[-1] > _ROWS_AT_ONCE:
+        for expert, (first, last) in enumerate(spans):
+            for row in range(first, last, _ROWS_AT_ONCE):
+                padded = min(_ROWS_AT_ONCE, last - row)
+                count = min(padded, counts[expert] - (row - first))
+                segment = [expert, offsets[expert] + row - first, count, 0, padded]
+                pieces.append((kernels.SortedRows(segment, order), expert, row, row + padded))
+    return SortedRows(
+        kernels, kernels.SortedRows(flat, order), order_S, spans, pieces, start, offsets[-1], batch
+    )
+
+
+def _bounded(rows: int, dtype: torch.dtype) -> int:
+    """Rows filled up to one of 32 counts in each octave: at most 1 / 32 more. float32 GEMMs are MKL's, which
+    does not mind."""
+    if dtype == torch.float32 or rows <= 32:
+        return rows
+    step = 1 << ((rows - 1).bit_length() - 6)
+    return -(-rows // step) * step
+
+
+def forward(
+    rows: SortedRows,
+    x_TD: Tensor,
+    w1_EFD: Tensor,
+    b1_EF: Tensor | None,
+    w2_EDF: Tensor,
+    activation: str,
+    top_k: int,
+    preact_PF: Tensor | None,
+) -> Tensor:
+    """gather -> W1 -> +b1 -> act -> W2, the inputs contiguous.
+
+    Args:
+        preact_PF: a buffer that gets the pre-activations, without b1; None where nobody wants them.
+
+    Returns:
+        z of the sorted rows, without b2.
+    """
+    kernels, dtype, threads = rows.kernels, DTYPES[x_TD.dtype], torch.get_num_threads()
+    code, (_, F, D) = _ACTIVATIONS[activation], w1_EFD.shape
+    w1_EDF, w2_EFD = w1_EFD.transpose(1, 2), w2_EDF.transpose(1, 2)
+    z_PD = rows.empty(x_TD, D)  # of x first
+    x, b1 = x_TD.data_ptr(), address(b1_EF)
+    if not rows.pieces:
+        a_PF = rows.empty(x_TD, F)
+        h_PF = a_PF if preact_PF is None else preact_PF
+        kernels.gather_rows(rows.native, dtype, x, z_PD.data_ptr(), 0, D, top_k, threads)
+        _multiply(rows, z_PD, w1_EDF, h_PF)
+        kernels.activate_rows(rows.native, dtype, code, h_PF.data_ptr(), b1, a_PF.data_ptr(), F, threads)
+        _multiply(rows, a_PF, w2_EFD, z_PD)
+        return z_PD
+    longest = max(end - begin for _, _, begin, end in rows.pieces)
+    a_RF = x_TD.new_empty(longest, F)
+    for piece, expert, begin, end in rows.pieces:
+        x_RD, h_RF = z_PD[begin:end], a_RF[: end - begin]
+        kernels.gather_rows(piece, dtype, x, x_RD.data_ptr(), 0, D, top_k, threads)
+        torch.mm(x_RD, w1_EDF[expert], out=h_RF)
+        kernels.activate_rows(piece, dtype, code, h_RF.data_ptr(), b1, h_RF.data_ptr(), F, threads)
+        torch.mm(h_RF, w2_EFD[expert], out=x_RD)
+    return z_PD
+
+
+def backward(
+    rows: SortedRows,
+    dz_PD: Tensor,
+    preact_PF: Tensor,
+    x_TD: Tensor,
+    w1_EFD: Tensor,
+    b1_EF: Tensor | None,
+    w2_EDF: Tensor,
+    activation: str,
+    top_k: int,
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of `forward`, each where `needs` says so: of the sorted rows of x, of w1, b1 and w2.
+
+    `dz_PD`, whose padding must be 0, is overwritten.
+    """
+    kernels, dtype, threads = rows.kernels, DTYPES[x_TD.dtype], torch.get_num_threads()
+    need_x, need_w1, need_b1, need_w2 = needs
+    code, (_, F, D) = _ACTIVATIONS[activation], w1_EFD.shape
+    native, dz = rows.native, dz_PD.data_ptr()
+    a_PF, dh_PF = rows.empty(x_TD, F), rows.empty(x_TD, F)
+    dw1_EFD = torch.empty_like(w1_EFD) if need_w1 else None
+    dw2_EDF = torch.empty_like(w2_EDF) if need_w2 else None
+    db1_EF = torch.empty_like(b1_EF) if need_b1 and b1_EF is not None else None
+    if need_x or need_w1 or need_b1:
+        _multiply(rows, dz_PD, w2_EDF, dh_PF)
+    h, a, dh = preact_PF.data_ptr(), a_PF.data_ptr(), dh_PF.data_ptr()
+    kernels.activate_backward_rows(native, dtype, code, h, address(b1_EF), a, dh, address(db1_EF), F, threads)
+    if dw2_EDF is not None:
+        _multiply_transposed(rows, dz_PD, a_PF, dw2_EDF)
+    if dw1_EFD is not None:
+        kernels.gather_rows(native, dtype, x_TD.data_ptr(), dz, 0, D, top_k, threads)
+        _multiply_transposed(rows, dh_PF, dz_PD, dw1_EFD)
+    if need_x:
+        _multiply(rows, dh_PF, w1_EFD, dz_PD)
+    return dz_PD if need_x else None, dw1_EFD, db1_EF, dw2_EDF
+
+
+def _multiply(rows: SortedRows, a: Tensor, w_ENM: Tensor, out: Tensor) -> None:
+    """out[rows of e] = a[rows of e] @ w[e], buffers in the shape of `SortedRows.empty`."""
+    if rows.batch:
+        torch.bmm(a, w_ENM, out=out)
+        return
+    for w_NM, (begin, end) in zip(w_ENM, rows.spans, strict=True):
+        if end > begin:
+            torch.mm(a[begin:end], w_NM, out=out[begin:end])
+
+
+def _multiply_transposed(rows: SortedRows, a: Tensor, b: Tensor, out_EMN: Tensor) -> None:
+    """out[e] = a[rows of e]^T @ b[rows of e], buffers in the shape of `SortedRows.empty`."""
+    if rows.batch:
+        torch.bmm(a.transpose(1, 2), b, out=out_EMN)
+        return
+    for out_MN, (begin, end) in zip(out_EMN, rows.spans, strict=True):
+        if end > begin:
+            torch.mm(a[begin:end].t(), b[begin:end], out=out_MN)
+        else:
+            out_MN.zero_()
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where the row kernels find a tensor; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    """The tensor with its elements in order; None for None."""
+    return None if tensor is None else tensor.contiguous()

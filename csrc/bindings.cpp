@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -80,16 +82,52 @@ int64_t from_input_ids_cpu(Address input_ids_T, int id_bytes, Address mask_T, Ad
   return plan_from_input_ids_cpu(ids, tables, shape, out, num_threads);
 }
 
-// The segments of one call: five numbers each, as in the struct.
+// Filled up to one of 32 counts in each octave: at most 1 / 32 more.
+int64_t bounded_rows(int64_t rows) {
+  if (rows <= 32) return rows;
+  int64_t step = 1;
+  while (step * 64 < rows) step *= 2;
+  return (rows + step - 1) / step * step;
+}
+
+// Where the rows of a plan lie in a sorted buffer.
 class SortedRows {
  public:
-  SortedRows(const std::vector<int64_t>& flat, Address order_S) : order_S_(at<const int32_t>(order_S)) {
-    require(flat.size() % 5 == 0, "a segment has five numbers");
-    for (size_t i = 0; i < flat.size(); i += 5) {
-      list_.push_back({flat[i], flat[i + 1], flat[i + 2], flat[i + 3], flat[i + 4]});
-      require(flat[i + 2] <= flat[i + 4], "a segment's rows must not exceed its padded rows");
+  // bounded: whether experts' rows are filled up to bounded_rows. All experts get the same number as long as
+  // that adds at most max_fill rows.
+  SortedRows(Address offsets_E1, int64_t num_experts, Address order_S, bool bounded, int64_t max_fill)
+      : order_S_(at<const int32_t>(order_S)) {
+    require(num_experts >= 1, "num_experts must be at least 1");
+    const int32_t* const offsets = at<const int32_t>(offsets_E1);
+    const auto filled = [&](int64_t rows) { return bounded ? bounded_rows(rows) : rows; };
+    int64_t most = 0;
+    for (int64_t expert = 0; expert < num_experts; ++expert) {
+      const int64_t rows = int64_t{offsets[expert + 1]} - offsets[expert];
+      require(rows >= 0, "offsets must not decrease");
+      most = std::max(most, rows);
+    }
+    routed_ = offsets[num_experts];
+    if (filled(most) * num_experts - routed_ <= max_fill) batch_ = filled(most);
+    for (int64_t expert = 0; expert < num_experts; ++expert) {
+      const int64_t begin = offsets[expert], rows = offsets[expert + 1] - begin;
+      list_.push_back({expert, begin, rows, total_, batch_ > 0 ? batch_ : filled(rows)});
+      total_ += list_.back().padded;
     }
   }
+
+  // Some of one expert's, as if they began at row 0.
+  SortedRows(int64_t expert, int64_t begin, int64_t rows, int64_t padded, Address order_S)
+      : list_{{expert, begin, rows, 0, padded}},
+        order_S_(at<const int32_t>(order_S)),
+        total_(padded),
+        routed_(rows) {
+    require(rows >= 0 && rows <= padded, "rows must lie in [0, padded]");
+  }
+
+  int64_t total() const { return total_; }
+  int64_t routed() const { return routed_; }
+  int64_t batch() const { return batch_; }  // every expert's rows where they are as many; otherwise 0
+  const std::vector<Segment>& list() const { return list_; }
 
   // By expert, how far its rows lie behind where they would be without padding.
   std::vector<int64_t> shifts(int64_t num_experts) const {
@@ -106,6 +144,9 @@ class SortedRows {
  private:
   std::vector<Segment> list_;
   const int32_t* order_S_;
+  int64_t total_ = 0;
+  int64_t routed_ = 0;
+  int64_t batch_ = 0;
 };
 
 Dtype dtype_of(int code) {
@@ -274,7 +315,19 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   m.def("from_input_ids_cpu", &from_input_ids_cpu);
 
   m.attr("ROW_KERNELS") = row_kernels().name;
-  py::class_<SortedRows>(m, "SortedRows").def(py::init<const std::vector<int64_t>&, Address>());
+  m.def("bounded_rows", &bounded_rows);
+  py::class_<SortedRows>(m, "SortedRows")
+      .def(py::init<Address, int64_t, Address, bool, int64_t>())
+      .def_static("piece", [](int64_t expert, int64_t begin, int64_t rows, int64_t padded,
+                              Address order_S) { return SortedRows(expert, begin, rows, padded, order_S); })
+      .def_property_readonly("total", &SortedRows::total)
+      .def_property_readonly("routed", &SortedRows::routed)
+      .def_property_readonly("batch", &SortedRows::batch)
+      .def("segments", [](const SortedRows& rows) {
+        std::vector<std::array<int64_t, 4>> segments;  // begin, rows, start, padded
+        for (const Segment& s : rows.list()) segments.push_back({s.begin, s.rows, s.start, s.padded});
+        return segments;
+      });
   m.def("gather_rows", &gather_rows);
   m.def("scatter_rows", &scatter_rows);
   m.def("activate_rows", &activate_rows);

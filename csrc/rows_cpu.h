@@ -92,7 +92,7 @@ struct NormArgs {
   const void* z_bias_ED;     // or null
   const int32_t* inverse_S;  // or null for z by slot
   const int64_t* shift_E;    // with inverse_S
-  float* mean_S;
+  float* mean_S;             // it and rstd_S or null, in forward alone
   float* rstd_S;
   int64_t tokens;
   int64_t top_k;

@@ -95,7 +95,7 @@ void norm_token(const NormForwardArgs& forward, const Parameters& parameters, in
   for (int64_t k = 0; k < args.top_k; ++k) {
     const int64_t slot = token * args.top_k + k;
     const int64_t expert = args.expert_ids_S[slot];
-    args.mean_S[slot] = args.rstd_S[slot] = 0;
+    if (args.mean_S != nullptr) args.mean_S[slot] = args.rstd_S[slot] = 0;
     if (expert < 0) continue;
     residual_sum<Z, R>(args, token, slot, expert, u_D);
     Floats sums = {}, squares = {};
@@ -110,8 +110,10 @@ void norm_token(const NormForwardArgs& forward, const Parameters& parameters, in
       variance += (u_D[i] - mean) * (u_D[i] - mean);
     variance /= static_cast<float>(columns);
     const float rstd = 1.0f / __builtin_sqrtf(variance + static_cast<float>(forward.eps));
-    args.mean_S[slot] = mean;
-    args.rstd_S[slot] = rstd;
+    if (args.mean_S != nullptr) {
+      args.mean_S[slot] = mean;
+      args.rstd_S[slot] = rstd;
+    }
     const float gate = gate_of(args, slot);
     const float* const weight = parameters.weight_ED + expert * columns;
     const float* const bias = parameters.bias_ED + expert * columns;

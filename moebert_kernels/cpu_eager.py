@@ -58,7 +58,9 @@ def _forward(options: Options, t: Tensors, ctx: Any) -> Tensor:
     if t.ln_w_ED is None:
         y_TD, kept = cpu_native.scatter(rows, z_PD, b2_ED, x_TD.shape[0]), (None, None, None)
     else:
-        mean_S, rstd_S = x_TD.new_empty(2, plan.order_S.shape[0], dtype=torch.float32).unbind()
+        mean_S = rstd_S = None
+        if training:
+            mean_S, rstd_S = x_TD.new_empty(2, plan.order_S.shape[0], dtype=torch.float32).unbind()
         kept = (z_PD, mean_S, rstd_S)
         y_TD = _norm(options, t, rows, *kept).forward(options.norm_eps)
     if training:
@@ -70,7 +72,12 @@ def _forward(options: Options, t: Tensors, ctx: Any) -> Tensor:
 
 
 def _norm(
-    options: Options, t: Tensors, rows: SortedRows, z_PD: Tensor, mean_S: Tensor, rstd_S: Tensor
+    options: Options,
+    t: Tensors,
+    rows: SortedRows,
+    z_PD: Tensor,
+    mean_S: Tensor | None,
+    rstd_S: Tensor | None,
 ) -> cpu_native.Norm:
     plan = options.plan
     assert t.ln_w_ED is not None

@@ -35,7 +35,7 @@ def expert_ffn_forward(
     preact_PF = x_TD.new_empty(cpu.preact_rows(x_TD, num_slots) if save_preact else 0, F)
     kept = rows.view(preact_PF) if save_preact else None
     z_PD = cpu_rows.forward(rows, x_TD, w1_EFD, contiguous(b1_EF), w2_EDF, activation, top_k, kept)
-    preact_PF[rows.total :].zero_()
+    preact_PF[rows.native.total :].zero_()
     return scatter(rows, z_PD, contiguous(b2_ED), num_slots), preact_PF
 
 
@@ -94,7 +94,7 @@ def scatter(rows: SortedRows, src_PD: Tensor, bias_ED: Tensor | None, num_slots:
     D = src_PD.shape[-1]
     to_SD = src_PD.new_empty(num_slots, D)
     where = (src_PD.data_ptr(), address(bias_ED), to_SD.data_ptr())
-    sizes = (D, rows.routed, num_slots, False, torch.get_num_threads())
+    sizes = (D, rows.native.routed, num_slots, False, torch.get_num_threads())
     rows.kernels.scatter_rows(rows.native, DTYPES[src_PD.dtype], *where, *sizes)
     return to_SD
 
@@ -184,8 +184,8 @@ class Norm:
         ln_w_ED: Tensor,
         ln_b_ED: Tensor,
         gate_TK: Tensor | None,
-        mean_S: Tensor,
-        rstd_S: Tensor,
+        mean_S: Tensor | None,
+        rstd_S: Tensor | None,
         seed: Tensor | None,
         dropout_p: float,
         rows: SortedRows | None = None,
@@ -205,7 +205,7 @@ class Norm:
         return self._native, self._dtypes, [*map(address, self._alive)], self._sizes, self._dropout
 
     def forward(self, eps: float) -> Tensor:
-        """y_TD; mean and rstd are written."""
+        """y_TD; mean and rstd are written unless they are None."""
         y_TD = torch.empty_like(self.residual_TD)
         native.row_kernels().norm_rows(*self._arguments(), y_TD.data_ptr(), eps, torch.get_num_threads())
         return y_TD

@@ -10,9 +10,7 @@ Notation: P rows of a sorted buffer, the padding of each expert included; S slot
 
 from __future__ import annotations
 
-import itertools
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,89 +23,73 @@ _ACTIVATIONS = {name: code for code, name in enumerate(ACTIVATIONS)}  # Activati
 
 # Filling every expert up to the same number of rows, for one batched GEMM instead of E, pays as long as the
 # rows added take no more multiply-adds than this in one GEMM.
-_MAX_BATCH_FILL = 16e6
+_MAX_BATCH_FILL = 16_000_000
 # Rows of one expert that go through the layer together where nothing is kept for backward: their temporaries
 # stay in the last cache, and the GEMMs are still long enough to forget that each packs its weights anew. One
-# of the counts of `_bounded`, so that only an expert's last rows are filled up.
+# of the counts of `bounded_rows`, so that only an expert's last rows are filled up.
 _ROWS_AT_ONCE = 2048
 
 
-@dataclass(frozen=True)
-class SortedRows:
+class SortedRows(NamedTuple):
     """Where the experts' rows lie in a sorted buffer.
 
     Attributes:
         kernels: the extension.
         native: the same for the row kernels.
         order_S: of the plan, which `native` points to.
-        spans: each expert's first and last row, padding included.
+        num_experts: E.
+        batch: R where all experts have the same; 0 where they do not.
+        spans: each expert's first and last row, padding included; empty where `batch` says all.
         pieces: parts of these that go through the layer one after another: for the row kernels, as if they
             began at row 0; expert, first and last row. Empty where all rows go together.
-        total: P.
-        routed: rows without the padding.
-        batch: R where all experts have the same; 0 where they do not.
     """
 
     kernels: Any
     native: Any
     order_S: Tensor
+    num_experts: int
+    batch: int
     spans: list[tuple[int, int]]
     pieces: list[tuple[Any, int, int, int]]
-    total: int
-    routed: int
-    batch: int
 
     def empty(self, like: Tensor, columns: int) -> Tensor:
         """A buffer of P rows: [E, R, columns] where R is the same for all, or [P, columns]."""
         if self.batch:
-            return like.new_empty(len(self.spans), self.batch, columns)
-        return like.new_empty(self.total, columns)
+            return like.new_empty(self.num_experts, self.batch, columns)
+        return like.new_empty(self.native.total, columns)
 
     def view(self, buffer: Tensor) -> Tensor:
         """The first P rows of a [more, columns] buffer, in the shape of `empty`."""
         columns = buffer.shape[1]
-        return buffer[: self.total].view(len(self.spans), self.batch, columns) if self.batch else buffer
+        rows_PN = buffer[: self.native.total]
+        return rows_PN.view(self.num_experts, self.batch, columns) if self.batch else rows_PN
 
 
 def sort_rows(
     kernels: Any, order_S: Tensor, offsets_E1: Tensor, w1_EFD: Tensor, *, in_pieces: bool
 ) -> SortedRows:
     """Lay out the rows of a plan; `in_pieces` allows pieces, where many rows need not stay together."""
-    order_S, dtype = order_S.contiguous(), w1_EFD.dtype
-    offsets, order = offsets_E1.tolist(), order_S.data_ptr()
-    counts = [end - begin for begin, end in itertools.pairwise(offsets)]
-    batch = _bounded(max(counts), dtype)
-    fill = batch * len(counts) - offsets[-1]
-    if fill > cpu.PREACT_SLACK or fill * w1_EFD[0].numel() > _MAX_BATCH_FILL:
-        batch = 0
-    flat: list[int] = []
+    order_S, offsets_E1 = order_S.contiguous(), offsets_E1.contiguous()
+    E, F, D = w1_EFD.shape
+    order = order_S.data_ptr()
+    # float32 GEMMs are MKL's, which does not mind new row counts.
+    bounded = w1_EFD.dtype != torch.float32
+    max_fill = min(cpu.PREACT_SLACK, _MAX_BATCH_FILL // (F * D))
+    native = kernels.SortedRows(offsets_E1.data_ptr(), E, order, bounded, max_fill)
     spans: list[tuple[int, int]] = []
-    start = 0
-    for expert, count in enumerate(counts):
-        padded = batch or _bounded(count, dtype)
-        flat += (expert, offsets[expert], count, start, padded)
-        spans.append((start, start + padded))
-        start += padded
-    pieces = []
-    if in_pieces and not batch and offsets[-1] > _ROWS_AT_ONCE:
-        for expert, (first, last) in enumerate(spans):
-            for row in range(first, last, _ROWS_AT_ONCE):
-                padded = min(_ROWS_AT_ONCE, last - row)
-                count = min(padded, counts[expert] - (row - first))
-                segment = [expert, offsets[expert] + row - first, count, 0, padded]
-                pieces.append((kernels.SortedRows(segment, order), expert, row, row + padded))
-    return SortedRows(
-        kernels, kernels.SortedRows(flat, order), order_S, spans, pieces, start, offsets[-1], batch
-    )
-
-
-def _bounded(rows: int, dtype: torch.dtype) -> int:
-    """Rows filled up to one of 32 counts in each octave: at most 1 / 32 more. float32 GEMMs are MKL's, which
-    does not mind."""
-    if dtype == torch.float32 or rows <= 32:
-        return rows
-    step = 1 << ((rows - 1).bit_length() - 6)
-    return -(-rows // step) * step
+    pieces: list[tuple[Any, int, int, int]] = []
+    batch = native.batch
+    if not batch:
+        segments = native.segments()
+        spans = [(start, start + padded) for _, _, start, padded in segments]
+        if in_pieces and native.routed > _ROWS_AT_ONCE:
+            for expert, (begin, count, start, padded) in enumerate(segments):
+                for row in range(0, padded, _ROWS_AT_ONCE):
+                    fill = min(_ROWS_AT_ONCE, padded - row)
+                    sizes = (begin + row, min(fill, count - row), fill)
+                    piece = kernels.SortedRows.piece(expert, *sizes, order)
+                    pieces.append((piece, expert, start + row, start + row + fill))
+    return SortedRows(kernels, native, order_S, E, batch, spans, pieces)
 
 
 def forward(

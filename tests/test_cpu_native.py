@@ -202,8 +202,9 @@ def test_opcheck_is_clean(K, dtype):
 @pytest.mark.parametrize("rows", [1, 31, 32, 33, 63, 64, 65, 100, 2047, 2048, 100_003])
 def test_row_counts_are_bounded_and_little_more(rows):
     """Each new row count of a 16-bit GEMM makes oneDNN build code for it: 32 counts an octave are enough."""
-    filled = cpu_rows._bounded(rows, torch.bfloat16)
+    bounded = native.row_kernels().bounded_rows
+    filled = bounded(rows)
     assert rows <= filled <= rows + rows // 32
     low = 1 << (rows.bit_length() - 1)
-    octave = {cpu_rows._bounded(n, torch.bfloat16) for n in range(low, 2 * low, max(1, low // 512))}
+    octave = {bounded(n) for n in range(low, 2 * low, max(1, low // 512))}
     assert len(octave) <= 33

@@ -55,17 +55,18 @@ def _forward(options: Options, t: Tensors, ctx: Any) -> Tensor:
     h_PF = rows.empty(x_TD, t.w1_EFD.shape[1]) if training else None
     weights = (t.w1_EFD, contiguous(t.b1_EF), t.w2_EDF)
     z_PD = cpu_rows.forward(rows, x_TD, *weights, options.activation, plan.top_k, h_PF)
+    mean_S: Tensor | None = None
+    rstd_S: Tensor | None = None
     if t.ln_w_ED is None:
-        y_TD, kept = cpu_native.scatter(rows, z_PD, b2_ED, x_TD.shape[0]), (None, None, None)
+        y_TD = cpu_native.scatter(rows, z_PD, b2_ED, x_TD.shape[0])
     else:
-        mean_S = rstd_S = None
         if training:
             mean_S, rstd_S = x_TD.new_empty(2, plan.order_S.shape[0], dtype=torch.float32).unbind()
-        kept = (z_PD, mean_S, rstd_S)
-        y_TD = _norm(options, t, rows, *kept).forward(options.norm_eps)
+        y_TD = _norm(options, t, rows, z_PD, mean_S, rstd_S).forward(options.norm_eps)
     if training:
         # Of the plan one tensor, so that autograd notices a write: the others share its storage.
-        ctx.save_for_backward(*t, plan.expert_ids_TK, h_PF, *kept)
+        z = None if t.ln_w_ED is None else z_PD
+        ctx.save_for_backward(*t, plan.expert_ids_TK, h_PF, z, mean_S, rstd_S)
         ctx.options, ctx.rows = options, rows
         ctx.set_materialize_grads(False)
     return y_TD
@@ -114,9 +115,10 @@ class _Layer(torch.autograd.Function):
         return None, *_backward(ctx, dy_TD)
 
 
-def _backward(ctx, dy_TD: Tensor) -> Tensors:
+def _backward(ctx, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of the fields of `Tensors`."""
     *saved, _expert_ids, h_PF, z_PD, mean_S, rstd_S = ctx.saved_tensors
-    t, need = Tensors(*saved), Tensors(*ctx.needs_input_grad[1:])
+    t, need = Tensors(*saved), Tensors(*ctx.needs_input_grad[1:])  # the latter of booleans
     options, rows = ctx.options, ctx.rows
     top_k, x_TD = options.plan.top_k, t.x_TD.contiguous()
     db2_ED = torch.empty_like(t.b2_ED) if need.b2_ED and t.b2_ED is not None else None
@@ -127,7 +129,7 @@ def _backward(ctx, dy_TD: Tensor) -> Tensors:
         norm = _norm(options, t, rows, z_PD, mean_S, rstd_S)
         dz_PD, dresidual_TD, dln_w_ED, dln_b_ED, dgate_TK = norm.backward(dy_TD, bool(need.gate_TK))
         _sum_rows(rows, dz_PD, db2_ED)
-    needs = (need.x_TD, need.w1_EFD, need.b1_EF, need.w2_EDF)
+    needs = (bool(need.x_TD), bool(need.w1_EFD), bool(need.b1_EF), bool(need.w2_EDF))
     dx_TD = dw1_EFD = db1_EF = dw2_EDF = None
     if any(needs):
         weights = (t.w1_EFD, contiguous(t.b1_EF), t.w2_EDF)
@@ -139,10 +141,8 @@ def _backward(ctx, dy_TD: Tensor) -> Tensors:
             dx_TD = cpu_native.dx_of(rows, dx_PD, top_k)
     if dgate_TK is not None and t.gate_TK is not None:
         dgate_TK = dgate_TK.to(t.gate_TK.dtype)
-    residual = dresidual_TD if need.residual_TD else None
-    return Tensors(  # type: ignore[arg-type]
-        dx_TD, dw1_EFD, db1_EF, dw2_EDF, db2_ED, dln_w_ED, dln_b_ED, dgate_TK, residual, None
-    )
+    dresidual = dresidual_TD if need.residual_TD else None
+    return dx_TD, dw1_EFD, db1_EF, dw2_EDF, db2_ED, dln_w_ED, dln_b_ED, dgate_TK, dresidual, None
 
 
 def _sum_rows(rows: SortedRows, dz_PD: Tensor, sums_ED: Tensor | None) -> None:

@@ -196,6 +196,7 @@ class Norm:
         gate_TK = None if gate_TK is None else gate_TK.float()
         others = (expert_ids_TK, ln_w_ED, ln_b_ED, gate_TK, mean_S, rstd_S, b2_ED, inverse_S)
         self._alive = (z, residual_TD, *map(contiguous, others))
+        self._kernels: Any = native.row_kernels()
         self._native: Any = None if rows is None else rows.native
         self._dtypes = [DTYPES[z.dtype], DTYPES[residual_TD.dtype], DTYPES[ln_w_ED.dtype]]
         self._sizes = [*expert_ids_TK.shape, residual_TD.shape[1], ln_w_ED.shape[0]]
@@ -207,7 +208,7 @@ class Norm:
     def forward(self, eps: float) -> Tensor:
         """y_TD; mean and rstd are written unless they are None."""
         y_TD = torch.empty_like(self.residual_TD)
-        native.row_kernels().norm_rows(*self._arguments(), y_TD.data_ptr(), eps, torch.get_num_threads())
+        self._kernels.norm_rows(*self._arguments(), y_TD.data_ptr(), eps, torch.get_num_threads())
         return y_TD
 
     def backward(
@@ -219,7 +220,7 @@ class Norm:
         dln_w_ED, dln_b_ED = (self.ln_w_ED.new_empty(self.ln_w_ED.shape) for _ in range(2))
         dgate_TK = dy_TD.new_empty(self.ids_TK.shape, dtype=torch.float32) if need_gate else None
         grads = (dz, dresidual_TD, dln_w_ED, dln_b_ED, dgate_TK)
-        native.row_kernels().norm_backward_rows(
+        self._kernels.norm_backward_rows(
             *self._arguments(), dy_TD.data_ptr(), *map(address, grads), torch.get_num_threads()
         )
         return grads

@@ -1,6 +1,6 @@
 # make demo   the main job on real input: a BERT becomes a MoEBERT, results in runs/demo
 # make test   the test suite
-# make lint   ruff and mypy
+# make lint   ruff, mypy and clang-format
 # make sanitize   the native code's tests under the address, undefined-behaviour and thread sanitizers
 # make installs   pip install with nvcc, without it, and without any compiler, each in an environment of its own
 #
@@ -10,6 +10,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+CXX_SOURCES := $(wildcard $(addprefix csrc/*.,h cpp cu cuh) $(addprefix tests/native/*.,h cpp))
 
 .PHONY: demo test lint format sanitize installs clean
 .DEFAULT_GOAL := test
@@ -24,10 +25,12 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 sanitize:
 	tests/native/run.sh plain

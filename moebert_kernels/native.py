@@ -83,7 +83,7 @@ def status() -> NativeStatus:
 
 
 def row_kernels() -> Any | None:
-    """The extension, whose row kernels `cpu_native` calls, or None after one warning."""
+    """The extension, whose row kernels `cpu_rows` and others call, or None after one warning."""
     extension, problem = _load()
     if extension is None:
         _warn_once(problem)

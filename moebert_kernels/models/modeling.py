@@ -361,8 +361,9 @@ def become_moe(
 def set_class(model: PreTrainedModel, moe_class: type[MoEPreTrainedModel]) -> None:
     """Change a model's class, in place."""
     model.__class__ = moe_class
-    # What PreTrainedModel.__init__ does for the classes of models that are built.
-    _CAN_RECORD_REGISTRY[str(moe_class)] = moe_class._can_record_outputs
+    # What PreTrainedModel.__init__ does for the classes of models that are built. The key is a class's name,
+    # also where the registry's own __setitem__ takes a model, as newer versions of transformers have it.
+    dict.__setitem__(_CAN_RECORD_REGISTRY, str(moe_class), moe_class._can_record_outputs)
 
 
 def _tables_from_scratch(config: Any) -> Tensor:

@@ -30,6 +30,12 @@ def native_plans():
     native.build_plans_from_input_ids(input_ids_T, tables_LV, None, num_experts)
 
 
+def spread(samples):
+    """Median, 10th and 90th percentile."""
+    deciles = statistics.quantiles(samples, n=10)
+    return f"{statistics.median(samples):.3f} ms ({deciles[0]:.3f} to {deciles[-1]:.3f})"
+
+
 def milliseconds(build):
     start = time.perf_counter()
     build()
@@ -38,11 +44,11 @@ def milliseconds(build):
 
 for num_threads in (1, 2):
     torch.set_num_threads(num_threads)
-    pairs = [(milliseconds(argsort_dispatch), milliseconds(native_plans)) for _ in range(60)][5:]
+    pairs = [(milliseconds(argsort_dispatch), milliseconds(native_plans)) for _ in range(105)][5:]
     dispatch, plans = zip(*pairs, strict=True)
     ratio = statistics.median(dispatch) / statistics.median(plans)
     print(
         f"T={num_tokens} E={num_experts} L={num_layers}, {num_threads} threads: "
-        f"argsort dispatch median {statistics.median(dispatch):.2f} ms (min {min(dispatch):.2f}), "
-        f"native {statistics.median(plans):.3f} ms (min {min(plans):.3f}), {ratio:.1f}x"
+        f"argsort dispatch {spread(dispatch)}, native {spread(plans)}, "
+        f"{ratio:.1f}x; medians and 10th to 90th percentile of {len(pairs)} interleaved repetitions"
     )

@@ -1,5 +1,6 @@
 """Checks one installation: `check_install.py none|cpu|cuda`, from outside the source tree."""
 
+import copy
 import subprocess
 import sys
 import warnings
@@ -35,5 +36,20 @@ else:
 
 plan = moebert_kernels.RoutingPlan.from_expert_ids(ids_LS[0], 4)
 assert torch.equal(plan.order_S.long(), torch.where(ids_LS[0] < 0, 4, ids_LS[0]).sort(stable=True).indices)
+
+# The layer, forward and backward, against itself in float64, which has no native path.
+layer = moebert_kernels.MoEFFN(16, 24, 4, norm_eps=1e-5)
+exact = copy.deepcopy(layer).double()
+x_TD, dy_TD = torch.randn(2, 5000, 16)
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    y_TD = layer(x_TD, routing=plan)
+    y_TD.backward(dy_TD)
+expected_TD = exact(x_TD.double(), routing=plan)
+expected_TD.backward(dy_TD.double())
+torch.testing.assert_close(y_TD.double(), expected_TD, rtol=1e-4, atol=1e-4)
+for found, wanted in zip(layer.parameters(), exact.parameters(), strict=True):
+    assert (found.grad - wanted.grad).abs().max() < 1e-4 * wanted.grad.abs().max()
+
 place = Path(moebert_kernels.__file__).parent
 print(f"ok: torch {torch.__version__}, Python {sys.version.split()[0]}, {place}\n    {status}")

@@ -134,7 +134,7 @@ def main(tokens: tuple[int, ...]) -> None:
         sys.exit("the native extension is absent: there are no row kernels to time")
     watch = _Watch()
     watched = _Watched(extension, watch)
-    native.row_kernels = lambda: watched  # type: ignore[assignment]
+    native.row_kernels = lambda: watched
     for name in ("_multiply", "_multiply_transposed"):
         setattr(cpu_rows, name, watch.around("multiply", getattr(cpu_rows, name)))
     print("| layer, T | pass | ours | bound | ratio | GEMMs: 4 experts | GEMMs: one | row kernels | other |")

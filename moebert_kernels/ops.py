@@ -87,9 +87,8 @@ def moe_ffn(
     differentiable = (x_TD, w1_EFD, b1_EF, w2_EDF, b2_ED, None if norm else gate_TK)
     save_preact = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
     order_S, offsets_E1, ids_TK = plan.order_S, plan.offsets_E1, plan.expert_ids_TK
-    weights = (w1_EFD, b1_EF, w2_EDF, b2_ED)
-    gate = None if norm else gate_TK
-    per_slot = norm is not None
+    weights, per_slot = (w1_EFD, b1_EF, w2_EDF, b2_ED), norm is not None
+    gate = None if per_slot else gate_TK
     z, _ = expert_ffn(
         x_TD, order_S, offsets_E1, *weights, gate, activation, plan.top_k, per_slot, save_preact
     )

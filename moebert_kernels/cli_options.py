@@ -172,6 +172,11 @@ class ExpertOptions:
         }
 
 
+BFloat16 = Annotated[
+    bool, _training("--bf16", help="Matrix products in bfloat16: faster where the processor has it.")
+]
+
+
 @dataclass(frozen=True)
 class DistillOptions:
     """How the student is trained."""
@@ -194,6 +199,7 @@ class DistillOptions:
         int, _training(help="Rows of a step, over all processes; 8 to 64 in the paper.")
     ] = 32
     weight_decay: Annotated[float, _training(help="Of AdamW; 0 to 0.1 in the paper.")] = 0.0
+    bf16: BFloat16 = False
 
     def settings(self) -> dict[str, Any]:
         """As arguments of `CompressSettings`."""
@@ -203,6 +209,7 @@ class DistillOptions:
             "distill_weight": self.distill_weight,
             "batch_size": self.batch_size,
             "weight_decay": self.weight_decay,
+            "bf16": self.bf16,
         }
 
 
@@ -214,6 +221,7 @@ class FinetuneOptions:
     lr: Annotated[float, _training(help="The highest learning rate; small models like 1e-4.")] = 3e-5
     batch_size: Annotated[int, _training(help="Rows of a step, over all processes.")] = 32
     weight_decay: Annotated[float, _training(help="Of AdamW.")] = 0.01
+    bf16: BFloat16 = False
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ from moebert_kernels.compress.losses import (
     layer_loss,
     prediction_loss,
 )
+from moebert_kernels.compress.precision import check_bf16
 from moebert_kernels.errors import UserError
 from moebert_kernels.models import decay_parameters
 
@@ -305,6 +306,7 @@ class DistillSettings:
         batch_size: rows of a step, over all processes.
         weight_decay: of AdamW; biases and LayerNorms are exempt.
         seed: of data order and dropout.
+        bf16: compute matrix products in bfloat16, by autocast; weights stay float32.
     """
 
     epochs: float = 5.0
@@ -313,6 +315,7 @@ class DistillSettings:
     batch_size: int = 32
     weight_decay: float = 0.0
     seed: int = 0
+    bf16: bool = False
 
 
 def distill(
@@ -351,8 +354,10 @@ def distill(
         with learned gates "balance", and "total", averaged since the log before.
 
     Raises:
-        UserError: the loss became infinite or NaN, or the processes cannot share the rows of a step evenly.
+        UserError: the loss became infinite or NaN, or the processes cannot share the rows of a step evenly,
+            or the GPU computes no bfloat16.
     """
+    check_bf16(settings.bf16)
     rows_each = processes.rows_each(settings.batch_size)
     processes.join()
     on_cuda = torch.cuda.is_available()
@@ -365,6 +370,7 @@ def distill(
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
         seed=settings.seed,
+        bf16=settings.bf16,
         logging_steps=logging_steps,
         logging_nan_inf_filter=False,  # it waits for the device each step, and hides what we report
         save_steps=5 * logging_steps,  # a multiple: a resumed run's logs average over the same steps

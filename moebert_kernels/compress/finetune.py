@@ -29,6 +29,7 @@ from moebert_kernels.compress.artifacts import (
 from moebert_kernels.compress.batching import LengthGroupedTrainer, RowCollator, count_labels
 from moebert_kernels.compress.evaluate import evaluate
 from moebert_kernels.compress.loading import check_model_folder, load_tokenizer, row_length, save_encoder
+from moebert_kernels.compress.precision import check_bf16
 from moebert_kernels.compress.tasks import KINDS, Task, TaskData, tokenize
 from moebert_kernels.errors import ArgumentError, UserError
 from moebert_kernels.models.surgery import find_ffns
@@ -44,6 +45,7 @@ def finetune(
     batch_size: int = 32,
     max_length: int | None = None,
     weight_decay: float = 0.01,
+    bf16: bool = False,
     seed: int = 0,
     training_arguments: Mapping[str, Any] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
@@ -64,8 +66,9 @@ def finetune(
         max_length: tokens of a row; by default 128, or 384 for question answering, or as many as the model
             takes if those are fewer.
         weight_decay: of AdamW.
+        bf16: compute matrix products in bfloat16, by autocast; weights stay float32.
         seed: of the new head, the order of rows and dropout.
-        training_arguments: more arguments of `transformers.TrainingArguments`, such as {"bf16": True}.
+        training_arguments: more arguments of `transformers.TrainingArguments`.
         callbacks: for the Trainer.
 
     Returns:
@@ -83,6 +86,7 @@ def finetune(
             raise ArgumentError(name, f"must be more than 0, got {value}")
     if not 0 <= weight_decay < float("inf"):
         raise ArgumentError("weight_decay", f"must not be negative, got {weight_decay}")
+    check_bf16(bf16)
     processes.rows_each(batch_size)  # refuses what does not divide
     set_seed(seed)
     network = _load(str(model), data.task)
@@ -96,6 +100,7 @@ def finetune(
         "per_device_train_batch_size": batch_size,
         "per_device_eval_batch_size": 2 * batch_size,
         "weight_decay": weight_decay,
+        "bf16": bf16,
         "warmup_steps": 0.1,
         "seed": seed,
         "save_steps": 0.1,
@@ -113,7 +118,8 @@ def finetune(
         {name: str(value) for name, value in fixed.items()},
     )
     with workroom(output_dir, made_from) as room:
-        arguments = TrainingArguments(output_dir=str(room), **{**fixed, **_shared(fixed)})
+        device = {"use_cpu": not torch.cuda.is_available()}
+        arguments = TrainingArguments(output_dir=str(room), **{**device, **fixed, **_shared(fixed)})
         if arguments.n_gpu > 1:
             arguments._n_gpu = 1  # DataParallel would multiply the batch size
         trainer = _FinetuningTrainer(
@@ -160,7 +166,7 @@ def _shared(arguments: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     processes.join()
     rows_each = processes.rows_each(arguments["per_device_train_batch_size"])
-    return {"per_device_train_batch_size": rows_each, "use_cpu": not torch.cuda.is_available()}
+    return {"per_device_train_batch_size": rows_each}
 
 
 def last_checkpoint(folder: Path) -> str | None:

@@ -297,7 +297,7 @@ class _Run:
         folder = self.output_dir / "student" if is_student else room / "distilled"
         assert s.learning_rate is not None  # resolved
         how = DistillSettings(
-            s.epochs, s.learning_rate, s.distill_weight, s.batch_size, s.weight_decay, trial.seed
+            s.epochs, s.learning_rate, s.distill_weight, s.batch_size, s.weight_decay, trial.seed, s.bf16
         )
         made_from = fingerprint(made_from, self.teacher_print, self.train_print, asdict(how))
         checkpoints = room / f"checkpoints-{made_from[:16]}"

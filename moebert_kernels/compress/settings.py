@@ -31,6 +31,7 @@ class CompressSettings:
         distill_weight: lambda, the weight of the distillation losses against the labels'.
         batch_size: rows of a distillation step, over all processes.
         weight_decay: of distillation.
+        bf16: distil with matrix products in bfloat16, by autocast; weights stay float32.
         max_length: tokens a row is cut to; by default 128, or 384 for question answering, or as many as the
             model takes if those are fewer.
         importance_rows: training rows that importance is taken on, drawn at random; None for all.
@@ -57,6 +58,7 @@ class CompressSettings:
     distill_weight: float = 1.0
     batch_size: int = 32
     weight_decay: float = 0.0
+    bf16: bool = False
     max_length: int | None = None
     importance_rows: int | None = 4096
     comparisons: tuple[str, ...] = ("random",)

@@ -175,6 +175,7 @@ def distill_student(
         batch_size=settings.batch_size,
         weight_decay=settings.weight_decay,
         seed=settings.seed,
+        bf16=settings.bf16,
     )
     data = match_labels(data, teacher.config)
     made_from = fingerprint(

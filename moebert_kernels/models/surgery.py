@@ -121,7 +121,7 @@ def to_moe(
             f"teacher must be one of {', '.join(cls.__name__ for cls in known)}, got "
             f"{type(teacher).__name__}; replace_ffns changes any other head in place"
         )
-    moe: Any = copy.deepcopy(teacher)
+    moe: Any = copy.deepcopy(teacher).requires_grad_()
     replace_ffns(moe, index_LEF, routing=routing, tables_LV=tables_LV, top_k=top_k, seed=seed)
     if not 0 <= num_shared_neurons <= moe.config.num_shared_neurons:
         raise ValueError(

@@ -52,6 +52,6 @@ class RememberedTeacher(nn.Module):
         kept = [self._kept[key] for key in keys]
         states_BSLD = pad_sequence([states_SLD for states_SLD, _ in kept], batch_first=True)
         return SequenceClassifierOutput(
-            logits=torch.stack([logits for _, logits in kept]),
+            logits=torch.stack([logits for _, logits in kept]),  # type: ignore[arg-type]
             hidden_states=tuple(states_BSLD.unbind(2)),  # type: ignore[arg-type]
         )

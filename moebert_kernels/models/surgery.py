@@ -109,7 +109,8 @@ def to_moe(
         seed: see `replace_ffns`.
 
     Returns:
-        `MoE<Family>...`, on the teacher's device and in its dtype and mode, with its labels and problem type.
+        `MoE<Family>...`, on the teacher's device and in its dtype and mode, with its labels and problem type;
+        all parameters require gradients, also if the teacher was frozen.
 
     Raises:
         ValueError: as `replace_ffns`, or there is no MoE class for the teacher's.

@@ -76,7 +76,7 @@ def test_they_are_saved_and_loaded_as_models_of_transformers(name, how, tmp_path
 
 def test_what_is_made_of_a_frozen_teacher_can_be_trained():
     """Distillation freezes its teacher: the next student cut from it was frozen too, but for its experts."""
-    teacher = build("bert", HEAD).requires_grad_(False)
+    teacher = build("Bert", HEAD).requires_grad_(False)
     quarters_LEF = torch.arange(WIDTH).view(4, -1).expand(LAYERS, -1, -1)
     for model in (
         narrow_ffns(teacher, index_of_few()),

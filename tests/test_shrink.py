@@ -81,7 +81,7 @@ def test_what_is_made_of_a_frozen_teacher_can_be_trained():
     for model in (
         narrow_ffns(teacher, index_of_few()),
         keep_layers(teacher, [1]),
-        to_moe(teacher, quarters_LEF),
+        to_moe(teacher, quarters_LEF, num_shared_neurons=0),
     ):
         assert all(parameter.requires_grad for parameter in model.parameters())
     assert not any(parameter.requires_grad for parameter in teacher.parameters())

@@ -71,7 +71,7 @@ def measure(
     ] = None,
     shape: Annotated[
         str | None,
-        typer.Option(help="Sizes by name (ffn, model): bert-base, minilm.", rich_help_panel=_SHAPES),
+        typer.Option(help="Sizes by name (ffn, model, importance): bert-base, minilm.", rich_help_panel=_SHAPES),
     ] = None,
     norm: Annotated[
         bool,

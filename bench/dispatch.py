@@ -109,16 +109,15 @@ def _scattermoe(peer_path: str | None, inputs: DispatchInputs, pass_: str) -> Th
 
 def entries(peer_path: str | None) -> list[Entry]:
     """All layers in one call, and the peers, each layer for itself."""
-
-    def entry(name: str, bind: Any) -> Entry:
-        return Entry(name, bind, work="dispatch")
-
+    each_layer = {
+        "moebert_kernels, layer by layer": _single_plans,
+        AUTHORS: _authors,
+        "transformers grouped_mm": _transformers,
+    }
     return [
-        entry(OURS, _ours),
-        entry("moebert_kernels, layer by layer", functools.partial(_layer_by_layer, _single_plans)),
-        entry(AUTHORS, functools.partial(_layer_by_layer, _authors)),
-        entry("transformers grouped_mm", functools.partial(_layer_by_layer, _transformers)),
-        entry("scattermoe", functools.partial(_scattermoe, peer_path)),
+        Entry(OURS, _ours),
+        *(Entry(name, functools.partial(_layer_by_layer, one)) for name, one in each_layer.items()),
+        Entry("scattermoe", functools.partial(_scattermoe, peer_path)),
     ]
 
 
@@ -162,7 +161,6 @@ def footprint(inputs: DispatchInputs) -> int:
 DISPATCH = Op(
     name="dispatch",
     passes=("dispatch",),
-    default_passes=("dispatch",),
     cases=cases,
     make_inputs=make_inputs,
     entries=entries,

@@ -70,7 +70,7 @@ def start(op: Op, settings: Settings) -> tuple[Run, Iterator[Row]]:
     busy = busy_cpus()
     cases = op.cases(settings.request, device.type)
     entries = _chosen("entry", [entry.name for entry in op.entries(settings.peer_path)], settings.only)
-    passes = _chosen("pass", list(op.passes), settings.passes or op.default_passes)
+    passes = _chosen("pass", list(op.passes), settings.passes or op.default_passes or None)
     cpus = pin_threads(settings.threads) if device.type == "cpu" else ()
     dtypes = tuple(dict.fromkeys(getattr(case, "dtype", "float32") for case in cases))
     run = Run(
@@ -162,6 +162,8 @@ def _rows(
             for cache in caches:
                 inputs = copies if cache == "cold" else copies[:1]
                 for launch in launches:
+                    if time.monotonic() > deadline:
+                        return
                     mode = _Mode(case, pass_, launch, cache)
                     yield from _time(op, entries, checked, inputs, mode, device, settings, ceiling)
         del copies

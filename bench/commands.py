@@ -71,7 +71,7 @@ def measure(
     ] = None,
     shape: Annotated[
         str | None,
-        typer.Option(help="Sizes by name (ffn, model, importance): bert-base, minilm.", rich_help_panel=_SHAPES),
+        typer.Option(help="Encoders' sizes (not dispatch): bert-base, minilm.", rich_help_panel=_SHAPES),
     ] = None,
     norm: Annotated[
         bool,
@@ -107,7 +107,8 @@ def measure(
         int, typer.Option(min=1, help="Interleaved samples of each entry.", rich_help_panel=_METHOD)
     ] = 30,
     seconds: Annotated[
-        float, typer.Option(help="Stop the rounds of one table column after this.", rich_help_panel=_METHOD)
+        float,
+        typer.Option(min=0, help="Stop the rounds of one table column after this.", rich_help_panel=_METHOD),
     ] = 10.0,
     limit: Annotated[
         float | None,

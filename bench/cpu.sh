@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The CPU figures of bench/results, in ten to twelve minutes, on a machine that does nothing else:
+# The CPU figures of bench/results, in eleven to thirteen minutes, on a machine that does nothing else:
 #
 #   bash bench/cpu.sh [--only PARTS] [--text FILE] [--out DIR] [--busy] [--dry-run]
 #

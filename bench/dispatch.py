@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,9 +95,7 @@ def _single_plans(expert_ids_T: Tensor, experts: int) -> tuple[Tensor, Tensor]:
 
 
 def _scattermoe(peer_path: str | None, inputs: DispatchInputs, pass_: str) -> Thunk:
-    if inputs.ids_T.device.type != "cuda":
-        raise DidNotRun("needs a CUDA device")
-    package = load("scattermoe", "scattermoe", peer_path)
+    package = load("scattermoe", "scattermoe", peer_path, inputs.ids_T.device)
 
     def dispatch(expert_ids_T: Tensor, experts: int) -> tuple[Tensor, Tensor]:
         _, order_T, ends_E = package.flatten_sort_count(expert_ids_T.unsqueeze(1), num_experts=experts)

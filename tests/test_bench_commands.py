@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 from bench.cases import FFNCase
@@ -21,6 +22,7 @@ from bench.results import Results, Row, Run, slug
 from bench.suite import OPS
 from bench.tables import duration
 from bench.timing import Spread
+from bench.tune import main as tune_main
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -272,6 +274,59 @@ def test_scripts_parse_and_explain_themselves():
     assert done.returncode == 2
     assert "unknown option: --fast" in done.stderr
     assert "--dry-run    needs no GPU" in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--only", "ffn"], "unknown part: ffn"),
+        (["--out"], "--out needs a value"),
+        (["--limit", "9m"], "--limit must be whole seconds, got 9m"),
+    ],
+)
+def test_the_gpu_script_refuses_what_it_does_not_know(wrong, message):
+    command = ["bash", "bench/gpu.sh", "--dry-run", *wrong]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith(message)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_the_gpu_script_calls_each_part(tmp_path):
+    """`echo` for Python and Nsight Compute shows the commands: an option that is gone would waste a GPU's time."""
+    parts = ["build", "test", "sanitize", "bench", "tune", "profile"]
+    (tmp_path / "ncu").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "ncu").chmod(0o755)
+    options = ["--limit", "400", "--out", str(tmp_path / "out"), "--peer-path", "trees"]
+    command = ["bash", "bench/gpu.sh", "--only", ",".join(parts), *options]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"PYTHON": "echo", "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert re.findall(r"^(\w+): ok, \d+ s$", done.stdout, re.MULTILINE) == parts
+    assert "setup.py build_ext --inplace" in done.stdout
+    assert "-m pytest -m gpu" in done.stdout
+    assert "tests/sanitize.py" in done.stdout
+    commands = re.findall(r"-m bench (\w+) (.*)$", done.stdout, re.MULTILINE)
+    assert [name for name, _ in commands] == ["dispatch", "model", "ffn", "ffn"]
+    for name, options in commands:
+        assert "--device cuda" in options
+        # Quotes are gone: a pass or an entry of several words would not come through.
+        typer.main.get_command(app).commands[name].make_context(name, options.split())
+    limits = [int(found) for found in re.findall(r"--limit (\d+)", done.stdout)]
+    assert len(limits) == 4
+    assert max(limits) <= 300
+    assert all("--peer-path trees" in options for _, options in commands[:3])
+    tuning = re.search(r"-m bench\.tune (.*)$", done.stdout, re.MULTILINE)[1].split()
+    command = typer.Typer()
+    command.command()(tune_main)
+    typer.main.get_command(command).make_context("tune", tuning)
+    assert (tmp_path / "out" / "gpu-tune.log").is_file()
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")

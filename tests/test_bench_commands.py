@@ -294,7 +294,7 @@ def test_the_gpu_script_refuses_what_it_does_not_know(wrong, message):
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 def test_the_gpu_script_calls_each_part(tmp_path):
-    """`echo` for Python and Nsight Compute shows the commands: an option that is gone would waste a GPU's time."""
+    """`echo` for Python and ncu shows the commands: an option that is gone would waste a GPU's time."""
     parts = ["build", "test", "sanitize", "bench", "tune", "profile"]
     (tmp_path / "ncu").write_text('#!/bin/sh\necho "$@"\n')
     (tmp_path / "ncu").chmod(0o755)

@@ -35,18 +35,17 @@ def load(
         DidNotRun: no path was given, the package is not below it, it cannot be imported, or its kernels
             cannot run on the device: last, so that what is wrong with a tree is seen on any machine.
     """
-    gpu = device.type == "cuda"
     if peer_path is None:
         tree = f"needs a source tree: --peer-path FOLDER that holds {package}/"
-        raise DidNotRun(tree if gpu else "needs a CUDA device")
+        raise DidNotRun(tree if device.type == "cuda" else "needs a CUDA device")
     found = _import(package, module, peer_path)
-    if not (gpu or (interpreted and _interpreting())):
+    if not _runs(device, interpreted):
         raise DidNotRun("needs a CUDA device")
     return found
 
 
-def _interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
+def _runs(device: torch.device, interpreted: bool) -> bool:
+    return device.type == "cuda" or (interpreted and os.environ.get("TRITON_INTERPRET") == "1")
 
 
 def _import(package: str, module: str, peer_path: str) -> ModuleType:

@@ -157,6 +157,7 @@ def footprint(inputs: DispatchInputs) -> int:
 
 DISPATCH = Op(
     name="dispatch",
+    takes=("T", "E", "L", "V"),
     passes=("dispatch",),
     cases=cases,
     make_inputs=make_inputs,

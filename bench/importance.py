@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .cases import DTYPES, ImportanceCase, Request, token_ids
+from .cases import DTYPES, ImportanceCase, Request, check_sequences, token_ids
 from .encoders import bert_sizes, spread_weights
 from .reference import specification
 from .registry import Entry, Op, Outputs, Thunk, Work
@@ -44,6 +44,7 @@ def cases(request: Request, device_type: str) -> list[ImportanceCase]:
     """
     sequence, batch = (128, 32) if device_type == "cuda" else (32, 2)
     sequence = request.sequence or sequence
+    check_sequences(request.T, sequence)
     chosen = []
     for sizes in request.sizes("D", "F", "E", "L", "V", "head_size"):
         sizes["F"] = sizes.pop("E", 4) * sizes.get("F", 768)
@@ -154,6 +155,7 @@ def footprint(inputs: ImportanceInputs) -> int:
 
 IMPORTANCE = Op(
     name="importance",
+    takes=("T", "D", "F", "E", "L", "V", "sequence", "dtypes", "shapes"),
     passes=("importance",),
     cases=cases,
     make_inputs=make_inputs,

@@ -63,6 +63,7 @@ class Op:
 
     Attributes:
         name: of the command and of the result file.
+        takes: fields of a `Request` that its cases depend on.
         passes: all there are.
         cases: (request, device type) -> cases, in the order they are run.
         make_inputs: (case, device, seed) -> inputs of one call.
@@ -76,6 +77,7 @@ class Op:
     """
 
     name: str
+    takes: tuple[str, ...]
     passes: tuple[str, ...]
     cases: Callable[[Request, str], list[Any]]
     make_inputs: Callable[[Any, torch.device, int], Any]

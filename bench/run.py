@@ -115,12 +115,18 @@ def pin_threads(threads: int | None) -> tuple[int, ...]:
 
 
 def _device(name: str) -> torch.device:
-    device = torch.device(name)
-    if device.type not in ("cpu", "cuda"):
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
         raise ValueError(f"device must be cpu or cuda, got {name!r}")
     if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(f"device is {name!r}, but torch finds no CUDA device")
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise ValueError(
+                f"device is {name!r}, but torch finds {count or 'no'} CUDA device{'s'[: count > 1]}"
+            )
         torch.cuda.set_device(device)
     return device
 

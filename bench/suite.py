@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table as RichTable
 
 from .dispatch import DISPATCH
 from .ffn import FFN
@@ -56,6 +58,12 @@ def _applicable(op: Op, settings: Settings) -> Settings:
     return replace(settings, passes=tuple(name for name in settings.passes if name in op.passes) or None)
 
 
+def _show(console: Console, drawn: RichTable) -> None:
+    """Print a table as wide as it is: a log has 80 columns, and figures cut short are none."""
+    needed = Measurement.get(console, console.options.update(max_width=10_000), drawn).maximum
+    console.print(drawn, width=max(console.width, needed), crop=False, no_wrap=True)
+
+
 def _run(op: Op, settings: Settings, out: str | Path | None, console: Console) -> Results:
     with console.status(f"{op.name}: measuring the machine's ceilings"):
         run, rows = start(op, settings)
@@ -84,7 +92,7 @@ def _run(op: Op, settings: Settings, out: str | Path | None, console: Console) -
             write(out, run, watched())
     results = Results(run, tuple(kept))
     for table in (*tables(results, op.baselines), *ratio_tables(results)):
-        console.print(rich_table(table))
+        _show(console, rich_table(table))
     console.print(LEGEND, style="dim")
     if out is not None:
         path = plot(results, Path(out) / f"{slug(run)}.svg")

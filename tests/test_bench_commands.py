@@ -56,7 +56,29 @@ def test_a_benchmark_on_the_users_shapes(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["ffn", "--tokens", "12,many"], "expected whole numbers with commas between them, got '12,many'"),
+        *(
+            (
+                ["ffn", "--tokens", tokens],
+                f"expected whole numbers from 1 with commas between them, got '{tokens}'",
+            )
+            for tokens in ("12,many", "0", "-4", "", "8,,9")
+        ),
+        (["ffn", "--toy", "--experts", "3", "--top-k", "4"], "at most the number of experts, 3, got 4"),
+        (["ffn", "--device", "gpu"], "device must be cpu or cuda, got 'gpu'"),
+        (["ffn", "--dtype", "float32,"], "expected words with commas between them, got 'float32,'"),
+        (["ffn", "--limit", "-1"], "Invalid value for '--limit'"),
+        (["ffn", "--peer-path", "nowhere"], "'--peer-path'"),
+        (["ffn", "--toy", "--device", "cpu", "--out", "pyproject.toml/out"], "Not a directory"),
+        (["ffn", "--sequence", "8"], "ffn has no --sequence; its shapes are chosen by --tokens, --hidden"),
+        (
+            ["dispatch", "--top-k", "2"],
+            "dispatch has no --top-k; its shapes are chosen by --tokens",
+        ),
+        (["model", "--tokens", "5", "--sequence", "6"], "a multiple of the sequence length, 6, got 5"),
+        (["importance", "--tokens", "64,65"], "a multiple of the sequence length, 32, got 65"),
+        (["plot", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["plot", "pyproject.toml"], "Expecting value"),
+        (["readme", "nowhere.md"], "nowhere.md"),
         (["ffn", "--dtype", "int8"], "--dtype must be among float32, bfloat16, float16, got int8"),
         (["ffn", "--shape", "tiny"], "--shape must be among bert-base, minilm, got tiny"),
         (["model", "--toy", "--device", "cpu", "--text", "nowhere.txt"], "cannot read the text nowhere.txt"),
@@ -298,7 +320,7 @@ def test_the_gpu_script_calls_each_part(tmp_path):
     parts = ["build", "test", "sanitize", "bench", "tune", "profile"]
     (tmp_path / "ncu").write_text('#!/bin/sh\necho "$@"\n')
     (tmp_path / "ncu").chmod(0o755)
-    options = ["--limit", "400", "--out", str(tmp_path / "out"), "--peer-path", "trees"]
+    options = ["--limit", "400", "--out", str(tmp_path / "out"), "--peer-path", str(tmp_path)]
     command = ["bash", "bench/gpu.sh", "--only", ",".join(parts), *options]
     done = subprocess.run(
         command,
@@ -321,7 +343,7 @@ def test_the_gpu_script_calls_each_part(tmp_path):
     limits = [int(found) for found in re.findall(r"--limit (\d+)", done.stdout)]
     assert len(limits) == 4
     assert max(limits) <= 300
-    assert all("--peer-path trees" in options for _, options in commands[:3])
+    assert all(f"--peer-path {tmp_path}" in options for _, options in commands[:3])
     tuning = re.search(r"-m bench\.tune (.*)$", done.stdout, re.MULTILINE)[1].split()
     command = typer.Typer()
     command.command()(tune_main)

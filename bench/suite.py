@@ -8,8 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Table as RichTable
 
 from .dispatch import DISPATCH
 from .ffn import FFN
@@ -22,6 +20,7 @@ from .results import BUSY, Results, Row, slug, write
 from .run import Settings, start
 from .tables import LEGEND, group_of, rich_table, tables
 
+_LOG_COLUMNS = 160
 # The longest last: what a time limit cuts off is then the end of one table, not a whole one.
 OPS: dict[str, Op] = {op.name: op for op in (DISPATCH, IMPORTANCE, MODEL, FFN)}
 
@@ -40,7 +39,7 @@ def run_benchmarks(
     Raises:
         ValueError: a name, or something in the settings, does not exist.
     """
-    console = console or Console()
+    console = console or _console()
     unknown = [name for name in names if name not in OPS]
     if unknown:
         raise ValueError(f"there is no benchmark {', '.join(unknown)}; there are: {', '.join(OPS)}")
@@ -58,10 +57,10 @@ def _applicable(op: Op, settings: Settings) -> Settings:
     return replace(settings, passes=tuple(name for name in settings.passes if name in op.passes) or None)
 
 
-def _show(console: Console, drawn: RichTable) -> None:
-    """Print a table as wide as it is: a log has 80 columns, and figures cut short are none."""
-    needed = Measurement.get(console, console.options.update(max_width=10_000), drawn).maximum
-    console.print(drawn, width=max(console.width, needed), crop=False, no_wrap=True)
+def _console() -> Console:
+    """A log has no width of its own: rich's 80 columns would cut figures short."""
+    console = Console()
+    return console if console.is_terminal else Console(width=_LOG_COLUMNS)
 
 
 def _run(op: Op, settings: Settings, out: str | Path | None, console: Console) -> Results:
@@ -92,7 +91,7 @@ def _run(op: Op, settings: Settings, out: str | Path | None, console: Console) -
             write(out, run, watched())
     results = Results(run, tuple(kept))
     for table in (*tables(results, op.baselines), *ratio_tables(results)):
-        _show(console, rich_table(table))
+        console.print(rich_table(table))
     console.print(LEGEND, style="dim")
     if out is not None:
         path = plot(results, Path(out) / f"{slug(run)}.svg")

@@ -13,14 +13,16 @@ import torch
 import typer
 from typer.testing import CliRunner
 
+from bench import suite
 from bench.cases import FFNCase
 from bench.ceilings import Ceiling
 from bench.commands import app
 from bench.ffn import OURS
+from bench.ratios import ratio_tables
 from bench.readme import block, update
 from bench.results import Results, Row, Run, slug
 from bench.suite import OPS
-from bench.tables import duration
+from bench.tables import duration, rich_table
 from bench.timing import Spread
 from bench.tune import main as tune_main
 
@@ -414,3 +416,17 @@ def test_a_part_that_fails_is_reported_and_the_next_one_runs(tmp_path):
     assert done.returncode == 1
     assert re.search(r"profile: FAILED \(1\)", done.stdout)
     assert re.search(r"tune: FAILED \(1\)", done.stdout)
+
+
+def test_a_log_shows_whole_figures(monkeypatch, capsys):
+    """rich takes 80 columns where there is no terminal: figures of a wide table were cut short."""
+    monkeypatch.setenv("COLUMNS", "80")
+    networks = ((OURS, "experts"), ("dense FFN replaced", "dense"), ("bound: one expert", "bound"))
+    passes = ("forward", "forward+backward", "dispatch+forward")
+    rows = [row(entry, 1.23e-4, work=work, pass_=pass_) for pass_ in passes for entry, work in networks]
+    (table,) = ratio_tables(results(rows=rows))
+    console = suite._console()
+    console.print(rich_table(table))
+    shown = capsys.readouterr().out
+    assert shown.count("123 µs ±10%") == 3
+    assert "…" not in shown

@@ -10,6 +10,7 @@ from bench.quality.__main__ import app
 from bench.quality.contenders import CONTENDERS, tie_shared
 from bench.quality.records import read, table
 from bench.quality.remembered import RememberedTeacher
+from bench.readme import update
 from moebert_kernels.compress.adapt import split_neurons
 from moebert_kernels.layer import MoEFFN
 from moebert_kernels.models import count_parameters, to_moe
@@ -85,10 +86,11 @@ def test_all_contenders_run_resume_and_fill_the_table(tmp_path):
     assert again.exit_code == 0
     assert all(path.read_bytes() == before for path, before in found.items())
 
-    file = tmp_path / "quality.jsonl"
-    assert (
-        runner.invoke(app, ["collect", str(tmp_path / "out"), "--to", str(file)], catch_exceptions=False)
-    ).exit_code == 0
+    collected = runner.invoke(
+        app, ["collect", str(tmp_path / "out"), "--to", str(tmp_path / "quality")], catch_exceptions=False
+    )
+    assert collected.exit_code == 0
+    file = tmp_path / "quality" / "main.jsonl"
     runs = {record["contender"]: record for record in read(file)}
     costs = {name: record["encoder_flops_per_token"] for name, record in runs.items()}
     assert len({cost for name, cost in costs.items() if name != "layers"}) == 1
@@ -99,6 +101,10 @@ def test_all_contenders_run_resume_and_fill_the_table(tmp_path):
     rows = [line for line in lines if line.startswith("|")]
     assert len(rows) == 3 + len(CONTENDERS)
     assert len({line.count("|") for line in rows}) == 1
+    block = "<!-- bench:quality-{0}:begin -->\n<!-- bench:quality-{0}:end -->"
+    shown = update(block.format("main") + block.format("other"), tmp_path)
+    assert "\n".join(rows) in shown
+    assert shown.count("not measured yet") == 1
 
 
 def test_the_gain_pairs_seeds_and_lets_tasks_weigh_alike():

@@ -1,8 +1,8 @@
 """Quality: ways to make an encoder cheaper, compared on real tasks, before and after distillation.
 
     python -m bench.quality run --data GLUE --out runs/quality --tasks cola,mrpc,stsb
-    python -m bench.quality collect runs/quality --to bench/results/quality.jsonl
-    python -m bench.quality table bench/results/quality.jsonl
+    python -m bench.quality collect runs/quality --to bench/results/quality
+    python -m bench.quality table bench/results/quality/main.jsonl
 
 GLUE is a folder that holds SST-2, CoLA, MRPC and STS-B in their original layout. For every task a teacher is
 fine-tuned once and scored once; then each contender is cut from it, evaluated, distilled and evaluated again,
@@ -21,7 +21,7 @@ import typer
 from moebert_kernels.compress.artifacts import exclusive
 
 from .contenders import CONTENDERS
-from .records import collect, read, tables
+from .records import collect, read, table
 from .study import FOLDERS, StudentBudget, Task, TeacherBudget, run, say
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
@@ -78,19 +78,17 @@ def run_command(
 @app.command("collect")
 def collect_command(
     folders: Annotated[list[Path], typer.Argument(help="Folders of `run`.")],
-    to: Annotated[Path, typer.Option(help="File to write: a json line for each record.")],
+    to: Annotated[Path, typer.Option(help="Folder to write to: a file of json lines for each study.")],
 ) -> None:
-    """Put the records of finished runs into one file."""
-    typer.echo(f"{collect(folders, to)} records in {to}")
+    """Put the records of finished runs together."""
+    for file, count in collect(folders, to).items():
+        typer.echo(f"{count} records in {file}")
 
 
 @app.command("table")
-def table_command(
-    file: Annotated[Path, typer.Argument(help="Of `collect`.")],
-    study: Annotated[str | None, typer.Option(help="That one alone.")] = None,
-) -> None:
-    """Print what there is: main metrics as mean and standard deviation over seeds, times 100."""
-    typer.echo(tables(read(file), study))
+def table_command(file: Annotated[Path, typer.Argument(help="Of `collect`.")]) -> None:
+    """Print a study: main metrics as mean and standard deviation over seeds, times 100."""
+    typer.echo(table(read(file)))
 
 
 if __name__ == "__main__":

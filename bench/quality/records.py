@@ -1,10 +1,11 @@
-"""Records of finished runs: collected in one file, and as tables."""
+"""Records of finished runs: collected in a file for each study, and as a table."""
 
 from __future__ import annotations
 
 import json
 import os
 import statistics
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,38 +16,41 @@ from .study import FOLDERS
 Record = dict[str, Any]
 
 
-def collect(folders: Iterable[Path], file: Path) -> int:
-    """Write the records of finished runs as json lines, whole or not at all; return how many there are."""
-    records = []
+def collect(folders: Iterable[Path], to: Path) -> dict[Path, int]:
+    """Write the records of finished runs as json lines, a file `<study>.jsonl` for each study.
+
+    Returns:
+        The files, and how many records each has.
+    """
+    studies: dict[str, list[Record]] = defaultdict(list)
     for folder in folders:
         for path in sorted((folder / "records").glob("*/*/*.json")):
             record = json.loads(path.read_text(encoding="utf-8"))
             if record["done"]:
-                records.append(record["result"])
-    records.sort(key=lambda record: (record["study"], *_place(record), record["seed"]))
+                studies[record["result"]["study"]].append(record["result"])
+    files = {}
+    for study, records in studies.items():
+        records.sort(key=lambda record: (*_place(record), record["seed"]))
+        file = to / f"{study}.jsonl"
+        _write("".join(json.dumps(record) + "\n" for record in records), file)
+        files[file] = len(records)
+    return files
+
+
+def _write(text: str, file: Path) -> None:
+    """Whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        unfinished.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        unfinished.write_text(text, encoding="utf-8")
         os.replace(unfinished, file)
     finally:
         unfinished.unlink(missing_ok=True)
-    return len(records)
 
 
 def read(file: Path) -> list[Record]:
     """Read a file that `collect` wrote."""
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-
-
-def tables(records: Sequence[Record], study: str | None = None) -> str:
-    """A markdown table for every study: a row for each contender, two columns for each task."""
-    studies = dict.fromkeys(record["study"] for record in records)
-    drawn = []
-    for name in studies:
-        if study in (None, name):
-            drawn.append(table([record for record in records if record["study"] == name]))
-    return "\n\n".join(drawn)
 
 
 def table(records: Sequence[Record]) -> str:
@@ -139,7 +143,7 @@ def _provenance(records: Sequence[Record], tasks: Sequence[str]) -> str:
     precision = "bfloat16 autocast" if records[0]["teacher_budget"]["bf16"] else "float32"
     commits = ", ".join(sorted({str(r["environment"]["commit"]) for r in records}))
     return (
-        f"*Study {records[0]['study']}. {'; '.join(parts)}. Distillation: learning rate "
+        f"*{'; '.join(parts)}. Distillation: learning rate "
         f"{budget['learning_rate']:g}, lambda {budget['distill_weight']:g}, {budget['batch_size']} rows a "
         f"step, {precision}; {environment['cpu']}, torch {environment['versions']['torch']}, "
         f"commit {commits}.*"

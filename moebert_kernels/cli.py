@@ -252,7 +252,7 @@ def compress(
     )
     console = Console(highlight=False)
     with StageBars(console) as progress:
-        results = pipeline.compress(settings, data.load(), teacher, output, progress=progress)
+        results = pipeline.compress(settings, data.load(), teacher, output, progress=progress, say=console.print)
     processes.on_main(lambda: report.write_report(results, output / "report.html"))
     console.print(results_table(results))
     console.print(f"student: {output / 'student'}\nreport: {output / 'report.html'}", soft_wrap=True)
@@ -364,9 +364,12 @@ def distill(
     from moebert_kernels.compress.terminal import StageBars
 
     settings = compress_settings(run, training)
-    with StageBars(Console(highlight=False)) as progress:
-        log = steps.distill_student(settings, data.load(), student, teacher, output, progress=progress)
-    terms = ", ".join(f"{name} {value:.4g}" for name, value in log[-1].items() if name != "step")
+    console = Console(highlight=False)
+    with StageBars(console) as progress:
+        found = steps.distill_student(
+            settings, data.load(), student, teacher, output, progress=progress, say=console.print
+        )
+    terms = ", ".join(f"{name} {value:.4g}" for name, value in found.losses[-1].items() if name != "step")
     typer.echo(f"{output}: last losses {terms}")
 
 

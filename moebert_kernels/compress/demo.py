@@ -116,7 +116,7 @@ def run_demo(
         with exclusive(output_dir):
             write_tables(data, output_dir / "data")
             timings["fine-tune teacher"] = _teach(recipe, data, base_dir, teacher_dir, seed, bars)
-        results = compress(settings, data, teacher_dir, output_dir, progress=bars)
+        results = compress(settings, data, teacher_dir, output_dir, progress=bars, say=console.print)
         with exclusive(output_dir):
             reloaded, timings["reload"] = _reload(output_dir, data, recipe.max_length, bars)
     student = next(model for model in results["models"] if model["name"] == "student")

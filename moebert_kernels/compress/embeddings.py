@@ -31,7 +31,7 @@ from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from moebert_kernels.compress.artifacts import replace_whole
 from moebert_kernels.compress.batching import padded_batches
-from moebert_kernels.compress.distill import DistillSettings, distill
+from moebert_kernels.compress.distill import Distilled, DistillSettings, distill
 from moebert_kernels.compress.importance import Importance, compute_importance
 from moebert_kernels.compress.loading import load_tokenizer
 from moebert_kernels.errors import UserError
@@ -214,7 +214,8 @@ def distill_embeddings(
     checkpoints: Path,
     *,
     progress: Callable[[int, int], None] | None = None,
-) -> list[dict[str, float]]:
+    say: Callable[[str], None] | None = None,
+) -> Distilled:
     """Train the student, in place, to have the teacher's hidden states and embeddings; see `distill`.
 
     Args:
@@ -224,9 +225,7 @@ def distill_embeddings(
         settings: the same when resuming.
         checkpoints: folder for this run's checkpoints and nothing else.
         progress: called with (steps done, steps in all).
-
-    Returns:
-        The loss curves: "step", "layer", "embedding", with learned gates "balance", and "total".
+        say: as for `distill`.
 
     Raises:
         ValueError: student and teacher do not fit each other.
@@ -246,6 +245,7 @@ def distill_embeddings(
         checkpoints,
         pooling=student.pool,
         progress=progress,
+        say=say,
     )
 
 

@@ -10,6 +10,11 @@ its last checkpoint. In the output folder:
     work/NAME/distilled/    the comparison models after it
     work/NAME/seed-S/       the same of further seeds
     work/stages/*.json      what each stage was made from, how long it took, its small results
+
+In results.json the load of experts is told twice, as shares of real tokens that add up to 1 in a layer:
+
+    expert_load_LE          the student's on the validation rows: a list per layer, in it each expert's share
+    training_load_NLE       while it was trained: by model, as in "losses", such a table for each of N epochs
 """
 
 from __future__ import annotations
@@ -39,7 +44,7 @@ from moebert_kernels.compress.artifacts import (
     write_json,
 )
 from moebert_kernels.compress.batching import sample_rows
-from moebert_kernels.compress.distill import DistillSettings, distill
+from moebert_kernels.compress.distill import Distilled, DistillSettings, distill
 from moebert_kernels.compress.evaluate import batches, evaluate, expert_load
 from moebert_kernels.compress.importance import Importance, compute_importance
 from moebert_kernels.compress.loading import (
@@ -92,6 +97,7 @@ def compress(
     output_dir: str | Path,
     *,
     progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Compress a fine-tuned encoder into a MoE, and measure what that costs and brings.
 
@@ -105,6 +111,7 @@ def compress(
         teacher_dir: of a BERT fine-tuned on the task, with its tokenizer.
         output_dir: made if need be; one run at a time.
         progress: hears about every stage of `stage_names`, in that order; in the main process alone.
+        say: hears a sentence at the end of each epoch of distillation; in the main process alone.
 
     Returns:
         The content of results.json.
@@ -122,7 +129,7 @@ def compress(
     check_no_model(output_dir)
     with exclusive(output_dir):
         processes.on_main(lambda: _prepare(output_dir))
-        return _Run(settings, data, teacher, tokenizer, teacher_dir, output_dir, progress).results()
+        return _Run(settings, data, teacher, tokenizer, teacher_dir, output_dir, progress, say).results()
 
 
 def stage_names(settings: CompressSettings) -> list[str]:
@@ -165,6 +172,7 @@ class _Run:
         teacher_dir: Path,
         output_dir: Path,
         progress: Progress | None,
+        say: Callable[[str], None] | None,
     ):
         self.settings = settings
         self.raw = data
@@ -172,6 +180,7 @@ class _Run:
         self.teacher_dir = teacher_dir
         self.output_dir = output_dir
         self.progress = progress if processes.is_main() else None
+        self.say = say
         self.device = default_device()
         self.teacher = teacher
         nn.Module.to(teacher, self.device)  # transformers' own `to` does not say what it takes
@@ -208,6 +217,7 @@ class _Run:
         models = {"teacher": self.evaluated("teacher", self.teacher_dir, self.teacher_print)}
         folders, prints = {"teacher": self.teacher_dir}, {"teacher": self.teacher_print}
         losses: dict[str, list] = {}
+        training_load: dict[str, list] = {}
         for variant, of_seeds in trials(self.settings).items():
             name, before = variant.name, f"{variant.name} before distillation"
             before_records, records = [], []
@@ -218,15 +228,17 @@ class _Run:
                     before_records.append(record)
                     if trial.is_first and variant is STUDENT:
                         self.student_flops = record["encoder_flops_per_token"]
-                distilled, distilled_from, log = self.distilled(trial, adapted, made_from)
+                distilled, distilled_from, found = self.distilled(trial, adapted, made_from)
                 records.append(self.evaluated(trial.name, distilled, distilled_from))
                 if trial.is_first:
                     folders |= {before: adapted, name: distilled}
                     prints |= {before: made_from, name: distilled_from}
-                    losses[name] = log
+                    losses[name] = found.losses
+                    if found.load_NLE:
+                        training_load[name] = found.load_NLE
             seeds = [trial.seed for trial in of_seeds]
-            for row, found in ((before, before_records), (name, records)):
-                models[row] = over_seeds(found, seeds[: len(found)]) | _layers(variant.kept_layers(self))
+            for row, of_row in ((before, before_records), (name, records)):
+                models[row] = over_seeds(of_row, seeds[: len(of_row)]) | _layers(variant.kept_layers(self))
         load = self.expert_load(folders["student"], prints["student"])
         speed = self.speed(folders, prints)
         task = self.raw.task
@@ -249,6 +261,7 @@ class _Run:
                 "share_curve_LQ": share_curves(self.importance),
             },
             "expert_load_LE": load,
+            "training_load_NLE": training_load,
             "losses": losses,
             "timings_s": self.timings,
         }
@@ -291,7 +304,7 @@ class _Run:
         self.stage(f"adapt {trial.name}", made_from, work, folder)
         return folder, made_from
 
-    def distilled(self, trial: Trial, adapted: Path, made_from: str) -> tuple[Path, str, list]:
+    def distilled(self, trial: Trial, adapted: Path, made_from: str) -> tuple[Path, str, Distilled]:
         s, room = self.settings, self.output_dir / "work" / trial.folder
         is_student = trial.variant is STUDENT and trial.is_first
         folder = self.output_dir / "student" if is_student else room / "distilled"
@@ -301,11 +314,12 @@ class _Run:
         )
         made_from = fingerprint(made_from, self.teacher_print, self.train_print, asdict(how))
         checkpoints = room / f"checkpoints-{made_from[:16]}"
+        name, say = f"distill {trial.name}", self.say
 
-        def work(report: Report) -> list[dict[str, float]]:
+        def work(report: Report) -> dict[str, Any]:
             processes.on_main(lambda: _remove(room.glob("checkpoints-*"), keep=checkpoints))
             student = self.load(adapted)
-            log = distill(
+            found = distill(
                 student,
                 self.teacher,
                 self.data.train,
@@ -314,13 +328,15 @@ class _Run:
                 checkpoints,
                 layer_map=trial.variant.kept_layers(self),
                 progress=report,
+                say=say and (lambda sentence: say(f"{name}, {sentence}")),
             )
             processes.on_main(lambda: save_encoder(student, self.tokenizer, folder))
-            return log
+            return found._asdict()
 
-        log = self.stage(f"distill {trial.name}", made_from, work, folder, together=True)
+        recorded = fingerprint(made_from, Distilled._fields)
+        found = self.stage(name, recorded, work, folder, together=True)
         processes.on_main(lambda: _remove(room.glob("checkpoints-*")))
-        return folder, made_from, log
+        return folder, made_from, Distilled(**found)
 
     def evaluated(self, name: str, folder: Path, made_from: str) -> dict[str, Any]:
         def work(report: Report) -> dict[str, Any]:

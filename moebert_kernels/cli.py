@@ -252,7 +252,9 @@ def compress(
     )
     console = Console(highlight=False)
     with StageBars(console) as progress:
-        results = pipeline.compress(settings, data.load(), teacher, output, progress=progress, say=console.print)
+        results = pipeline.compress(
+            settings, data.load(), teacher, output, progress=progress, say=console.print
+        )
     processes.on_main(lambda: report.write_report(results, output / "report.html"))
     console.print(results_table(results))
     console.print(f"student: {output / 'student'}\nreport: {output / 'report.html'}", soft_wrap=True)

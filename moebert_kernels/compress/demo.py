@@ -29,8 +29,9 @@ from moebert_kernels.compress.artifacts import (
 from moebert_kernels.compress.docstrings import load_docstrings
 from moebert_kernels.compress.finetune import finetune
 from moebert_kernels.compress.pipeline import compress
-from moebert_kernels.compress.report import summarize, write_report
+from moebert_kernels.compress.report import write_report
 from moebert_kernels.compress.settings import CompressSettings
+from moebert_kernels.compress.summary import summarize
 from moebert_kernels.compress.tasks import TaskData
 from moebert_kernels.compress.terminal import StageBars, TrainingProgress, results_table
 from moebert_kernels.errors import UserError

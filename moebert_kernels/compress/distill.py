@@ -78,9 +78,9 @@ def distill(
 ) -> Distilled:
     """Distil in place, on one device per process; go on from the last checkpoint if there is one.
 
-    An interrupted run that is called again ends with the same weights as an undisturbed one and returns the
-    same, unless it goes on in another number of processes: steps take the same rows then, but dropout is drawn
-    otherwise and sums are added up in another order. Among several processes this is collective.
+    An interrupted run that is called again ends with the same weights and returns the same as an undisturbed
+    one, unless it goes on in another number of processes: steps take the same rows then, but dropout is
+    drawn otherwise and sums are added up in another order. Among several processes this is collective.
 
     Args:
         student: as it was at the start of the run, also when resuming.

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_distill import StopAt, arguments, make_rows, tiny_bert, tokenizer  # noqa: F401
+from test_distill import WORDS, StopAt, arguments, make_rows, tiny_bert
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import BertTokenizerFast
 
+import python_ref.routing as ref
 from moebert_kernels.compress.adapt import adapt, random_scores, token_counts
 from moebert_kernels.compress.distill import DistillSettings, distill
 from moebert_kernels.compress.evaluate import batches, expert_load
@@ -19,6 +21,12 @@ from moebert_kernels.compress.trainer import DistillationTrainer
 from moebert_kernels.compress.training_load import TrainingLoad
 
 SETTINGS = DistillSettings(epochs=3, batch_size=8, learning_rate=1e-3, seed=5)
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    (tmp_path / "words.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
+    return BertTokenizerFast(str(tmp_path / "words.txt"))
 
 
 def make_student(routing, dropout=0.0, top_k=1, counts_V=None):
@@ -32,7 +40,7 @@ def make_student(routing, dropout=0.0, top_k=1, counts_V=None):
     return student
 
 
-def test_a_hash_gives_in_every_epoch_what_its_tables_say_of_the_rows(tmp_path, tokenizer):  # noqa: F811
+def test_a_hash_gives_in_every_epoch_what_its_tables_say_of_the_rows(tmp_path, tokenizer):
     """20 rows in batches of 8: a last, short batch, and padding in all of them."""
     rows, student = make_rows(20), make_student("hash-random")
     counts_V = token_counts(rows, 45)
@@ -47,8 +55,25 @@ def test_a_hash_gives_in_every_epoch_what_its_tables_say_of_the_rows(tmp_path, t
     assert found.load_NLE == [shares_LE.tolist()] * 2
 
 
+def test_balanced_tables_follow_the_training_rows_and_no_padding(tmp_path, tokenizer):
+    """The authors counted [PAD] like a word: the most frequent of all had an expert nearly to itself."""
+    rows = make_rows(96)
+    padded = rows.map(
+        lambda batch: dict(tokenizer.pad(batch, padding="max_length", max_length=20)), batched=True
+    )
+    assert {len(ids) for ids in padded["input_ids"]} == {20}
+    counts_V = token_counts(padded, 45)
+    assert torch.equal(counts_V, token_counts(rows, 45))
+    assert counts_V[0] == 0
+    student = make_student("hash-balance", counts_V=counts_V)
+    for table_V in student.bert.encoder.tables_LV:
+        assert torch.equal(table_V.long(), ref.hash_balance_table(counts_V, 4))
+    found = distill(student, tiny_bert(0), padded, tokenizer, replace(SETTINGS, epochs=1), tmp_path / "run")
+    assert all(abs(share - 1 / 4) < 0.01 for shares_E in found.load_NLE[0] for share in shares_E)
+
+
 @pytest.mark.parametrize(("routing", "top_k"), [("gate-token", 2), ("gate-sentence", 1)])
-def test_accumulated_batches_count_as_their_rows_do(routing, top_k, tmp_path, tokenizer):  # noqa: F811
+def test_accumulated_batches_count_as_their_rows_do(routing, top_k, tmp_path, tokenizer):
     """With nothing learned, training sees what evaluation sees."""
     rows, student = make_rows(20), make_student(routing, top_k=top_k)
     expected_LE = expert_load(student, batches(rows, tokenizer))
@@ -72,7 +97,7 @@ def test_accumulated_batches_count_as_their_rows_do(routing, top_k, tmp_path, to
 
 @pytest.mark.parametrize("routing", ["hash-random", "gate-token"])
 @pytest.mark.parametrize("stop", [7, 23, 33])
-def test_an_interrupted_run_reports_what_an_undisturbed_one_does(routing, stop, tmp_path, tokenizer):  # noqa: F811
+def test_an_interrupted_run_reports_what_an_undisturbed_one_does(routing, stop, tmp_path, tokenizer):
     """Checkpoints at 5, 10 ...; epochs of 16 steps: the third stop throws the end of an epoch away."""
     rows = make_rows(128)
 
@@ -98,7 +123,18 @@ def test_an_interrupted_run_reports_what_an_undisturbed_one_does(routing, stop, 
     assert f"gets {max(max(shares) for shares in undisturbed.load_NLE[1]):.0%} of its tokens" in said[1]
 
 
-def test_a_checkpoint_at_the_end_of_an_epoch_holds_the_whole_of_it(tmp_path, tokenizer):  # noqa: F811
+def test_a_run_called_again_after_its_last_step_takes_no_further_one(tmp_path, tokenizer):
+    """Half an epoch more, then killed before the student was saved: the Trainer took a 25th step of 24."""
+    rows, settings = make_rows(128), replace(SETTINGS, epochs=1.5)
+    first, again = (
+        distill(make_student("gate-token"), tiny_bert(0), rows, tokenizer, settings, tmp_path / "run")
+        for _ in range(2)
+    )
+    assert len(first.losses) == 24
+    assert again == first
+
+
+def test_a_checkpoint_at_the_end_of_an_epoch_holds_the_whole_of_it(tmp_path, tokenizer):
     """The Trainer goes on with the next epoch and never says that this one has ended."""
 
     def train(folder, resume=None, **options):
@@ -123,7 +159,7 @@ def test_a_checkpoint_at_the_end_of_an_epoch_holds_the_whole_of_it(tmp_path, tok
     assert saved["attributes"]["counts_NLE"] == [first.tolist(), second.tolist()]
 
 
-def test_a_second_run_of_a_trainer_begins_at_nothing(tmp_path, tokenizer):  # noqa: F811
+def test_a_second_run_of_a_trainer_begins_at_nothing(tmp_path, tokenizer):
     trainer = DistillationTrainer(
         make_student("hash-random"),
         tiny_bert(0),
@@ -149,7 +185,7 @@ def test_counting_reads_nothing_from_the_device():
             load.shares()
 
 
-def test_a_student_without_experts_has_no_load(tmp_path, tokenizer):  # noqa: F811
+def test_a_student_without_experts_has_no_load(tmp_path, tokenizer):
     said = []
     settings = replace(SETTINGS, epochs=1)
     found = distill(
@@ -160,7 +196,7 @@ def test_a_student_without_experts_has_no_load(tmp_path, tokenizer):  # noqa: F8
 
 
 @torch.no_grad()
-def send_to_the_first(student, rows, tokenizer):  # noqa: F811
+def send_to_the_first(student, rows, tokenizer):
     """Turn the gates' first expert to what all tokens have in common, the last away from it."""
     (batch,) = batches(rows, tokenizer, batch_size=len(rows))
     batch.pop("labels")
@@ -178,7 +214,7 @@ def send_to_the_first(student, rows, tokenizer):  # noqa: F811
 
 
 @pytest.mark.parametrize("routing", ["gate-token", "gate-sentence"])
-def test_the_balance_loss_evens_the_load_out(routing, tmp_path, tokenizer):  # noqa: F811
+def test_the_balance_loss_evens_the_load_out(routing, tmp_path, tokenizer):
     """A gate that sends nearly everything one way learns not to, and only because of the loss."""
     rows = make_rows(96)
 

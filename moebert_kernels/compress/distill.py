@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from datasets import Dataset
@@ -134,7 +134,12 @@ def distill(
         train_dataset=rows,
         data_collator=RowCollator(tokenizer),
         processing_class=tokenizer,
-        callbacks=[*callbacks, _StopWhenDiverged(), *([_Report(progress)] if progress else [])],
+        callbacks=[
+            *callbacks,
+            _NoLastCheckpoint(),
+            _StopWhenDiverged(),
+            *([_Report(progress)] if progress else []),
+        ],
     )
     trainer.remove_callback(PrinterCallback)
     if trainer.load is not None and say is not None and processes.is_main():
@@ -155,7 +160,7 @@ class _LengthGroupedDistillationTrainer(DistillationTrainer, LengthGroupedTraine
 
     def _repeats_a_batch(self) -> bool:
         """A last batch of fewer rows than there are processes is taken whole by all; the main one counts."""
-        rows, step = len(self.train_dataset), self.args.world_size * self._train_batch_size
+        rows, step = len(cast(Dataset, self.train_dataset)), self.args.world_size * self._train_batch_size
         left = rows - self.state.global_step % math.ceil(rows / step) * step
         return left < self.args.world_size and not processes.is_main()
 
@@ -169,6 +174,14 @@ class _Report(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.progress(state.global_step, state.max_steps)
+
+
+class _NoLastCheckpoint(TrainerCallback):
+    """From a checkpoint at the end of a part of an epoch, a Trainer would go on with one step more."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            control.should_save = False
 
 
 class _StopWhenDiverged(TrainerCallback):

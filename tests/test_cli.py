@@ -403,7 +403,7 @@ def test_env_in_words_and_for_programs(call):
 def test_the_options_are_those_of_the_library():
     """The command line repeats names and defaults to answer without importing the library."""
     assert cli_options.Routing.__args__ == ROUTINGS
-    assert cli_options.TaskName.__args__ == task_names()
+    assert cli_options.TaskName.__args__ == (*task_names(), "embed")
     theirs = {field.name: field.default for field in dataclasses.fields(CompressSettings)}
     mine = cli_options.compress_settings(
         cli_options.RunOptions(), cli_options.ExpertOptions(), cli_options.DistillOptions()

@@ -170,6 +170,8 @@ def embedding_importance(
     batch_size: int = 32,
     num_samples: int | None = None,
     seed: int = 0,
+    model_name: str | None = None,
+    group_V: Tensor | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Importance:
     """Score every neuron by how far the sentences' embeddings move without it, to first order.
@@ -185,6 +187,8 @@ def embedding_importance(
         batch_size: sentences of a batch.
         num_samples: take so many rows only, evenly spread; None for all.
         seed: of the directions.
+        model_name: as for `compute_importance`.
+        group_V: too.
         progress: as for `compute_importance`, whose other errors are raised too.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -202,6 +206,8 @@ def embedding_importance(
         padded_batches(rows, encoder.tokenizer, batch_size, num_samples=num_samples),
         loss=component,
         task="sentence embedding",
+        model_name=model_name,
+        group_V=group_V,
         progress=progress,
     )
 
@@ -249,16 +255,21 @@ def distill_embeddings(
     )
 
 
-def save_sentence_encoder(encoder: SentenceEncoder, folder: str | Path) -> None:
+def save_sentence_encoder(encoder: SentenceEncoder, folder: str | Path, *, overwrite: bool = False) -> None:
     """Write a folder that sentence_transformers loads: `encoder.folder` with this model in place of the old.
 
     The folder is written whole or not at all.
 
+    Args:
+        encoder: with the new model.
+        folder: made if need be.
+        overwrite: replace what the folder holds.
+
     Raises:
-        UserError: `folder` holds something already, or `encoder.folder` is gone.
+        UserError: `folder` holds something that is not to be overwritten, or `encoder.folder` is gone.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if not overwrite and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not an empty folder; give another output folder")
     modules = _read_json(encoder.folder / "modules.json", list)
     kept = ["modules.json", "config_sentence_transformers.json"]

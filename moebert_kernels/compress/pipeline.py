@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -55,9 +56,10 @@ from moebert_kernels.compress.loading import (
     save_encoder,
     warn_of_other_rows,
 )
+from moebert_kernels.compress.losses import Pooling
 from moebert_kernels.compress.measure import measure
 from moebert_kernels.compress.settings import CompressSettings, resolve
-from moebert_kernels.compress.tasks import EncodedData, TaskData, match_labels, tokenize
+from moebert_kernels.compress.tasks import KINDS, EncodedData, TaskData, match_labels, tokenize
 from moebert_kernels.compress.token_scores import token_groups
 from moebert_kernels.compress.variants import STUDENT, Report, Trial, over_seeds, trials
 from moebert_kernels.environment import describe_environment
@@ -122,14 +124,25 @@ def compress(
     """
     teacher_dir, output_dir = Path(teacher_dir), Path(output_dir)
     teacher, tokenizer = load_teacher(teacher_dir)
-    settings = resolve(settings, teacher, tokenizer, data)
+    length = KINDS[data.task.kind].default_length
+    settings = resolve(settings, teacher, tokenizer, num_rows=len(data.train), default_length=length)
     warn_of_other_rows(teacher_dir, data)
     data = match_labels(data, teacher.config)
     processes.rows_each(settings.batch_size)  # refuses what does not divide
-    check_no_model(output_dir)
-    with exclusive(output_dir):
-        processes.on_main(lambda: _prepare(output_dir))
-        return _Run(settings, data, teacher, tokenizer, teacher_dir, output_dir, progress, say).results()
+    run = Run(settings, data, teacher, tokenizer, teacher_dir, output_dir, progress, say)
+    return results_of(run)
+
+
+def results_of(run: Run) -> dict[str, Any]:
+    """Hold a run's output folder for this process, or those it works with, and do the run in it; collective.
+
+    Raises:
+        UserError: the folder is no such run's, or in use.
+    """
+    check_no_model(run.output_dir)
+    with exclusive(run.output_dir):
+        processes.on_main(lambda: _prepare(run.output_dir))
+        return run.results()
 
 
 def stage_names(settings: CompressSettings) -> list[str]:
@@ -160,8 +173,14 @@ def _prepare(output_dir: Path) -> None:
     discard_unfinished(output_dir)
 
 
-class _Run:
-    """One call of `compress`, everything checked."""
+class Run:
+    """One call of `compress`, everything checked.
+
+    Attributes:
+        pooling: makes embeddings of the models' last hidden states; None for models with a head.
+    """
+
+    pooling: Pooling | None = None
 
     def __init__(
         self,
@@ -188,7 +207,7 @@ class _Run:
         self.student_flops = 0
         self.said_anew = False
 
-        self.teacher_print = model_fingerprint(teacher_dir)
+        self.teacher_print = self.print_teacher()
         answers = data.task.answers
         doc_stride = answers and answers.doc_stride
         self.train_print = fingerprint(rows_fingerprint(data.train), settings.max_length, doc_stride)
@@ -204,6 +223,10 @@ class _Run:
             settings.seed,
             settings.routing == "hash-affinity",
         )
+
+    def print_teacher(self) -> str:
+        """The fingerprint of the teacher's files."""
+        return model_fingerprint(self.teacher_dir)
 
     @cached_property
     def data(self) -> EncodedData:
@@ -270,6 +293,7 @@ class _Run:
 
     @cached_property
     def importance(self) -> Importance:
+        """Of the teacher's neurons; taken, or read if it has been."""
         path = self.output_dir / "importance.safetensors"
 
         def work(report: Report) -> None:
@@ -277,34 +301,40 @@ class _Run:
             group_V = None
             if self.settings.routing == "hash-affinity":
                 group_V = token_groups(self.teacher, token_counts(rows, self.teacher.config.vocab_size))
-            importance = compute_importance(
-                self.teacher,
-                batches(rows, self.tokenizer, device=self.device),
-                task=self.raw.task.name,
-                model_name=self.teacher_dir.resolve().name,
-                group_V=group_V,
-                progress=lambda done: report(done, len(rows)),
-            )
+            importance = self.scores(rows, group_V, lambda done: report(done, len(rows)))
             processes.on_main(lambda: importance.save(path))
 
         self.stage("importance", self.importance_print, work, path, together=True)
         return Importance.load(path)
+
+    def scores(self, rows: Dataset, group_V: Tensor | None, progress: Callable[[int], None]) -> Importance:
+        """Score the teacher's neurons on these rows."""
+        return compute_importance(
+            self.teacher,
+            batches(rows, self.tokenizer, device=self.device),
+            task=self.raw.task.name,
+            model_name=self.teacher_dir.resolve().name,
+            group_V=group_V,
+            progress=progress,
+        )
 
     def token_counts(self) -> Tensor:
         """How often each token id occurs in the training rows."""
         return token_counts(self.data.train, self.teacher.config.vocab_size)
 
     def adapted(self, trial: Trial) -> tuple[Path, str]:
+        """Make a trial's model; return its folder and the fingerprint of what it was made from."""
         variant, folder = trial.variant, self.output_dir / "work" / trial.folder / "adapted"
         made_from = fingerprint(variant.folder, variant.made_from(self, trial.seed))
 
         def work(report: Report) -> None:
-            save_encoder(variant.build(self, trial.seed, report), self.tokenizer, folder)
+            self.save(variant.build(self, trial.seed, report), folder)
 
         self.stage(f"adapt {trial.name}", made_from, work, folder)
         return folder, made_from
 
     def distilled(self, trial: Trial, adapted: Path, made_from: str) -> tuple[Path, str, Distilled]:
+        """Distil it; return folder, fingerprint, and what is known of the training."""
         s, room = self.settings, self.output_dir / "work" / trial.folder
         is_student = trial.variant is STUDENT and trial.is_first
         folder = self.output_dir / "student" if is_student else room / "distilled"
@@ -327,10 +357,11 @@ class _Run:
                 how,
                 checkpoints,
                 layer_map=trial.variant.kept_layers(self),
+                pooling=self.pooling,
                 progress=report,
                 say=say and (lambda sentence: say(f"{name}, {sentence}")),
             )
-            processes.on_main(lambda: save_encoder(student, self.tokenizer, folder))
+            processes.on_main(lambda: self.save(student, folder))
             return found._asdict()
 
         recorded = fingerprint(made_from, Distilled._fields)
@@ -339,15 +370,19 @@ class _Run:
         return folder, made_from, Distilled(**found)
 
     def evaluated(self, name: str, folder: Path, made_from: str) -> dict[str, Any]:
+        """Return a saved model's quality and costs."""
+
         def work(report: Report) -> dict[str, Any]:
             model = self.load(folder)
-            quality = evaluate(model, self.data, self.tokenizer, progress=report)
+            quality = evaluate(model, self.data, self.tokenizer, pooling=self.pooling, progress=report)
             return {"quality": quality, **{name: cost(model) for name, cost in _COSTS.items()}}
 
         made_from = fingerprint(made_from, self.validation_print, list(_COSTS))
         return self.stage(f"evaluate {name}", made_from, work)
 
     def expert_load(self, student: Path, made_from: str) -> list[list[float]]:
+        """Return the load on the validation rows."""
+
         def work(report: Report) -> list[list[float]]:
             rows = self.data.validation
             inputs = batches(rows, self.tokenizer, device=self.device, progress=report)
@@ -356,6 +391,7 @@ class _Run:
         return self.stage("expert load", fingerprint(made_from, self.validation_print), work)
 
     def speed(self, folders: dict[str, Path], prints: dict[str, str]) -> dict[str, Any]:
+        """Return latency and throughput by model."""
         environment = describe_environment()
         machine = [environment.cpu, environment.threads, environment.devices]
         length = self.settings.measure_length
@@ -409,8 +445,17 @@ class _Run:
         self.timings[name] = stage.seconds
         return result
 
+    def save(self, model: PreTrainedModel, folder: Path) -> None:
+        """Save a model where `read` finds it; what was in the folder is replaced."""
+        save_encoder(model, self.tokenizer, folder)
+
+    def read(self, folder: Path) -> PreTrainedModel:
+        """Read a saved model, onto the CPU."""
+        return load_model(folder)[0]
+
     def load(self, folder: Path) -> PreTrainedModel:
-        model = load_model(folder)[0]
+        """Read a saved model, onto the device of the run."""
+        model = self.read(folder)
         nn.Module.to(model, self.device)
         return model
 

@@ -218,9 +218,18 @@ def _figures(results: dict[str, Any]) -> Iterable[str]:
             "Distillation losses by term",
             svg,
             f"Curves of each term by training step. {ends}.",
-            "ce: from the labels. layer: squared error against the teacher's hidden states, every layer. "
-            "prediction: distance from the teacher's predictions.",
+            "layer: squared error against the teacher's hidden states, every layer. "
+            + (
+                "embedding: squared distance from the teacher's embeddings."
+                if results["task"]["kind"] == "embedding"
+                else "ce: from the labels. prediction: distance from the teacher's predictions."
+            )
+            + (" balance: of the gates; 1 is even." if _is_gated(results) else ""),
         )
+
+
+def _is_gated(results: dict[str, Any]) -> bool:
+    return any("balance" in points[0] for points in results["losses"].values() if points)
 
 
 def _fullest(load_LE: list[list[float]]) -> float:

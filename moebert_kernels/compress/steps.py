@@ -164,7 +164,8 @@ def distill_student(
     student = load_model(student_dir)[0]
     if not is_moe(student.config):
         raise UserError(f"the model in {student_dir} has no experts: make a MoE of it with `moebert adapt`")
-    settings = resolve(settings, teacher, tokenizer, data)
+    length = KINDS[data.task.kind].default_length
+    settings = resolve(settings, teacher, tokenizer, num_rows=len(data.train), default_length=length)
     warn_of_other_rows(teacher_dir, data)
     assert settings.learning_rate is not None
     assert settings.max_length is not None

@@ -8,6 +8,11 @@ from typing import Any
 from moebert_kernels.compress.units import short_count
 
 _NOTABLE_GAIN = 1.02  # measurements of one model differ by as much
+_EMBEDDINGS = {
+    "cosine": "Models are judged by the cosine of the teacher's embedding of a sentence and theirs, the mean over "
+    "held-out sentences; the teacher's own is 1. ",
+    "spearman_pairs": "Models are judged by the rank correlation of their similarities with the scored pairs. ",
+}
 
 
 def summarize(results: dict[str, Any]) -> list[str]:
@@ -25,6 +30,8 @@ def summarize(results: dict[str, Any]) -> list[str]:
 
     paragraphs = []
     text = f"The fine-tuned teacher reaches {label} {quality('teacher'):.3f} on the validation rows. "
+    if task["kind"] == "embedding":
+        text = _EMBEDDINGS[metric]
     text += "Its feed-forward networks, cut into experts by the importance of their neurons, "
     if "student before distillation" in models:
         text += f"score {quality('student before distillation'):.3f} at once and "

@@ -239,8 +239,8 @@ def compress(
     moebert compress --teacher all-MiniLM-L6-v2 --task embed --data sentences.txt --output runs/embed
 
     The student is in OUTPUT/student: load it with transformers, or with sentence_transformers if it embeds
-    sentences, after `import moebert_kernels`. An interrupted run goes on where it was when it is given again; a
-    stage whose inputs are unchanged is reused.
+    sentences, after `import moebert_kernels`. An interrupted run goes on where it was when it is given again;
+    a stage whose inputs are unchanged is reused.
     """
     from moebert_kernels.compress import embedding_pipeline, pipeline, processes, report
     from moebert_kernels.compress.terminal import StageBars, results_table

@@ -50,8 +50,8 @@ class DataOptions:
             "--data",
             metavar="PATH|hub",
             help="The folder of the original files; for csv the table, .csv, .tsv or .jsonl; for embed a "
-            "table too, or a .txt with a sentence per line. Or hub: the data set that the Hugging Face hub has "
-            "of the task; hub:NAME or hub:NAME:CONFIG: another one.",
+            "table too, or a .txt with a sentence per line. Or hub: the data set that the Hugging Face hub "
+            "has of the task; hub:NAME or hub:NAME:CONFIG: another one.",
         ),
     ] = None
     text_column: Annotated[str | None, _table(help="The text.", show_default="text")] = None

@@ -193,7 +193,7 @@ def plot_training_load(load: dict[str, Sequence[Sequence[Sequence[float]]]]) -> 
         for axes in grid[:, 0]:
             axes.set_ylabel("tokens of the fullest expert (%)")
         handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 7), fontsize=9)
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), fontsize=9)
         return _svg(figure, "training-load")
 
 

@@ -8,10 +8,10 @@ from typing import Any
 from moebert_kernels.compress.units import short_count
 
 _NOTABLE_GAIN = 1.02  # measurements of one model differ by as much
-_EMBEDDINGS = {
-    "cosine": "Models are judged by the cosine of the teacher's embedding of a sentence and theirs, the mean over "
-    "held-out sentences; the teacher's own is 1. ",
-    "spearman_pairs": "Models are judged by the rank correlation of their similarities with the scored pairs. ",
+_JUDGED_BY = {
+    "cosine": "Models are judged by the cosine of their embedding and the teacher's, the mean over held-out "
+    "sentences.",
+    "spearman_pairs": "Models are judged by how their similarities rank the scored pairs (Spearman).",
 }
 
 
@@ -29,9 +29,10 @@ def summarize(results: dict[str, Any]) -> list[str]:
         return models[name]["quality"][metric]
 
     paragraphs = []
-    text = f"The fine-tuned teacher reaches {label} {quality('teacher'):.3f} on the validation rows. "
     if task["kind"] == "embedding":
-        text = _EMBEDDINGS[metric]
+        text = f"{_JUDGED_BY[metric]} The teacher reaches {quality('teacher'):.3f}. "
+    else:
+        text = f"The fine-tuned teacher reaches {label} {quality('teacher'):.3f} on the validation rows. "
     text += "Its feed-forward networks, cut into experts by the importance of their neurons, "
     if "student before distillation" in models:
         text += f"score {quality('student before distillation'):.3f} at once and "

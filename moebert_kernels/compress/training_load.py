@@ -47,7 +47,7 @@ class TrainingLoad(TrainerCallback, ExportableState):
         shares_LE = _shares(self.counts_NLE[-1])
         share, layer = max((max(shares_E), layer) for layer, shares_E in enumerate(shares_LE, start=1))
         even = 1 / len(shares_LE[0])
-        return f"the fullest expert, in layer {layer}, gets {share:.0%} of its tokens (even: {even:.0%})"
+        return f"fullest expert {share:.0%} of tokens (layer {layer}; even: {even:.0%})"
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Begin at nothing, or go on with what the checkpoint holds."""

@@ -24,6 +24,7 @@ from moebert_kernels.cli_options import (
     ExpertOptions,
     FinetuneOptions,
     RunOptions,
+    ScoredPairs,
     ScoredRows,
     Seeds,
     Teacher,
@@ -216,6 +217,7 @@ def compress(
     run: RunOptions,
     experts: ExpertOptions,
     training: DistillOptions,
+    pairs: ScoredPairs = None,
     importance_rows: ScoredRows = 4096,
     compare: Comparisons = "",
     seeds: Seeds = 1,
@@ -234,12 +236,18 @@ def compress(
     moebert compress --teacher my-bert --task csv --data reviews.csv --text-column review --label-column stars
     --output runs/reviews
 
-    The student is in OUTPUT/student: load it with transformers after `import moebert_kernels`. An interrupted
-    run goes on where it was when it is given again; a stage whose inputs are unchanged is reused.
-    """
-    from moebert_kernels.compress import pipeline, processes, report
-    from moebert_kernels.compress.terminal import StageBars, results_table
+    moebert compress --teacher all-MiniLM-L6-v2 --task embed --data sentences.txt --output runs/embed
 
+    The student is in OUTPUT/student: load it with transformers, or with sentence_transformers if it embeds
+    sentences, after `import moebert_kernels`. An interrupted run goes on where it was when it is given again;
+    a stage whose inputs are unchanged is reused.
+    """
+    from moebert_kernels.compress import embedding_pipeline, pipeline, processes, report
+    from moebert_kernels.compress.terminal import StageBars, results_table
+    from moebert_kernels.errors import UserError
+
+    if pairs is not None and data.task != "embed":
+        raise UserError("--pairs judges models that embed sentences, and belongs to --task embed")
     comparisons = tuple(name.strip() for name in compare.split(",") if name.strip())
     settings = compress_settings(
         run,
@@ -252,7 +260,11 @@ def compress(
     )
     console = Console(highlight=False)
     with StageBars(console) as progress:
-        results = pipeline.compress(settings, data.load(), teacher, output, progress=progress)
+        if data.task == "embed":
+            make, rows = embedding_pipeline.compress_embeddings, data.load_sentences(pairs)
+        else:
+            make, rows = pipeline.compress, data.load()
+        results = make(settings, rows, teacher, output, progress=progress, say=console.print)
     processes.on_main(lambda: report.write_report(results, output / "report.html"))
     console.print(results_table(results))
     console.print(f"student: {output / 'student'}\nreport: {output / 'report.html'}", soft_wrap=True)
@@ -364,9 +376,12 @@ def distill(
     from moebert_kernels.compress.terminal import StageBars
 
     settings = compress_settings(run, training)
-    with StageBars(Console(highlight=False)) as progress:
-        log = steps.distill_student(settings, data.load(), student, teacher, output, progress=progress)
-    terms = ", ".join(f"{name} {value:.4g}" for name, value in log[-1].items() if name != "step")
+    console = Console(highlight=False)
+    with StageBars(console) as progress:
+        found = steps.distill_student(
+            settings, data.load(), student, teacher, output, progress=progress, say=console.print
+        )
+    terms = ", ".join(f"{name} {value:.4g}" for name, value in found.losses[-1].items() if name != "step")
     typer.echo(f"{output}: last losses {terms}")
 
 

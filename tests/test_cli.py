@@ -1,6 +1,7 @@
 import csv
 import dataclasses
 import inspect
+import itertools
 import json
 import re
 import shutil
@@ -9,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from test_embeddings import TEXTS, make_folder
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
@@ -403,7 +405,7 @@ def test_env_in_words_and_for_programs(call):
 def test_the_options_are_those_of_the_library():
     """The command line repeats names and defaults to answer without importing the library."""
     assert cli_options.Routing.__args__ == ROUTINGS
-    assert cli_options.TaskName.__args__ == task_names()
+    assert cli_options.TaskName.__args__ == (*task_names(), "embed")
     theirs = {field.name: field.default for field in dataclasses.fields(CompressSettings)}
     mine = cli_options.compress_settings(
         cli_options.RunOptions(), cli_options.ExpertOptions(), cli_options.DistillOptions()
@@ -412,3 +414,42 @@ def test_the_options_are_those_of_the_library():
     signature = inspect.signature(finetune).parameters
     for field in dataclasses.fields(cli_options.FinetuneOptions):
         assert signature[field.name].default == field.default, field.name
+
+
+def test_a_model_that_embeds_sentences_end_to_end(call, folder):
+    make_folder(folder / "embedder")
+    (folder / "sentences.txt").write_text("\n".join(TEXTS))
+    pairs = "\n".join(f"{a},{b},{i}" for i, (a, b) in enumerate(itertools.pairwise(TEXTS)))
+    (folder / "pairs.csv").write_text(f"one,two,score\n{pairs}\n")
+    result = call(
+        "compress --teacher embedder --task embed --data sentences.txt --output embedded --epochs 1 "
+        "--batch-size 8 --measure-length 8 --pairs pairs.csv --text-column one --pair-column two "
+        "--label-column score --routing gate-token"
+    )
+    assert result.exit_code == 0, result.output + result.stderr
+    for expected in ("spearman", "distill student, epoch 1 of 1: fullest expert "):
+        assert expected in result.stdout
+    results = json.loads((folder / "embedded" / "results.json").read_text())
+    assert set(results["models"][-1]["quality"]) == {"cosine", "similarity_spearman", "spearman_pairs"}
+    assert "MoEBERT on sentence embeddings" in (folder / "embedded" / "report.html").read_text()
+    assert (folder / "embedded" / "student" / "modules.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (
+            f"evaluate --model teacher --task embed --data {__file__}",
+            ["--task embed", "moebert compress alone"],
+        ),
+        (f"{COMPRESS} {TABLE} --pairs p.csv", ["--pairs", "belongs to --task embed"]),
+        (
+            f"{COMPRESS} --task embed --data s.txt --kind regression",
+            ["--kind does not apply to --task embed"],
+        ),
+        (f"{COMPRESS} --task embed", ["--data must be given"]),
+        (f"{COMPRESS} --task embed --data s.txt", ["s.txt is not a file"]),
+    ],
+)
+def test_options_of_embedding_that_do_not_fit(call, command, words):
+    assert_user_error(call(command), *words)

@@ -84,9 +84,9 @@ def test_a_student_learns_the_embeddings_from_text_alone(routing, tmp_path):
     student = replace(teacher, model=adapt(teacher.model, importance, num_experts=4, routing=routing))
     before = embedding_loss(student.encode(TEXTS), teacher.encode(TEXTS))
     settings = DistillSettings(epochs=8, learning_rate=3e-3, batch_size=8)
-    curves = distill_embeddings(student, teacher, rows, settings, tmp_path / "checkpoints")
+    found = distill_embeddings(student, teacher, rows, settings, tmp_path / "checkpoints")
     terms = {"layer", "embedding"} | ({"balance"} if routing.startswith("gate") else set())
-    assert set(curves[0]) == {"step", "total", *terms}
+    assert set(found.losses[0]) == {"step", "total", *terms}
     assert embedding_loss(student.encode(TEXTS), teacher.encode(TEXTS)) < 0.6 * before
 
 

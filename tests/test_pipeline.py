@@ -123,7 +123,11 @@ def test_results_hold_what_the_report_needs(finished):
     for shares in results["expert_load_LE"]:
         assert len(shares) == 4
         assert sum(shares) == pytest.approx(1)
+    assert list(results["training_load_NLE"]) == ["student", "random split"]
     for name in ("student", "random split"):
+        first, second = results["training_load_NLE"][name]
+        assert first == second  # by a hash, the same rows go the same way
+        assert all(len(shares) == 4 and sum(shares) == pytest.approx(1) for shares in first)
         curve = results["losses"][name]
         assert [point["step"] for point in curve] == list(range(1, 13))
         assert set(curve[0]) == {"step", "ce", "layer", "prediction", "total"}
@@ -200,7 +204,8 @@ def assert_same_outcome(output, other):
         for key, value in weights(other)[name].items():
             assert torch.equal(tensors[key], value), (name, key)
     first, second = (json.loads((folder / "results.json").read_text()) for folder in (output, other))
-    assert first["losses"] == second["losses"]
+    for key in ("losses", "training_load_NLE"):
+        assert first[key] == second[key]
     assert [m["quality"] for m in first["models"]] == [m["quality"] for m in second["models"]]
 
 

@@ -31,7 +31,7 @@ from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from moebert_kernels.compress.artifacts import replace_whole
 from moebert_kernels.compress.batching import padded_batches
-from moebert_kernels.compress.distill import DistillSettings, distill
+from moebert_kernels.compress.distill import Distilled, DistillSettings, distill
 from moebert_kernels.compress.importance import Importance, compute_importance
 from moebert_kernels.compress.loading import load_tokenizer
 from moebert_kernels.errors import UserError
@@ -170,6 +170,8 @@ def embedding_importance(
     batch_size: int = 32,
     num_samples: int | None = None,
     seed: int = 0,
+    model_name: str | None = None,
+    group_V: Tensor | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Importance:
     """Score every neuron by how far the sentences' embeddings move without it, to first order.
@@ -185,6 +187,8 @@ def embedding_importance(
         batch_size: sentences of a batch.
         num_samples: take so many rows only, evenly spread; None for all.
         seed: of the directions.
+        model_name: as for `compute_importance`.
+        group_V: too.
         progress: as for `compute_importance`, whose other errors are raised too.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -202,6 +206,8 @@ def embedding_importance(
         padded_batches(rows, encoder.tokenizer, batch_size, num_samples=num_samples),
         loss=component,
         task="sentence embedding",
+        model_name=model_name,
+        group_V=group_V,
         progress=progress,
     )
 
@@ -214,7 +220,8 @@ def distill_embeddings(
     checkpoints: Path,
     *,
     progress: Callable[[int, int], None] | None = None,
-) -> list[dict[str, float]]:
+    say: Callable[[str], None] | None = None,
+) -> Distilled:
     """Train the student, in place, to have the teacher's hidden states and embeddings; see `distill`.
 
     Args:
@@ -224,9 +231,7 @@ def distill_embeddings(
         settings: the same when resuming.
         checkpoints: folder for this run's checkpoints and nothing else.
         progress: called with (steps done, steps in all).
-
-    Returns:
-        The loss curves: "step", "layer", "embedding", with learned gates "balance", and "total".
+        say: as for `distill`.
 
     Raises:
         ValueError: student and teacher do not fit each other.
@@ -246,19 +251,25 @@ def distill_embeddings(
         checkpoints,
         pooling=student.pool,
         progress=progress,
+        say=say,
     )
 
 
-def save_sentence_encoder(encoder: SentenceEncoder, folder: str | Path) -> None:
+def save_sentence_encoder(encoder: SentenceEncoder, folder: str | Path, *, overwrite: bool = False) -> None:
     """Write a folder that sentence_transformers loads: `encoder.folder` with this model in place of the old.
 
     The folder is written whole or not at all.
 
+    Args:
+        encoder: with the new model.
+        folder: made if need be.
+        overwrite: replace what the folder holds.
+
     Raises:
-        UserError: `folder` holds something already, or `encoder.folder` is gone.
+        UserError: `folder` holds something that is not to be overwritten, or `encoder.folder` is gone.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if not overwrite and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not an empty folder; give another output folder")
     modules = _read_json(encoder.folder / "modules.json", list)
     kept = ["modules.json", "config_sentence_transformers.json"]

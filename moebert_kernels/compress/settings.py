@@ -8,7 +8,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moebert_kernels.compress.adapt import check_sizes, default_sizes
 from moebert_kernels.compress.loading import row_length
-from moebert_kernels.compress.tasks import KINDS, TaskData
 from moebert_kernels.errors import ArgumentError
 from moebert_kernels.models import HASH_ROUTINGS, ROUTINGS, find_ffns
 
@@ -96,17 +95,25 @@ def resolve(
     settings: CompressSettings,
     teacher: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    data: TaskData,
+    *,
+    num_rows: int,
+    default_length: int,
 ) -> CompressSettings:
     """Fill in what depends on model and task, and check that it fits.
+
+    Args:
+        settings: as given.
+        teacher: to be compressed.
+        tokenizer: its.
+        num_rows: to train on.
+        default_length: tokens that rows are cut to if nobody says otherwise.
 
     Raises:
         UserError: the experts cannot be cut from the teacher's layers, or it takes no rows that long.
     """
-    default = KINDS[data.task.kind].default_length
 
     def length(name: str) -> int:
-        return row_length(getattr(settings, name), teacher.config, tokenizer, name, default=default)
+        return row_length(getattr(settings, name), teacher.config, tokenizer, name, default=default_length)
 
     width = find_ffns(teacher)[0].w1.out_features
     size = settings.expert_size
@@ -119,7 +126,7 @@ def resolve(
     rate = settings.learning_rate
     if rate is None:
         rate = 1e-4 if teacher.config.hidden_size <= 512 else 3e-5
-    rows = settings.importance_rows and min(settings.importance_rows, len(data.train))
+    rows = settings.importance_rows and min(settings.importance_rows, num_rows)
     return replace(
         settings,
         expert_size=size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from moebert_kernels.compress.artifacts import (
     workroom,
 )
 from moebert_kernels.compress.batching import sample_rows
-from moebert_kernels.compress.distill import DistillSettings, distill
+from moebert_kernels.compress.distill import Distilled, DistillSettings, distill
 from moebert_kernels.compress.evaluate import batches, evaluate
 from moebert_kernels.compress.importance import Importance, compute_importance
 from moebert_kernels.compress.loading import (
@@ -139,7 +140,8 @@ def distill_student(
     output_dir: Path,
     *,
     progress: Progress,
-) -> list[dict[str, float]]:
+    say: Callable[[str], None] | None = None,
+) -> Distilled:
     """Distil a saved MoE from its teacher and save the result; see `distill`. Collective, as that is.
 
     Interrupted and called again with the same arguments, it goes on from its last checkpoint.
@@ -151,9 +153,7 @@ def distill_student(
         teacher_dir: of the model it was made of.
         output_dir: of the distilled model; must not hold another.
         progress: hears (stage, steps done, steps in all).
-
-    Returns:
-        The loss curves.
+        say: hears a sentence at the end of each epoch.
 
     Raises:
         UserError: the folders' models do not fit each other or the data, or training diverged.
@@ -164,7 +164,8 @@ def distill_student(
     student = load_model(student_dir)[0]
     if not is_moe(student.config):
         raise UserError(f"the model in {student_dir} has no experts: make a MoE of it with `moebert adapt`")
-    settings = resolve(settings, teacher, tokenizer, data)
+    length = KINDS[data.task.kind].default_length
+    settings = resolve(settings, teacher, tokenizer, num_rows=len(data.train), default_length=length)
     warn_of_other_rows(teacher_dir, data)
     assert settings.learning_rate is not None
     assert settings.max_length is not None
@@ -191,7 +192,7 @@ def distill_student(
     _place(teacher)
     with workroom(output_dir, made_from) as room:
         try:
-            log = distill(
+            found = distill(
                 student,
                 teacher,
                 rows,
@@ -199,11 +200,12 @@ def distill_student(
                 how,
                 room,
                 progress=lambda done, total: progress("distill", done, total),
+                say=say,
             )
         except ValueError as error:
             raise UserError(f"{student_dir} cannot be distilled from {teacher_dir}: {error}") from error
         processes.on_main(lambda: save_encoder(student, tokenizer, output_dir))
-    return log
+    return found
 
 
 def evaluate_model(

@@ -25,12 +25,12 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from moebert_kernels.compress.artifacts import replace_whole
 from moebert_kernels.compress.batching import padded_batches
+from moebert_kernels.compress.checkpoint import load_weights, read_config
 from moebert_kernels.compress.distill import DistillSettings, distill
 from moebert_kernels.compress.importance import Importance, compute_importance
 from moebert_kernels.compress.loading import load_tokenizer
@@ -123,10 +123,7 @@ def load_sentence_encoder(folder: str | Path) -> SentenceEncoder:
         raise UserError(f"{pooling_file} pools by {mode}, expected one of {', '.join(POOLINGS)}")
     options_file = folder / model_folder / "sentence_bert_config.json"
     options = _read_json(options_file, dict) if options_file.is_file() else {}
-    try:
-        model = AutoModel.from_pretrained(folder / model_folder, dtype=torch.float32).eval()
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"cannot load the encoder in {folder / model_folder}: {error}") from None
+    model = load_weights(folder / model_folder, read_config(folder / model_folder), AutoModel)
     tokenizer = load_tokenizer(folder / model_folder, model.config)
     lengths = [options.get("max_seq_length"), tokenizer.model_max_length, max_tokens(model.config)]
     return SentenceEncoder(

@@ -1,0 +1,225 @@
+"""Damaged and hostile files: two thousand, each either loaded to a model that runs or refused with a sentence.
+
+What is drawn is the same in every run. The sentence is a UserError or ValueError that names the file; any other
+exception, a stall or memory out of all proportion is a failure.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import random
+import resource
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from mutations import mutate_bytes, mutate_header, mutate_json, mutate_tensors
+from safetensors import safe_open
+from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizerFast
+
+from moebert_kernels.compress.adapt import adapt, random_scores
+from moebert_kernels.compress.embeddings import load_sentence_encoder
+from moebert_kernels.compress.importance import Importance
+from moebert_kernels.compress.loading import load_model
+from moebert_kernels.compress.published import convert_published
+from moebert_kernels.compress.token_scores import TokenScores
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(20))]
+SECONDS, MEBIBYTES = 2.0, 400
+Mutation = Callable[[bytes, random.Random], bytes]
+
+HOSTILE = (
+    {"auto_map": {"AutoConfig": "evil.Config", "AutoModelForSequenceClassification": "evil.Model"}},
+    {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+    {"quantization_config": "x"},
+    {"transformers_weights": "../../x.safetensors"},
+    {"transformers_weights": "evil.bin"},
+    {"attn_implementation": "someone/kernel"},
+    {"_attn_implementation": "nonsense"},
+    {"attn_implementation": "nonsense"},
+    {"num_labels": 10**12, "id2label": None},
+    {"num_labels": 5},
+    {"id2label": {"x": "y"}},
+    {"id2label": {str(i): "y" for i in range(1000)}},
+    {"pruned_heads": {"0": [0], "9": [1]}},
+    {"return_dict": False},
+    {"output_attentions": True, "output_hidden_states": True},
+    {"is_decoder": True},
+    {"is_encoder_decoder": True},
+    {"torch_dtype": "evil"},
+    {"dtype": "float16"},
+    {"chunk_size_feed_forward": 3},
+    {"tie_word_embeddings": 5},
+    {"num_hidden_layers": 10**9},
+    {"hidden_size": 10**9, "intermediate_size": 10**9, "vocab_size": 10**9},
+    {"vocab_size": 10**9},
+    {"max_position_embeddings": 10**9},
+    {"num_experts": 10**9, "expert_size": 10**9},
+    {"problem_type": "nonsense"},
+    {"tokenizer_class": "NoSuchTokenizer"},
+    {"model_type": "moe-roberta"},
+    {"architectures": ["BertModel"]},
+    {"layer_types": ["x"]},
+    {"text_config": {"hidden_size": -1}},
+    {"hidden_act": "relu6"},
+    {"num_attention_heads": 0},
+    {"hidden_dropout_prob": 5.0},
+    {"layer_norm_eps": -1.0},
+    {"use_cache": True, "add_cross_attention": True, "is_decoder": True},
+)
+
+
+def save_tokenizer(folder: Path) -> None:
+    (folder / "words.txt").write_text("\n".join(WORDS))
+    BertTokenizerFast(str(folder / "words.txt"), model_max_length=16).save_pretrained(folder)
+
+
+def tiny_config() -> BertConfig:
+    return BertConfig(
+        vocab_size=len(WORDS),
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=16,
+        id2label={0: "low", 1: "high"},
+    )
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with a dense model, two MoE models, a sentence encoder and the kinds of scores."""
+    root = tmp_path_factory.mktemp("fuzz")
+    torch.manual_seed(0)
+    teacher = BertForSequenceClassification(tiny_config())
+    scores_LF = random_scores(1, 16)
+    models = {"dense": teacher}
+    for name, routing in (("hash", "hash-random"), ("gate", "gate-token")):
+        models[name] = adapt(teacher, scores_LF, num_experts=2, routing=routing)
+    for name, model in models.items():
+        model.save_pretrained(root / name)
+        save_tokenizer(root / name)
+    sentences = root / "sentences"
+    BertModel(tiny_config()).save_pretrained(sentences)
+    save_tokenizer(sentences)
+    modules = [{"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"} for i, (path, kind) in enumerate((("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")))]
+    (sentences / "modules.json").write_text(json.dumps(modules))
+    (sentences / "1_Pooling").mkdir()
+    (sentences / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 8, "pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}))
+    (sentences / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 12, "do_lower_case": True}))
+    Importance(scores_LF, "m", "t", 3).save(root / "plain.safetensors")
+    tokens = TokenScores(torch.rand(1, 4, 16), torch.arange(len(WORDS)) % 4)
+    Importance(scores_LF, "m", "t", 3, tokens).save(root / "tokens.safetensors")
+    (root / "published.pkl").write_bytes(pickle.dumps({"importance": [[3.0, 2.0, 1.0]] * 1, "idx": [[2, 0, 1]]}))
+    return root
+
+
+def run_model(folder: Path) -> None:
+    model, tokenizer = load_model(folder)
+    batch = tokenizer(["w1 w2 w3", "w4 w5"], padding=True, truncation=True, max_length=8, return_tensors="pt")
+    with torch.no_grad():
+        assert model(**batch).logits.shape[0] == 2
+
+
+def run_sentences(folder: Path) -> None:
+    assert load_sentence_encoder(folder).encode(["w1 w2 w3", "w4"]).shape[0] == 2
+
+
+def run_scores(path: Path) -> None:
+    Importance.load(path)
+
+
+def run_published(path: Path) -> None:
+    convert_published(path)
+
+
+def fuzz(path: Path, use: Callable[[], None], mutations: list[Mutation], number: int, seed: int) -> Counter:
+    """Damage a file `number` times, using it each time; it is as it was afterwards.
+
+    Returns:
+        How often it was loaded, and how often refused.
+
+    Raises:
+        AssertionError: with every way in which it went wrong.
+    """
+    rng = random.Random(seed)
+    whole = path.read_bytes()
+    outcomes: Counter = Counter()
+    failures: dict[str, str] = {}
+    try:
+        for turn in range(number):
+            damaged = mutations[turn % len(mutations)](whole, rng)
+            path.write_bytes(damaged)
+            begin = time.perf_counter()
+            try:
+                use()
+                outcomes["loaded"] += 1
+            except ValueError as error:
+                outcomes["refused"] += 1
+                if path.parent.name not in str(error) or "allocat" in str(error):
+                    failures.setdefault(f"no sentence: {error!r}"[:300], f"{turn}")
+            except Exception as error:
+                import traceback
+                failures.setdefault(f"{type(error).__name__}: {error}"[:200], f"{turn}: {traceback.format_exc()[-900:]}")
+            if time.perf_counter() - begin > SECONDS:
+                failures.setdefault("slow", f"{turn}: {time.perf_counter() - begin:.1f} s")
+    finally:
+        path.write_bytes(whole)
+    use()
+    assert not failures, f"{len(failures)}\n" + "\n\n".join(f"{what} at {where}" for what, where in failures.items())
+    return outcomes
+
+
+def hostile_json(data: bytes, rng: random.Random) -> bytes:
+    return mutate_json(data, rng, HOSTILE)
+
+
+WEIGHTS = [mutate_bytes, mutate_header, lambda d, r: mutate_bytes(d, r, 1000), mutate_tensors]
+JSON = [hostile_json, hostile_json, hostile_json, mutate_bytes]
+
+
+@pytest.mark.parametrize(
+    ("file", "mutations", "number"),
+    [
+        ("hash/model.safetensors", WEIGHTS, 400),
+        ("gate/model.safetensors", WEIGHTS, 120),
+        ("dense/model.safetensors", WEIGHTS, 120),
+        ("hash/config.json", JSON, 300),
+        ("dense/config.json", JSON, 200),
+        ("hash/tokenizer.json", JSON, 100),
+        ("hash/tokenizer_config.json", JSON, 100),
+    ],
+)
+def test_models(files, file, mutations, number):
+    path = files / file
+    outcomes = fuzz(path, lambda: run_model(path.parent), mutations, number, seed=number)
+    print(file, outcomes)
+    assert outcomes["refused"] > number / 4
+
+
+@pytest.mark.parametrize(
+    ("file", "number"),
+    [("modules.json", 60), ("1_Pooling/config.json", 40), ("sentence_bert_config.json", 40), ("config.json", 20)],
+)
+def test_sentence_encoders(files, file, number):
+    path = files / "sentences" / file
+    print(fuzz(path, lambda: run_sentences(files / "sentences"), JSON, number, seed=number))
+
+
+@pytest.mark.parametrize(("file", "number"), [("plain.safetensors", 200), ("tokens.safetensors", 200)])
+def test_importance(files, file, number):
+    path = files / file
+    with safe_open(path, "pt") as opened:
+        header = opened.metadata()
+    mutations = [*WEIGHTS[:3], lambda data, rng: mutate_tensors(data, rng, header)]
+    outcomes = fuzz(path, lambda: run_scores(path), mutations, number, seed=number)
+    print(outcomes)
+
+
+def test_published(files):
+    path = files / "published.pkl"
+    print(fuzz(path, lambda: run_published(path), [mutate_bytes], 100, seed=1))

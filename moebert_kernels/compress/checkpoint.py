@@ -7,6 +7,7 @@ pickle (`.bin`, `.pt`) is a program.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
@@ -78,7 +79,9 @@ def read_config(folder: Path, **changes: Any) -> PreTrainedConfig:
     path = folder / _CONFIG
     _check_values(path, _read_object(path), _read_headers(folder))
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False, return_dict=True, **changes)
+        # Our callers name a model's outputs, and their rows are of any length, not multiples of a chunk's.
+        plain = {"return_dict": True, "chunk_size_feed_forward": 0}
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, **plain, **changes)
     except TRANSFORMERS_ERRORS as error:
         raise UserError(f"{path} is not the configuration of a model: {cause_of(error)}") from None
 
@@ -136,7 +139,7 @@ def load_weights(
 
 def check_model_folder(folder: Path) -> None:
     """Raise a UserError unless `folder` is one that a transformers model was saved to."""
-    if not folder.exists():
+    if not os.path.exists(folder):  # of any name: Path.exists raises for one that is too long
         raise UserError(f"there is no folder {folder}")
     if not folder.is_dir():
         raise UserError(f"{folder} is a file: give the folder of a saved transformers model")
@@ -219,10 +222,10 @@ def _check_values(path: Path, content: dict[str, Any], headers: dict[str, Stored
     limits = dict.fromkeys(_LAYER_COUNTS, len(headers)) | {"num_labels": widest}
     for key, number in _whole_numbers(content):
         limit = limits.get(key, most)
-        if number > limit and not key.endswith(("seed", "_token_id")):
+        if not number <= limit and not key.endswith(("seed", "_token_id")):  # NaN is not
             raise UserError(
-                f"{path}: {key} is {_short(number)}, more than the weights have room for: they are {len(headers)} "
-                f"tensors of {most} numbers, {widest} the largest width"
+                f"{path}: {key} is {_short(number)}, expected no more than {limit}, what its weights have room "
+                "for"
             )
 
 

@@ -169,6 +169,31 @@ class MoEPreTrainedModel(PreTrainedModel):
         elif isinstance(module, MoEEncoder) and module.tables_LV is not None:
             init.copy_(module.tables_LV, _tables_from_scratch(self.config))
 
+    @classmethod
+    def from_pretrained(cls, source: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As in transformers, but for what it would draw at random in silence.
+
+        Raises:
+            ValueError: the checkpoint lacks experts or tables (a dense model's has none), or its tables name
+                experts that there are not.
+        """
+        model, found = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
+        lacking = sorted(name for name in found["missing_keys"] if ".ffn." in name or "tables_LV" in name)
+        if lacking:
+            raise ValueError(
+                f"{source} has no {lacking[0]} ({len(lacking)} such tensors are missing): it is not a whole "
+                f"{cls.__name__}; to_moe makes one of a dense model"
+            )
+        for name, buffer in model.named_buffers():
+            if name.endswith("tables_LV") and buffer.device.type != "meta":
+                low, high = (int(v) for v in buffer.aminmax())
+                if low < 0 or high >= model.config.num_experts:
+                    raise ValueError(
+                        f"{source}: {name} must name experts in [0, {model.config.num_experts}), found {low} "
+                        f"to {high}"
+                    )
+        return (model, found) if output_loading_info else model
+
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """As in transformers; under hash routing, the tables change with the vocabulary.
 

@@ -178,7 +178,12 @@ class MoEPreTrainedModel(PreTrainedModel):
                 experts that there are not.
         """
         model, found = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
-        lacking = sorted(name for name in found["missing_keys"] if ".ffn." in name or "tables_LV" in name)
+        seeded = model.config.routing == "hash-random"  # its tables are drawn again as they were at first
+        lacking = sorted(
+            name
+            for name in found["missing_keys"]
+            if ".ffn." in name or (name.endswith("tables_LV") and not seeded)
+        )
         if lacking:
             raise ValueError(
                 f"{source} has no {lacking[0]} ({len(lacking)} such tensors are missing): it is not a whole "
@@ -262,10 +267,24 @@ def _model_forward(family: Family) -> Callable[..., Any]:
             "routing_mask": mask if mask is not None and mask.dim() == 2 else None,
             "router_outputs": router_outputs,
         }
+        if arguments["routing_ids"] is not None:
+            _check_in_vocabulary(arguments["routing_ids"], self.config.vocab_size)
         encoder = _View(getattr(self, family.encoder_name), arguments=arguments)
         return dense(_View(self, {family.encoder_name: encoder}), *args, **kwargs, **always)
 
     return forward
+
+
+def _check_in_vocabulary(input_ids: Tensor, vocab_size: int) -> None:
+    """Say of a foreign tokenizer's ids, on the CPU, what the embedding would call "index out of range"."""
+    if input_ids.device.type != "cpu" or torch.compiler.is_compiling() or not input_ids.numel():
+        return
+    low, high = (int(v) for v in input_ids.aminmax())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"input_ids must lie in [0, {vocab_size}), the model's vocabulary and that of its routing tables, "
+            f"found values from {low} to {high}: tokenize with the model's own tokenizer"
+        )
 
 
 def _head_forward(family: Family, dense_head: type[PreTrainedModel]) -> Callable[..., Any]:

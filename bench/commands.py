@@ -31,9 +31,12 @@ def _words(text: str | None) -> tuple[str, ...] | None:
 def _numbers(text: str | None) -> tuple[int, ...] | None:
     words = _words(text)
     try:
-        return None if words is None else tuple(int(word) for word in words)
+        numbers = None if words is None else tuple(int(word) for word in words)
     except ValueError:
         raise typer.BadParameter(f"expected whole numbers with commas between them, got {text!r}") from None
+    if any(number < 0 for number in numbers or ()):
+        raise typer.BadParameter(f"expected numbers that are not negative, got {text!r}")
+    return numbers
 
 
 def _among(what: str, words: tuple[str, ...] | None, known: tuple[str, ...]) -> tuple[str, ...] | None:
@@ -133,6 +136,8 @@ def measure(
     from .suite import OPS, run_benchmarks
     from .timing import CACHES, LAUNCHES
 
+    if not seconds >= 0:
+        raise typer.BadParameter(f"--seconds must not be negative, got {seconds}")
     asked = Request(
         T=_numbers(tokens),
         D=hidden,
@@ -176,7 +181,7 @@ for _name, _text in _HELP.items():
 
 @app.command()
 def readme(
-    file: Annotated[Path, typer.Argument(help="A markdown file with <!-- bench:NAME:begin/end --> markers.")],
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A markdown file with <!-- bench:NAME:begin/end --> markers.")],
     results: Annotated[Path, typer.Option(help="Folder of result files.")] = Path("bench/results"),
     check: Annotated[
         bool, typer.Option("--check", help="Change nothing; fail if the tables are old.")
@@ -201,7 +206,7 @@ def readme(
 
 @app.command("plot")
 def plot_command(
-    file: Annotated[Path, typer.Argument(help="A result file.")],
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A result file.")],
     out: Annotated[
         Path | None, typer.Option(help="Picture to write; default: beside the file, .svg.")
     ] = None,
@@ -210,4 +215,8 @@ def plot_command(
     from .plot import plot
     from .results import read
 
-    typer.echo(plot(read(file), out or file.with_suffix(".svg")))
+    try:
+        results = read(file)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    typer.echo(plot(results, out or file.with_suffix(".svg")))

@@ -115,9 +115,9 @@ def pin_threads(threads: int | None) -> tuple[int, ...]:
 
 
 def _device(name: str) -> torch.device:
-    device = torch.device(name)
-    if device.type not in ("cpu", "cuda"):
+    if name.partition(":")[0] not in ("cpu", "cuda"):
         raise ValueError(f"device must be cpu or cuda, got {name!r}")
+    device = torch.device(name)
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f"device is {name!r}, but torch finds no CUDA device")

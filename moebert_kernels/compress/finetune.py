@@ -29,6 +29,7 @@ from moebert_kernels.compress.batching import LengthGroupedTrainer, RowCollator,
 from moebert_kernels.compress.checkpoint import TRANSFORMERS_ERRORS, cause_of, load_weights, read_config
 from moebert_kernels.compress.evaluate import evaluate
 from moebert_kernels.compress.loading import load_tokenizer, row_length, save_encoder
+from moebert_kernels.compress.settings import MAX_SEED
 from moebert_kernels.compress.tasks import KINDS, Task, TaskData, tokenize
 from moebert_kernels.errors import ArgumentError, UserError
 from moebert_kernels.models.surgery import find_ffns
@@ -83,6 +84,8 @@ def finetune(
             raise ArgumentError(name, f"must be more than 0, got {value}")
     if not 0 <= weight_decay < float("inf"):
         raise ArgumentError("weight_decay", f"must not be negative, got {weight_decay}")
+    if not 0 <= seed <= MAX_SEED:
+        raise ArgumentError("seed", f"must be 0 to {MAX_SEED}, got {seed}")
     processes.rows_each(batch_size)  # refuses what does not divide
     set_seed(seed)
     network = _load(str(model), data.task)

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from moebert_kernels.checks import check_tensor
 from moebert_kernels.compress import processes
 from moebert_kernels.compress.batching import LABEL_COLUMNS
 from moebert_kernels.compress.token_scores import TokenScores, TokenScoreSums
@@ -55,6 +56,7 @@ class Importance:
 
     def __post_init__(self):
         scores_LF = self.scores_LF
+        check_tensor("scores_LF", scores_LF)
         if scores_LF.dim() != 2 or 0 in scores_LF.shape or not scores_LF.is_floating_point():
             raise UserError(
                 "importance scores must be floating-point numbers of shape [layers, neurons], got"

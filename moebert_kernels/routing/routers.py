@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from moebert_kernels.checks import check_tensor, check_whole
 from moebert_kernels.routing.plan import RoutingPlan
 
 
@@ -64,8 +65,10 @@ class HashRouter(nn.Module):
 
     def __init__(self, table_V: Tensor, num_experts: int):
         super().__init__()
-        if table_V.dim() != 1:
-            raise ValueError(f"table_V must have shape [V], got {tuple(table_V.shape)}")
+        check_tensor("table_V", table_V)
+        check_whole("num_experts", num_experts, least=1)
+        if table_V.dim() != 1 or table_V.is_floating_point():
+            raise ValueError(f"table_V must be integer [V], got {table_V.dtype} {tuple(table_V.shape)}")
         if table_V.device.type != "meta" and table_V.numel():
             low, high = int(table_V.min()), int(table_V.max())
             if low < 0 or high >= num_experts:
@@ -96,6 +99,9 @@ class _Gate(nn.Module):
 
     def __init__(self, hidden_size: int, num_experts: int, top_k: int = 1, *, device=None, dtype=None):
         super().__init__()
+        check_whole("hidden_size", hidden_size, least=1)
+        check_whole("num_experts", num_experts, least=1)
+        check_whole("top_k", top_k)
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k must lie in [1, num_experts={num_experts}], got {top_k}")
         self.num_experts = num_experts
@@ -142,7 +148,7 @@ class SentenceGate(_Gate):
         """Route by hidden states `x_BSD` [B, S, D]; `mask_BS` is nonzero at real tokens.
 
         Raises:
-            ValueError: `x_BSD` is not [B, S, D].
+            ValueError: `x_BSD` is not [B, S, D], or the mask not [B, S].
         """
         if x_BSD.dim() != 3:
             raise ValueError(
@@ -151,6 +157,10 @@ class SentenceGate(_Gate):
         sentence_length = x_BSD.shape[1]
         if mask_BS is None:
             mean_BD, mask_T = x_BSD.mean(1), None
+        elif mask_BS.shape != x_BSD.shape[:2]:
+            raise ValueError(
+                f"mask_BS must have shape {tuple(x_BSD.shape[:2])} as x_BSD has, got {tuple(mask_BS.shape)}"
+            )
         else:
             real_BS1 = (mask_BS != 0).unsqueeze(-1)
             # where, not a product: a padding row may hold anything, NaN included.

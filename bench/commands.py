@@ -181,7 +181,12 @@ for _name, _text in _HELP.items():
 
 @app.command()
 def readme(
-    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A markdown file with <!-- bench:NAME:begin/end --> markers.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            exists=True, dir_okay=False, help="A markdown file with <!-- bench:NAME:begin/end --> markers."
+        ),
+    ],
     results: Annotated[Path, typer.Option(help="Folder of result files.")] = Path("bench/results"),
     check: Annotated[
         bool, typer.Option("--check", help="Change nothing; fail if the tables are old.")

@@ -128,7 +128,12 @@ def _check_kinds(x_TD, plan, w1_EFD, b1_EF, w2_EDF, b2_ED, gate_TK, norm, residu
         raise TypeError(f"plan must be a RoutingPlan, got {type(plan).__name__}")
     for name, tensor in (("x_TD", x_TD), ("w1_EFD", w1_EFD), ("w2_EDF", w2_EDF)):
         check_tensor(name, tensor)
-    for name, tensor in (("b1_EF", b1_EF), ("b2_ED", b2_ED), ("gate_TK", gate_TK), ("residual_TD", residual_TD)):
+    for name, tensor in (
+        ("b1_EF", b1_EF),
+        ("b2_ED", b2_ED),
+        ("gate_TK", gate_TK),
+        ("residual_TD", residual_TD),
+    ):
         if tensor is not None:
             check_tensor(name, tensor)
     if norm is not None:

@@ -12,8 +12,38 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-_NUMBERS = (0, 1, -1, 2, 3, 7, 255, 2**31, 2**63, 10**9, -(10**9), 10**12, 10**40, 0.5, -2.5, 1e308, float("nan"))
-_WORDS = ("", "x", "gpt2", "deberta-v2", "../../x", "/etc/passwd", "None", "float16", "gate-token", "é" * 9, "9" * 5000)
+_NUMBERS = (
+    0,
+    1,
+    -1,
+    2,
+    3,
+    7,
+    255,
+    2**31,
+    2**63,
+    10**9,
+    -(10**9),
+    10**12,
+    10**40,
+    0.5,
+    -2.5,
+    1e308,
+    float("nan"),
+)
+_WORDS = (
+    "",
+    "x",
+    "gpt2",
+    "deberta-v2",
+    "../../x",
+    "/etc/passwd",
+    "None",
+    "float16",
+    "gate-token",
+    "é" * 9,
+    "9" * 5000,
+)
 _LENGTHS = (0, 1, 7, 100, 10**6, 10**8, 10**9, 2**31, 2**63, 2**64 - 1)
 
 
@@ -101,15 +131,21 @@ def mutate_header(data: bytes, rng: random.Random) -> bytes:
     one, other = rng.choice(tensors), rng.choice(tensors)
     kind = rng.randrange(9)
     if kind == 0:
-        content[one]["dtype"] = rng.choice(["I32", "U32", "F64", "F16", "BF16", "F8_E4M3", "BOOL", "I4", "", 3, None])
+        content[one]["dtype"] = rng.choice(
+            ["I32", "U32", "F64", "F16", "BF16", "F8_E4M3", "BOOL", "I4", "", 3, None]
+        )
     elif kind == 1:
         content[one]["shape"] = content[one]["shape"][::-1]
     elif kind == 2:
-        content[one]["shape"] = rng.choice([[], [-1], [2**62, 4], [10**30], [0], nested(5), [10**9, 0], "x", [1.5]])
+        content[one]["shape"] = rng.choice(
+            [[], [-1], [2**62, 4], [10**30], [0], nested(5), [10**9, 0], "x", [1.5]]
+        )
     elif kind == 3:
         content[one], content[other] = content[other], content[one]
     elif kind == 4:
-        content[one]["data_offsets"] = rng.choice([content[other]["data_offsets"], [0, 10**15], [-4, 0], [8, 4], [0]])
+        content[one]["data_offsets"] = rng.choice(
+            [content[other]["data_offsets"], [0, 10**15], [-4, 0], [8, 4], [0]]
+        )
     elif kind == 5:
         content[other_word(rng)] = content.pop(one)
     elif kind == 6:

@@ -266,5 +266,9 @@ def _check_shapes(model: PreTrainedModel, headers: dict[str, StoredTensor], path
 
 
 def _short(value: object) -> str:
-    text = repr(value) if not isinstance(value, int) or abs(value) < 10**20 else f"{float(min(value, 10**300)):.0e}"
+    text = (
+        repr(value)
+        if not isinstance(value, int) or abs(value) < 10**20
+        else f"{float(min(value, 10**300)):.0e}"
+    )
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -126,7 +126,9 @@ def load_sentence_encoder(folder: str | Path) -> SentenceEncoder:
     options = _read_json(options_file, dict) if options_file.is_file() else {}
     asked = options.get("max_seq_length")
     if asked is not None and (type(asked) is not int or asked < 3):
-        raise UserError(f"{options_file} has max_seq_length {asked!r}, expected a number of tokens, at least 3")
+        raise UserError(
+            f"{options_file} has max_seq_length {asked!r}, expected a number of tokens, at least 3"
+        )
     model = load_weights(folder / model_folder, read_config(folder / model_folder), AutoModel)
     tokenizer = load_tokenizer(folder / model_folder, model.config)
     lengths = [asked, tokenizer.model_max_length, max_tokens(model.config)]

@@ -251,9 +251,7 @@ def compute_importance(
     if tokens is not None:
         tokens.add_up()
         token_scores = tokens.scores()
-    return Importance(
-        scores_LF, model_name, task, num_samples, token_scores, weights_fingerprint(ffns)
-    )
+    return Importance(scores_LF, model_name, task, num_samples, token_scores, weights_fingerprint(ffns))
 
 
 def _turns(batches: Iterable[Mapping[str, Tensor]], count: int) -> Iterator[list[Mapping[str, Tensor]]]:

@@ -88,7 +88,9 @@ def load_tokenizer(source: str | Path, config: PreTrainedConfig) -> PreTrainedTo
         )
     most = tokenizer.model_max_length
     if not isinstance(most, (int, float)) or not most >= 1:
-        raise UserError(f"the tokenizer of {source} has model_max_length {most!r}, expected a number of tokens")
+        raise UserError(
+            f"the tokenizer of {source} has model_max_length {most!r}, expected a number of tokens"
+        )
     return tokenizer
 
 

@@ -81,7 +81,9 @@ class CompressSettings:
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ArgumentError(name, f"must not be negative, got {getattr(self, name)}")
         if self.seed + self.seeds > MAX_SEED + 1:
-            raise ArgumentError("seed", f"must be at most {MAX_SEED}, as must the last of {self.seeds}; got {self.seed}")
+            raise ArgumentError(
+                "seed", f"must be at most {MAX_SEED}, as must the last of {self.seeds}; got {self.seed}"
+            )
         if self.top_k > 1 and self.routing in HASH_ROUTINGS:
             raise ArgumentError(
                 "top_k", f"must be 1, got {self.top_k}: {self.routing} gives each token one expert"

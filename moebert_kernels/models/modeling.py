@@ -170,7 +170,9 @@ class MoEPreTrainedModel(PreTrainedModel):
             init.copy_(module.tables_LV, _tables_from_scratch(self.config))
 
     @classmethod
-    def from_pretrained(cls, source: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, source: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
         """As in transformers, but for what it would draw at random in silence.
 
         Raises:

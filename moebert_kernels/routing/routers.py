@@ -108,6 +108,12 @@ class _Gate(nn.Module):
         self.top_k = top_k
         self.gate = nn.Linear(hidden_size, num_experts, bias=False, device=device, dtype=dtype)
 
+    def _logits(self, x: Tensor) -> Tensor:
+        hidden_size = self.gate.in_features
+        if x.shape[-1:] != (hidden_size,):
+            raise ValueError(f"x must end in hidden_size={hidden_size}, got shape {tuple(x.shape)}")
+        return self.gate(x)
+
     def _choose(self, logits_NE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         probs_NE = logits_NE.softmax(-1, dtype=torch.promote_types(logits_NE.dtype, torch.float32))
         gate_NK, expert_ids_NK = probs_NE.topk(self.top_k, dim=-1)
@@ -130,8 +136,12 @@ class TokenGate(_Gate):
     def forward(
         self, x_BSD: Tensor, input_ids: Tensor | None = None, mask_BS: Tensor | None = None
     ) -> RouterOutput:
-        """Route by hidden states `x_BSD` (any leading shape); `mask_BS` is nonzero at real tokens."""
-        probs_TE, gate_TK, expert_ids_TK = self._choose(self.gate(x_BSD.reshape(-1, x_BSD.shape[-1])))
+        """Route by hidden states `x_BSD` (any leading shape); `mask_BS` is nonzero at real tokens.
+
+        Raises:
+            ValueError: `x_BSD` does not end in the gate's hidden size.
+        """
+        probs_TE, gate_TK, expert_ids_TK = self._choose(self._logits(x_BSD.reshape(-1, x_BSD.shape[-1])))
         mask_T = None if mask_BS is None else mask_BS.reshape(-1) != 0
         return self._output(probs_TE, gate_TK, expert_ids_TK, mask_T)
 
@@ -167,6 +177,6 @@ class SentenceGate(_Gate):
             total_BD = torch.where(real_BS1, x_BSD, 0).sum(1)
             mean_BD, mask_T = total_BD / real_BS1.sum(1).clamp(min=1), real_BS1.reshape(-1)
         probs_TE, gate_TK, expert_ids_TK = (
-            v.repeat_interleave(sentence_length, 0) for v in self._choose(self.gate(mean_BD))
+            v.repeat_interleave(sentence_length, 0) for v in self._choose(self._logits(mean_BD))
         )
         return self._output(probs_TE, gate_TK, expert_ids_TK, mask_T)

@@ -1,4 +1,4 @@
-"""Checks of what kind of thing an argument is, made where users call; values are checked where they are used."""
+"""Checks of what kind of thing an argument is, made where users call."""
 
 from __future__ import annotations
 

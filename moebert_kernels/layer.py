@@ -133,7 +133,7 @@ class MoEFFN(nn.Module):
                 `mask`: the router is not asked.
 
         Raises:
-            TypeError: `routing` is neither a `RoutingPlan` nor a `RouterOutput`, or another argument no tensor.
+            TypeError: `routing` is neither a `RoutingPlan` nor a `RouterOutput`, or something else no tensor.
             ValueError: neither `routing` nor a router is at hand, or something for the router beside
                 `routing`; shapes do not fit; or `x` has no values, on the meta device.
         """

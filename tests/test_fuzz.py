@@ -1,4 +1,4 @@
-"""Damaged and hostile files: two thousand, each either loaded to a model that runs or refused with a sentence.
+"""Two thousand damaged and hostile files, each loaded to a model that runs or refused with a sentence.
 
 What is drawn is the same in every run. The sentence is a UserError or ValueError that names the file or its
 folder; any other exception, a stall or memory out of all proportion is a failure.

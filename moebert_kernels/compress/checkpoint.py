@@ -1,8 +1,8 @@
 """Saved models, read with suspicion: the files are compared with each other before a model is built.
 
-A `config.json` is a few bytes that ask for any amount of memory or time, and transformers believes it. Here its
-numbers are held against the shapes in the weights' headers first. Weights are read from safetensors alone: a
-pickle (`.bin`, `.pt`) is a program.
+A `config.json` is a few bytes that ask for any amount of memory or time, and transformers believes it. Here
+its numbers are held against the shapes in the weights' headers first. Weights are read from safetensors
+alone: a pickle (`.bin`, `.pt`) is a program.
 """
 
 from __future__ import annotations
@@ -171,8 +171,8 @@ def _read_headers(folder: Path) -> dict[str, StoredTensor]:
         for name in _PICKLES:
             if (folder / name).is_file():
                 raise UserError(
-                    f"{folder / name} is a pickle, which can run any code when it is read: have whoever made it "
-                    "save the model again as safetensors (save_pretrained)"
+                    f"{folder / name} is a pickle, which can run any code when it is read: have whoever made "
+                    "it save the model again as safetensors (save_pretrained)"
                 )
         raise UserError(f"there are no weights {folder / _WEIGHTS}: {describe_folder(folder)}")
     index = _read_object(folder / _INDEX).get("weight_map")
@@ -224,8 +224,8 @@ def _check_values(path: Path, content: dict[str, Any], headers: dict[str, Stored
         limit = limits.get(key, most)
         if not number <= limit and not key.endswith(("seed", "_token_id")):  # NaN is not
             raise UserError(
-                f"{path}: {key} is {_short(number)}, expected no more than {limit}, what its weights have room "
-                "for"
+                f"{path}: {key} is {_short(number)}, expected no more than {limit}, as its weights "
+                "have room for"
             )
 
 
@@ -266,9 +266,7 @@ def _check_shapes(model: PreTrainedModel, headers: dict[str, StoredTensor], path
 
 
 def _short(value: object) -> str:
-    text = (
-        repr(value)
-        if not isinstance(value, int) or abs(value) < 10**20
-        else f"{float(min(value, 10**300)):.0e}"
-    )
+    if isinstance(value, int) and abs(value) >= 10**20:
+        return f"about {'-' if value < 0 else ''}2^{value.bit_length()}"
+    text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

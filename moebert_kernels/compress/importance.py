@@ -154,12 +154,12 @@ class Importance:
         if widths != [width] * num_layers:
             found = f"{len(widths)} of {' or '.join(map(str, sorted(set(widths))))}"
             raise UserError(
-                f"{scored} are for {num_layers} layers of {width} neurons, but the model has {found}: score this"
-                " model"
+                f"{scored} are for {num_layers} layers of {width} neurons, but the model has {found}:"
+                " score this model"
             )
         if self.weights and self.weights != weights_fingerprint(ffns):
             raise UserError(
-                f"{scored} were taken of a model of this shape with other weights: score this model, as it is"
+                f"{scored} were taken of a model of this shape with other weights: score this model"
             )
 
 

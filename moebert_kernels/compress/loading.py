@@ -83,8 +83,8 @@ def load_tokenizer(source: str | Path, config: PreTrainedConfig) -> PreTrainedTo
         )
     if not 0 <= min(ids) <= max(ids) < config.vocab_size:
         raise UserError(
-            f"the tokenizer of {source} has token ids from {min(ids)} to {max(ids)}, but its model's vocabulary "
-            f"has {config.vocab_size}: they do not belong together"
+            f"the tokenizer of {source} has token ids from {min(ids)} to {max(ids)}, but its model's "
+            f"vocabulary has {config.vocab_size}: they do not belong together"
         )
     most = tokenizer.model_max_length
     if not isinstance(most, (int, float)) or not most >= 1:

@@ -284,8 +284,8 @@ def _check_in_vocabulary(input_ids: Tensor, vocab_size: int) -> None:
     low, high = (int(v) for v in input_ids.aminmax())
     if low < 0 or high >= vocab_size:
         raise ValueError(
-            f"input_ids must lie in [0, {vocab_size}), the model's vocabulary and that of its routing tables, "
-            f"found values from {low} to {high}: tokenize with the model's own tokenizer"
+            f"input_ids must lie in [0, {vocab_size}), the model's vocabulary and that of its routing "
+            f"tables, found values from {low} to {high}: tokenize with the model's own tokenizer"
         )
 
 

@@ -64,8 +64,8 @@ def match_labels(data: TaskData, config: PretrainedConfig) -> TaskData:
     unknown = [name for name, new_id in zip(task.label_names, new_ids, strict=True) if new_id is None]
     if is_named and unknown:
         raise UserError(
-            f"the model's labels are {_listed(names)}, the task's {_listed(task.label_names)}: the model has not "
-            f"learned {_listed(unknown)}; give a model fine-tuned on this task"
+            f"the model's labels are {_listed(names)}, the task's {_listed(task.label_names)}: the model has "
+            f"not learned {_listed(unknown)}; give a model fine-tuned on this task"
         )
     if config.num_labels != num_outputs:
         raise UserError(

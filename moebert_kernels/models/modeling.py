@@ -170,8 +170,12 @@ class MoEPreTrainedModel(PreTrainedModel):
             init.copy_(module.tables_LV, _tables_from_scratch(self.config))
 
     @classmethod
-    def from_pretrained(
-        cls, source: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    def from_pretrained(  # type: ignore[override]  # the same arguments, fewer of them by name
+        cls,
+        pretrained_model_name_or_path: Any,
+        *args: Any,
+        output_loading_info: bool = False,
+        **kwargs: Any,
     ) -> Any:
         """As in transformers, but for what it would draw at random in silence.
 
@@ -179,7 +183,9 @@ class MoEPreTrainedModel(PreTrainedModel):
             ValueError: the checkpoint lacks experts or tables (a dense model's has none), or its tables name
                 experts that there are not.
         """
-        model, found = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
+        source = pretrained_model_name_or_path
+        loaded: Any = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
+        model, found = loaded
         seeded = model.config.routing == "hash-random"  # its tables are drawn again as they were at first
         lacking = sorted(
             name
@@ -269,8 +275,8 @@ def _model_forward(family: Family) -> Callable[..., Any]:
             "routing_mask": mask if mask is not None and mask.dim() == 2 else None,
             "router_outputs": router_outputs,
         }
-        if arguments["routing_ids"] is not None:
-            _check_in_vocabulary(arguments["routing_ids"], self.config.vocab_size)
+        if given.get("input_ids") is not None:
+            _check_in_vocabulary(given["input_ids"], self.config.vocab_size)
         encoder = _View(getattr(self, family.encoder_name), arguments=arguments)
         return dense(_View(self, {family.encoder_name: encoder}), *args, **kwargs, **always)
 

@@ -170,7 +170,7 @@ class MoEPreTrainedModel(PreTrainedModel):
             init.copy_(module.tables_LV, _tables_from_scratch(self.config))
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]  # the same arguments, fewer of them by name
+    def from_pretrained(
         cls,
         pretrained_model_name_or_path: Any,
         *args: Any,

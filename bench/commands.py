@@ -174,6 +174,8 @@ def measure(
     from .suite import OPS, run_benchmarks
     from .timing import CACHES, LAUNCHES
 
+    if not seconds >= 0:
+        raise typer.BadParameter(f"--seconds must not be negative, got {seconds}")
     asked = Request(
         T=_numbers(tokens),
         D=hidden,

@@ -107,7 +107,9 @@ def _say_once(sentence: str, style: str | None = None) -> None:
 
 
 def _say_on_stderr(sentence: str, style: str | None = None) -> None:
-    Console(stderr=True, soft_wrap=True).print(sentence, style=style, markup=False, highlight=False)
+    Console(stderr=True, soft_wrap=True, emoji=False).print(
+        sentence, style=style, markup=False, highlight=False
+    )
 
 
 def _quiet_libraries() -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from moebert_kernels import cpu, cpu_native
 from moebert_kernels.activations import check_activation
 from moebert_kernels.autocast import cast_parameter
+from moebert_kernels.checks import check_number, check_tensor
 from moebert_kernels.routing.plan import RoutingPlan
 
 
@@ -68,8 +69,10 @@ def moe_ffn(
         (see `autocast`).
 
     Raises:
+        TypeError: an argument is of another kind.
         ValueError: shapes, dtypes, devices or options do not fit; the message names the argument.
     """
+    _check_kinds(x_TD, plan, w1_EFD, b1_EF, w2_EDF, b2_ED, gate_TK, norm, residual_TD, dropout_p)
     if torch.is_autocast_enabled(x_TD.device.type):
         residual_TD = x_TD if norm and residual_TD is None else residual_TD
         dtype = torch.get_autocast_dtype(x_TD.device.type)
@@ -117,6 +120,28 @@ def moe_ffn(
         dropout_p,
     )
     return y_TD
+
+
+def _check_kinds(x_TD, plan, w1_EFD, b1_EF, w2_EDF, b2_ED, gate_TK, norm, residual_TD, dropout_p):
+    """Raise a TypeError that names what is not even of the right kind."""
+    if not isinstance(plan, RoutingPlan):
+        raise TypeError(f"plan must be a RoutingPlan, got {type(plan).__name__}")
+    for name, tensor in (("x_TD", x_TD), ("w1_EFD", w1_EFD), ("w2_EDF", w2_EDF)):
+        check_tensor(name, tensor)
+    for name, tensor in (
+        ("b1_EF", b1_EF),
+        ("b2_ED", b2_ED),
+        ("gate_TK", gate_TK),
+        ("residual_TD", residual_TD),
+    ):
+        if tensor is not None:
+            check_tensor(name, tensor)
+    if norm is not None:
+        if not isinstance(norm, tuple | list) or len(norm) != 2:
+            raise TypeError(f"norm must be a pair of tensors, weight and bias, got {type(norm).__name__}")
+        check_tensor("norm's weight", norm[0])
+        check_tensor("norm's bias", norm[1])
+    check_number("dropout_p", dropout_p)
 
 
 def _check_arguments(

@@ -128,7 +128,7 @@ def test_embedding_loss_of_unit_vectors_is_twice_one_minus_the_cosine():
         ("modules.json", '[{"type": "a.Transformer"}, {"type": "a.Dense"}]', "found Transformer, Dense"),
         ("1_Pooling/config.json", '{"pooling_mode_max_tokens": true}', "pools by pooling_mode_max_tokens"),
         ("1_Pooling/config.json", '{"pooling_mode": ["cls", "mean"]}', r"pools by \['cls', 'mean'\]"),
-        ("config.json", "{}", "cannot load the encoder"),
+        ("config.json", "{}", "must say its model_type"),
     ],
 )
 def test_other_folders_are_refused(file, content, message, tmp_path):

@@ -274,7 +274,12 @@ def test_held_out_rows_have_each_label_in_its_due_share(tmp_path):
         ("t.csv", "text,label\na,1\nb,x\n", {"kind": "regression"}, "line 3: label 'x' .* is not a number"),
         ("t.csv", "text,label\na,1\nb,2\n", {"text_pair": "other"}, "no column 'other'"),
         ("t.csv", "text,label\na,1\nb,2\n", {"kind": "ranking"}, "kind is 'ranking'"),
-        ("t.csv", "text,label\na,1\nb,2\n", {"validation_fraction": 1.0}, "fraction is 1.0"),
+        (
+            "t.csv",
+            "text,label\na,1\nb,2\n",
+            {"validation_fraction": 1.0},
+            "validation_fraction must be between 0 and 1, got 1.0",
+        ),
         ("t.csv", "text,label\na,1.5\n", {}, "too few to hold any out"),
         ("t.txt", "text,label\na,1\n", {}, r"must be named \.csv .* \.tsv .* or \.jsonl"),
         ("t.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}\n', {}, "line 2: no 'label', which line 1 has"),

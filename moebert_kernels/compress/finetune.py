@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     PreTrainedModel,
@@ -27,9 +26,11 @@ from moebert_kernels.compress.artifacts import (
     workroom,
 )
 from moebert_kernels.compress.batching import LengthGroupedTrainer, RowCollator, count_labels
+from moebert_kernels.compress.checkpoint import TRANSFORMERS_ERRORS, cause_of, load_weights, read_config
 from moebert_kernels.compress.evaluate import evaluate
-from moebert_kernels.compress.loading import check_model_folder, load_tokenizer, row_length, save_encoder
+from moebert_kernels.compress.loading import load_tokenizer, row_length, save_encoder
 from moebert_kernels.compress.precision import check_bf16
+from moebert_kernels.compress.settings import MAX_SEED
 from moebert_kernels.compress.tasks import KINDS, Task, TaskData, tokenize
 from moebert_kernels.errors import ArgumentError, UserError
 from moebert_kernels.models.surgery import find_ffns
@@ -87,6 +88,8 @@ def finetune(
     if not 0 <= weight_decay < float("inf"):
         raise ArgumentError("weight_decay", f"must not be negative, got {weight_decay}")
     check_bf16(bf16)
+    if not 0 <= seed <= MAX_SEED:
+        raise ArgumentError("seed", f"must be 0 to {MAX_SEED}, got {seed}")
     processes.rows_each(batch_size)  # refuses what does not divide
     set_seed(seed)
     network = _load(str(model), data.task)
@@ -183,20 +186,27 @@ def last_checkpoint(folder: Path) -> str | None:
 
 def _load(model: str, task: Task) -> PreTrainedModel:
     kind = KINDS[task.kind]
-    if Path(model).exists() or model.startswith((".", "/", "~")):  # otherwise a name on the hub
-        check_model_folder(Path(model))
-    try:
-        config = AutoConfig.from_pretrained(model, **kind.head_config(task))
-        # A head for another number of labels is replaced by a new one.
-        network = kind.auto_model.from_pretrained(model, config=config, ignore_mismatched_sizes=True)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        if not Path(model).exists():
-            raise UserError(
-                f"there is no folder {model}, and no model of that name can be had from the hub: {error}"
-            ) from None
-        raise UserError(f"{model} cannot be loaded as a pre-trained model: {error}") from None
+    head = kind.head_config(task)
+    folder = Path(model)
+    if folder.exists() or model.startswith((".", "/", "~")):  # otherwise a name on the hub
+        network = load_weights(folder, read_config(folder, **head), kind.auto_model, new_head=True)
+    else:
+        network = _from_hub(model, head, kind.auto_model)
     try:
         find_ffns(network)
     except ValueError as error:
         raise UserError(f"{model} cannot become a MoE: {error}") from None
     return network
+
+
+def _from_hub(name: str, head: Mapping[str, Any], auto_model: Any) -> PreTrainedModel:
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **head)
+        # A head for another number of labels is replaced by a new one.
+        return auto_model.from_pretrained(
+            name, config=config, ignore_mismatched_sizes=True, use_safetensors=True, trust_remote_code=False
+        )
+    except TRANSFORMERS_ERRORS as error:
+        raise UserError(
+            f"there is no folder {name}, and no model of that name can be had from the hub: {cause_of(error)}"
+        ) from None

@@ -11,6 +11,7 @@ from moebert_kernels.compress.loading import row_length
 from moebert_kernels.errors import ArgumentError
 from moebert_kernels.models import HASH_ROUTINGS, ROUTINGS, find_ffns
 
+MAX_SEED = 2**32 - 1  # numpy takes no larger one
 COMPARISONS = ("random", "narrow", "layers")
 
 
@@ -80,6 +81,10 @@ class CompressSettings:
         for name in ("distill_weight", "weight_decay", "seed"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ArgumentError(name, f"must not be negative, got {getattr(self, name)}")
+        if self.seed + self.seeds > MAX_SEED + 1:
+            raise ArgumentError(
+                "seed", f"must be at most {MAX_SEED}, as must the last of {self.seeds}; got {self.seed}"
+            )
         if self.top_k > 1 and self.routing in HASH_ROUTINGS:
             raise ArgumentError(
                 "top_k", f"must be 1, got {self.top_k}: {self.routing} gives each token one expert"

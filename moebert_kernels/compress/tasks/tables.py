@@ -14,7 +14,7 @@ from datasets import Dataset
 from moebert_kernels.compress.files import Table, read_table
 from moebert_kernels.compress.tasks.hub import HubName, as_table
 from moebert_kernels.compress.tasks.task import Task, TaskData
-from moebert_kernels.errors import UserError
+from moebert_kernels.errors import ArgumentError, UserError
 
 _FEW_ROWS = 8  # too few to tell classes from labels that are all different
 _KINDS = ("classification", "regression")
@@ -59,7 +59,11 @@ def load_table(data: HubName | Path, options: CsvOptions) -> TaskData:
     if options.kind not in (None, *_KINDS):
         raise UserError(f"kind is {options.kind!r}, expected {' or '.join(_KINDS)}")
     if options.validation_file is None and not 0 < options.validation_fraction < 1:
-        raise UserError(f"the validation fraction is {options.validation_fraction}, expected between 0 and 1")
+        raise ArgumentError(
+            "validation_fraction", f"must be between 0 and 1, got {options.validation_fraction}"
+        )
+    if options.seed < 0:
+        raise ArgumentError("split_seed", f"must not be negative, got {options.seed}")
     table, second = _read(data, options)
     kind = options.kind or _infer_kind(table, options.label)
     label_ids = None

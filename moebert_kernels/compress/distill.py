@@ -37,6 +37,7 @@ from moebert_kernels.compress.losses import (
     layer_loss,
     prediction_loss,
 )
+from moebert_kernels.compress.writing import writing
 from moebert_kernels.errors import UserError
 from moebert_kernels.models import decay_parameters
 
@@ -352,6 +353,7 @@ def distill(
 
     Raises:
         UserError: the loss became infinite or NaN, or the processes cannot share the rows of a step evenly.
+        OutputError: a checkpoint cannot be written.
     """
     rows_each = processes.rows_each(settings.batch_size)
     processes.join()
@@ -391,7 +393,8 @@ def distill(
         callbacks=[*callbacks, _StopWhenDiverged(), *([_Report(progress)] if progress else [])],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
+    with writing(checkpoints):
+        trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
     processes.wait_for_all()  # the others may still be writing their part of the last checkpoint
     terms = ("ce", "layer", "prediction", "embedding", "balance")
     return [

@@ -30,6 +30,7 @@ from moebert_kernels.compress.batching import LengthGroupedTrainer, RowCollator,
 from moebert_kernels.compress.evaluate import evaluate
 from moebert_kernels.compress.loading import check_model_folder, load_tokenizer, row_length, save_encoder
 from moebert_kernels.compress.tasks import KINDS, Task, TaskData, tokenize
+from moebert_kernels.compress.writing import writing
 from moebert_kernels.errors import ArgumentError, UserError
 from moebert_kernels.models.surgery import find_ffns
 
@@ -126,7 +127,8 @@ def finetune(
             callbacks=list(callbacks),
         )
         trainer.remove_callback(PrinterCallback)  # the Trainer's stand-in for a bar that was switched off
-        trainer.train(resume_from_checkpoint=last_checkpoint(room))
+        with writing(room):
+            trainer.train(resume_from_checkpoint=last_checkpoint(room))
         processes.wait_for_all()  # the others may still be writing their part of the last checkpoint
 
         def finish() -> dict[str, float]:

@@ -14,9 +14,8 @@ its last checkpoint. In the output folder:
 
 from __future__ import annotations
 
-import shutil
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -31,10 +30,12 @@ from moebert_kernels.compress import processes
 from moebert_kernels.compress.adapt import token_counts
 from moebert_kernels.compress.artifacts import (
     Stage,
+    claim,
     discard_unfinished,
     exclusive,
     fingerprint,
     model_fingerprint,
+    remove_folders,
     rows_fingerprint,
     write_json,
 )
@@ -56,7 +57,6 @@ from moebert_kernels.compress.tasks import EncodedData, TaskData, match_labels, 
 from moebert_kernels.compress.token_scores import token_groups
 from moebert_kernels.compress.variants import STUDENT, Report, Trial, over_seeds, trials
 from moebert_kernels.environment import describe_environment
-from moebert_kernels.errors import UserError
 from moebert_kernels.models import (
     count_parameters,
     encoder_flops_per_token,
@@ -112,6 +112,7 @@ def compress(
     Raises:
         UserError: teacher, data, settings or output folder do not fit, said before any long work; or
             distillation diverged.
+        OutputError: the output folder cannot be written, for lack of room for instance.
     """
     teacher_dir, output_dir = Path(teacher_dir), Path(output_dir)
     teacher, tokenizer = load_teacher(teacher_dir)
@@ -120,8 +121,9 @@ def compress(
     data = match_labels(data, teacher.config)
     processes.rows_each(settings.batch_size)  # refuses what does not divide
     check_no_model(output_dir)
+    processes.on_main(lambda: claim(output_dir))
     with exclusive(output_dir):
-        processes.on_main(lambda: _prepare(output_dir))
+        processes.on_main(lambda: discard_unfinished(output_dir))
         return _Run(settings, data, teacher, tokenizer, teacher_dir, output_dir, progress).results()
 
 
@@ -142,15 +144,6 @@ def share_curves(importance: Importance, points: int = 101) -> list[list[float]]
     share_LF1 = torch.nn.functional.pad(share_LF, (1, 0))
     index_Q = torch.linspace(0, sorted_LF.shape[1], points).round().long()
     return share_LF1[:, index_Q].tolist()
-
-
-def _prepare(output_dir: Path) -> None:
-    """Refuse to replace a folder that no run of ours has made; remove what a killed one left."""
-    if (output_dir / "student").exists() and not (output_dir / "work" / "stages").exists():
-        raise UserError(
-            f"{output_dir / 'student'} exists and was not made by this command; give another output folder"
-        )
-    discard_unfinished(output_dir)
 
 
 class _Run:
@@ -303,7 +296,7 @@ class _Run:
         checkpoints = room / f"checkpoints-{made_from[:16]}"
 
         def work(report: Report) -> list[dict[str, float]]:
-            processes.on_main(lambda: _remove(room.glob("checkpoints-*"), keep=checkpoints))
+            processes.on_main(lambda: remove_folders(room.glob("checkpoints-*"), keep=checkpoints))
             student = self.load(adapted)
             log = distill(
                 student,
@@ -319,7 +312,7 @@ class _Run:
             return log
 
         log = self.stage(f"distill {trial.name}", made_from, work, folder, together=True)
-        processes.on_main(lambda: _remove(room.glob("checkpoints-*")))
+        processes.on_main(lambda: remove_folders(room.glob("checkpoints-*")))
         return folder, made_from, log
 
     def evaluated(self, name: str, folder: Path, made_from: str) -> dict[str, Any]:
@@ -402,9 +395,3 @@ class _Run:
 def _layers(kept: list[int] | None) -> dict[str, Any]:
     """For results.json, where layers are counted from 1 as in the report."""
     return {} if kept is None else {"kept_layers": [layer + 1 for layer in kept]}
-
-
-def _remove(folders: Iterable[Path], *, keep: Path | None = None) -> None:
-    for folder in folders:
-        if folder != keep:
-            shutil.rmtree(folder)

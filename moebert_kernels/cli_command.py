@@ -1,4 +1,4 @@
-"""How a command of `moebert` begins and ends: in a sentence, not a traceback, for what its user can put right."""
+"""How a command of `moebert` begins, and ends: in a sentence, where its user can put right what is wrong."""
 
 from __future__ import annotations
 
@@ -83,14 +83,14 @@ def import_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*pin_memory.*")  # asked for by default, also without a GPU
 
 
-def _run(name: str, by_many: bool, command: Callable[[], None]) -> None:
+def _run(name: str, by_many: bool, work: Callable[[], None]) -> None:
     from moebert_kernels.compress import processes
     from moebert_kernels.errors import UserError
 
     with processes.one_voice():
         if processes.count() > 1 and not by_many:
             raise UserError(f"moebert {name} runs in one process: start it without torchrun or accelerate")
-        command()
+        work()
 
 
 def _explain(error: ValueError | OSError) -> tuple[str, int]:

@@ -29,6 +29,7 @@ from moebert_kernels.compress.artifacts import (
 from moebert_kernels.compress.batching import LengthGroupedTrainer, RowCollator, count_labels
 from moebert_kernels.compress.evaluate import evaluate
 from moebert_kernels.compress.loading import check_model_folder, load_tokenizer, row_length, save_encoder
+from moebert_kernels.compress.settings import check_learning_rate
 from moebert_kernels.compress.tasks import KINDS, Task, TaskData, tokenize
 from moebert_kernels.compress.writing import writing
 from moebert_kernels.errors import ArgumentError, UserError
@@ -79,7 +80,8 @@ def finetune(
     output_dir = Path(output_dir)
     if processes.on_main(output_dir.exists):
         raise UserError(f"{output_dir} exists already; delete it or choose another folder")
-    for name, value in (("epochs", epochs), ("lr", lr), ("batch_size", batch_size)):
+    check_learning_rate("lr", lr)
+    for name, value in (("epochs", epochs), ("batch_size", batch_size)):
         if not 0 < value < float("inf"):
             raise ArgumentError(name, f"must be more than 0, got {value}")
     if not 0 <= weight_decay < float("inf"):

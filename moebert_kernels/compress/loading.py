@@ -189,7 +189,7 @@ def check_no_model(folder: Path) -> None:
 
 
 def check_new_folder(folder: Path) -> None:
-    """Raise a UserError unless `folder` is absent or empty: a model that is saved to it replaces all there."""
+    """Raise a UserError unless `folder` is absent or empty: saving a model to it replaces all it holds."""
     check_no_model(folder)
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{describe_folder(folder)}: give a new or an empty output folder")

@@ -260,7 +260,7 @@ def test_a_label_of_which_no_row_is_left_to_train_on_is_refused(tmp_path):
 def test_empty_texts_and_few_rows_are_told(tmp_path):
     lines = [f"row {i},{i % 2}\n" for i in range(60)]
     data = write(tmp_path / "t.csv", "text,label\n" + "".join([*lines[:2], ",0\n", *lines, " ,1\n"]))
-    with pytest.warns(UserWarning) as told:
+    with pytest.warns(UserWarning, match="rows") as told:
         assert len(load_task("csv", data).train) == 58
     assert [str(warning.message) for warning in told] == [
         f"{data}, line 4: the text in column 'text' is empty, and in 1 more rows; such rows are kept",

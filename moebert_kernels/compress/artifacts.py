@@ -58,7 +58,8 @@ def replace_whole(path: Path) -> Iterator[Path]:
     """Give a temporary name beside `path` to write a file or folder to; it becomes `path` if all goes well.
 
     What was at `path` is replaced at the end, and left alone if the body raises. A reader finds the old or
-    the new, or for a moment none, but never a part; nor does one after the machine has lost its power.
+    the new, or for a moment none, but never a part; nor does one after the machine has lost its power. Files
+    can be read by all who can read the folder around `path`.
 
     Raises:
         OutputError: the disk is full, or something else keeps the body from writing.
@@ -69,7 +70,10 @@ def replace_whole(path: Path) -> Iterator[Path]:
         try:
             fresh = room / path.name
             yield fresh
+            readers = path.parent.stat().st_mode & 0o444
             for written in [fresh, *fresh.rglob("*")]:
+                if written.is_file():  # safetensors makes files that their owner alone can read
+                    written.chmod(written.stat().st_mode | readers)
                 _sync(written)
             if path.is_dir():
                 os.rename(path, room / "old")
@@ -96,15 +100,15 @@ def claim(folder: Path) -> None:
         OutputError: it cannot be made or written.
     """
     records = folder / "work" / "stages"
-    if folder.is_dir() and not records.is_dir():
-        held = {path.name for path in folder.iterdir()} - {_LOCK}
-        # A run that was killed as it began may have made the first of its folders.
-        if held - {"work"} or (held and any((folder / "work").iterdir())):
-            raise UserError(
-                f"{describe_folder(folder)}, which no run of this command has made: give a new or an empty "
-                "output folder"
-            )
     with writing(folder):
+        if folder.is_dir() and not records.is_dir():
+            held = {path.name for path in folder.iterdir()} - {_LOCK}
+            # A run that was killed as it began may have made the first of its folders.
+            if held - {"work"} or (held and any((folder / "work").iterdir())):
+                raise UserError(
+                    f"{describe_folder(folder)}, which no run of this command has made: give a new or an "
+                    "empty output folder"
+                )
         records.mkdir(parents=True, exist_ok=True)
 
 
@@ -229,10 +233,10 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"the output folder {folder} is a file; give a folder")
     with ExitStack() as held:
         with writing(folder):
+            if folder.is_file():
+                raise OutputError(f"the output folder {folder} is a file; give a folder")
             folder.mkdir(parents=True, exist_ok=True)
             lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
             held.callback(os.close, lock)

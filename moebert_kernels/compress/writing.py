@@ -70,6 +70,9 @@ def explain(error: Exception, folder: Path | None = None) -> OutputError | None:
     place = f"cannot write to the folder {folder if folder.name else folder.absolute()}"
     if number == errno.ENOENT:
         return OutputError(f"{place}: it cannot be made, or was removed; {_ELSEWHERE}")
+    if number in (errno.EEXIST, errno.ENOTDIR):
+        file = next((part for part in [folder, *folder.parents] if part.is_file()), "something there")
+        return OutputError(f"{place}: {file} is a file; {_ELSEWHERE}")
     if number in _REMEDIES:
         return OutputError(f"{place}: {os.strerror(number)}; {_REMEDIES[number]}")
     if isinstance(error, RuntimeError) and _OF_TORCH.search(str(error)):

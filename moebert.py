@@ -6,7 +6,8 @@ import signal
 
 def main() -> None:
     """Run the command line of this process."""
-    signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))  # Ctrl-C while all is being imported
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as it is in the background of a shell
+        signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
     from moebert_kernels.cli import main
 
     main()

@@ -48,9 +48,8 @@ def command(
         def run(**arguments: Any) -> None:
             try:
                 import_libraries()
-                if signal.getsignal(signal.SIGINT) is _leave:
-                    # What is being written is finished or removed, and the user is told how to go on.
-                    _on_interruption(signal.default_int_handler)
+                # From here on what is being written is removed, and the user is told how to go on.
+                _on_interruption(signal.default_int_handler, instead_of=_leave)
                 _run(name, by_many, functools.partial(expanded, **arguments))
             except KeyboardInterrupt:
                 _say_once("interrupted; run the same command again to go on")
@@ -116,9 +115,16 @@ def _say_on_stderr(sentence: str, style: str | None = None) -> None:
     Console(stderr=True, soft_wrap=True).print(sentence, style=style, markup=False, highlight=False)
 
 
-def _on_interruption(handler: Callable[[int, FrameType | None], None]) -> None:
+def _on_interruption(
+    handler: Callable[[int, FrameType | None], Any],
+    *,
+    instead_of: Callable[[int, FrameType | None], Any] | None = None,
+) -> None:
     for number in _INTERRUPTIONS:
-        signal.signal(number, handler)
+        before = signal.getsignal(number)
+        # A shell lets what it runs in the background ignore Ctrl-C.
+        if before is not signal.SIG_IGN and instead_of in (None, before):
+            signal.signal(number, handler)
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

@@ -241,6 +241,7 @@ def test_published_importance_converts(call, folder):
             ["already holds a model"],
         ),
         (f"compress --teacher teacher {TABLE} --output another", ["another already holds a model"]),
+        (f"compress --teacher teacher {TABLE} --output reviews.csv", ["reviews.csv is a file"]),
         (
             f"compress --teacher teacher {TABLE} --measure-length 8 --output mine",
             ["mine holds thesis.tex, which no run of this command has made", "an empty output folder"],

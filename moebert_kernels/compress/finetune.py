@@ -76,6 +76,7 @@ def finetune(
     Raises:
         UserError: no such model, or one that cannot be compressed later; arguments out of range;
             `output_dir` exists; the processes cannot share the rows of a step evenly.
+        OutputError: a checkpoint or the model cannot be written.
     """
     output_dir = Path(output_dir)
     if processes.on_main(output_dir.exists):

@@ -175,15 +175,19 @@ def main(folder, seed):
         begin = functools.partial(die_in_a_file_of_more_than, size)
         die(("writing", what), -signal.SIGXFSZ, begin=begin, log=False)
 
-    die_writing("importance", 400)
-    for _ in range(3):
-        wait = drawn.uniform(0, seconds / 6)
-        child = start(folder, output)
+    def die_in_time(stage, count):
+        """At any moment; at the end of the stage at the latest, however fast this machine is."""
+        wait = drawn.uniform(0, min(seconds / 6, 2))
+        child = start(folder, output, Events(output, (stage, count)).listen)
         time.sleep(wait)
         os.kill(child, signal.SIGKILL)
-        assert ended(child) == -signal.SIGKILL
-        deaths.append(["time", round(wait, 2)])
+        assert ended(child) == -signal.SIGKILL, (folder / "log").read_text()
+        deaths.append(["time", stage, round(wait, 2)])
+
+    die_writing("importance", 400)
     for stage, count in counts.items():
+        if stage in ("importance", "distill student", "distill narrow FFN"):
+            die_in_time(stage, count - 3)
         # The last few may not come again: a run that goes on finds some folders made. In other stages it dies
         # at the beginning of the next, then.
         for survived in sorted(drawn.sample(range(count - 3), 2)):

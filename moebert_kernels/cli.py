@@ -1,22 +1,19 @@
 """The `moebert` command: parses, calls, prints.
 
-torch and transformers take seconds to import, so a command imports what it needs when it runs: help and wrong
-usage answer at once.
+A command imports the parts it calls when it runs, after its options have been found to make sense.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import os
-import signal
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from moebert_kernels.cli_command import command, run_app
 from moebert_kernels.cli_options import (
     Comparisons,
     DataOptions,
@@ -29,11 +26,7 @@ from moebert_kernels.cli_options import (
     Seeds,
     Teacher,
     compress_settings,
-    expand_options,
-    option_of,
 )
-
-USER_ERROR, INTERRUPTED = 2, 130
 
 app = typer.Typer(
     name="moebert",
@@ -45,85 +38,12 @@ app = typer.Typer(
 )
 
 
+_command = functools.partial(command, app)
+
+
 def main() -> None:
     """Run the command line of this process."""
-    # As Ctrl-C: what is being written is finished or removed, and the user is told how to go on.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    app()
-
-
-def _command(name: str, *, by_many: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a command that ends in a sentence, not a traceback, for what its user can put right.
-
-    Args:
-        name: as it is typed.
-        by_many: whether several processes can do it together, started by torchrun or accelerate.
-    """
-
-    def register(function: Callable[..., None]) -> Callable[..., None]:
-        expanded = expand_options(function)
-
-        @functools.wraps(expanded)
-        def run(**arguments: Any) -> None:
-            try:
-                _quiet_libraries()
-                _run(name, by_many, functools.partial(expanded, **arguments))
-            except KeyboardInterrupt:
-                _say_once("interrupted; run the same command again to go on")
-                raise typer.Exit(INTERRUPTED) from None
-            except ValueError as error:
-                from moebert_kernels.errors import ArgumentError, UserError
-
-                if not isinstance(error, UserError):
-                    raise
-                sentence = str(error)
-                if isinstance(error, ArgumentError):
-                    sentence = f"{option_of(error.argument)} {error.problem}"
-                _say_once(sentence, style="red")
-                raise typer.Exit(USER_ERROR) from None
-
-        return app.command(name)(run)
-
-    return register
-
-
-def _run(name: str, by_many: bool, command: Callable[[], None]) -> None:
-    from moebert_kernels.compress import processes
-    from moebert_kernels.errors import UserError
-
-    with processes.one_voice():
-        if processes.count() > 1 and not by_many:
-            raise UserError(f"moebert {name} runs in one process: start it without torchrun or accelerate")
-        command()
-
-
-def _say_once(sentence: str, style: str | None = None) -> None:
-    if "WORLD_SIZE" not in os.environ:  # one process, which may have been interrupted while it imported torch
-        _say_on_stderr(sentence, style)
-        return
-    from moebert_kernels.compress import processes
-
-    processes.say_once(lambda: _say_on_stderr(sentence, style))
-
-
-def _say_on_stderr(sentence: str, style: str | None = None) -> None:
-    Console(stderr=True, soft_wrap=True, emoji=False).print(
-        sentence, style=style, markup=False, highlight=False
-    )
-
-
-def _quiet_libraries() -> None:
-    """Their bars and warnings would run through ours; other warnings are said without source lines."""
-    import warnings
-
-    import datasets
-    import transformers
-
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    warnings.formatwarning = lambda message, *_, **__: f"{message}\n"
-    warnings.filterwarnings("ignore", message=".*pin_memory.*")  # asked for by default, also without a GPU
+    run_app(app)
 
 
 def _print_version(asked: bool) -> None:
@@ -408,10 +328,10 @@ def evaluate(
         raise UserError(f"--output {output} must be a file named .json")
     with StageBars(Console(stderr=True, highlight=False)) as progress:
         metrics = steps.evaluate_model(model, data.load(), max_length=run.max_length, progress=progress)
-    if output is not None:
-        artifacts.write_json(output, metrics)
     for name, value in metrics.items():
         typer.echo(f"{name} {value:.4f}")
+    if output is not None:
+        artifacts.write_json(output, metrics)
 
 
 @_command("env")

@@ -20,8 +20,9 @@ from transformers import (
 from typer.testing import CliRunner
 
 import moebert_kernels
-from moebert_kernels import cli, cli_options
-from moebert_kernels.cli import INTERRUPTED, USER_ERROR, app
+from moebert_kernels import cli_command, cli_options
+from moebert_kernels.cli import app
+from moebert_kernels.cli_command import INTERRUPTED, USER_ERROR
 from moebert_kernels.compress import pipeline
 from moebert_kernels.compress.finetune import finetune
 from moebert_kernels.compress.importance import Importance
@@ -58,6 +59,8 @@ def folder(tmp_path_factory):
     BertForSequenceClassification(config).save_pretrained(folder / "teacher")
     (folder / "vocab.txt").write_text("\n".join(WORDS))
     BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=16).save_pretrained(folder / "teacher")
+    (folder / "mine").mkdir()
+    (folder / "mine" / "thesis.tex").write_text("years of work")
     shutil.copytree(folder / "teacher", folder / "another")
     shutil.copytree(folder / "teacher", folder / "untokenized", ignore=shutil.ignore_patterns("*token*"))
     return folder
@@ -100,7 +103,7 @@ def test_compress_end_to_end(call, folder):
     results = json.loads((folder / "out" / "results.json").read_text())
     assert [model["name"] for model in results["models"]][:1] == ["teacher"]
     assert results["settings"]["expert_size"] == 8
-    assert "MoEBERT on csv" in (folder / "out" / "report.html").read_text()
+    assert "MoEBERT on reviews" in (folder / "out" / "report.html").read_text()
     student = AutoModelForSequenceClassification.from_pretrained(folder / "out" / "student")
     assert isinstance(student.config, MoEBertConfig)
 
@@ -232,6 +235,8 @@ def test_published_importance_converts(call, folder):
         (f"{COMPRESS} {TABLE} --compare narrow,best", ["--compare must be from random, narrow", "'best'"]),
         (f"{COMPRESS} {TABLE} --seeds 0", ["--seeds must be at least 1, got 0"]),
         (f"{COMPRESS} {TABLE} --lr -1", ["--lr must be more than 0, got -1"]),
+        (f"{COMPRESS} {TABLE} --lr 1e9", ["--lr must be less than 1, got 1e+09"]),
+        (f"finetune --model teacher {TABLE} --lr 1e9 --output x", ["--lr must be less than 1"]),
         (f"{COMPRESS} {TABLE} --measure-length 99", ["--measure-length is 99", "at most 16"]),
         (
             f"compress --teacher teacher {TABLE} --measure-length 8 --output teacher",
@@ -239,6 +244,14 @@ def test_published_importance_converts(call, folder):
         ),
         (f"compress --teacher teacher {TABLE} --output another", ["another already holds a model"]),
         (f"compress --teacher teacher {TABLE} --output reviews.csv", ["reviews.csv is a file"]),
+        (
+            f"compress --teacher teacher {TABLE} --measure-length 8 --output mine",
+            ["mine holds thesis.tex, which no run of this command has made", "an empty output folder"],
+        ),
+        (
+            "adapt --teacher teacher --random-split --output mine",
+            ["mine holds thesis.tex: give a new or an empty"],
+        ),
         (f"compress --teacher untokenized {TABLE} --output x", ["untokenized holds no tokenizer"]),
         (f"importance --teacher untokenized {TABLE} --output x.safetensors", ["holds no tokenizer"]),
         (f"evaluate --model untokenized {TABLE}", ["holds no tokenizer"]),
@@ -275,9 +288,9 @@ def test_published_importance_converts(call, folder):
     ],
 )
 def test_wrong_input_gets_one_sentence(call, folder, command, words):
-    before = sorted(folder.iterdir())
+    before = sorted(folder.rglob("*"))
     assert_user_error(call(command), *words)
-    assert sorted(folder.iterdir()) == before, "something was begun"
+    assert sorted(folder.rglob("*")) == before, "something was begun"
 
 
 @pytest.mark.parametrize(
@@ -294,7 +307,7 @@ def test_wrong_input_gets_one_sentence(call, folder, command, words):
     ],
 )
 def test_wrong_usage_is_refused_before_anything_is_imported(call, monkeypatch, command, words):
-    monkeypatch.setattr(cli, "_quiet_libraries", pytest.fail)
+    monkeypatch.setattr(cli_command, "import_libraries", pytest.fail)
     result = call(command)
     assert result.exit_code == 2
     for word in words:

@@ -19,6 +19,7 @@ from rich.console import Console
 import moebert_kernels
 from moebert_kernels.compress.artifacts import (
     Stage,
+    claim,
     exclusive,
     fingerprint,
     model_fingerprint,
@@ -113,6 +114,7 @@ def run_demo(
         seed=seed,
     )
     teacher_dir, timings = output_dir / "teacher", {}
+    claim(output_dir)
     with StageBars(console) as bars:
         with exclusive(output_dir):
             write_tables(data, output_dir / "data")

@@ -25,6 +25,7 @@ from moebert_kernels.compress.losses import Pooling
 from moebert_kernels.compress.precision import check_bf16
 from moebert_kernels.compress.trainer import DistillationTrainer
 from moebert_kernels.compress.training_load import SayLoad
+from moebert_kernels.compress.writing import writing
 from moebert_kernels.errors import UserError
 
 
@@ -102,6 +103,7 @@ def distill(
     Raises:
         UserError: the loss became infinite or NaN, or the processes cannot share the rows of a step evenly,
             or the GPU computes no bfloat16.
+        OutputError: a checkpoint cannot be written.
     """
     check_bf16(settings.bf16)
     rows_each = processes.rows_each(settings.batch_size)
@@ -150,7 +152,8 @@ def distill(
     trainer.remove_callback(PrinterCallback)
     if trainer.load is not None and say is not None and processes.is_main():
         trainer.add_callback(SayLoad(trainer.load, say))
-    trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
+    with writing(checkpoints):
+        trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
     processes.wait_for_all()  # the others may still be writing their part of the last checkpoint
     terms = ("ce", "layer", "prediction", "embedding", "balance")
     losses = [

@@ -30,8 +30,9 @@ from moebert_kernels.compress.checkpoint import TRANSFORMERS_ERRORS, cause_of, l
 from moebert_kernels.compress.evaluate import evaluate
 from moebert_kernels.compress.loading import load_tokenizer, row_length, save_encoder
 from moebert_kernels.compress.precision import check_bf16
-from moebert_kernels.compress.settings import MAX_SEED
+from moebert_kernels.compress.settings import MAX_SEED, check_learning_rate
 from moebert_kernels.compress.tasks import KINDS, Task, TaskData, tokenize
+from moebert_kernels.compress.writing import writing
 from moebert_kernels.errors import ArgumentError, UserError
 from moebert_kernels.models.surgery import find_ffns
 
@@ -78,11 +79,13 @@ def finetune(
     Raises:
         UserError: no such model, or one that cannot be compressed later; arguments out of range;
             `output_dir` exists; the processes cannot share the rows of a step evenly.
+        OutputError: a checkpoint or the model cannot be written.
     """
     output_dir = Path(output_dir)
     if processes.on_main(output_dir.exists):
         raise UserError(f"{output_dir} exists already; delete it or choose another folder")
-    for name, value in (("epochs", epochs), ("lr", lr), ("batch_size", batch_size)):
+    check_learning_rate("lr", lr)
+    for name, value in (("epochs", epochs), ("batch_size", batch_size)):
         if not 0 < value < float("inf"):
             raise ArgumentError(name, f"must be more than 0, got {value}")
     if not 0 <= weight_decay < float("inf"):
@@ -135,7 +138,8 @@ def finetune(
             callbacks=list(callbacks),
         )
         trainer.remove_callback(PrinterCallback)  # the Trainer's stand-in for a bar that was switched off
-        trainer.train(resume_from_checkpoint=last_checkpoint(room))
+        with writing(room):
+            trainer.train(resume_from_checkpoint=last_checkpoint(room))
         processes.wait_for_all()  # the others may still be writing their part of the last checkpoint
 
         def finish() -> dict[str, float]:

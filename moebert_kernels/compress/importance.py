@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moebert_kernels.checks import check_tensor
 from moebert_kernels.compress import processes
+from moebert_kernels.compress.artifacts import replace_whole
 from moebert_kernels.compress.batching import LABEL_COLUMNS
 from moebert_kernels.compress.token_scores import TokenScores, TokenScoreSums
 from moebert_kernels.errors import UserError
@@ -77,10 +77,11 @@ class Importance:
         object.__setattr__(self, "scores_LF", scores_LF)
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file, whole or not at all; model, task and sample count are in its header."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        """Write a safetensors file, whole or not at all; model, task and sample count are in its header.
+
+        Raises:
+            OutputError: the disk is full, or something else keeps it from being written.
+        """
         header = {
             "format": _FORMAT,
             "model": self.model,
@@ -94,11 +95,8 @@ class Importance:
                 "token_scores_LGF": self.tokens.scores_LGF,
                 "token_group_V": self.tokens.group_V,
             }
-        try:
-            save_file(tensors, unfinished, header)
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with replace_whole(Path(path)) as fresh:
+            save_file(tensors, fresh, header)
 
     @classmethod
     def load(cls, path: str | Path) -> Importance:

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 from moebert_kernels.compress import processes
 from moebert_kernels.compress.artifacts import replace_whole, rows_fingerprint
 from moebert_kernels.compress.checkpoint import cause_of, load_weights, read_config
+from moebert_kernels.compress.files import describe_folder
 from moebert_kernels.compress.tasks import TaskData, auto_model_of
 from moebert_kernels.errors import ArgumentError, UserError
 from moebert_kernels.models import find_ffns, is_moe, max_tokens
@@ -171,3 +172,10 @@ def check_no_model(folder: Path) -> None:
         raise UserError(f"the output {folder} is a file; give a folder")
     if (folder / "config.json").exists() or (folder / "model.safetensors").exists():
         raise UserError(f"{folder} already holds a model; give another output folder")
+
+
+def check_new_folder(folder: Path) -> None:
+    """Raise a UserError unless `folder` is absent or empty: saving a model to it replaces all it holds."""
+    check_no_model(folder)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{describe_folder(folder)}: give a new or an empty output folder")

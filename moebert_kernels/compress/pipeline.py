@@ -19,9 +19,8 @@ In results.json the load of experts is told twice, as shares of real tokens that
 
 from __future__ import annotations
 
-import shutil
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -37,10 +36,12 @@ from moebert_kernels.compress import processes
 from moebert_kernels.compress.adapt import token_counts
 from moebert_kernels.compress.artifacts import (
     Stage,
+    claim,
     discard_unfinished,
     exclusive,
     fingerprint,
     model_fingerprint,
+    remove_folders,
     rows_fingerprint,
     write_json,
 )
@@ -63,7 +64,6 @@ from moebert_kernels.compress.tasks import KINDS, EncodedData, TaskData, match_l
 from moebert_kernels.compress.token_scores import token_groups
 from moebert_kernels.compress.variants import STUDENT, Report, Trial, over_seeds, trials
 from moebert_kernels.environment import describe_environment
-from moebert_kernels.errors import UserError
 from moebert_kernels.models import (
     count_parameters,
     encoder_flops_per_token,
@@ -121,6 +121,7 @@ def compress(
     Raises:
         UserError: teacher, data, settings or output folder do not fit, said before any long work; or
             distillation diverged.
+        OutputError: the output folder cannot be written, for lack of room for instance.
     """
     teacher_dir, output_dir = Path(teacher_dir), Path(output_dir)
     teacher, tokenizer = load_teacher(teacher_dir)
@@ -140,8 +141,9 @@ def results_of(run: Run) -> dict[str, Any]:
         UserError: the folder is no such run's, or in use.
     """
     check_no_model(run.output_dir)
+    processes.on_main(lambda: claim(run.output_dir))  # before anything is put into a folder that is refused
     with exclusive(run.output_dir):
-        processes.on_main(lambda: _prepare(run.output_dir))
+        processes.on_main(lambda: discard_unfinished(run.output_dir))
         return run.results()
 
 
@@ -162,15 +164,6 @@ def share_curves(importance: Importance, points: int = 101) -> list[list[float]]
     share_LF1 = torch.nn.functional.pad(share_LF, (1, 0))
     index_Q = torch.linspace(0, sorted_LF.shape[1], points).round().long()
     return share_LF1[:, index_Q].tolist()
-
-
-def _prepare(output_dir: Path) -> None:
-    """Refuse to replace a folder that no run of ours has made; remove what a killed one left."""
-    if (output_dir / "student").exists() and not (output_dir / "work" / "stages").exists():
-        raise UserError(
-            f"{output_dir / 'student'} exists and was not made by this command; give another output folder"
-        )
-    discard_unfinished(output_dir)
 
 
 class Run:
@@ -347,7 +340,7 @@ class Run:
         name, say = f"distill {trial.name}", self.say
 
         def work(report: Report) -> dict[str, Any]:
-            processes.on_main(lambda: _remove(room.glob("checkpoints-*"), keep=checkpoints))
+            processes.on_main(lambda: remove_folders(room.glob("checkpoints-*"), keep=checkpoints))
             student = self.load(adapted)
             found = distill(
                 student,
@@ -366,7 +359,7 @@ class Run:
 
         recorded = fingerprint(made_from, Distilled._fields)
         found = self.stage(name, recorded, work, folder, together=True)
-        processes.on_main(lambda: _remove(room.glob("checkpoints-*")))
+        processes.on_main(lambda: remove_folders(room.glob("checkpoints-*")))
         return folder, made_from, Distilled(**found)
 
     def evaluated(self, name: str, folder: Path, made_from: str) -> dict[str, Any]:
@@ -463,9 +456,3 @@ class Run:
 def _layers(kept: list[int] | None) -> dict[str, Any]:
     """For results.json, where layers are counted from 1 as in the report."""
     return {} if kept is None else {"kept_layers": [layer + 1 for layer in kept]}
-
-
-def _remove(folders: Iterable[Path], *, keep: Path | None = None) -> None:
-    for folder in folders:
-        if folder != keep:
-            shutil.rmtree(folder)

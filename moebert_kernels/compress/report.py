@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from html import escape
 from importlib import resources
@@ -11,6 +10,7 @@ from string import Template
 from typing import Any
 
 from moebert_kernels.compress import plots
+from moebert_kernels.compress.artifacts import replace_whole
 from moebert_kernels.compress.summary import capital, count_text, quality_of, summarize
 
 FORMAT = 1
@@ -29,16 +29,15 @@ def write_report(results: dict[str, Any], path: str | Path) -> None:
 
     Args:
         results: the content of results.json, format 1.
-        path: of the file to write; its folder must exist.
+        path: of the file to write; its folder is made if need be.
 
     Raises:
+        OutputError: the disk is full, or something else keeps it from being written.
         ValueError: `results` is of another format, or holds no models.
     """
-    path = Path(path)
     page = render_report(results)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, path)
+    with replace_whole(Path(path)) as fresh:
+        fresh.write_text(page, encoding="utf-8")
 
 
 def render_report(results: dict[str, Any]) -> str:

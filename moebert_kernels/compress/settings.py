@@ -74,10 +74,9 @@ class CompressSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ArgumentError(name, f"must be at least 1, got {value}")
-        for name in ("epochs", "learning_rate"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise ArgumentError(name, f"must be more than 0, got {value}")
+        if not 0 < self.epochs < float("inf"):
+            raise ArgumentError("epochs", f"must be more than 0, got {self.epochs}")
+        check_learning_rate("learning_rate", self.learning_rate)
         for name in ("distill_weight", "weight_decay", "seed"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ArgumentError(name, f"must not be negative, got {getattr(self, name)}")
@@ -94,6 +93,20 @@ class CompressSettings:
         for name in self.comparisons:
             if name not in COMPARISONS:
                 raise ArgumentError("comparisons", f"must be from {', '.join(COMPARISONS)}; got {name!r}")
+
+
+def check_learning_rate(argument: str, rate: float | None) -> None:
+    """Raise an ArgumentError unless `rate` is above 0 and below 1, or None.
+
+    AdamW moves a weight by about the learning rate in each step, whatever its gradient is: from 1 on, by more
+    than any weight of an encoder is large.
+    """
+    if rate is not None and not rate > 0:
+        raise ArgumentError(argument, f"must be more than 0, got {rate}")
+    if rate is not None and rate >= 1:
+        raise ArgumentError(
+            argument, f"must be less than 1, got {rate:g}: a step moves every weight by about that much"
+        )
 
 
 def resolve(

@@ -22,7 +22,7 @@ from moebert_kernels.compress.distill import Distilled, DistillSettings, distill
 from moebert_kernels.compress.evaluate import batches, evaluate
 from moebert_kernels.compress.importance import Importance, compute_importance
 from moebert_kernels.compress.loading import (
-    check_no_model,
+    check_new_folder,
     default_device,
     load_model,
     load_teacher,
@@ -34,6 +34,7 @@ from moebert_kernels.compress.pipeline import Progress
 from moebert_kernels.compress.settings import CompressSettings, resolve
 from moebert_kernels.compress.tasks import KINDS, EncodedData, TaskData, match_labels, tokenize
 from moebert_kernels.compress.token_scores import token_groups
+from moebert_kernels.compress.writing import check_writable
 from moebert_kernels.errors import UserError
 from moebert_kernels.models import find_ffns, is_moe
 
@@ -66,6 +67,7 @@ def score_teacher(
     rows = sample_rows(encoded.train, settings.importance_rows, settings.seed)
     group_V = token_groups(teacher, token_counts(rows, teacher.config.vocab_size)) if per_token else None
     _place(teacher)
+    processes.on_main(lambda: check_writable(output.parent))
     importance = compute_importance(
         teacher,
         batches(rows, tokenizer, device=default_device()),
@@ -93,14 +95,14 @@ def split_teacher(
         settings: the experts'.
         teacher_dir: of the fine-tuned model.
         importance: the scores' file; None for a split at random.
-        output_dir: of the new model; must not hold another.
+        output_dir: of the new model; a new or an empty folder.
         data: raw rows whose tokens are counted for `COUNTING_ROUTINGS`; other routings need none.
         progress: hears (stage, layers done, layers in all) of "hash-affinity".
 
     Raises:
         UserError: sizes, scores and teacher do not fit, or data is missing.
     """
-    check_no_model(output_dir)
+    check_new_folder(output_dir)
     teacher, tokenizer = load_teacher(teacher_dir)
     ffns = find_ffns(teacher)
     scores: Importance | torch.Tensor
@@ -151,14 +153,14 @@ def distill_student(
         data: raw rows.
         student_dir: of the MoE, left as it is.
         teacher_dir: of the model it was made of.
-        output_dir: of the distilled model; must not hold another.
+        output_dir: of the distilled model; a new or an empty folder.
         progress: hears (stage, steps done, steps in all).
         say: hears a sentence at the end of each epoch.
 
     Raises:
         UserError: the folders' models do not fit each other or the data, or training diverged.
     """
-    check_no_model(output_dir)
+    check_new_folder(output_dir)
     processes.rows_each(settings.batch_size)  # refuses what does not divide
     teacher, tokenizer = load_teacher(teacher_dir)
     student = load_model(student_dir)[0]

@@ -22,7 +22,8 @@ from safetensors import safe_open
 from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizerFast
 from typer.testing import CliRunner
 
-from moebert_kernels.cli import USER_ERROR, app
+from moebert_kernels.cli import app
+from moebert_kernels.cli_command import USER_ERROR
 from moebert_kernels.compress.adapt import adapt, random_scores
 from moebert_kernels.compress.embeddings import load_sentence_encoder
 from moebert_kernels.compress.importance import Importance

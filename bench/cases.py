@@ -156,6 +156,17 @@ class Request:
         return replace(other, **{name: value for name, value in mine.items() if value is not None})
 
 
+def check_sequences(tokens: tuple[int, ...] | None, sequence: int) -> None:
+    """Refuse token counts that are no whole sequences: others would be computed than the table says.
+
+    Raises:
+        ValueError: one of `tokens` is no multiple of `sequence`.
+    """
+    for count in tokens or ():
+        if count % sequence:
+            raise ValueError(f"tokens must be a multiple of the sequence length, {sequence}, got {count}")
+
+
 TOY = Request(T=(24,), D=16, F=8, E=3, L=2, V=64, sequence=6, dtypes=("float32",), routings=("skewed",))
 
 
@@ -171,6 +182,8 @@ def expert_ids(case: Case, *, seed: int = 0) -> Tensor:
         int64 [T, K], on the CPU.
     """
     T, E, K = case.T, case.E, case.K
+    if K > E:
+        raise ValueError(f"top_k must not exceed the {E} experts, got {K}")
     g = torch.Generator().manual_seed(seed)
     middle = E // 2
     if case.routing == "balanced":

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from .cases import Request
+    from .registry import Op
 
 app = typer.Typer(
     name="bench",
@@ -24,16 +29,38 @@ _HELP = {
 }
 
 
+_FLAGS = {
+    "T": "--tokens",
+    "D": "--hidden",
+    "F": "--expert-size",
+    "E": "--experts",
+    "K": "--top-k",
+    "L": "--layers",
+    "sequence": "--sequence",
+    "dtypes": "--dtype",
+    "routings": "--skew",
+    "shapes": "--shape",
+    "norm": "--norm",
+    "text": "--text",
+}
+
+
 def _words(text: str | None) -> tuple[str, ...] | None:
-    return None if text is None else tuple(word.strip() for word in text.split(",") if word.strip())
+    if text is None:
+        return None
+    words = tuple(word.strip() for word in text.split(","))
+    if not all(words):
+        raise typer.BadParameter(f"expected words with commas between them, got {text!r}")
+    return words
 
 
 def _numbers(text: str | None) -> tuple[int, ...] | None:
-    words = _words(text)
-    try:
-        return None if words is None else tuple(int(word) for word in words)
-    except ValueError:
-        raise typer.BadParameter(f"expected whole numbers with commas between them, got {text!r}") from None
+    if text is None:
+        return None
+    words = text.split(",")
+    if not all(re.fullmatch(r"\s*0*[1-9]\d*\s*", word) for word in words):
+        raise typer.BadParameter(f"expected whole numbers from 1 with commas between them, got {text!r}")
+    return tuple(int(word) for word in words)
 
 
 def _among(what: str, words: tuple[str, ...] | None, known: tuple[str, ...]) -> tuple[str, ...] | None:
@@ -41,6 +68,14 @@ def _among(what: str, words: tuple[str, ...] | None, known: tuple[str, ...]) -> 
     if unknown:
         raise typer.BadParameter(f"{what} must be among {', '.join(known)}, got {', '.join(unknown)}")
     return words
+
+
+def _check_taken(op: Op, asked: Request) -> None:
+    """A size that a benchmark has no use for must not seem to have been measured."""
+    for name, flag in _FLAGS.items():
+        if getattr(asked, name) is not None and name not in op.takes:
+            taken = ", ".join(known for field, known in _FLAGS.items() if field in op.takes)
+            raise typer.BadParameter(f"{op.name} has no {flag}; its shapes are chosen by {taken}")
 
 
 def measure(
@@ -71,7 +106,7 @@ def measure(
     ] = None,
     shape: Annotated[
         str | None,
-        typer.Option(help="Sizes by name (ffn, model): bert-base, minilm.", rich_help_panel=_SHAPES),
+        typer.Option(help="Encoders' sizes (not dispatch): bert-base, minilm.", rich_help_panel=_SHAPES),
     ] = None,
     norm: Annotated[
         bool,
@@ -107,18 +142,24 @@ def measure(
         int, typer.Option(min=1, help="Interleaved samples of each entry.", rich_help_panel=_METHOD)
     ] = 30,
     seconds: Annotated[
-        float, typer.Option(help="Stop the rounds of one table column after this.", rich_help_panel=_METHOD)
+        float,
+        typer.Option(min=0, help="Stop the rounds of one table column after this.", rich_help_panel=_METHOD),
     ] = 10.0,
     limit: Annotated[
         float | None,
-        typer.Option(help="Seconds after which nothing more is started.", rich_help_panel=_METHOD),
+        typer.Option(min=0, help="Seconds after which nothing more is started.", rich_help_panel=_METHOD),
     ] = None,
     only: Annotated[
         str | None, typer.Option(help="Entries to run, by name; default: all.", rich_help_panel=_METHOD)
     ] = None,
     peer_path: Annotated[
         Path | None,
-        typer.Option(help="Folder with triton_kernels' and scattermoe's sources.", rich_help_panel=_METHOD),
+        typer.Option(
+            exists=True,
+            file_okay=False,
+            help="Folder with triton_kernels' and scattermoe's sources.",
+            rich_help_panel=_METHOD,
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for a .jsonl and a plot of each; default: print only.")
@@ -133,6 +174,8 @@ def measure(
     from .suite import OPS, run_benchmarks
     from .timing import CACHES, LAUNCHES
 
+    if not seconds >= 0:
+        raise typer.BadParameter(f"--seconds must not be negative, got {seconds}")
     asked = Request(
         T=_numbers(tokens),
         D=hidden,
@@ -164,9 +207,13 @@ def measure(
         probes=ceilings.TOY if toy else None,
     )
     name = context.info_name or "all"
+    if name != "all":
+        _check_taken(OPS[name], asked)
     try:
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
         run_benchmarks(list(OPS) if name == "all" else [name], settings, out)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
 
 
@@ -176,8 +223,15 @@ for _name, _text in _HELP.items():
 
 @app.command()
 def readme(
-    file: Annotated[Path, typer.Argument(help="A markdown file with <!-- bench:NAME:begin/end --> markers.")],
-    results: Annotated[Path, typer.Option(help="Folder of result files.")] = Path("bench/results"),
+    file: Annotated[
+        Path,
+        typer.Argument(
+            exists=True, dir_okay=False, help="A markdown file with <!-- bench:NAME:begin/end --> markers."
+        ),
+    ],
+    results: Annotated[
+        Path, typer.Option(exists=True, file_okay=False, help="Folder of result files.")
+    ] = Path("bench/results"),
     check: Annotated[
         bool, typer.Option("--check", help="Change nothing; fail if the tables are old.")
     ] = False,
@@ -201,7 +255,7 @@ def readme(
 
 @app.command("plot")
 def plot_command(
-    file: Annotated[Path, typer.Argument(help="A result file.")],
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A result file.")],
     out: Annotated[
         Path | None, typer.Option(help="Picture to write; default: beside the file, .svg.")
     ] = None,
@@ -210,4 +264,7 @@ def plot_command(
     from .plot import plot
     from .results import read
 
-    typer.echo(plot(read(file), out or file.with_suffix(".svg")))
+    try:
+        typer.echo(plot(read(file), out or file.with_suffix(".svg")))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None

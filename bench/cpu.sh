@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The CPU figures of bench/results, in ten to twelve minutes, on a machine that does nothing else:
+# The CPU figures of bench/results, in eleven to thirteen minutes, on a machine that does nothing else:
 #
 #   bash bench/cpu.sh [--only PARTS] [--text FILE] [--out DIR] [--busy] [--dry-run]
 #
@@ -8,7 +8,7 @@
 #               dense FFN and one expert's; then the plain layer beside all peers
 #   dispatch    from token ids to every layer's sorted order
 #   model       BERT-base and MiniLM, batches 1×32, 8×128, 32×128, and with --text one of real sentences
-#   importance  one backward pass per batch beside the published procedure
+#   importance  BERT-base and MiniLM, one backward pass per batch beside the published procedure
 # --text     sentences, a line each, or a .tsv with a column "sentence", as GLUE's SST-2 has it
 # --out      folder for results (default bench/results; with --dry-run a temporary one)
 # --busy     measure although other work keeps the machine busy; the results say so
@@ -81,7 +81,7 @@ run_model() {
     --only "moebert_kernels,dense BERT,bound: dense FFN of one expert"
 }
 
-run_importance() { bench importance --limit 90; }
+run_importance() { bench importance --shape bert-base,minilm --seconds 70 --limit 150; }
 
 failed=0
 for part in ${parts//,/ }; do

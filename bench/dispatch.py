@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,9 +95,7 @@ def _single_plans(expert_ids_T: Tensor, experts: int) -> tuple[Tensor, Tensor]:
 
 
 def _scattermoe(peer_path: str | None, inputs: DispatchInputs, pass_: str) -> Thunk:
-    if inputs.ids_T.device.type != "cuda":
-        raise DidNotRun("needs a CUDA device")
-    package = load("scattermoe", "scattermoe", peer_path)
+    package = load("scattermoe", "scattermoe", peer_path, inputs.ids_T.device)
 
     def dispatch(expert_ids_T: Tensor, experts: int) -> tuple[Tensor, Tensor]:
         _, order_T, ends_E = package.flatten_sort_count(expert_ids_T.unsqueeze(1), num_experts=experts)
@@ -109,16 +106,15 @@ def _scattermoe(peer_path: str | None, inputs: DispatchInputs, pass_: str) -> Th
 
 def entries(peer_path: str | None) -> list[Entry]:
     """All layers in one call, and the peers, each layer for itself."""
-
-    def entry(name: str, bind: Any) -> Entry:
-        return Entry(name, bind, work="dispatch")
-
+    each_layer = {
+        "moebert_kernels, layer by layer": _single_plans,
+        AUTHORS: _authors,
+        "transformers grouped_mm": _transformers,
+    }
     return [
-        entry(OURS, _ours),
-        entry("moebert_kernels, layer by layer", functools.partial(_layer_by_layer, _single_plans)),
-        entry(AUTHORS, functools.partial(_layer_by_layer, _authors)),
-        entry("transformers grouped_mm", functools.partial(_layer_by_layer, _transformers)),
-        entry("scattermoe", functools.partial(_scattermoe, peer_path)),
+        Entry(OURS, _ours),
+        *(Entry(name, functools.partial(_layer_by_layer, one)) for name, one in each_layer.items()),
+        Entry("scattermoe", functools.partial(_scattermoe, peer_path)),
     ]
 
 
@@ -161,8 +157,8 @@ def footprint(inputs: DispatchInputs) -> int:
 
 DISPATCH = Op(
     name="dispatch",
+    takes=("T", "E", "L", "V"),
     passes=("dispatch",),
-    default_passes=("dispatch",),
     cases=cases,
     make_inputs=make_inputs,
     entries=entries,

@@ -35,7 +35,11 @@ _NORM_SLACK = 3.0
 
 
 def cases(request: Request, device_type: str) -> list[FFNCase]:
-    """All token counts balanced; the other routings at the middle of them."""
+    """All token counts balanced; the other routings at the middle of them.
+
+    Raises:
+        ValueError: more experts are asked for each token than there are.
+    """
     gpu = device_type == "cuda"
     tokens = request.T or (TIMED_TOKENS if gpu else (64, 512, 2048))
     dtypes = request.dtypes or (("bfloat16",) if gpu else cpu_dtypes())
@@ -47,6 +51,8 @@ def cases(request: Request, device_type: str) -> list[FFNCase]:
                 skewed = routing != "balanced" and request.T is None
                 for count in middle if skewed else tokens:
                     chosen.append(FFNCase(count, **sizes, dtype=dtype, routing=routing))
+    if many := [case for case in chosen if case.K > case.E]:
+        raise ValueError(f"top_k must be at most the number of experts, {many[0].E}, got {many[0].K}")
     return list(dict.fromkeys(chosen))
 
 
@@ -180,6 +186,7 @@ def footprint(inputs: FFNInputs) -> int:
 
 FFN = Op(
     name="ffn",
+    takes=("T", "D", "F", "E", "K", "dtypes", "routings", "shapes", "norm"),
     passes=PASSES,
     default_passes=PASSES[:3],
     cases=cases,

@@ -12,7 +12,8 @@
 #   profile    Nsight Compute over one forward and backward pass
 # --out        folder for results and logs (default bench/results; with --dry-run a temporary one)
 # --peer-path  folder with the sources of triton_kernels and scattermoe
-# --limit      seconds for all parts together (default 530); a part that is cut off keeps what it has
+# --limit      seconds for all parts together (default 530): bench and tune leave off in time and keep what they
+#              have, of a part that is cut off its log is left
 # --dry-run    needs no GPU: every part runs what it can on the CPU, kernels in Triton's interpreter, tiny sizes
 #
 # PYTHON chooses the interpreter. A part that fails does not stop the next ones; the exit status tells.
@@ -21,40 +22,57 @@ cd "$(dirname "$0")/.."
 self=bench/gpu.sh
 
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
-parts=build,test,sanitize,bench,tune
+all=build,test,sanitize,bench,tune,profile
+parts=${all%,profile}
 out=
 limit=530
 dry=
 part=
 peers=()
 given=()
+usage() { sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' $self >&2; echo "$1" >&2; exit 2; }
 while [ $# -gt 0 ]; do
   case $1 in
-    --only) parts=$2; shift 2 ;;
-    --out) out=$2; shift 2 ;;
-    --peer-path) peers=(--peer-path "$2"); given+=(--peer-path "$2"); shift 2 ;;
-    --limit) limit=$2; shift 2 ;;
-    --dry-run) dry=1; given+=(--dry-run); shift ;;
-    --part) part=$2; shift 2 ;; # one part alone: how the script calls itself, to cut a part off in time
-    *) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' $self >&2; echo "unknown option: $1" >&2; exit 2 ;;
+    --dry-run) dry=1; given+=(--dry-run); shift; continue ;;
+    --only | --out | --peer-path | --limit | --part) [ $# -gt 1 ] || usage "$1 needs a value" ;;
+    *) usage "unknown option: $1" ;;
   esac
+  case $1 in
+    --only) parts=$2 ;;
+    --out) out=$2 ;;
+    --peer-path) peers=(--peer-path "$2"); given+=(--peer-path "$2") ;;
+    --limit) limit=$2 ;;
+    --part) part=$2 ;; # one part alone: how the script calls itself, to cut a part off in time
+  esac
+  shift 2
 done
+for name in ${parts//,/ }; do
+  case ,$all, in *",$name,"*) ;; *) usage "unknown part: $name" ;; esac
+done
+[[ $limit =~ ^[0-9]+$ ]] || usage "--limit must be whole seconds, got $limit"
 if [ -n "$dry" ]; then
   out=${out:-$(mktemp -d)}
   export TRITON_INTERPRET=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
   bench_options=(--device cpu --toy --threads 1)
 else
   out=${out:-bench/results}
-  bench_options=(--device cuda --seconds 3)
+  bench_options=(--device cuda --seconds 2)
 fi
 mkdir -p "$out"
 
 left() { echo $((limit - SECONDS)); }
 
 run_build() {
-  if [ ! -e setup.py ]; then echo "there is nothing to build"; return; fi
   "$PYTHON" setup.py build_ext --inplace
-  "$PYTHON" -c 'from moebert_kernels import native; print(native.status())'
+  "$PYTHON" - "${dry:+cpu}" <<'CHECK'
+import sys
+from moebert_kernels import native
+
+found = native.status()
+print(found)
+if not (found.cuda or sys.argv[1]):
+    sys.exit("built without CUDA: plans will be made by PyTorch")
+CHECK
 }
 
 run_pytest() { # pytest's 5 means that it found no test
@@ -66,7 +84,7 @@ run_pytest() { # pytest's 5 means that it found no test
 
 run_test() {
   if [ -z "$dry" ]; then run_pytest --durations=10; return; fi
-  run_pytest --collect-only
+  run_pytest --collect-only -q
   "$PYTHON" -m pytest tests/test_kernels_ffn.py -k "interpreter and T7"
 }
 
@@ -82,16 +100,20 @@ run_sanitize() {
   if [ -n "$dry" ]; then small_passes; else "$PYTHON" tests/sanitize.py; fi
 }
 
-run_bench() {
-  local share
-  share=$(($(left) / 5))
-  "$PYTHON" -m bench dispatch "${bench_options[@]}" "${peers[@]}" --out "$out" --limit $((share / 2))
-  "$PYTHON" -m bench model "${bench_options[@]}" "${peers[@]}" --out "$out" --limit "$share"
-  "$PYTHON" -m bench ffn "${bench_options[@]}" "${peers[@]}" --out "$out" --limit $((share * 2))
+run_bench() { # whatever becomes of one, the others run; some time stays for what comes after
+  local failed=0
+  measure dispatch $(($(left) / 10)) || failed=1
+  measure model $(($(left) / 5)) || failed=1
+  measure ffn $(($(left) * 3 / 4)) || failed=1
+  return $failed
 }
 
-run_tune() {
-  local options=(--device cuda --limit "$(left)")
+measure() {
+  "$PYTHON" -m bench "$1" "${bench_options[@]}" ${peers[@]+"${peers[@]}"} --out "$out" --limit "$2"
+}
+
+run_tune() { # a candidate that was started in time may take a while to compile
+  local options=(--device cuda --limit $(($(left) * 3 / 4)))
   [ -z "$dry" ] || options=(--device cpu --toy)
   "$PYTHON" -m bench.tune "${options[@]}" --out "$out/tune.txt"
 }
@@ -100,12 +122,11 @@ run_profile() {
   local command=("$PYTHON" -m bench ffn "${bench_options[@]}" --passes "forward,forward+backward" --launch eager
     --cache cold --rounds 1 --only moebert_kernels)
   if [ -n "$dry" ]; then "${command[@]}"; return; fi
-  ncu --set basic --force-overwrite --export "$out/ffn" "${command[@]}" --tokens 4096,16384 --skew balanced
+  ncu --set basic --clock-control none --force-overwrite --export "$out/ffn" "${command[@]}" --tokens 4096,16384 --skew balanced
   ncu --import "$out/ffn.ncu-rep" --csv --page raw >"$out/ffn-profile.csv"
 }
 
 if [ -n "$part" ]; then
-  declare -F "run_$part" >/dev/null || { echo "there is no part $part" >&2; exit 2; }
   "run_$part"
   exit
 fi
@@ -124,7 +145,7 @@ for part in ${parts//,/ }; do
   echo "=== $part"
   begin=$SECONDS
   code=0
-  timeout --kill-after 5 "$(left)" bash $self --part "$part" --out "$out" --limit "$(left)" "${given[@]}" 2>&1 |
+  timeout --kill-after 5 "$(left)" bash $self --part "$part" --out "$out" --limit "$(left)" ${given[@]+"${given[@]}"} 2>&1 |
     tee "$out/gpu-$part.log" || code=$?
   case $code in
     0) report+=("$part: ok, $((SECONDS - begin)) s") ;;

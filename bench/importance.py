@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .cases import DTYPES, ImportanceCase, Request, token_ids
+from .cases import DTYPES, ImportanceCase, Request, check_sequences, token_ids
 from .encoders import bert_sizes, spread_weights
 from .reference import specification
 from .registry import Entry, Op, Outputs, Thunk, Work
@@ -39,12 +38,20 @@ class ImportanceInputs:
 
 
 def cases(request: Request, device_type: str) -> list[ImportanceCase]:
-    """One small batch: the published procedure takes a backward pass per layer, matrix and sample."""
-    sizes = {"sequence": 128 if device_type == "cuda" else 64, **request.given("sequence", "D", "L", "V")}
-    base = ImportanceCase(0, **sizes)
-    base = replace(base, F=(request.E or 4) * (request.F or 768), dtype=(request.dtypes or ("float32",))[0])
-    tokens = request.T or (base.sequence * (32 if device_type == "cuda" else 2),)
-    return [replace(base, T=count) for count in tokens]
+    """One small batch: the published procedure takes a backward pass per layer, matrix and sample.
+
+    On a CPU so small that twenty of its samples take a minute.
+    """
+    sequence, batch = (128, 32) if device_type == "cuda" else (32, 2)
+    sequence = request.sequence or sequence
+    check_sequences(request.T, sequence)
+    chosen = []
+    for sizes in request.sizes("D", "F", "E", "L", "V", "head_size"):
+        sizes["F"] = sizes.pop("E", 4) * sizes.get("F", 768)
+        for dtype in request.dtypes or ("float32",):
+            for count in request.T or (batch * sequence,):
+                chosen.append(ImportanceCase(count, sequence, **sizes, dtype=dtype))
+    return list(dict.fromkeys(chosen))
 
 
 def make_inputs(case: ImportanceCase, device: torch.device, seed: int) -> ImportanceInputs:
@@ -113,11 +120,7 @@ def _sample_by_sample(inputs: ImportanceInputs, pass_: str) -> Thunk:
 
 def entries(peer_path: str | None) -> list[Entry]:
     """One backward pass per batch, per sample, and per sample, layer and matrix."""
-
-    def entry(name: str, bind: Callable[[ImportanceInputs, str], Thunk]) -> Entry:
-        return Entry(name, bind, work="importance")
-
-    return [entry(OURS, _ours), entry("a pass per sample", _sample_by_sample), entry(AUTHORS, _authors)]
+    return [Entry(OURS, _ours), Entry("a pass per sample", _sample_by_sample), Entry(AUTHORS, _authors)]
 
 
 def reference(inputs: ImportanceInputs, pass_: str, kind: str) -> dict[str, Tensor]:
@@ -152,8 +155,8 @@ def footprint(inputs: ImportanceInputs) -> int:
 
 IMPORTANCE = Op(
     name="importance",
+    takes=("T", "D", "F", "E", "L", "V", "sequence", "dtypes", "shapes"),
     passes=("importance",),
-    default_passes=("importance",),
     cases=cases,
     make_inputs=make_inputs,
     entries=entries,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cases import DTYPES, ModelCase, Request, cpu_dtypes, token_ids
+from .cases import DTYPES, ModelCase, Request, check_sequences, cpu_dtypes, token_ids
 from .encoders import build, with_authors_dispatch, with_reference_experts
 from .registry import Entry, Op, Outputs, Thunk, Work
 from .text import read_batch
@@ -62,6 +62,7 @@ def _batches(request: Request, gpu: bool) -> list[tuple[int, int]]:
     if request.T is None and request.sequence is None and not gpu:
         return [(batch * sequence, sequence) for batch, sequence in _CPU_BATCHES]
     sequence = request.sequence or 128
+    check_sequences(request.T, sequence)
     return [(count, sequence) for count in request.T or [sequence * batch for batch in (8, 32, 128)]]
 
 
@@ -188,6 +189,7 @@ def footprint(inputs: ModelInputs) -> int:
 
 MODEL = Op(
     name="model",
+    takes=("T", "D", "F", "E", "L", "V", "sequence", "dtypes", "shapes", "text"),
     passes=("forward", "forward+backward"),
     default_passes=("forward",),
     cases=cases,

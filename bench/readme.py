@@ -1,7 +1,8 @@
 """README tables from result files, between markers `<!-- bench:NAME:begin -->` and `<!-- bench:NAME:end -->`.
 
 NAME is an operator and a kind of device, such as `ffn-cpu` or `model-gpu`, or `targets-gpu`, or `demo` for
-the results of `make demo`, kept as demo.json. What was never measured says so.
+the results of `make demo`, kept as demo.json, or `quality-STUDY` for a study of `bench.quality`. What was
+never measured says so.
 """
 
 from __future__ import annotations
@@ -46,7 +47,13 @@ def update(text: str, folder: str | Path) -> str:
 
     def fill(match: re.Match[str]) -> str:
         name = match["name"]
-        return f"{match[1]}{demo(Path(folder)) if name == 'demo' else block(name, results)}\n{match[3]}"
+        if name == "demo":
+            content = demo(Path(folder))
+        elif name.startswith("quality-"):
+            content = quality(Path(folder) / "quality" / f"{name.removeprefix('quality-')}.jsonl")
+        else:
+            content = block(name, results)
+        return f"{match[1]}{content}\n{match[3]}"
 
     return _BLOCK.sub(fill, text)
 
@@ -83,6 +90,15 @@ def demo(folder: Path) -> str:
         f"the stages took {seconds / 60:.1f} minutes.*"
     )
     return "\n".join([*lines, "", source])
+
+
+def quality(file: Path) -> str:
+    """The table of a study, as `python -m bench.quality collect` left it."""
+    if not file.is_file():
+        return f"*`python -m bench.quality`, study {file.stem}: {NOT_MEASURED}.*"
+    from .quality.records import read, table  # they know of models, and everything those import
+
+    return table(read(file))
 
 
 def block(name: str, results: Iterable[Results]) -> str:

@@ -63,8 +63,8 @@ class Op:
 
     Attributes:
         name: of the command and of the result file.
+        takes: fields of a `Request` that its cases depend on.
         passes: all there are.
-        default_passes: those timed unless others are asked for.
         cases: (request, device type) -> cases, in the order they are run.
         make_inputs: (case, device, seed) -> inputs of one call.
         entries: (path of peers' sources or None) -> the entries; the first is ours.
@@ -73,11 +73,12 @@ class Op:
         work: (inputs, pass, entry's work) -> Work.
         footprint: inputs -> bytes one call reads, of which several copies defeat the caches.
         baselines: names of entries that ours is set in ratio to.
+        default_passes: those timed unless others are asked for; empty for all.
     """
 
     name: str
+    takes: tuple[str, ...]
     passes: tuple[str, ...]
-    default_passes: tuple[str, ...]
     cases: Callable[[Request, str], list[Any]]
     make_inputs: Callable[[Any, torch.device, int], Any]
     entries: Callable[[str | None], list[Entry]]
@@ -86,3 +87,4 @@ class Op:
     work: Callable[[Any, str, str], Work]
     footprint: Callable[[Any], int]
     baselines: tuple[str, ...] = ()
+    default_passes: tuple[str, ...] = ()

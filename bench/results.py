@@ -126,8 +126,11 @@ def read(path: str | Path) -> Results:
         ValueError: it is empty or of another format.
     """
     lines = Path(path).read_text(encoding="utf-8").splitlines()
-    header = json.loads(lines[0]) if lines else {}
-    if header.pop("format", None) != FORMAT:
+    try:
+        header = json.loads(lines[0]) if lines else {}
+    except json.JSONDecodeError:
+        header = None
+    if not isinstance(header, dict) or header.pop("format", None) != FORMAT:
         raise ValueError(f"{path} is not a result file of format {FORMAT}")
     header["ceilings"] = {dtype: Ceiling(**ceiling) for dtype, ceiling in header["ceilings"].items()}
     header["cpus"] = tuple(header["cpus"])

@@ -70,7 +70,7 @@ def start(op: Op, settings: Settings) -> tuple[Run, Iterator[Row]]:
     busy = busy_cpus()
     cases = op.cases(settings.request, device.type)
     entries = _chosen("entry", [entry.name for entry in op.entries(settings.peer_path)], settings.only)
-    passes = _chosen("pass", list(op.passes), settings.passes or op.default_passes)
+    passes = _chosen("pass", list(op.passes), settings.passes or op.default_passes or None)
     cpus = pin_threads(settings.threads) if device.type == "cpu" else ()
     dtypes = tuple(dict.fromkeys(getattr(case, "dtype", "float32") for case in cases))
     run = Run(
@@ -115,12 +115,18 @@ def pin_threads(threads: int | None) -> tuple[int, ...]:
 
 
 def _device(name: str) -> torch.device:
-    device = torch.device(name)
-    if device.type not in ("cpu", "cuda"):
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
         raise ValueError(f"device must be cpu or cuda, got {name!r}")
     if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(f"device is {name!r}, but torch finds no CUDA device")
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise ValueError(
+                f"device is {name!r}, but torch finds {count or 'no'} CUDA device{'s'[: count > 1]}"
+            )
         torch.cuda.set_device(device)
     return device
 
@@ -162,6 +168,8 @@ def _rows(
             for cache in caches:
                 inputs = copies if cache == "cold" else copies[:1]
                 for launch in launches:
+                    if time.monotonic() > deadline:
+                        return
                     mode = _Mode(case, pass_, launch, cache)
                     yield from _time(op, entries, checked, inputs, mode, device, settings, ceiling)
         del copies

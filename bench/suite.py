@@ -20,6 +20,7 @@ from .results import BUSY, Results, Row, slug, write
 from .run import Settings, start
 from .tables import LEGEND, group_of, rich_table, tables
 
+_LOG_COLUMNS = 160
 # The longest last: what a time limit cuts off is then the end of one table, not a whole one.
 OPS: dict[str, Op] = {op.name: op for op in (DISPATCH, IMPORTANCE, MODEL, FFN)}
 
@@ -38,7 +39,7 @@ def run_benchmarks(
     Raises:
         ValueError: a name, or something in the settings, does not exist.
     """
-    console = console or Console()
+    console = console or _console()
     unknown = [name for name in names if name not in OPS]
     if unknown:
         raise ValueError(f"there is no benchmark {', '.join(unknown)}; there are: {', '.join(OPS)}")
@@ -54,6 +55,12 @@ def _applicable(op: Op, settings: Settings) -> Settings:
     if settings.passes is None:
         return settings
     return replace(settings, passes=tuple(name for name in settings.passes if name in op.passes) or None)
+
+
+def _console() -> Console:
+    """A log has no width of its own: rich's 80 columns would cut figures short."""
+    console = Console()
+    return console if console.is_terminal else Console(width=_LOG_COLUMNS)
 
 
 def _run(op: Op, settings: Settings, out: str | Path | None, console: Console) -> Results:

@@ -39,6 +39,8 @@ class Group:
 def shape_name(case: dict[str, Any]) -> str | None:
     """Which of `SHAPES` a case has, if any."""
     for name, sizes in SHAPES.items():
+        if "E" not in case:  # one dense network, as wide as all experts together
+            sizes = sizes | {"F": sizes["E"] * sizes["F"]}
         if "F" in case and all(case.get(size, value) == value for size, value in sizes.items()):
             return name
     return None

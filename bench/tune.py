@@ -237,19 +237,21 @@ def main(
     out: Annotated[Path | None, typer.Option(help="File for the lines, beside the terminal.")] = None,
 ) -> None:
     """Time candidate tiles and print the table that follows from them."""
-    lines = []
     deadline = time.monotonic() + limit
-    for name in arithmetic.split(","):
-        if name not in ("half", "tf32", "ieee"):
-            raise typer.BadParameter(f"--arithmetic must be some of half, tf32, ieee, got {name!r}")
+    chosen = arithmetic.split(",")
+    if unknown := [name for name in chosen if name not in ("half", "tf32", "ieee")]:
+        raise typer.BadParameter(f"--arithmetic must be some of half, tf32, ieee, got {', '.join(unknown)}")
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text("", encoding="utf-8")
+    for name in chosen:
         torch.backends.cuda.matmul.fp32_precision = "tf32" if name == "tf32" else "ieee"
         scale = replace(FULL, case=replace(FULL.case, dtype="bfloat16" if name == "half" else "float32"))
         for line in table_lines(TOY if toy else scale, torch.device(device), deadline):
             typer.echo(line)
-            lines.append(line + "\n")
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text("".join(lines), encoding="utf-8")
+            if out is not None:  # line by line: what is cut off keeps what it has
+                with out.open("a", encoding="utf-8") as file:
+                    file.write(line + "\n")
 
 
 if __name__ == "__main__":

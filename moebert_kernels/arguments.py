@@ -5,7 +5,30 @@ from __future__ import annotations
 from torch import Tensor
 
 from moebert_kernels.activations import check_activation
+from moebert_kernels.checks import check_number, check_tensor
 from moebert_kernels.routing.plan import RoutingPlan
+
+
+def check_kinds(x_TD, plan, w1_EFD, b1_EF, w2_EDF, b2_ED, gate_TK, norm, residual_TD, dropout_p):
+    """Raise a TypeError that names what is not even of the right kind."""
+    if not isinstance(plan, RoutingPlan):
+        raise TypeError(f"plan must be a RoutingPlan, got {type(plan).__name__}")
+    for name, tensor in (("x_TD", x_TD), ("w1_EFD", w1_EFD), ("w2_EDF", w2_EDF)):
+        check_tensor(name, tensor)
+    for name, tensor in (
+        ("b1_EF", b1_EF),
+        ("b2_ED", b2_ED),
+        ("gate_TK", gate_TK),
+        ("residual_TD", residual_TD),
+    ):
+        if tensor is not None:
+            check_tensor(name, tensor)
+    if norm is not None:
+        if not isinstance(norm, tuple | list) or len(norm) != 2:
+            raise TypeError(f"norm must be a pair of tensors, weight and bias, got {type(norm).__name__}")
+        check_tensor("norm's weight", norm[0])
+        check_tensor("norm's bias", norm[1])
+    check_number("dropout_p", dropout_p)
 
 
 def check_arguments(

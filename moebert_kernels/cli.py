@@ -1,22 +1,19 @@
 """The `moebert` command: parses, calls, prints.
 
-torch and transformers take seconds to import, so a command imports what it needs when it runs: help and wrong
-usage answer at once.
+A command imports the parts it calls when it runs, after its options have been found to make sense.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import os
-import signal
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from moebert_kernels.cli_command import command, run_app
 from moebert_kernels.cli_options import (
     Comparisons,
     DataOptions,
@@ -24,15 +21,12 @@ from moebert_kernels.cli_options import (
     ExpertOptions,
     FinetuneOptions,
     RunOptions,
+    ScoredPairs,
     ScoredRows,
     Seeds,
     Teacher,
     compress_settings,
-    expand_options,
-    option_of,
 )
-
-USER_ERROR, INTERRUPTED = 2, 130
 
 app = typer.Typer(
     name="moebert",
@@ -44,83 +38,12 @@ app = typer.Typer(
 )
 
 
+_command = functools.partial(command, app)
+
+
 def main() -> None:
     """Run the command line of this process."""
-    # As Ctrl-C: what is being written is finished or removed, and the user is told how to go on.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    app()
-
-
-def _command(name: str, *, by_many: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a command that ends in a sentence, not a traceback, for what its user can put right.
-
-    Args:
-        name: as it is typed.
-        by_many: whether several processes can do it together, started by torchrun or accelerate.
-    """
-
-    def register(function: Callable[..., None]) -> Callable[..., None]:
-        expanded = expand_options(function)
-
-        @functools.wraps(expanded)
-        def run(**arguments: Any) -> None:
-            try:
-                _quiet_libraries()
-                _run(name, by_many, functools.partial(expanded, **arguments))
-            except KeyboardInterrupt:
-                _say_once("interrupted; run the same command again to go on")
-                raise typer.Exit(INTERRUPTED) from None
-            except ValueError as error:
-                from moebert_kernels.errors import ArgumentError, UserError
-
-                if not isinstance(error, UserError):
-                    raise
-                sentence = str(error)
-                if isinstance(error, ArgumentError):
-                    sentence = f"{option_of(error.argument)} {error.problem}"
-                _say_once(sentence, style="red")
-                raise typer.Exit(USER_ERROR) from None
-
-        return app.command(name)(run)
-
-    return register
-
-
-def _run(name: str, by_many: bool, command: Callable[[], None]) -> None:
-    from moebert_kernels.compress import processes
-    from moebert_kernels.errors import UserError
-
-    with processes.one_voice():
-        if processes.count() > 1 and not by_many:
-            raise UserError(f"moebert {name} runs in one process: start it without torchrun or accelerate")
-        command()
-
-
-def _say_once(sentence: str, style: str | None = None) -> None:
-    if "WORLD_SIZE" not in os.environ:  # one process, which may have been interrupted while it imported torch
-        _say_on_stderr(sentence, style)
-        return
-    from moebert_kernels.compress import processes
-
-    processes.say_once(lambda: _say_on_stderr(sentence, style))
-
-
-def _say_on_stderr(sentence: str, style: str | None = None) -> None:
-    Console(stderr=True, soft_wrap=True).print(sentence, style=style, markup=False, highlight=False)
-
-
-def _quiet_libraries() -> None:
-    """Their bars and warnings would run through ours; other warnings are said without source lines."""
-    import warnings
-
-    import datasets
-    import transformers
-
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    warnings.formatwarning = lambda message, *_, **__: f"{message}\n"
-    warnings.filterwarnings("ignore", message=".*pin_memory.*")  # asked for by default, also without a GPU
+    run_app(app)
 
 
 def _print_version(asked: bool) -> None:
@@ -216,6 +139,7 @@ def compress(
     run: RunOptions,
     experts: ExpertOptions,
     training: DistillOptions,
+    pairs: ScoredPairs = None,
     importance_rows: ScoredRows = 4096,
     compare: Comparisons = "",
     seeds: Seeds = 1,
@@ -234,12 +158,18 @@ def compress(
     moebert compress --teacher my-bert --task csv --data reviews.csv --text-column review --label-column stars
     --output runs/reviews
 
-    The student is in OUTPUT/student: load it with transformers after `import moebert_kernels`. An interrupted
-    run goes on where it was when it is given again; a stage whose inputs are unchanged is reused.
-    """
-    from moebert_kernels.compress import pipeline, processes, report
-    from moebert_kernels.compress.terminal import StageBars, results_table
+    moebert compress --teacher all-MiniLM-L6-v2 --task embed --data sentences.txt --output runs/embed
 
+    The student is in OUTPUT/student: load it with transformers, or with sentence_transformers if it embeds
+    sentences, after `import moebert_kernels`. An interrupted run goes on where it was when it is given again;
+    a stage whose inputs are unchanged is reused.
+    """
+    from moebert_kernels.compress import embedding_pipeline, pipeline, processes, report
+    from moebert_kernels.compress.terminal import StageBars, results_table
+    from moebert_kernels.errors import UserError
+
+    if pairs is not None and data.task != "embed":
+        raise UserError("--pairs judges models that embed sentences, and belongs to --task embed")
     comparisons = tuple(name.strip() for name in compare.split(",") if name.strip())
     settings = compress_settings(
         run,
@@ -252,7 +182,11 @@ def compress(
     )
     console = Console(highlight=False)
     with StageBars(console) as progress:
-        results = pipeline.compress(settings, data.load(), teacher, output, progress=progress)
+        if data.task == "embed":
+            make, rows = embedding_pipeline.compress_embeddings, data.load_sentences(pairs)
+        else:
+            make, rows = pipeline.compress, data.load()
+        results = make(settings, rows, teacher, output, progress=progress, say=console.print)
     processes.on_main(lambda: report.write_report(results, output / "report.html"))
     console.print(results_table(results))
     console.print(f"student: {output / 'student'}\nreport: {output / 'report.html'}", soft_wrap=True)
@@ -364,9 +298,12 @@ def distill(
     from moebert_kernels.compress.terminal import StageBars
 
     settings = compress_settings(run, training)
-    with StageBars(Console(highlight=False)) as progress:
-        log = steps.distill_student(settings, data.load(), student, teacher, output, progress=progress)
-    terms = ", ".join(f"{name} {value:.4g}" for name, value in log[-1].items() if name != "step")
+    console = Console(highlight=False)
+    with StageBars(console) as progress:
+        found = steps.distill_student(
+            settings, data.load(), student, teacher, output, progress=progress, say=console.print
+        )
+    terms = ", ".join(f"{name} {value:.4g}" for name, value in found.losses[-1].items() if name != "step")
     typer.echo(f"{output}: last losses {terms}")
 
 
@@ -391,10 +328,10 @@ def evaluate(
         raise UserError(f"--output {output} must be a file named .json")
     with StageBars(Console(stderr=True, highlight=False)) as progress:
         metrics = steps.evaluate_model(model, data.load(), max_length=run.max_length, progress=progress)
-    if output is not None:
-        artifacts.write_json(output, metrics)
     for name, value in metrics.items():
         typer.echo(f"{name} {value:.4f}")
+    if output is not None:
+        artifacts.write_json(output, metrics)
 
 
 @_command("env")

@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from moebert_kernels.compress.tasks import TaskData
 
 GlueName = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
-TaskName = Literal[GlueName, "squad", "squad_v2", "conll", "csv"]
+TaskName = Literal[GlueName, "squad", "squad_v2", "conll", "csv", "embed"]
 Kind = Literal["classification", "regression"]
 Routing = Literal["hash-random", "hash-balance", "hash-affinity", "gate-token", "gate-sentence"]
 
 _data = functools.partial(typer.Option, rich_help_panel="Task and data")
-_table = functools.partial(typer.Option, rich_help_panel="Your own table, with --task csv")
+_table = functools.partial(typer.Option, rich_help_panel="Your own table, with --task csv or embed")
 _answers = functools.partial(typer.Option, rich_help_panel="Answers, with --task squad or squad_v2")
 _experts = functools.partial(typer.Option, rich_help_panel="Experts")
 _training = functools.partial(typer.Option, rich_help_panel="Training")
@@ -41,7 +41,7 @@ class DataOptions:
         _data(
             "--task",
             help="With official metrics: GLUE's, SQuAD's, or conll, words with BIO tags. "
-            "csv: a table of your own.",
+            "csv: a table of your own. embed: sentences without labels, for a model that embeds them.",
         ),
     ] = None
     data: Annotated[
@@ -49,8 +49,9 @@ class DataOptions:
         _data(
             "--data",
             metavar="PATH|hub",
-            help="The folder of the original files; for csv the table, .csv, .tsv or .jsonl. Or hub: the "
-            "data set that the Hugging Face hub has of the task; hub:NAME or hub:NAME:CONFIG: another one.",
+            help="The folder of the original files; for csv the table, .csv, .tsv or .jsonl; for embed a "
+            "table too, or a .txt with a sentence per line. Or hub: the data set that the Hugging Face hub "
+            "has of the task; hub:NAME or hub:NAME:CONFIG: another one.",
         ),
     ] = None
     text_column: Annotated[str | None, _table(help="The text.", show_default="text")] = None
@@ -97,11 +98,10 @@ class DataOptions:
         from moebert_kernels.compress.tasks import AnswerOptions, CsvOptions, load_task
         from moebert_kernels.errors import UserError
 
-        if self.task is None or self.data is None:
-            missing = [name for name in ("task", "data") if getattr(self, name) is None]
+        task, data = self._task_and_data()
+        if task == "embed":
             raise UserError(
-                f"{' and '.join(f'--{name}' for name in missing)} must be given: "
-                "--task sst2 --data SST-2, for instance, or --task csv --data my.csv"
+                "--task embed, for models that embed sentences, is known to moebert compress alone"
             )
         if self.validation_data is not None and self.validation_fraction is not None:
             raise UserError("give --validation-data or --validation-fraction, not both")
@@ -121,11 +121,46 @@ class DataOptions:
             null_threshold=self.null_threshold,
         )
         return load_task(
-            self.task,
-            self.data,
+            task,
+            data,
             csv=CsvOptions(**table) if table else None,
             answers=AnswerOptions(**answers) if answers else None,
         )
+
+    def load_sentences(self, pairs: str | None) -> TaskData:
+        """Read the sentences of --task embed, and scored pairs if there are any.
+
+        Raises:
+            UserError: the options do not fit each other or the files.
+        """
+        from moebert_kernels.compress.sentences import load_sentences
+        from moebert_kernels.compress.tasks import CsvOptions
+        from moebert_kernels.errors import UserError
+
+        _, data = self._task_and_data()
+        used = ("text_column", "pair_column", "label_column", "validation_fraction", "split_seed")
+        for field in dataclasses.fields(self):
+            if field.name not in ("task", "data", *used) and getattr(self, field.name) is not None:
+                raise UserError(f"{option_of(field.name)} does not apply to --task embed")
+        columns = _given(
+            text=self.text_column,
+            text_pair=self.pair_column,
+            label=self.label_column,
+            validation_fraction=self.validation_fraction,
+            seed=self.split_seed,
+        )
+        return load_sentences(data, pairs=pairs, columns=CsvOptions(**columns))
+
+    def _task_and_data(self) -> tuple[str, str]:
+        from moebert_kernels.errors import UserError
+
+        if self.task is None or self.data is None:
+            missing = [name for name in ("task", "data") if getattr(self, name) is None]
+            raise UserError(
+                f"{' and '.join(f'--{name}' for name in missing)} must be given: "
+                "--task sst2 --data SST-2, for instance, or --task csv --data my.csv"
+            )
+        return self.task, self.data
 
 
 def _given(**options: Any) -> dict[str, Any]:
@@ -172,6 +207,11 @@ class ExpertOptions:
         }
 
 
+BFloat16 = Annotated[
+    bool, _training("--bf16", help="Matrix products in bfloat16: faster where the processor has it.")
+]
+
+
 @dataclass(frozen=True)
 class DistillOptions:
     """How the student is trained."""
@@ -194,6 +234,7 @@ class DistillOptions:
         int, _training(help="Rows of a step, over all processes; 8 to 64 in the paper.")
     ] = 32
     weight_decay: Annotated[float, _training(help="Of AdamW; 0 to 0.1 in the paper.")] = 0.0
+    bf16: BFloat16 = False
 
     def settings(self) -> dict[str, Any]:
         """As arguments of `CompressSettings`."""
@@ -203,6 +244,7 @@ class DistillOptions:
             "distill_weight": self.distill_weight,
             "batch_size": self.batch_size,
             "weight_decay": self.weight_decay,
+            "bf16": self.bf16,
         }
 
 
@@ -214,6 +256,7 @@ class FinetuneOptions:
     lr: Annotated[float, _training(help="The highest learning rate; small models like 1e-4.")] = 3e-5
     batch_size: Annotated[int, _training(help="Rows of a step, over all processes.")] = 32
     weight_decay: Annotated[float, _training(help="Of AdamW.")] = 0.01
+    bf16: BFloat16 = False
 
 
 @dataclass(frozen=True)
@@ -239,6 +282,16 @@ Comparisons = Annotated[
         help="Models of the same cost to make, distil and measure too, with commas between. random: the same "
         "experts, filled at random; narrow: dense, the most important neurons; layers: fewer layers.",
         show_default="none",
+    ),
+]
+ScoredPairs = Annotated[
+    str | None,
+    _data(
+        "--pairs",
+        metavar="PATH",
+        help="For embed: pairs of sentences scored by how alike they are, to judge the student by. The "
+        "folder of the original STS-B files, or a table with the columns text, text_pair and label, or those "
+        "you name.",
     ),
 ]
 Seeds = Annotated[

@@ -20,3 +20,10 @@ class ArgumentError(UserError):
         super().__init__(f"{argument} {problem}")
         self.argument = argument
         self.problem = problem
+
+
+class OutputError(UserError):
+    """Results cannot be written where they should go, as things are.
+
+    Nothing is wrong with the input: when there is room, or nobody else at work there, the same call succeeds.
+    """

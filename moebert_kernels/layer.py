@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moebert_kernels.activations import check_activation
+from moebert_kernels.checks import check_number, check_tensor, check_whole
 from moebert_kernels.ops import moe_ffn
 from moebert_kernels.routing.plan import RoutingPlan
 from moebert_kernels.routing.routers import RouterOutput
@@ -40,6 +41,7 @@ class MoEFFN(nn.Module):
         ln_w_ED, ln_b_ED: their LayerNorms; None in the plain form.
 
     Raises:
+        TypeError: an argument is of another kind.
         ValueError: a size or probability is out of range, the activation unknown, or the router is for
             another number of experts.
     """
@@ -64,11 +66,20 @@ class MoEFFN(nn.Module):
             ("expert_size", expert_size),
             ("num_experts", num_experts),
         ):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+            check_whole(name, size, least=1)
+        check_number("dropout", dropout)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
         check_activation(activation)
+        if norm_eps is not None:
+            check_number("norm_eps", norm_eps)
+            if not norm_eps >= 0:
+                raise ValueError(f"norm_eps must not be negative, got {norm_eps}")
+        if router is not None and not isinstance(router, nn.Module):
+            raise TypeError(
+                "router must be a module such as HashRouter, TokenGate or SentenceGate, got "
+                f"{type(router).__name__} {router!r}"
+            )
         routed = getattr(router, "num_experts", num_experts)
         if routed != num_experts:
             raise ValueError(f"router is for {routed} experts, but num_experts is {num_experts}")
@@ -122,11 +133,12 @@ class MoEFFN(nn.Module):
                 `mask`: the router is not asked.
 
         Raises:
-            TypeError: `routing` is neither a `RoutingPlan` nor a `RouterOutput`.
+            TypeError: `routing` is neither a `RoutingPlan` nor a `RouterOutput`, or something else no tensor.
             ValueError: neither `routing` nor a router is at hand, or something for the router beside
                 `routing`; shapes do not fit; or `x` has no values, on the meta device.
         """
-        if x.shape[-1] != self.hidden_size:
+        check_tensor("x", x)
+        if x.shape[-1:] != (self.hidden_size,):
             raise ValueError(f"x must end in hidden_size={self.hidden_size}, got shape {tuple(x.shape)}")
         if x.device.type == "meta":
             raise ValueError("x must have values to be computed with, got a tensor on the meta device")
@@ -167,7 +179,10 @@ class MoEFFN(nn.Module):
         if self.router is None:
             raise ValueError("this MoEFFN has no router: pass routing=, a RoutingPlan or a RouterOutput")
         for name, tensor in (("input_ids", input_ids), ("mask", mask)):
-            if tensor is not None and tensor.shape != x.shape[:-1]:
+            if tensor is None:
+                continue
+            check_tensor(name, tensor)
+            if tensor.shape != x.shape[:-1]:
                 leading = tuple(x.shape[:-1])
                 raise ValueError(
                     f"{name} must have the leading shape of x, {leading}, got {tuple(tensor.shape)}"

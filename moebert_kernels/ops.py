@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moebert_kernels import backends, cpu, cpu_eager
-from moebert_kernels.arguments import check_arguments
+from moebert_kernels.arguments import check_arguments, check_kinds
 from moebert_kernels.autocast import cast_parameter
 from moebert_kernels.routing.plan import RoutingPlan
 
@@ -62,8 +62,10 @@ def moe_ffn(
         (see `autocast`).
 
     Raises:
+        TypeError: an argument is of another kind.
         ValueError: shapes, dtypes, devices or options do not fit; the message names the argument.
     """
+    check_kinds(x_TD, plan, w1_EFD, b1_EF, w2_EDF, b2_ED, gate_TK, norm, residual_TD, dropout_p)
     if torch.is_autocast_enabled(x_TD.device.type):
         residual_TD = x_TD if norm and residual_TD is None else residual_TD
         dtype = torch.get_autocast_dtype(x_TD.device.type)

@@ -85,9 +85,10 @@ def train(folder: Path, out: Path) -> None:
         student.config.balance_loss_weight = 0.0
         data = tokenize(make_data(n=n), tokenizer, 16)
         rows = tagged_rows(n) if name == "tokens" else data.train
-        log = distill(student, teacher, rows, tokenizer, HOW, out / f"checkpoints-{name}")
+        found = distill(student, teacher, rows, tokenizer, HOW, out / f"checkpoints-{name}")
         if processes.is_main():
-            write(out / f"log-{name}.json", log)
+            write(out / f"log-{name}.json", found.losses)
+            write(out / f"load-{name}.json", found.load_NLE)
             if name != "tokens":
                 save_logits(student, data, tokenizer, out / f"logits-{name}.safetensors")
     data = make_data(n=25)

@@ -29,7 +29,7 @@ def test_default_sizes_are_the_papers_proportions(width, num_experts, expected):
 
 
 def test_more_experts_than_neurons_are_refused():
-    with pytest.raises(UserError, match="5 experts cannot be made of 4 neurons"):
+    with pytest.raises(UserError, match="num_experts must be 1 to the 4 neurons of a layer, got 5"):
         default_sizes(4, 5)
 
 

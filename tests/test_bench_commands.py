@@ -10,17 +10,21 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
+from bench import suite
 from bench.cases import FFNCase
 from bench.ceilings import Ceiling
 from bench.commands import app
 from bench.ffn import OURS
+from bench.ratios import ratio_tables
 from bench.readme import block, update
 from bench.results import Results, Row, Run, slug
 from bench.suite import OPS
-from bench.tables import duration
+from bench.tables import duration, rich_table
 from bench.timing import Spread
+from bench.tune import main as tune_main
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -54,7 +58,29 @@ def test_a_benchmark_on_the_users_shapes(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["ffn", "--tokens", "12,many"], "expected whole numbers with commas between them, got '12,many'"),
+        *(
+            (
+                ["ffn", "--tokens", tokens],
+                f"expected whole numbers from 1 with commas between them, got '{tokens}'",
+            )
+            for tokens in ("12,many", "0", "-4", "", "8,,9")
+        ),
+        (["ffn", "--toy", "--experts", "3", "--top-k", "4"], "at most the number of experts, 3, got 4"),
+        (["ffn", "--device", "gpu"], "device must be cpu or cuda, got 'gpu'"),
+        (["ffn", "--dtype", "float32,"], "expected words with commas between them, got 'float32,'"),
+        (["ffn", "--limit", "-1"], "Invalid value for '--limit'"),
+        (["ffn", "--peer-path", "nowhere"], "'--peer-path'"),
+        (["ffn", "--toy", "--device", "cpu", "--out", "pyproject.toml/out"], "Not a directory"),
+        (["ffn", "--sequence", "8"], "ffn has no --sequence; its shapes are chosen by --tokens, --hidden"),
+        (
+            ["dispatch", "--top-k", "2"],
+            "dispatch has no --top-k; its shapes are chosen by --tokens",
+        ),
+        (["model", "--tokens", "5", "--sequence", "6"], "a multiple of the sequence length, 6, got 5"),
+        (["importance", "--tokens", "64,65"], "a multiple of the sequence length, 32, got 65"),
+        (["plot", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["plot", "pyproject.toml"], "Expecting value"),
+        (["readme", "nowhere.md"], "nowhere.md"),
         (["ffn", "--dtype", "int8"], "--dtype must be among float32, bfloat16, float16, got int8"),
         (["ffn", "--shape", "tiny"], "--shape must be among bert-base, minilm, got tiny"),
         (["model", "--toy", "--device", "cpu", "--text", "nowhere.txt"], "cannot read the text nowhere.txt"),
@@ -275,6 +301,59 @@ def test_scripts_parse_and_explain_themselves():
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--only", "ffn"], "unknown part: ffn"),
+        (["--out"], "--out needs a value"),
+        (["--limit", "9m"], "--limit must be whole seconds, got 9m"),
+    ],
+)
+def test_the_gpu_script_refuses_what_it_does_not_know(wrong, message):
+    command = ["bash", "bench/gpu.sh", "--dry-run", *wrong]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith(message)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_the_gpu_script_calls_each_part(tmp_path):
+    """`echo` for Python and ncu shows the commands: an option that is gone would waste a GPU's time."""
+    parts = ["build", "test", "sanitize", "bench", "tune", "profile"]
+    (tmp_path / "ncu").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "ncu").chmod(0o755)
+    options = ["--limit", "400", "--out", str(tmp_path / "out"), "--peer-path", str(tmp_path)]
+    command = ["bash", "bench/gpu.sh", "--only", ",".join(parts), *options]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"PYTHON": "echo", "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert re.findall(r"^(\w+): ok, \d+ s$", done.stdout, re.MULTILINE) == parts
+    assert "setup.py build_ext --inplace" in done.stdout
+    assert "-m pytest -m gpu" in done.stdout
+    assert "tests/sanitize.py" in done.stdout
+    commands = re.findall(r"-m bench (\w+) (.*)$", done.stdout, re.MULTILINE)
+    assert [name for name, _ in commands] == ["dispatch", "model", "ffn", "ffn"]
+    for name, options in commands:
+        assert "--device cuda" in options
+        # Quotes are gone: a pass or an entry of several words would not come through.
+        typer.main.get_command(app).commands[name].make_context(name, options.split())
+    limits = [int(found) for found in re.findall(r"--limit (\d+)", done.stdout)]
+    assert len(limits) == 4
+    assert max(limits) <= 300
+    assert all(f"--peer-path {tmp_path}" in options for _, options in commands[:3])
+    tuning = re.search(r"-m bench\.tune (.*)$", done.stdout, re.MULTILINE)[1].split()
+    command = typer.Typer()
+    command.command()(tune_main)
+    typer.main.get_command(command).make_context("tune", tuning)
+    assert (tmp_path / "out" / "gpu-tune.log").is_file()
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 @pytest.mark.parametrize("wrong", [["--fast"], ["--only", "ffn,models"]])
 def test_the_cpu_script_refuses_what_it_does_not_know(wrong):
     command = ["bash", "bench/cpu.sh", *wrong]
@@ -337,3 +416,17 @@ def test_a_part_that_fails_is_reported_and_the_next_one_runs(tmp_path):
     assert done.returncode == 1
     assert re.search(r"profile: FAILED \(1\)", done.stdout)
     assert re.search(r"tune: FAILED \(1\)", done.stdout)
+
+
+def test_a_log_shows_whole_figures(monkeypatch, capsys):
+    """rich takes 80 columns where there is no terminal: figures of a wide table were cut short."""
+    monkeypatch.setenv("COLUMNS", "80")
+    networks = ((OURS, "experts"), ("dense FFN replaced", "dense"), ("bound: one expert", "bound"))
+    passes = ("forward", "forward+backward", "dispatch+forward")
+    rows = [row(entry, 1.23e-4, work=work, pass_=pass_) for pass_ in passes for entry, work in networks]
+    (table,) = ratio_tables(results(rows=rows))
+    console = suite._console()
+    console.print(rich_table(table))
+    shown = capsys.readouterr().out
+    assert shown.count("123 µs ±10%") == 3
+    assert "…" not in shown

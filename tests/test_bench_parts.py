@@ -2,6 +2,7 @@
 
 import itertools
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -14,9 +15,11 @@ from bench.cases import TIMED_ROUTINGS, FFNCase, ModelCase, Request, token_ids
 from bench.ceilings import Ceiling
 from bench.dispatch import DISPATCH
 from bench.ffn import FFN, cases
+from bench.importance import IMPORTANCE
 from bench.model import MODEL, ModelInputs
 from bench.registry import DidNotRun, Work
 from bench.results import busy_cpus
+from bench.tables import shape_name
 from bench.text import read_batch, read_sentences
 from bench.timing import interleave, make_timer, spread
 from bench.verify import check_close, relative_errors
@@ -73,6 +76,18 @@ def test_shapes_by_name_and_sizes_over_them():
     models = MODEL.cases(Request(shapes=("minilm",), dtypes=("float32",)), "cpu")
     assert [(case.batch, case.sequence) for case in models] == [(1, 32), (8, 128), (32, 128)]
     assert {(case.D, case.L, case.head_size) for case in models} == {(384, 6, 32)}
+
+
+def test_importance_is_scored_on_dense_networks_as_wide_as_all_experts():
+    named = IMPORTANCE.cases(Request(shapes=("bert-base", "minilm")), "cpu")
+    assert [(case.D, case.F, case.L, case.head_size) for case in named] == [
+        (768, 3072, 12, 64),
+        (384, 1536, 6, 32),
+    ]
+    assert [shape_name(asdict(case)) for case in named] == ["bert-base", "minilm"]
+    asked = Request(D=32, F=8, E=3, T=(6, 12), sequence=6, dtypes=("float32", "bfloat16"))
+    found = [(case.T, case.F, case.batch, case.dtype) for case in IMPORTANCE.cases(asked, "cuda")]
+    assert found == [(T, 24, T // 6, dtype) for dtype in ("float32", "bfloat16") for T in (6, 12)]
 
 
 def test_sentences_of_lines_and_of_tables(tmp_path):
@@ -275,21 +290,46 @@ def test_spread_is_median_and_deciles():
     assert spread([2.0]).high == 2.0
 
 
+CUDA = torch.device("cuda")
+
+
 def test_peers_from_source(tmp_path):
     with pytest.raises(DidNotRun, match="needs a source tree: --peer-path FOLDER that holds toy_peer/"):
-        load("toy_peer", "toy_peer", None)
+        load("toy_peer", "toy_peer", None, CUDA)
     with pytest.raises(DidNotRun, match="there is no package toy_peer below"):
-        load("toy_peer", "toy_peer", str(tmp_path))
+        load("toy_peer", "toy_peer", str(tmp_path), CUDA)
     package = tmp_path / "toy_peer"
     package.mkdir()
     (package / "__init__.py").write_text("raise OSError('needs a driver')")
     with pytest.raises(DidNotRun, match="toy_peer cannot be imported: OSError: needs a driver"):
-        load("toy_peer", "toy_peer", str(tmp_path))
+        load("toy_peer", "toy_peer", str(tmp_path), CUDA)
     (package / "__init__.py").write_text("ANSWER = 42")
     try:
-        assert load("toy_peer", "toy_peer", str(tmp_path)).ANSWER == 42
+        assert load("toy_peer", "toy_peer", str(tmp_path), CUDA).ANSWER == 42
     finally:
         sys.path.remove(str(tmp_path))
+        del sys.modules["toy_peer"]
+
+
+def test_a_tree_is_imported_wherever_its_kernels_run(tmp_path, monkeypatch):
+    """What is wrong with a tree is to be seen before there is a GPU; Triton's interpreter needs none."""
+    with pytest.raises(DidNotRun, match="needs a CUDA device"):
+        load("toy_peer", "toy_peer", None, CPU)
+    with pytest.raises(DidNotRun, match="there is no package toy_peer below"):
+        load("toy_peer", "toy_peer", str(tmp_path), CPU)
+    package = tmp_path / "triton" / "python" / "triton_kernels" / "toy_peer"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    try:
+        monkeypatch.setenv("TRITON_INTERPRET", "0")
+        with pytest.raises(DidNotRun, match="needs a CUDA device"):
+            load("toy_peer", "toy_peer", str(tmp_path), CPU)
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        assert load("toy_peer", "toy_peer", str(tmp_path), CPU).__name__ == "toy_peer"
+        with pytest.raises(DidNotRun, match="needs a CUDA device"):
+            load("toy_peer", "toy_peer", str(tmp_path), CPU, interpreted=False)
+    finally:
+        sys.path.remove(str(package.parent))
         del sys.modules["toy_peer"]
 
 
@@ -297,5 +337,8 @@ def test_a_package_from_elsewhere_is_not_the_peer(tmp_path):
     """An unofficial package of the peer's name may be installed: figures must not be its."""
     (tmp_path / "json").mkdir()
     (tmp_path / "json" / "__init__.py").write_text("")
-    with pytest.raises(DidNotRun, match=r"json was imported from .*, not from"):
-        load("json", "json", str(tmp_path))
+    try:
+        with pytest.raises(DidNotRun, match=r"json was imported from .*, not from"):
+            load("json", "json", str(tmp_path), CUDA)
+    finally:
+        sys.path.remove(str(tmp_path))

@@ -1,13 +1,16 @@
-"""The comparison of routings on tasks: small models, whole path."""
+"""The comparison of contenders on tasks: small models, whole path."""
 
-import json
-
+import pytest
 import torch
 from tiny_bert import WIDTH, batch, build
 from transformers import BertForSequenceClassification, BertTokenizerFast
 from typer.testing import CliRunner
 
-from bench.quality import CONTENDERS, app, tie_shared
+from bench.quality.__main__ import app
+from bench.quality.contenders import CONTENDERS, tie_shared
+from bench.quality.records import read, table
+from bench.quality.remembered import RememberedTeacher
+from bench.readme import update
 from moebert_kernels.compress.adapt import split_neurons
 from moebert_kernels.layer import MoEFFN
 from moebert_kernels.models import count_parameters, to_moe
@@ -34,8 +37,27 @@ def test_tied_neurons_stay_alike_and_others_do_not():
             assert not torch.equal(neurons_EFD[0, 6:], neurons_EFD[1, 6:])
 
 
+def test_a_remembered_teacher_says_what_the_teacher_says():
+    """In whatever company and order its rows come again; and only new rows are computed."""
+    teacher = build(BertForSequenceClassification).eval()
+    remembered = RememberedTeacher(teacher)
+    inputs = batch(seed=3)
+    mask_BS = inputs["attention_mask"].bool()
+    for rows in ([0, 1, 2], [2, 0], [1]):
+        longest = int(mask_BS[rows].sum(1).max())
+        features = {name: value[rows, :longest] for name, value in inputs.items()}
+        with torch.no_grad():
+            ours, theirs = remembered(**features), teacher(**features, output_hidden_states=True)
+        torch.testing.assert_close(ours.logits, theirs.logits)
+        for our_BSD, their_BSD in zip(ours.hidden_states, theirs.hidden_states, strict=True):
+            real_BS = mask_BS[rows, :longest]
+            torch.testing.assert_close(our_BSD[real_BS], their_BSD[real_BS])
+    remembered.teacher.forward = None  # from here on, memory alone
+    remembered(**inputs)
+
+
 def test_all_contenders_run_resume_and_fill_the_table(tmp_path):
-    model = build(BertForSequenceClassification, intermediate_size=60)
+    model = build(BertForSequenceClassification, intermediate_size=60, num_hidden_layers=4)
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "words.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
     BertTokenizerFast(str(tmp_path / "words.txt"), model_max_length=32).save_pretrained(tmp_path / "model")
@@ -57,18 +79,52 @@ def test_all_contenders_run_resume_and_fill_the_table(tmp_path):
     assert not (tmp_path / "out" / "records").exists()
     result = runner.invoke(app, call, catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    records = {path.stem: path.read_bytes() for path in (tmp_path / "out" / "records" / "cola").iterdir()}
-    assert set(records) == {"teacher", "importance", *(f"{name}-seed0" for name in CONTENDERS)}
-    runs = {name: json.loads(records[f"{name}-seed0"])["result"] for name in CONTENDERS}
-    assert len({run["ffn_flops_per_token"] for run in runs.values()}) == 1
-    assert runs["affinity-4-tied"]["parameters_stored"] < runs["affinity-4"]["parameters_stored"]
-    assert runs["dense"]["parameters_stored"] < count_parameters(model)
+    found = {path: path.read_bytes() for path in (tmp_path / "out" / "records" / "main" / "cola").iterdir()}
+    assert {path.stem for path in found} == {f"{name}-seed0" for name in CONTENDERS}
 
     again = runner.invoke(app, call, catch_exceptions=False)
     assert again.exit_code == 0
-    assert all(
-        (tmp_path / "out" / "records" / "cola" / f"{n}.json").read_bytes() == r for n, r in records.items()
+    assert all(path.read_bytes() == before for path, before in found.items())
+
+    collected = runner.invoke(
+        app, ["collect", str(tmp_path / "out"), "--to", str(tmp_path / "quality")], catch_exceptions=False
     )
-    table = runner.invoke(app, ["table", str(tmp_path / "out")], catch_exceptions=False).stdout.splitlines()
-    assert len(table) == 3 + len(CONTENDERS)
-    assert len({line.count("|") for line in table}) == 1
+    assert collected.exit_code == 0
+    file = tmp_path / "quality" / "main.jsonl"
+    runs = {record["contender"]: record for record in read(file)}
+    costs = {name: record["encoder_flops_per_token"] for name, record in runs.items()}
+    assert len({cost for name, cost in costs.items() if name != "layers"}) == 1
+    assert costs["layers"] == pytest.approx(costs["narrow"], rel=0.3)
+    assert runs["affinity-4-tied"]["parameters_stored"] < runs["affinity-4"]["parameters_stored"]
+    assert runs["narrow"]["parameters_stored"] < count_parameters(model)
+    lines = runner.invoke(app, ["table", str(file)], catch_exceptions=False).stdout.splitlines()
+    rows = [line for line in lines if line.startswith("|")]
+    assert len(rows) == 3 + len(CONTENDERS)
+    assert len({line.count("|") for line in rows}) == 1
+    block = "<!-- bench:quality-{0}:begin -->\n<!-- bench:quality-{0}:end -->"
+    shown = update(block.format("main") + block.format("other"), tmp_path)
+    assert "\n".join(rows) in shown
+    assert shown.count("not measured yet") == 1
+
+
+def test_the_gain_pairs_seeds_and_lets_tasks_weigh_alike():
+    """A mean over all records would let the task with more seeds, or a lucky seed of one side, decide."""
+
+    def record(task: str, contender: str, seed: int, after: float) -> dict:
+        return {
+            **{"study": "s", "task": task, "contender": contender, "seed": seed, "metric": "m"},
+            **{"teacher": {"m": 0.9}, "before": {"m": 0.5}, "after": {"m": after}, "largest_load": None},
+            **{"parameters_stored": 1, "encoder_flops_per_token": 1, "train_rows": 1, "validation_rows": 1},
+            "teacher_budget": {"epochs": 1, "bf16": False},
+            "budget": {"epochs": 1, "learning_rate": 1, "distill_weight": 1, "batch_size": 1},
+            "environment": {"commit": "c", "cpu": "x", "versions": {"torch": "2"}},
+        }
+
+    records = [
+        *(record("cola", "narrow", seed, after) for seed, after in ((0, 0.50), (1, 0.60), (2, 0.99))),
+        *(record("cola", "random-4", seed, after) for seed, after in ((0, 0.51), (1, 0.63))),
+        record("sst2", "narrow", 0, 0.80),
+        record("sst2", "random-4", 0, 0.84),
+    ]
+    line = next(line for line in table(records).splitlines() if line.startswith("| random-4"))
+    assert line.split("|")[7].strip() == "+3.00"  # (mean of 1 and 3, and 4) / 2; one seed has no error

@@ -1,15 +1,24 @@
 """The tuning pass chooses what is faster, verified, and leaves the rest as it was."""
 
+import re
 import time
 from dataclasses import replace
 
 import pytest
 import torch
+import typer
 
 pytest.importorskip("triton")
 
 from bench import tune
 from moebert_kernels.kernels import configs
+
+
+@pytest.fixture(autouse=True)
+def _tf32_as_before():
+    before = torch.backends.cuda.matmul.fp32_precision
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
 
 
 def tuner(seconds, monkeypatch, deadline=float("inf")):
@@ -52,6 +61,35 @@ def test_a_candidate_with_other_results_is_passed_over():
     assert made.seconds("forward", configs.SAFE, expected) < float("inf")
     assert made.seconds("forward", configs.SAFE, {"y": expected["y"] + 1}) == float("inf")
     assert made.seconds("forward", replace(configs.SAFE, up=None), expected) == float("inf")
+
+
+def test_lines_are_kept_as_they_come(tmp_path, monkeypatch):
+    """What was tuned before a time limit or a lost device is not to be lost with it."""
+
+    def lines(scale, device, deadline):
+        yield "first"
+        raise RuntimeError("device lost")
+
+    monkeypatch.setattr(tune, "table_lines", lines)
+    with pytest.raises(RuntimeError, match="device lost"):
+        tune.main(device="cpu", out=tmp_path / "new" / "tune.txt")
+    assert (tmp_path / "new" / "tune.txt").read_text() == "first\n"
+
+
+def test_the_whole_pass_at_toy_size(tmp_path):
+    out = tmp_path / "tune.txt"
+    tune.main(device="cpu", toy=True, out=out)
+    times, entry = out.read_text().splitlines()
+    assert re.fullmatch(r"    # T=8: forward .* \(before .*\), backward .* \(before .*\)", times)
+    table = eval("{" + entry + "}", {"Config": configs.Config, "Tile": configs.Tile})
+    ((key, config),) = table.items()
+    assert key == (configs.family(torch.device("cpu")), "ieee", "small")
+    assert isinstance(config, configs.Config)
+
+
+def test_wrong_arithmetic_is_named():
+    with pytest.raises(typer.BadParameter, match="--arithmetic must be some of half, tf32, ieee, got full"):
+        tune.main(arithmetic="half,full")
 
 
 def test_a_line_is_a_valid_entry_of_the_table():

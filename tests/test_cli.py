@@ -1,6 +1,7 @@
 import csv
 import dataclasses
 import inspect
+import itertools
 import json
 import re
 import shutil
@@ -9,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from test_embeddings import TEXTS, make_folder
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
@@ -18,8 +20,9 @@ from transformers import (
 from typer.testing import CliRunner
 
 import moebert_kernels
-from moebert_kernels import cli, cli_options
-from moebert_kernels.cli import INTERRUPTED, USER_ERROR, app
+from moebert_kernels import cli_command, cli_options
+from moebert_kernels.cli import app
+from moebert_kernels.cli_command import INTERRUPTED, USER_ERROR
 from moebert_kernels.compress import pipeline
 from moebert_kernels.compress.finetune import finetune
 from moebert_kernels.compress.importance import Importance
@@ -56,6 +59,8 @@ def folder(tmp_path_factory):
     BertForSequenceClassification(config).save_pretrained(folder / "teacher")
     (folder / "vocab.txt").write_text("\n".join(WORDS))
     BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=16).save_pretrained(folder / "teacher")
+    (folder / "mine").mkdir()
+    (folder / "mine" / "thesis.tex").write_text("years of work")
     shutil.copytree(folder / "teacher", folder / "another")
     shutil.copytree(folder / "teacher", folder / "untokenized", ignore=shutil.ignore_patterns("*token*"))
     return folder
@@ -98,7 +103,7 @@ def test_compress_end_to_end(call, folder):
     results = json.loads((folder / "out" / "results.json").read_text())
     assert [model["name"] for model in results["models"]][:1] == ["teacher"]
     assert results["settings"]["expert_size"] == 8
-    assert "MoEBERT on csv" in (folder / "out" / "report.html").read_text()
+    assert "MoEBERT on reviews" in (folder / "out" / "report.html").read_text()
     student = AutoModelForSequenceClassification.from_pretrained(folder / "out" / "student")
     assert isinstance(student.config, MoEBertConfig)
 
@@ -230,6 +235,8 @@ def test_published_importance_converts(call, folder):
         (f"{COMPRESS} {TABLE} --compare narrow,best", ["--compare must be from random, narrow", "'best'"]),
         (f"{COMPRESS} {TABLE} --seeds 0", ["--seeds must be at least 1, got 0"]),
         (f"{COMPRESS} {TABLE} --lr -1", ["--lr must be more than 0, got -1"]),
+        (f"{COMPRESS} {TABLE} --lr 1e9", ["--lr must be less than 1, got 1e+09"]),
+        (f"finetune --model teacher {TABLE} --lr 1e9 --output x", ["--lr must be less than 1"]),
         (f"{COMPRESS} {TABLE} --measure-length 99", ["--measure-length is 99", "at most 16"]),
         (
             f"compress --teacher teacher {TABLE} --measure-length 8 --output teacher",
@@ -237,6 +244,14 @@ def test_published_importance_converts(call, folder):
         ),
         (f"compress --teacher teacher {TABLE} --output another", ["another already holds a model"]),
         (f"compress --teacher teacher {TABLE} --output reviews.csv", ["reviews.csv is a file"]),
+        (
+            f"compress --teacher teacher {TABLE} --measure-length 8 --output mine",
+            ["mine holds thesis.tex, which no run of this command has made", "an empty output folder"],
+        ),
+        (
+            "adapt --teacher teacher --random-split --output mine",
+            ["mine holds thesis.tex: give a new or an empty"],
+        ),
         (f"compress --teacher untokenized {TABLE} --output x", ["untokenized holds no tokenizer"]),
         (f"importance --teacher untokenized {TABLE} --output x.safetensors", ["holds no tokenizer"]),
         (f"evaluate --model untokenized {TABLE}", ["holds no tokenizer"]),
@@ -273,9 +288,9 @@ def test_published_importance_converts(call, folder):
     ],
 )
 def test_wrong_input_gets_one_sentence(call, folder, command, words):
-    before = sorted(folder.iterdir())
+    before = sorted(folder.rglob("*"))
     assert_user_error(call(command), *words)
-    assert sorted(folder.iterdir()) == before, "something was begun"
+    assert sorted(folder.rglob("*")) == before, "something was begun"
 
 
 @pytest.mark.parametrize(
@@ -292,7 +307,7 @@ def test_wrong_input_gets_one_sentence(call, folder, command, words):
     ],
 )
 def test_wrong_usage_is_refused_before_anything_is_imported(call, monkeypatch, command, words):
-    monkeypatch.setattr(cli, "_quiet_libraries", pytest.fail)
+    monkeypatch.setattr(cli_command, "import_libraries", pytest.fail)
     result = call(command)
     assert result.exit_code == 2
     for word in words:
@@ -403,7 +418,7 @@ def test_env_in_words_and_for_programs(call):
 def test_the_options_are_those_of_the_library():
     """The command line repeats names and defaults to answer without importing the library."""
     assert cli_options.Routing.__args__ == ROUTINGS
-    assert cli_options.TaskName.__args__ == task_names()
+    assert cli_options.TaskName.__args__ == (*task_names(), "embed")
     theirs = {field.name: field.default for field in dataclasses.fields(CompressSettings)}
     mine = cli_options.compress_settings(
         cli_options.RunOptions(), cli_options.ExpertOptions(), cli_options.DistillOptions()
@@ -412,3 +427,42 @@ def test_the_options_are_those_of_the_library():
     signature = inspect.signature(finetune).parameters
     for field in dataclasses.fields(cli_options.FinetuneOptions):
         assert signature[field.name].default == field.default, field.name
+
+
+def test_a_model_that_embeds_sentences_end_to_end(call, folder):
+    make_folder(folder / "embedder")
+    (folder / "sentences.txt").write_text("\n".join(TEXTS))
+    pairs = "\n".join(f"{a},{b},{i}" for i, (a, b) in enumerate(itertools.pairwise(TEXTS)))
+    (folder / "pairs.csv").write_text(f"one,two,score\n{pairs}\n")
+    result = call(
+        "compress --teacher embedder --task embed --data sentences.txt --output embedded --epochs 1 "
+        "--batch-size 8 --measure-length 8 --pairs pairs.csv --text-column one --pair-column two "
+        "--label-column score --routing gate-token"
+    )
+    assert result.exit_code == 0, result.output + result.stderr
+    for expected in ("spearman", "distill student, epoch 1 of 1: fullest expert "):
+        assert expected in result.stdout
+    results = json.loads((folder / "embedded" / "results.json").read_text())
+    assert set(results["models"][-1]["quality"]) == {"cosine", "similarity_spearman", "spearman_pairs"}
+    assert "MoEBERT on sentence embeddings" in (folder / "embedded" / "report.html").read_text()
+    assert (folder / "embedded" / "student" / "modules.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (
+            f"evaluate --model teacher --task embed --data {__file__}",
+            ["--task embed", "moebert compress alone"],
+        ),
+        (f"{COMPRESS} {TABLE} --pairs p.csv", ["--pairs", "belongs to --task embed"]),
+        (
+            f"{COMPRESS} --task embed --data s.txt --kind regression",
+            ["--kind does not apply to --task embed"],
+        ),
+        (f"{COMPRESS} --task embed", ["--data must be given"]),
+        (f"{COMPRESS} --task embed --data s.txt", ["s.txt is not a file"]),
+    ],
+)
+def test_options_of_embedding_that_do_not_fit(call, command, words):
+    assert_user_error(call(command), *words)

@@ -18,8 +18,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from moebert_kernels.compress.distill import DistillationTrainer, DistillSettings, distill
+from moebert_kernels.compress.distill import DistillSettings, distill
 from moebert_kernels.compress.finetune import last_checkpoint
+from moebert_kernels.compress.trainer import DistillationTrainer
 from moebert_kernels.errors import UserError
 from python_ref import distillation as ref
 
@@ -329,7 +330,7 @@ def test_an_interrupted_run_ends_where_an_undisturbed_one_does(tmp_path, tokeniz
     def run(folder, callbacks=()):
         student = tiny_bert(1, dropout=0.1)
         log = distill(student, tiny_bert(0), rows, tokenizer, settings, folder, callbacks=callbacks)
-        return student.state_dict(), log
+        return student.state_dict(), log.losses
 
     undisturbed, log = run(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
@@ -337,7 +338,7 @@ def test_an_interrupted_run_ends_where_an_undisturbed_one_does(tmp_path, tokeniz
     assert Path(last_checkpoint(tmp_path / "cut")).name == "checkpoint-20"
     calls = []
     student = tiny_bert(1, dropout=0.1)
-    resumed_log = distill(
+    resumed = distill(
         student,
         tiny_bert(0),
         rows,
@@ -350,7 +351,7 @@ def test_an_interrupted_run_ends_where_an_undisturbed_one_does(tmp_path, tokeniz
     assert calls[-1] == (48, 48)
     for name, value in student.state_dict().items():
         assert torch.equal(value, undisturbed[name]), name
-    assert resumed_log == log
+    assert resumed.losses == log
     assert [entry["step"] for entry in log] == list(range(1, 49))
     for entry in log:
         assert entry["total"] == pytest.approx(entry["ce"] + entry["layer"] + entry["prediction"], rel=1e-4)

@@ -304,7 +304,7 @@ def test_a_foreign_file_is_refused_with_a_sentence(tmp_path, tensors, header, me
 def test_a_header_without_the_task_is_refused(tmp_path):
     path = tmp_path / "importance.safetensors"
     save_file({"scores_LF": torch.ones(2, 3)}, path, {"format": "moebert-importance 1", "model": "m"})
-    with pytest.raises(UserError, match="'task'"):
+    with pytest.raises(UserError, match="in its header: task, num_samples"):
         Importance.load(path)
 
 

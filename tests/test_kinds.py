@@ -124,6 +124,5 @@ def test_a_teacher_of_another_kind_is_refused(folder):
     result = CliRunner().invoke(app, ["evaluate", "--model", "teacher", "--task", "csv", "--data", "t.csv"])
     assert result.exit_code == 2
     assert (
-        "a BertForTokenClassification, but task csv needs a model ...ForSequenceClassification"
-        in result.stderr
+        "a BertForTokenClassification, but task t needs a model ...ForSequenceClassification" in result.stderr
     )

@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from moebert_kernels import HashRouter, MoEFFN, RoutingPlan, SentenceGate, TokenGate, hash_random_tables
@@ -45,6 +47,35 @@ def test_learned_gates_train(make_router):
     for p in (ffn.w1_EFD, ffn.w2_EDF, ffn.ln_w_ED):
         per_expert = p.grad.abs().flatten(1).sum(1)
         assert torch.equal(per_expert > 0, used)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    lengths=st.lists(st.integers(1, 7), min_size=1, max_size=4),
+    extra=st.integers(0, 5),
+    top_k=st.integers(1, 3),
+    norm_eps=st.sampled_from([None, 1e-12]),
+    seed=st.integers(0, 99),
+)
+def test_a_sentence_gate_acts_and_learns_alike_alone_and_in_a_batch(lengths, extra, top_k, norm_eps, seed):
+    """The authors' gate-sentence left its probability out at batch size 1, and its gradient with it."""
+    torch.manual_seed(seed)
+    ffn = MoEFFN(8, 6, 4, router=SentenceGate(8, 4, top_k), norm_eps=norm_eps).double()
+    x_BSD = torch.randn(len(lengths), max(lengths) + extra, 8, dtype=torch.float64)
+    dy_BSD = torch.randn_like(x_BSD)
+    real_BS = torch.arange(x_BSD.shape[1]) < torch.tensor(lengths).unsqueeze(1)
+    gate_ED = ffn.router.gate.weight
+
+    y_BSD = ffn(x_BSD, mask=real_BS)
+    (in_batch_ED,) = torch.autograd.grad((y_BSD * dy_BSD)[real_BS].sum(), gate_ED)
+    alone_ED = torch.zeros_like(gate_ED)
+    for row, length in enumerate(lengths):
+        y_1SD = ffn(x_BSD[row : row + 1, :length])
+        torch.testing.assert_close(y_1SD[0], y_BSD[row, :length])
+        (row_ED,) = torch.autograd.grad((y_1SD[0] * dy_BSD[row, :length]).sum(), gate_ED)
+        assert bool(row_ED.abs().sum() > 0)
+        alone_ED += row_ED
+    torch.testing.assert_close(in_batch_ED, alone_ED)
 
 
 def test_state_dict_round_trip_brings_the_routing_along():

@@ -127,6 +127,37 @@ def test_padding_changes_nothing(routing, lengths, extra, seed):
                 torch.testing.assert_close(state[row, :length], expected[0], atol=1e-4, rtol=1e-4)
 
 
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    extra=st.integers(0, 5),
+    top_k=st.integers(1, 2),
+    seed=st.integers(0, 99),
+)
+def test_sentence_gates_get_the_gradient_of_a_batch_from_its_sentences_one_by_one(
+    lengths, extra, top_k, seed
+):
+    """The authors' gate-sentence learned nothing at batch size 1: it left its probability out."""
+    model = moe_of(BertForSequenceClassification, "gate-sentence", top_k).double()
+    generator = torch.Generator().manual_seed(seed)
+    shape = (len(lengths), max(lengths) + extra)
+    input_ids = torch.randint(VOCAB, shape, generator=generator)
+    attention_mask = (torch.arange(shape[1]) < torch.tensor(lengths).unsqueeze(1)).long()
+    labels = torch.randint(2, (shape[0],), generator=generator)
+    gates = [layer.ffn.router.gate.weight for layer in model.bert.encoder.layer]
+
+    def learned(rows: slice, length: int) -> list[torch.Tensor]:
+        logits = model(input_ids[rows, :length], attention_mask=attention_mask[rows, :length]).logits
+        loss = torch.nn.functional.cross_entropy(logits, labels[rows], reduction="sum")
+        return list(torch.autograd.grad(loss, gates))
+
+    together = learned(slice(None), shape[1])
+    alone = [learned(slice(row, row + 1), length) for row, length in enumerate(lengths)]
+    for gate, of_rows in zip(together, zip(*alone, strict=True), strict=True):
+        assert bool(gate.abs().sum() > 0)
+        torch.testing.assert_close(gate, sum(of_rows), rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_a_sentence_of_padding_alone_gives_finite_numbers(routing):
     model, inputs = moe_of(BertForSequenceClassification, routing).train(), batch()

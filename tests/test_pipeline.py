@@ -123,7 +123,11 @@ def test_results_hold_what_the_report_needs(finished):
     for shares in results["expert_load_LE"]:
         assert len(shares) == 4
         assert sum(shares) == pytest.approx(1)
+    assert list(results["training_load_NLE"]) == ["student", "random split"]
     for name in ("student", "random split"):
+        first, second = results["training_load_NLE"][name]
+        assert first == second  # by a hash, the same rows go the same way
+        assert all(len(shares) == 4 and sum(shares) == pytest.approx(1) for shares in first)
         curve = results["losses"][name]
         assert [point["step"] for point in curve] == list(range(1, 13))
         assert set(curve[0]) == {"step", "ce", "layer", "prediction", "total"}
@@ -200,7 +204,8 @@ def assert_same_outcome(output, other):
         for key, value in weights(other)[name].items():
             assert torch.equal(tensors[key], value), (name, key)
     first, second = (json.loads((folder / "results.json").read_text()) for folder in (output, other))
-    assert first["losses"] == second["losses"]
+    for key in ("losses", "training_load_NLE"):
+        assert first[key] == second[key]
     assert [m["quality"] for m in first["models"]] == [m["quality"] for m in second["models"]]
 
 
@@ -303,6 +308,8 @@ def test_affinity_makes_neurons_and_tables_together_and_is_served_as_any_hash(te
     [
         ({"routing": "hash"}, "routing must be one of hash-random"),
         ({"epochs": 0}, "epochs must be more than 0, got 0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be more than 0, got nan"),
+        ({"learning_rate": 1e9}, r"learning_rate must be less than 1, got 1e\+09: a step moves every weight"),
         ({"num_experts": 0}, "num_experts must be at least 1"),
         ({"distill_weight": -1}, "distill_weight must not be negative"),
         ({"top_k": 2}, "top_k must be 1"),
@@ -338,8 +345,9 @@ def test_what_cannot_work_is_said_before_any_work(teacher, tmp_path):
         compress(SETTINGS, make_data(), teacher, file)
     (output / "student").mkdir(parents=True)
     (output / "student" / "thesis.tex").write_text("years of work")
-    refused("was not made by this command")
+    refused("holds student, which no run of this command has made")
     assert (output / "student" / "thesis.tex").exists()
+    assert os.listdir(output) == ["student"]
 
 
 def test_damaged_teachers_are_refused(teacher, tmp_path):

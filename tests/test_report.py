@@ -8,7 +8,8 @@ from html.parser import HTMLParser
 import pytest
 
 from moebert_kernels.compress.plots import plot_importance
-from moebert_kernels.compress.report import render_report, summarize, write_report
+from moebert_kernels.compress.report import render_report, write_report
+from moebert_kernels.compress.summary import summarize
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 
@@ -71,6 +72,12 @@ def results():
             "share_curve_LQ": [[0, 0.5, 0.75, 0.9, 1], [0, 0.6, 0.8, 0.95, 1]],
         },
         "expert_load_LE": [[0.3, 0.3, 0.2, 0.2], [0.1, 0.4, 0.25, 0.25]],
+        "training_load_NLE": {
+            "student": [
+                [[0.3, 0.3, 0.2, 0.2], [0.1, 0.6, 0.15, 0.15]],
+                [[0.25, 0.25, 0.25, 0.25], [0.2, 0.35, 0.2, 0.25]],
+            ],
+        },
         "losses": {
             name: [
                 {
@@ -136,7 +143,7 @@ def test_it_holds_every_model_figure_and_fact(results):
         assert expected in text
     for expected in ("Some <CPU>", "not installed", "torch finds no CUDA device", "2 min 10 s", "2 min 51 s"):
         assert expected in text
-    assert page.count("<svg") == 4
+    assert page.count("<svg") == 5
 
 
 def test_it_asks_nothing_of_the_network(results):
@@ -150,11 +157,12 @@ def test_figures_have_their_own_ids_and_their_alternatives(results):
     reader = Reader(render_report(results))
     assert len(reader.ids) == len(set(reader.ids))
     assert {link[1:] for link in reader.links} <= set(reader.ids)
-    assert len(reader.alternatives) == 4
+    assert len(reader.alternatives) == 5
     assert "student 0.862 at 392 sequences/s" in reader.alternatives[0]
     assert "between 50% and 60%" in reader.alternatives[1]
     assert "from 10% to 40%" in reader.alternatives[2]
-    assert "student: total from 3.5 to 1.17" in reader.alternatives[3]
+    assert "student: at most 60% in the first epoch, 35% in the last" in reader.alternatives[3]
+    assert "student: total from 3.5 to 1.17" in reader.alternatives[4]
 
 
 def test_figures_take_their_colours_from_the_page(results):
@@ -252,7 +260,7 @@ def test_models_of_equal_cost_stand_beside_the_student(results):
         assert page.count(f"--{colour}: #") == 3  # light, dark, print
     alternatives = Reader(page).alternatives
     assert "fewer layers 0.841 ± 0.004 at 392 sequences/s" in alternatives[0]
-    assert "fewer layers: total from 3.5 to 1.17" in alternatives[3]
+    assert "fewer layers: total from 3.5 to 1.17" in alternatives[4]
 
 
 def test_a_single_layer_is_named_as_one(results):
@@ -284,6 +292,7 @@ def test_a_plain_compression_without_extras(results):
     results["task"] |= {"kind": "regression", "main_metric": "pearson"}
     results |= {"importance": None, "losses": {"student": []}, "timings_s": {}}
     results.pop("expert_load_LE")
+    results.pop("training_load_NLE")
     page = render_report(results)
     assert "<svg" not in page
     assert "Cut at random" not in page
@@ -292,6 +301,7 @@ def test_a_plain_compression_without_extras(results):
 
 
 def test_one_layer_and_many_experts(results):
+    results["training_load_NLE"] = {"student": [[[1 / 64] * 64]]}
     results["importance"]["share_curve_LQ"] = [[0.0, 0.7, 1.0]]
     results["expert_load_LE"] = [[1 / 64] * 64]
     text = words(render_report(results))
@@ -304,7 +314,7 @@ def test_terms_that_are_zero_or_absent_are_not_drawn(results):
     for point in results["losses"]["student"]:
         point["layer"] = 0.0
         del point["prediction"]
-    assert render_report(results).count("<svg") == 4
+    assert render_report(results).count("<svg") == 5
 
 
 @pytest.mark.parametrize("found", [2, None, "1"])

@@ -89,7 +89,7 @@ def test_plans_of_all_layers_equal_one_plan_per_layer():
         ),
         (lambda: hash_random_tables(1, 100, 0), ValueError, "num_experts must be at least 1, got 0"),
         (lambda: hash_random_tables(0, 100, 4), ValueError, "num_layers must be at least 1, got 0"),
-        (lambda: hash_random_tables(1, -1, 4), ValueError, "vocab_size must not be negative, got -1"),
+        (lambda: hash_random_tables(1, -1, 4), ValueError, "vocab_size must be at least 0, got -1"),
         (lambda: hash_balance_tables(1, torch.ones(9), 0), ValueError, "num_experts must be at least 1"),
         (lambda: hash_balance_tables(0, torch.ones(9), 4), ValueError, "num_layers must be at least 1"),
         (

@@ -16,6 +16,7 @@ from moebert_kernels.models import (
     keep_layers,
     layers_of_equal_cost,
     narrow_ffns,
+    to_moe,
 )
 from moebert_kernels.models.families import find_base
 
@@ -71,6 +72,19 @@ def test_they_are_saved_and_loaded_as_models_of_transformers(name, how, tmp_path
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     assert type(loaded) is type(teacher)
     torch.testing.assert_close(states(loaded).logits, states(small).logits)
+
+
+def test_what_is_made_of_a_frozen_teacher_can_be_trained():
+    """Distillation freezes its teacher: the next student cut from it was frozen too, but for its experts."""
+    teacher = build("Bert", HEAD).requires_grad_(False)
+    quarters_LEF = torch.arange(WIDTH).view(4, -1).expand(LAYERS, -1, -1)
+    for model in (
+        narrow_ffns(teacher, index_of_few()),
+        keep_layers(teacher, [1]),
+        to_moe(teacher, quarters_LEF, num_shared_neurons=0),
+    ):
+        assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,7 @@ def test_csv_keeps_the_names_of_labels_and_the_text_inside_quotes(tmp_path):
     table = write(tmp_path / "mine.csv", 'id,body,kind\n1,"a, ""b""\nc",spam\n2,d,ham\n\n3,e,spam\n')
     other = write(tmp_path / "dev.csv", "kind,body\nham,x\n")
     data = load_task("csv", table, csv=CsvOptions(text="body", label="kind", validation_file=other))
-    assert data.task == Task("csv", "classification", ("ham", "spam"), ("accuracy", "macro_f1"), "accuracy")
+    assert data.task == Task("mine", "classification", ("ham", "spam"), ("accuracy", "macro_f1"), "accuracy")
     assert rows(data.train) == [
         {"text": 'a, "b"\nc', "label": 1},
         {"text": "d", "label": 0},
@@ -224,7 +224,7 @@ def test_jsonl_is_read_as_it_is_written(tmp_path):
     ],
 )
 def test_the_kind_of_a_csv_task_is_inferred_or_given(tmp_path, labels, kind, expected_kind, names):
-    table = write(tmp_path / "t.tsv", "text\tlabel\n" + "".join(f"x\t{label}\n" for label in labels))
+    table = write(tmp_path / "t.tsv", "text\tlabel\n" + "".join(f"x\t{label}\n" for label in labels * 3))
     task = load_task("csv", table, csv=CsvOptions(kind=kind)).task
     assert (task.kind, task.label_names) == (expected_kind, names)
 
@@ -251,6 +251,25 @@ def test_held_out_rows_have_each_label_in_its_due_share(tmp_path):
         assert sorted(data.validation["label"][:]) == [0, 0, 0, 0, 1, 1]
 
 
+def test_a_label_of_which_no_row_is_left_to_train_on_is_refused(tmp_path):
+    """A table of two rows was accepted: one to train on, and one of the other label to validate on."""
+    with pytest.raises(UserError, match=r"too few rows: of the 1 to train on, none has the label '[ab]'"):
+        load_task("csv", write(tmp_path / "t.csv", "text,label\nx,a\ny,b\n"))
+
+
+def test_empty_texts_and_few_rows_are_told(tmp_path):
+    lines = [f"row {i},{i % 2}\n" for i in range(60)]
+    data = write(tmp_path / "t.csv", "text,label\n" + "".join([*lines[:2], ",0\n", *lines, " ,1\n"]))
+    with pytest.warns(UserWarning, match="rows") as told:
+        assert len(load_task("csv", data).train) == 58
+    assert [str(warning.message) for warning in told] == [
+        f"{data}, line 4: the text in column 'text' is empty, and in 1 more rows; such rows are kept",
+        "scores will say little: rows to validate on are 6, fewer than 30",
+    ]
+    with pytest.raises(UserError, match=r"no text in column 'text': it is empty in every row"):
+        load_task("csv", write(tmp_path / "t.csv", "text,label\n" + ",a\n,b\n" * 9))
+
+
 @pytest.mark.parametrize(
     ("name", "text", "options", "message"),
     [
@@ -274,7 +293,12 @@ def test_held_out_rows_have_each_label_in_its_due_share(tmp_path):
         ("t.csv", "text,label\na,1\nb,x\n", {"kind": "regression"}, "line 3: label 'x' .* is not a number"),
         ("t.csv", "text,label\na,1\nb,2\n", {"text_pair": "other"}, "no column 'other'"),
         ("t.csv", "text,label\na,1\nb,2\n", {"kind": "ranking"}, "kind is 'ranking'"),
-        ("t.csv", "text,label\na,1\nb,2\n", {"validation_fraction": 1.0}, "fraction is 1.0"),
+        (
+            "t.csv",
+            "text,label\na,1\nb,2\n",
+            {"validation_fraction": 1.0},
+            "validation_fraction must be between 0 and 1, got 1.0",
+        ),
         ("t.csv", "text,label\na,1.5\n", {}, "too few to hold any out"),
         ("t.txt", "text,label\na,1\n", {}, r"must be named \.csv .* \.tsv .* or \.jsonl"),
         ("t.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}\n', {}, "line 2: no 'label', which line 1 has"),

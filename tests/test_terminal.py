@@ -153,6 +153,21 @@ def test_results_table_of_several_seeds_and_of_fewer_layers(console):
     assert max(len(line.rstrip()) for line in text.splitlines()) <= 80
 
 
+def test_a_long_metric_leaves_room_for_the_figures():
+    """The figures of a "spearman_pairs" were cut short at 80 columns."""
+    found = results({"median": 1234.5, "batch_size": 1})
+    found["task"]["main_metric"] = "spearman_pairs"
+    for entry in found["models"]:
+        entry |= {"name": "random split before distillation", "quality": {"spearman_pairs": 0.5}}
+        entry["throughput_per_s"] = {"median": 123_456.0, "batch_size": 32}
+    console = Console(file=io.StringIO(), width=80)
+    console.print(results_table(found))
+    text = console.file.getvalue()
+    assert "…" not in text
+    assert "spearman" in text
+    assert "123,456" in text
+
+
 def test_results_table_without_measurements(console):
     console.print(results_table(results(None)))
     assert "ms" in console.file.getvalue()

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..registry import DidNotRun
 from .from_source import load
 from .implementation import FFNInputs, Implementation, weights_of
 
 
 def scattermoe(inputs: FFNInputs, peer_path: str | None) -> Implementation:
     """Its `MLP` taken apart at the dispatch, called as its own modules call it."""
-    if inputs.x_TD.device.type != "cuda":
-        raise DidNotRun("needs a CUDA device")
-    package = load("scattermoe", "scattermoe", peer_path)
+    package = load("scattermoe", "scattermoe", peer_path, inputs.x_TD.device)
     # Its default multiplies float32 in TF32; torch's switch decides here, as for everyone in the table.
-    package.kernels.ops.ALLOW_TF32 = _tf32()
+    package.kernels.ops.ALLOW_TF32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     E, K = inputs.case.E, inputs.case.K
     leaves = weights_of(inputs)
     gates_TK = None if K == 1 else inputs.gate_TK
@@ -41,9 +39,3 @@ def scattermoe(inputs: FFNInputs, peer_path: str | None) -> Implementation:
         )
 
     return Implementation(dict(leaves), dispatch, compute)
-
-
-def _tf32() -> bool:
-    import torch
-
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"

@@ -20,10 +20,9 @@ class _Ragged(NamedTuple):
 
 def triton_kernels(inputs: FFNInputs, peer_path: str | None) -> Implementation:
     """Its `matmul` twice. The sort is torch's, for its own begins at a gate's logits; biases are float32."""
-    if inputs.x_TD.device.type != "cuda":
-        raise DidNotRun("needs a CUDA device")
-    matmul = load("triton_kernels", "triton_kernels.matmul", peer_path)
-    tensor = load("triton_kernels", "triton_kernels.tensor", peer_path)
+    device = inputs.x_TD.device
+    matmul = load("triton_kernels", "triton_kernels.matmul", peer_path, device, interpreted=False)
+    tensor = load("triton_kernels", "triton_kernels.tensor", peer_path, device, interpreted=False)
     activation = matmul.FusedActivation(matmul.FnSpecs("gelu", _gelu(), ()), ())
     precision = matmul.PrecisionConfig(allow_tf32=torch.backends.cuda.matmul.fp32_precision == "tf32")
     E, K = inputs.case.E, inputs.case.K

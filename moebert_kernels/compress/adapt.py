@@ -10,11 +10,13 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from moebert_kernels.checks import check_whole
 from moebert_kernels.compress.affinity import split_by_affinity
 from moebert_kernels.compress.importance import Importance
 from moebert_kernels.errors import ArgumentError, UserError
 from moebert_kernels.models.surgery import find_ffns, to_moe
 from moebert_kernels.routing import hash_balance_tables
+from moebert_kernels.routing.tables import check_seed
 
 COUNTING_ROUTINGS = ("hash-balance", "hash-affinity")
 
@@ -28,7 +30,9 @@ def default_sizes(ffn_width: int, num_experts: int) -> tuple[int, int]:
         UserError: there are fewer neurons than experts, or no expert.
     """
     if not 1 <= num_experts <= ffn_width:
-        raise UserError(f"{num_experts} experts cannot be made of {ffn_width} neurons")
+        raise ArgumentError(
+            "num_experts", f"must be 1 to the {ffn_width} neurons of a layer, got {num_experts}"
+        )
     expert_size = ffn_width // num_experts
     return expert_size, round(expert_size * 2 / 3)
 
@@ -95,6 +99,7 @@ def random_scores(num_layers: int, ffn_width: int, *, seed: int = 0) -> Tensor:
 
     Drawn from a generator of its own; the global random state is neither read nor moved.
     """
+    check_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     return torch.stack([torch.randperm(ffn_width, generator=generator) for _ in range(num_layers)]).float()
 
@@ -159,17 +164,26 @@ def adapt(
         The model, in the teacher's mode and on its device.
 
     Raises:
+        TypeError: an argument is of another kind.
         UserError: importance or sizes do not fit the teacher, or token scores or counts are missing.
     """
     ffns = find_ffns(teacher)
     width = ffns[0].w1.out_features
     if not isinstance(importance, Importance):
+        if not isinstance(importance, Tensor):
+            raise TypeError(
+                "importance must be an Importance, which Importance.load reads from a file, or a tensor of "
+                f"scores, got {type(importance).__name__}"
+            )
         importance = Importance(importance, "", "", 0)
     importance.check(teacher)
+    check_whole("num_experts", num_experts)
     if expert_size is None:
         expert_size = default_sizes(width, num_experts)[0]
     if num_shared is None:
         num_shared = round(expert_size * 2 / 3)
+    check_whole("expert_size", expert_size)
+    check_whole("num_shared", num_shared)
     if routing in COUNTING_ROUTINGS and token_counts_V is None:
         raise UserError(f"{routing} needs token_counts_V, how often each token occurs in training")
     tables_LV = None

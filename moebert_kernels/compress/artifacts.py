@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -9,8 +10,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from typing import Any
 from datasets import Dataset
 
 from moebert_kernels.compress import processes
-from moebert_kernels.errors import UserError
+from moebert_kernels.compress.files import describe_folder
+from moebert_kernels.compress.writing import writing
+from moebert_kernels.errors import OutputError, UserError
 
 _MODEL_SUFFIXES = {".json", ".safetensors", ".bin", ".txt", ".model"}
 _NOT_OF_THE_MODEL = {"training_args.bin", "optimizer.pt", "scheduler.pt", "trainer_state.json"}
@@ -56,24 +59,83 @@ def replace_whole(path: Path) -> Iterator[Path]:
     """Give a temporary name beside `path` to write a file or folder to; it becomes `path` if all goes well.
 
     What was at `path` is replaced at the end, and left alone if the body raises. A reader finds the old or
-    the new, or for a moment none, but never a part.
+    the new, or for a moment none, but never a part; nor does one after the machine has lost its power. Files
+    can be read by all who can read the folder around `path`.
+
+    Raises:
+        OutputError: the disk is full, or something else keeps the body from writing.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    room = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=path.parent))
+    with writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        room = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=path.parent))
+        try:
+            fresh = room / path.name
+            yield fresh
+            readers = path.parent.stat().st_mode & 0o444
+            for written in [fresh, *fresh.rglob("*")]:
+                if written.is_file():  # safetensors makes files that their owner alone can read
+                    written.chmod(written.stat().st_mode | readers)
+                _sync(written)
+            if path.is_dir():
+                os.rename(path, room / "old")
+            os.replace(fresh, path)
+            _sync(path.parent)
+        finally:
+            shutil.rmtree(room, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Have what was written to a file, or the names in a folder, on the disk itself."""
+    number = os.open(path, os.O_RDONLY)
     try:
-        fresh = room / path.name
-        yield fresh
-        if path.is_dir():
-            os.rename(path, room / "old")
-        os.replace(fresh, path)
+        os.fsync(number)
+    except OSError as error:
+        if error.errno not in (
+            errno.EINVAL,
+            errno.EBADF,
+            errno.ENOTSUP,
+        ):  # not every file system does folders
+            raise
     finally:
-        shutil.rmtree(room, ignore_errors=True)
+        os.close(number)
+
+
+def claim(folder: Path) -> None:
+    """Make an output folder one for the stages of a run: they keep their records in `work/stages`.
+
+    Raises:
+        UserError: it holds something that no run has put there, which a run might replace.
+        OutputError: it cannot be made or written.
+    """
+    records = folder / "work" / "stages"
+    with writing(folder):
+        if folder.is_dir() and not records.is_dir():
+            held = {path.name for path in folder.iterdir()} - {_LOCK}
+            # A run that was killed as it began may have made the first of its folders.
+            if held - {"work"} or (held and any((folder / "work").iterdir())):
+                raise UserError(
+                    f"{describe_folder(folder)}, which no run of this command has made: give a new or an "
+                    "empty output folder"
+                )
+        records.mkdir(parents=True, exist_ok=True)
 
 
 def discard_unfinished(folder: Path) -> None:
     """Remove what killed processes left of `replace_whole`; only for a folder held by `exclusive`."""
     for room in folder.rglob(f"{_UNFINISHED}*"):
         shutil.rmtree(room, ignore_errors=True)
+
+
+def remove_folders(folders: Iterable[Path], *, keep: Path | None = None) -> None:
+    """Remove folders with all they hold, but for one.
+
+    Raises:
+        OutputError: one of them cannot be removed.
+    """
+    for folder in folders:
+        if folder != keep:
+            with writing(folder.parent):
+                shutil.rmtree(folder)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -139,7 +201,8 @@ class Stage:
         try:
             result = work()
         except BaseException:
-            self._write(False, seconds_before + time.monotonic() - start, None)
+            with suppress(OutputError):  # of a full disk the other error tells
+                self._write(False, seconds_before + time.monotonic() - start, None)
             raise
         self._write(True, seconds_before + time.monotonic() - start, result)
         return result
@@ -158,7 +221,6 @@ class Stage:
         return record if record.get("fingerprint") == self.fingerprint else None
 
     def _write(self, done: bool, seconds: float, result: Any) -> None:
-        self.record_path.parent.mkdir(parents=True, exist_ok=True)
         record = {"fingerprint": self.fingerprint, "done": done, "seconds": seconds, "result": result}
         write_json(self.record_path, record)
 
@@ -170,7 +232,7 @@ def exclusive(folder: Path) -> Iterator[None]:
     The lock is the operating system's and goes with the main process, however it ends: none is ever stale.
 
     Raises:
-        UserError: the folder cannot be made or written, or another process holds it.
+        OutputError: the folder cannot be made or written, or another process holds it.
     """
     with ExitStack() as held:
         processes.on_main(lambda: held.enter_context(_locked(folder)))
@@ -179,26 +241,22 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    lock_path = folder / _LOCK
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = lock_path.open("a+", encoding="utf-8")
-    except FileExistsError:
-        raise UserError(f"the output folder {folder} is a file; give a folder") from None
-    except OSError as error:
-        raise UserError(f"cannot write to the output folder {folder}: {error.strerror or error}") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.seek(0)
-            holder = lock.read().strip() or "another process"
-            raise UserError(
-                f"the output folder {folder} is in use by {holder}; wait for it, or give another folder"
-            ) from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()}")
-        lock.flush()
+    with ExitStack() as held:
+        with writing(folder):
+            if folder.is_file():
+                raise OutputError(f"the output folder {folder} is a file; give a folder")
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            held.callback(os.close, lock)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.read(lock, 100).decode(errors="replace") or "another process"
+                raise OutputError(
+                    f"the output folder {folder} is in use by {holder}; wait for it, or give another folder"
+                ) from None
+            os.ftruncate(lock, 0)
+            os.write(lock, f"process {os.getpid()}".encode())
         yield
 
 
@@ -210,16 +268,17 @@ def workroom(output: Path, made_from: str) -> Iterator[Path]:
     well, which should have made `output`.
 
     Raises:
-        UserError: see `exclusive`.
+        OutputError: see `exclusive`.
     """
     room = output.with_name(f"{output.name}.unfinished")
 
     def prepare() -> None:
         record = room / "made_from"
-        if not record.is_file() or record.read_text(encoding="utf-8") != made_from:
-            for path in [path for path in room.iterdir() if path.name != _LOCK]:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-            record.write_text(made_from, encoding="utf-8")
+        with writing(room):
+            if not record.is_file() or record.read_text(encoding="utf-8") != made_from:
+                for path in [path for path in room.iterdir() if path.name != _LOCK]:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                record.write_text(made_from, encoding="utf-8")
 
     with exclusive(room):
         processes.on_main(prepare)

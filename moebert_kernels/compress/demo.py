@@ -19,6 +19,7 @@ from rich.console import Console
 import moebert_kernels
 from moebert_kernels.compress.artifacts import (
     Stage,
+    claim,
     exclusive,
     fingerprint,
     model_fingerprint,
@@ -29,8 +30,9 @@ from moebert_kernels.compress.artifacts import (
 from moebert_kernels.compress.docstrings import load_docstrings
 from moebert_kernels.compress.finetune import finetune
 from moebert_kernels.compress.pipeline import compress
-from moebert_kernels.compress.report import summarize, write_report
+from moebert_kernels.compress.report import write_report
 from moebert_kernels.compress.settings import CompressSettings
+from moebert_kernels.compress.summary import summarize
 from moebert_kernels.compress.tasks import TaskData
 from moebert_kernels.compress.terminal import StageBars, TrainingProgress, results_table
 from moebert_kernels.errors import UserError
@@ -112,11 +114,12 @@ def run_demo(
         seed=seed,
     )
     teacher_dir, timings = output_dir / "teacher", {}
+    claim(output_dir)
     with StageBars(console) as bars:
         with exclusive(output_dir):
             write_tables(data, output_dir / "data")
             timings["fine-tune teacher"] = _teach(recipe, data, base_dir, teacher_dir, seed, bars)
-        results = compress(settings, data, teacher_dir, output_dir, progress=bars)
+        results = compress(settings, data, teacher_dir, output_dir, progress=bars, say=console.print)
         with exclusive(output_dir):
             reloaded, timings["reload"] = _reload(output_dir, data, recipe.max_length, bars)
     student = next(model for model in results["models"] if model["name"] == "student")

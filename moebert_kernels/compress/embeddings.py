@@ -17,6 +17,7 @@ Example:
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,13 +26,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from moebert_kernels.compress.artifacts import replace_whole
 from moebert_kernels.compress.batching import padded_batches
-from moebert_kernels.compress.distill import DistillSettings, distill
+from moebert_kernels.compress.checkpoint import load_weights, read_config
+from moebert_kernels.compress.distill import Distilled, DistillSettings, distill
 from moebert_kernels.compress.importance import Importance, compute_importance
 from moebert_kernels.compress.loading import load_tokenizer
 from moebert_kernels.errors import UserError
@@ -105,14 +106,14 @@ def load_sentence_encoder(folder: str | Path) -> SentenceEncoder:
         UserError: it is no such folder, or has modules or a pooling that are not known here.
     """
     folder = Path(folder)
-    modules = _read_json(folder / "modules.json", list)
-    kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules]
+    modules = _read_modules(folder)
+    kinds = [module.get("type", "").rpartition(".")[2] for module in modules]
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         raise UserError(
             f"{folder / 'modules.json'} must list Transformer, Pooling and perhaps Normalize, in this order, "
             f"found {', '.join(kinds) or 'nothing'}"
         )
-    model_folder, pooling_folder = (str(module.get("path", "")) for module in modules[:2])
+    model_folder, pooling_folder = (module.get("path", "") for module in modules[:2])
     pooling_file = folder / pooling_folder / "config.json"
     pooling = _read_json(pooling_file, dict)
     mode = pooling.get("pooling_mode")
@@ -123,12 +124,14 @@ def load_sentence_encoder(folder: str | Path) -> SentenceEncoder:
         raise UserError(f"{pooling_file} pools by {mode}, expected one of {', '.join(POOLINGS)}")
     options_file = folder / model_folder / "sentence_bert_config.json"
     options = _read_json(options_file, dict) if options_file.is_file() else {}
-    try:
-        model = AutoModel.from_pretrained(folder / model_folder, dtype=torch.float32).eval()
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"cannot load the encoder in {folder / model_folder}: {error}") from None
+    asked = options.get("max_seq_length")
+    if asked is not None and (type(asked) is not int or asked < 3):
+        raise UserError(
+            f"{options_file} has max_seq_length {asked!r}, expected a number of tokens, at least 3"
+        )
+    model = load_weights(folder / model_folder, read_config(folder / model_folder), AutoModel)
     tokenizer = load_tokenizer(folder / model_folder, model.config)
-    lengths = [options.get("max_seq_length"), tokenizer.model_max_length, max_tokens(model.config)]
+    lengths = [asked, tokenizer.model_max_length, max_tokens(model.config)]
     return SentenceEncoder(
         model,
         tokenizer,
@@ -170,6 +173,8 @@ def embedding_importance(
     batch_size: int = 32,
     num_samples: int | None = None,
     seed: int = 0,
+    model_name: str | None = None,
+    group_V: Tensor | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Importance:
     """Score every neuron by how far the sentences' embeddings move without it, to first order.
@@ -185,6 +190,8 @@ def embedding_importance(
         batch_size: sentences of a batch.
         num_samples: take so many rows only, evenly spread; None for all.
         seed: of the directions.
+        model_name: as for `compute_importance`.
+        group_V: too.
         progress: as for `compute_importance`, whose other errors are raised too.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -202,6 +209,8 @@ def embedding_importance(
         padded_batches(rows, encoder.tokenizer, batch_size, num_samples=num_samples),
         loss=component,
         task="sentence embedding",
+        model_name=model_name,
+        group_V=group_V,
         progress=progress,
     )
 
@@ -214,7 +223,8 @@ def distill_embeddings(
     checkpoints: Path,
     *,
     progress: Callable[[int, int], None] | None = None,
-) -> list[dict[str, float]]:
+    say: Callable[[str], None] | None = None,
+) -> Distilled:
     """Train the student, in place, to have the teacher's hidden states and embeddings; see `distill`.
 
     Args:
@@ -224,9 +234,7 @@ def distill_embeddings(
         settings: the same when resuming.
         checkpoints: folder for this run's checkpoints and nothing else.
         progress: called with (steps done, steps in all).
-
-    Returns:
-        The loss curves: "step", "layer", "embedding", with learned gates "balance", and "total".
+        say: as for `distill`.
 
     Raises:
         ValueError: student and teacher do not fit each other.
@@ -246,21 +254,27 @@ def distill_embeddings(
         checkpoints,
         pooling=student.pool,
         progress=progress,
+        say=say,
     )
 
 
-def save_sentence_encoder(encoder: SentenceEncoder, folder: str | Path) -> None:
+def save_sentence_encoder(encoder: SentenceEncoder, folder: str | Path, *, overwrite: bool = False) -> None:
     """Write a folder that sentence_transformers loads: `encoder.folder` with this model in place of the old.
 
     The folder is written whole or not at all.
 
+    Args:
+        encoder: with the new model.
+        folder: made if need be.
+        overwrite: replace what the folder holds.
+
     Raises:
-        UserError: `folder` holds something already, or `encoder.folder` is gone.
+        UserError: `folder` holds something that is not to be overwritten, or `encoder.folder` is gone.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if not overwrite and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not an empty folder; give another output folder")
-    modules = _read_json(encoder.folder / "modules.json", list)
+    modules = _read_modules(encoder.folder)
     kept = ["modules.json", "config_sentence_transformers.json"]
     kept.append(str(Path(encoder.model_folder) / "sentence_bert_config.json"))
     with replace_whole(folder) as fresh:
@@ -273,6 +287,21 @@ def save_sentence_encoder(encoder: SentenceEncoder, folder: str | Path) -> None:
         for module in modules[1:]:
             if (encoder.folder / module["path"]).is_dir():  # Normalize may have no folder
                 shutil.copytree(encoder.folder / module["path"], fresh / module["path"])
+
+
+def _read_modules(folder: Path) -> list[dict[str, Any]]:
+    """What modules.json lists, each with its folder, if it has one, inside `folder`."""
+    path = folder / "modules.json"
+    modules = _read_json(path, list)
+    for module in modules:
+        if not isinstance(module, dict) or not all(
+            isinstance(module.get(key, ""), str) for key in ("type", "path")
+        ):
+            raise UserError(f"{path} must list modules, each an object with a type and a path")
+        place = Path(os.path.realpath(folder / module.get("path", "")))
+        if not place.is_relative_to(os.path.realpath(folder)):
+            raise UserError(f"{path} names a module at {module['path']!r}, which is outside of {folder}")
+    return modules
 
 
 def _read_json(path: Path, kind: type) -> Any:

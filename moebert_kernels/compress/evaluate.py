@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moebert_kernels.compress.batching import LABEL_COLUMNS, padded_batches, shortest_first
+from moebert_kernels.compress.losses import Pooling
 from moebert_kernels.compress.tasks import EncodedData
 
 
@@ -45,27 +46,32 @@ def predict(
     rows: Dataset,
     tokenizer: PreTrainedTokenizerBase,
     *,
+    pooling: Pooling | None = None,
     batch_size: int = 32,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[np.ndarray]:
     """Return what a model says of every row, in the rows' order.
 
     Args:
-        model: with any of the heads that `tasks` knows; put into eval mode, used where it is.
+        model: with any of the heads that `tasks` knows, or none but a `pooling`; put into eval mode, used
+            where it is.
         rows: as `tasks.tokenize` makes them; labels are ignored.
         tokenizer: the model's.
+        pooling: makes embeddings of last hidden states and mask; None for a model with a head.
         batch_size: rows at a time; changes speed alone.
         progress: called with (rows done, rows in all).
 
     Returns:
-        float32 [C] of each row, or [S, C] for its S tokens without padding; for question answering C is 2,
-        the logits of start and end.
+        float32 [D] of each row that is embedded, [C] of one that is classified, or [S, C] for its S tokens
+        without padding; for question answering C is 2, the logits of start and end.
     """
     model.eval()
     found: list[np.ndarray] = []
     for batch in batches(rows, tokenizer, batch_size=batch_size, device=model.device, progress=progress):
         output = model(**_without_labels(batch))
-        if "start_logits" in output:
+        if pooling is not None:
+            logits = pooling(output.last_hidden_state, batch.get("attention_mask"))
+        elif "start_logits" in output:
             logits = torch.stack([output.start_logits, output.end_logits], dim=-1)
         else:
             logits = output.logits
@@ -86,6 +92,7 @@ def evaluate(
     data: EncodedData,
     tokenizer: PreTrainedTokenizerBase,
     *,
+    pooling: Pooling | None = None,
     batch_size: int = 32,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
@@ -95,6 +102,7 @@ def evaluate(
         model: with the task's head; put into eval mode, used where it is.
         data: tokenised.
         tokenizer: the model's.
+        pooling: as for `predict`.
         batch_size: rows at a time; changes speed alone.
         progress: called with (rows done, rows in all).
 
@@ -111,7 +119,9 @@ def evaluate(
             if progress is not None:
                 progress(before + done, total)
 
-        outputs = predict(model, encoded.rows, tokenizer, batch_size=batch_size, progress=report)
+        outputs = predict(
+            model, encoded.rows, tokenizer, pooling=pooling, batch_size=batch_size, progress=report
+        )
         suffix = f"_{name}" if name else ""
         metrics |= {metric + suffix: value for metric, value in encoded.score(outputs).items()}
         before += len(encoded.rows)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     PreTrainedModel,
@@ -27,9 +26,13 @@ from moebert_kernels.compress.artifacts import (
     workroom,
 )
 from moebert_kernels.compress.batching import LengthGroupedTrainer, RowCollator, count_labels
+from moebert_kernels.compress.checkpoint import TRANSFORMERS_ERRORS, cause_of, load_weights, read_config
 from moebert_kernels.compress.evaluate import evaluate
-from moebert_kernels.compress.loading import check_model_folder, load_tokenizer, row_length, save_encoder
+from moebert_kernels.compress.loading import load_tokenizer, row_length, save_encoder
+from moebert_kernels.compress.precision import check_bf16
+from moebert_kernels.compress.settings import MAX_SEED, check_learning_rate
 from moebert_kernels.compress.tasks import KINDS, Task, TaskData, tokenize
+from moebert_kernels.compress.writing import writing
 from moebert_kernels.errors import ArgumentError, UserError
 from moebert_kernels.models.surgery import find_ffns
 
@@ -44,6 +47,7 @@ def finetune(
     batch_size: int = 32,
     max_length: int | None = None,
     weight_decay: float = 0.01,
+    bf16: bool = False,
     seed: int = 0,
     training_arguments: Mapping[str, Any] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
@@ -64,8 +68,9 @@ def finetune(
         max_length: tokens of a row; by default 128, or 384 for question answering, or as many as the model
             takes if those are fewer.
         weight_decay: of AdamW.
+        bf16: compute matrix products in bfloat16, by autocast; weights stay float32.
         seed: of the new head, the order of rows and dropout.
-        training_arguments: more arguments of `transformers.TrainingArguments`, such as {"bf16": True}.
+        training_arguments: more arguments of `transformers.TrainingArguments`.
         callbacks: for the Trainer.
 
     Returns:
@@ -74,15 +79,20 @@ def finetune(
     Raises:
         UserError: no such model, or one that cannot be compressed later; arguments out of range;
             `output_dir` exists; the processes cannot share the rows of a step evenly.
+        OutputError: a checkpoint or the model cannot be written.
     """
     output_dir = Path(output_dir)
     if processes.on_main(output_dir.exists):
         raise UserError(f"{output_dir} exists already; delete it or choose another folder")
-    for name, value in (("epochs", epochs), ("lr", lr), ("batch_size", batch_size)):
+    check_learning_rate("lr", lr)
+    for name, value in (("epochs", epochs), ("batch_size", batch_size)):
         if not 0 < value < float("inf"):
             raise ArgumentError(name, f"must be more than 0, got {value}")
     if not 0 <= weight_decay < float("inf"):
         raise ArgumentError("weight_decay", f"must not be negative, got {weight_decay}")
+    check_bf16(bf16)
+    if not 0 <= seed <= MAX_SEED:
+        raise ArgumentError("seed", f"must be 0 to {MAX_SEED}, got {seed}")
     processes.rows_each(batch_size)  # refuses what does not divide
     set_seed(seed)
     network = _load(str(model), data.task)
@@ -96,6 +106,7 @@ def finetune(
         "per_device_train_batch_size": batch_size,
         "per_device_eval_batch_size": 2 * batch_size,
         "weight_decay": weight_decay,
+        "bf16": bf16,
         "warmup_steps": 0.1,
         "seed": seed,
         "save_steps": 0.1,
@@ -113,7 +124,8 @@ def finetune(
         {name: str(value) for name, value in fixed.items()},
     )
     with workroom(output_dir, made_from) as room:
-        arguments = TrainingArguments(output_dir=str(room), **{**fixed, **_shared(fixed)})
+        device = {"use_cpu": not torch.cuda.is_available()}
+        arguments = TrainingArguments(output_dir=str(room), **{**device, **fixed, **_shared(fixed)})
         if arguments.n_gpu > 1:
             arguments._n_gpu = 1  # DataParallel would multiply the batch size
         trainer = _FinetuningTrainer(
@@ -126,7 +138,8 @@ def finetune(
             callbacks=list(callbacks),
         )
         trainer.remove_callback(PrinterCallback)  # the Trainer's stand-in for a bar that was switched off
-        trainer.train(resume_from_checkpoint=last_checkpoint(room))
+        with writing(room):
+            trainer.train(resume_from_checkpoint=last_checkpoint(room))
         processes.wait_for_all()  # the others may still be writing their part of the last checkpoint
 
         def finish() -> dict[str, float]:
@@ -160,7 +173,7 @@ def _shared(arguments: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     processes.join()
     rows_each = processes.rows_each(arguments["per_device_train_batch_size"])
-    return {"per_device_train_batch_size": rows_each, "use_cpu": not torch.cuda.is_available()}
+    return {"per_device_train_batch_size": rows_each}
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -177,20 +190,27 @@ def last_checkpoint(folder: Path) -> str | None:
 
 def _load(model: str, task: Task) -> PreTrainedModel:
     kind = KINDS[task.kind]
-    if Path(model).exists() or model.startswith((".", "/", "~")):  # otherwise a name on the hub
-        check_model_folder(Path(model))
-    try:
-        config = AutoConfig.from_pretrained(model, **kind.head_config(task))
-        # A head for another number of labels is replaced by a new one.
-        network = kind.auto_model.from_pretrained(model, config=config, ignore_mismatched_sizes=True)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        if not Path(model).exists():
-            raise UserError(
-                f"there is no folder {model}, and no model of that name can be had from the hub: {error}"
-            ) from None
-        raise UserError(f"{model} cannot be loaded as a pre-trained model: {error}") from None
+    head = kind.head_config(task)
+    folder = Path(model)
+    if folder.exists() or model.startswith((".", "/", "~")):  # otherwise a name on the hub
+        network = load_weights(folder, read_config(folder, **head), kind.auto_model, new_head=True)
+    else:
+        network = _from_hub(model, head, kind.auto_model)
     try:
         find_ffns(network)
     except ValueError as error:
         raise UserError(f"{model} cannot become a MoE: {error}") from None
     return network
+
+
+def _from_hub(name: str, head: Mapping[str, Any], auto_model: Any) -> PreTrainedModel:
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **head)
+        # A head for another number of labels is replaced by a new one.
+        return auto_model.from_pretrained(
+            name, config=config, ignore_mismatched_sizes=True, use_safetensors=True, trust_remote_code=False
+        )
+    except TRANSFORMERS_ERRORS as error:
+        raise UserError(
+            f"there is no folder {name}, and no model of that name can be had from the hub: {cause_of(error)}"
+        ) from None

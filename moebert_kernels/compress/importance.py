@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,7 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from moebert_kernels.checks import check_tensor
 from moebert_kernels.compress import processes
+from moebert_kernels.compress.artifacts import replace_whole
 from moebert_kernels.compress.batching import LABEL_COLUMNS
 from moebert_kernels.compress.token_scores import TokenScores, TokenScoreSums
 from moebert_kernels.errors import UserError
@@ -39,6 +41,7 @@ class Importance:
         task: the task it was scored on.
         num_samples: how many samples the scores sum over; 0 if unknown.
         tokens: scores of the same neurons for each group of token ids; None if they were not taken.
+        weights: `weights_fingerprint` of the model that was scored; "" if unknown.
 
     Raises:
         UserError: the scores are not of this kind.
@@ -49,9 +52,11 @@ class Importance:
     task: str
     num_samples: int
     tokens: TokenScores | None = None
+    weights: str = ""
 
     def __post_init__(self):
         scores_LF = self.scores_LF
+        check_tensor("scores_LF", scores_LF)
         if scores_LF.dim() != 2 or 0 in scores_LF.shape or not scores_LF.is_floating_point():
             raise UserError(
                 "importance scores must be floating-point numbers of shape [layers, neurons], got"
@@ -72,15 +77,17 @@ class Importance:
         object.__setattr__(self, "scores_LF", scores_LF)
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file, whole or not at all; model, task and sample count are in its header."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        """Write a safetensors file, whole or not at all; model, task and sample count are in its header.
+
+        Raises:
+            OutputError: the disk is full, or something else keeps it from being written.
+        """
         header = {
             "format": _FORMAT,
             "model": self.model,
             "task": self.task,
             "num_samples": str(self.num_samples),
+            "weights": self.weights,
         }
         tensors = {"scores_LF": self.scores_LF}
         if self.tokens is not None:
@@ -88,11 +95,8 @@ class Importance:
                 "token_scores_LGF": self.tokens.scores_LGF,
                 "token_group_V": self.tokens.group_V,
             }
-        try:
-            save_file(tensors, unfinished, header)
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with replace_whole(Path(path)) as fresh:
+            save_file(tensors, fresh, header)
 
     @classmethod
     def load(cls, path: str | Path) -> Importance:
@@ -110,37 +114,61 @@ class Importance:
                 names = set(file.keys())
                 if header.get("format") != _FORMAT or names not in ({"scores_LF"}, _WITH_TOKENS):
                     raise UserError(f"{path} is a safetensors file, but not of importance scores ({_FORMAT})")
-                scores_LF = file.get_tensor("scores_LF")
-                tokens = None
-                if names == _WITH_TOKENS:
-                    tokens = TokenScores(
-                        file.get_tensor("token_scores_LGF"), file.get_tensor("token_group_V")
-                    )
+                tensors = {name: file.get_tensor(name) for name in names}
         except (SafetensorError, OSError) as error:
             raise UserError(
                 f"{path} is damaged or not an importance file ({error}); files published with the authors'"
                 " code are converted by `moebert importance --convert` (convert_published)"
             ) from None
+        missing = [name for name in ("model", "task", "num_samples") if name not in header]
+        if missing:
+            raise UserError(f"{path} does not say in its header: {', '.join(missing)}; score the model again")
         try:
-            return cls(scores_LF, header["model"], header["task"], int(header["num_samples"]), tokens)
-        except (KeyError, ValueError) as error:
+            tokens = None
+            if names == _WITH_TOKENS:
+                tokens = TokenScores(tensors["token_scores_LGF"], tensors["token_group_V"])
+            return cls(
+                tensors["scores_LF"],
+                header["model"],
+                header["task"],
+                int(header["num_samples"]),
+                tokens,
+                header.get("weights", ""),
+            )
+        except ValueError as error:
             raise UserError(f"{path} does not hold importance scores as they are saved: {error}") from None
 
     def check(self, model: nn.Module) -> None:
-        """Make sure the scores can belong to `model`; its name is not compared, folders move.
+        """Make sure the scores are of `model`; its name is not compared, folders move.
 
         Raises:
-            UserError: the model's layers or their widths are others.
+            UserError: the model's layers, their widths or their weights are others.
             ValueError: `find_ffns` found none.
         """
         num_layers, width = self.scores_LF.shape
-        widths = [ffn.w1.out_features for ffn in find_ffns(model)]
+        ffns = find_ffns(model)
+        widths = [ffn.w1.out_features for ffn in ffns]
+        scored = f"the importance scores of {self.model!r}"
         if widths != [width] * num_layers:
             found = f"{len(widths)} of {' or '.join(map(str, sorted(set(widths))))}"
             raise UserError(
-                f"the importance scores of {self.model!r} are for {num_layers} layers of {width} neurons,"
-                f" but the model has {found}: score this model"
+                f"{scored} are for {num_layers} layers of {width} neurons, but the model has {found}:"
+                " score this model"
             )
+        if self.weights and self.weights != weights_fingerprint(ffns):
+            raise UserError(
+                f"{scored} were taken of a model of this shape with other weights: score this model"
+            )
+
+
+def weights_fingerprint(ffns: Iterable[DenseFFN]) -> str:
+    """Return the sha256 of the weights that are scored, the same in float32 and in bfloat16."""
+    digest = hashlib.sha256()
+    for ffn in ffns:
+        for weight in (ffn.w1.weight, ffn.w2.weight):
+            rounded = weight.detach().to("cpu", torch.bfloat16).contiguous()
+            digest.update(rounded.view(torch.int16).numpy().data)
+    return digest.hexdigest()
 
 
 def compute_importance(
@@ -221,7 +249,7 @@ def compute_importance(
     if tokens is not None:
         tokens.add_up()
         token_scores = tokens.scores()
-    return Importance(scores_LF, model_name, task, num_samples, token_scores)
+    return Importance(scores_LF, model_name, task, num_samples, token_scores, weights_fingerprint(ffns))
 
 
 def _turns(batches: Iterable[Mapping[str, Tensor]], count: int) -> Iterator[list[Mapping[str, Tensor]]]:

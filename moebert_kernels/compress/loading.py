@@ -7,17 +7,12 @@ import warnings
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from moebert_kernels.compress import processes
 from moebert_kernels.compress.artifacts import replace_whole, rows_fingerprint
+from moebert_kernels.compress.checkpoint import cause_of, load_weights, read_config
+from moebert_kernels.compress.files import describe_folder
 from moebert_kernels.compress.tasks import TaskData, auto_model_of
 from moebert_kernels.errors import ArgumentError, UserError
 from moebert_kernels.models import find_ffns, is_moe, max_tokens
@@ -36,21 +31,16 @@ def load_model(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     Raises:
         UserError: the folder does not hold one.
     """
-    check_model_folder(folder)
-    try:
-        architectures = AutoConfig.from_pretrained(folder).architectures or []
-        auto_model = auto_model_of(architectures)
-        if auto_model is None:
-            raise UserError(
-                f"{folder} holds a {' or '.join(architectures) or 'model of unknown class'}, not a model for "
-                "classification, regression or question answering: fine-tune it first (`moebert finetune`)"
-            )
-        model = auto_model.from_pretrained(folder, dtype=torch.float32)
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"cannot load the model in {folder}: {error}") from None
-    return model.eval(), load_tokenizer(folder, model.config)
+    config = read_config(folder)
+    architectures = config.architectures or []
+    auto_model = auto_model_of(architectures)
+    if auto_model is None:
+        raise UserError(
+            f"{folder} holds a {' or '.join(architectures) or 'model of unknown class'}, not a model for "
+            "classification, regression or question answering: fine-tune it first (`moebert finetune`)"
+        )
+    model = load_weights(folder, config, auto_model)
+    return model, load_tokenizer(folder, model.config)
 
 
 def load_teacher(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -80,9 +70,11 @@ def load_tokenizer(source: str | Path, config: PreTrainedConfig) -> PreTrainedTo
         UserError: there is none, or one of another vocabulary.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot load the tokenizer of {source}: {error}") from None
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        trial = tokenizer(["a", "a b"], padding=True)["input_ids"]
+        ids = [*tokenizer.get_vocab().values(), *(token for row in trial for token in row)]
+    except Exception as error:  # tokenizers raises Exception itself
+        raise UserError(f"cannot load the tokenizer of {source}: {cause_of(error)}") from None
     files = sorted(set(tokenizer.vocab_files_names.values()))
     # transformers makes up an empty vocabulary where a folder has none.
     if Path(source).is_dir() and not any((Path(source) / name).is_file() for name in files):
@@ -90,22 +82,17 @@ def load_tokenizer(source: str | Path, config: PreTrainedConfig) -> PreTrainedTo
             f"{source} holds no tokenizer ({' or '.join(files)}): save the one the model was trained with "
             "beside it, by its save_pretrained"
         )
-    if len(tokenizer) > config.vocab_size:
+    if not 0 <= min(ids) <= max(ids) < config.vocab_size:
         raise UserError(
-            f"the tokenizer of {source} has {len(tokenizer)} tokens, but its model's vocabulary has "
-            f"{config.vocab_size}: they do not belong together"
+            f"the tokenizer of {source} has token ids from {min(ids)} to {max(ids)}, but its model's "
+            f"vocabulary has {config.vocab_size}: they do not belong together"
+        )
+    most = tokenizer.model_max_length
+    if not isinstance(most, (int, float)) or not most >= 1:
+        raise UserError(
+            f"the tokenizer of {source} has model_max_length {most!r}, expected a number of tokens"
         )
     return tokenizer
-
-
-def check_model_folder(folder: Path) -> None:
-    """Raise a UserError unless `folder` is one that a transformers model was saved to."""
-    if not folder.exists():
-        raise UserError(f"there is no folder {folder}")
-    if not folder.is_dir():
-        raise UserError(f"{folder} is a file: give the folder of a saved transformers model")
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} holds no config.json: give the folder of a saved transformers model")
 
 
 def row_length(
@@ -185,3 +172,10 @@ def check_no_model(folder: Path) -> None:
         raise UserError(f"the output {folder} is a file; give a folder")
     if (folder / "config.json").exists() or (folder / "model.safetensors").exists():
         raise UserError(f"{folder} already holds a model; give another output folder")
+
+
+def check_new_folder(folder: Path) -> None:
+    """Raise a UserError unless `folder` is absent or empty: saving a model to it replaces all it holds."""
+    check_no_model(folder)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{describe_folder(folder)}: give a new or an empty output folder")

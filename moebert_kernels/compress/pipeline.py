@@ -10,19 +10,24 @@ its last checkpoint. In the output folder:
     work/NAME/distilled/    the comparison models after it
     work/NAME/seed-S/       the same of further seeds
     work/stages/*.json      what each stage was made from, how long it took, its small results
+
+In results.json the load of experts is told twice, as shares of real tokens that add up to 1 in a layer:
+
+    expert_load_LE          the student's on the validation rows: a list per layer, in it each expert's share
+    training_load_NLE       while it was trained: by model, as in "losses", such a table for each of N epochs
 """
 
 from __future__ import annotations
 
-import shutil
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -31,15 +36,17 @@ from moebert_kernels.compress import processes
 from moebert_kernels.compress.adapt import token_counts
 from moebert_kernels.compress.artifacts import (
     Stage,
+    claim,
     discard_unfinished,
     exclusive,
     fingerprint,
     model_fingerprint,
+    remove_folders,
     rows_fingerprint,
     write_json,
 )
 from moebert_kernels.compress.batching import sample_rows
-from moebert_kernels.compress.distill import DistillSettings, distill
+from moebert_kernels.compress.distill import Distilled, DistillSettings, distill
 from moebert_kernels.compress.evaluate import batches, evaluate, expert_load
 from moebert_kernels.compress.importance import Importance, compute_importance
 from moebert_kernels.compress.loading import (
@@ -50,13 +57,13 @@ from moebert_kernels.compress.loading import (
     save_encoder,
     warn_of_other_rows,
 )
+from moebert_kernels.compress.losses import Pooling
 from moebert_kernels.compress.measure import measure
 from moebert_kernels.compress.settings import CompressSettings, resolve
-from moebert_kernels.compress.tasks import EncodedData, TaskData, match_labels, tokenize
+from moebert_kernels.compress.tasks import KINDS, EncodedData, TaskData, match_labels, tokenize
 from moebert_kernels.compress.token_scores import token_groups
 from moebert_kernels.compress.variants import STUDENT, Report, Trial, over_seeds, trials
 from moebert_kernels.environment import describe_environment
-from moebert_kernels.errors import UserError
 from moebert_kernels.models import (
     count_parameters,
     encoder_flops_per_token,
@@ -92,6 +99,7 @@ def compress(
     output_dir: str | Path,
     *,
     progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Compress a fine-tuned encoder into a MoE, and measure what that costs and brings.
 
@@ -105,6 +113,7 @@ def compress(
         teacher_dir: of a BERT fine-tuned on the task, with its tokenizer.
         output_dir: made if need be; one run at a time.
         progress: hears about every stage of `stage_names`, in that order; in the main process alone.
+        say: hears a sentence at the end of each epoch of distillation; in the main process alone.
 
     Returns:
         The content of results.json.
@@ -112,17 +121,30 @@ def compress(
     Raises:
         UserError: teacher, data, settings or output folder do not fit, said before any long work; or
             distillation diverged.
+        OutputError: the output folder cannot be written, for lack of room for instance.
     """
     teacher_dir, output_dir = Path(teacher_dir), Path(output_dir)
     teacher, tokenizer = load_teacher(teacher_dir)
-    settings = resolve(settings, teacher, tokenizer, data)
+    length = KINDS[data.task.kind].default_length
+    settings = resolve(settings, teacher, tokenizer, num_rows=len(data.train), default_length=length)
     warn_of_other_rows(teacher_dir, data)
     data = match_labels(data, teacher.config)
     processes.rows_each(settings.batch_size)  # refuses what does not divide
-    check_no_model(output_dir)
-    with exclusive(output_dir):
-        processes.on_main(lambda: _prepare(output_dir))
-        return _Run(settings, data, teacher, tokenizer, teacher_dir, output_dir, progress).results()
+    run = Run(settings, data, teacher, tokenizer, teacher_dir, output_dir, progress, say)
+    return results_of(run)
+
+
+def results_of(run: Run) -> dict[str, Any]:
+    """Hold a run's output folder for this process, or those it works with, and do the run in it; collective.
+
+    Raises:
+        UserError: the folder is no such run's, or in use.
+    """
+    check_no_model(run.output_dir)
+    processes.on_main(lambda: claim(run.output_dir))  # before anything is put into a folder that is refused
+    with exclusive(run.output_dir):
+        processes.on_main(lambda: discard_unfinished(run.output_dir))
+        return run.results()
 
 
 def stage_names(settings: CompressSettings) -> list[str]:
@@ -144,17 +166,14 @@ def share_curves(importance: Importance, points: int = 101) -> list[list[float]]
     return share_LF1[:, index_Q].tolist()
 
 
-def _prepare(output_dir: Path) -> None:
-    """Refuse to replace a folder that no run of ours has made; remove what a killed one left."""
-    if (output_dir / "student").exists() and not (output_dir / "work" / "stages").exists():
-        raise UserError(
-            f"{output_dir / 'student'} exists and was not made by this command; give another output folder"
-        )
-    discard_unfinished(output_dir)
+class Run:
+    """One call of `compress`, everything checked.
 
+    Attributes:
+        pooling: makes embeddings of the models' last hidden states; None for models with a head.
+    """
 
-class _Run:
-    """One call of `compress`, everything checked."""
+    pooling: Pooling | None = None
 
     def __init__(
         self,
@@ -165,6 +184,7 @@ class _Run:
         teacher_dir: Path,
         output_dir: Path,
         progress: Progress | None,
+        say: Callable[[str], None] | None,
     ):
         self.settings = settings
         self.raw = data
@@ -172,6 +192,7 @@ class _Run:
         self.teacher_dir = teacher_dir
         self.output_dir = output_dir
         self.progress = progress if processes.is_main() else None
+        self.say = say
         self.device = default_device()
         self.teacher = teacher
         nn.Module.to(teacher, self.device)  # transformers' own `to` does not say what it takes
@@ -179,7 +200,7 @@ class _Run:
         self.student_flops = 0
         self.said_anew = False
 
-        self.teacher_print = model_fingerprint(teacher_dir)
+        self.teacher_print = self.print_teacher()
         answers = data.task.answers
         doc_stride = answers and answers.doc_stride
         self.train_print = fingerprint(rows_fingerprint(data.train), settings.max_length, doc_stride)
@@ -196,6 +217,10 @@ class _Run:
             settings.routing == "hash-affinity",
         )
 
+    def print_teacher(self) -> str:
+        """The fingerprint of the teacher's files."""
+        return model_fingerprint(self.teacher_dir)
+
     @cached_property
     def data(self) -> EncodedData:
         """The rows as token ids, made when a stage first needs them."""
@@ -208,6 +233,7 @@ class _Run:
         models = {"teacher": self.evaluated("teacher", self.teacher_dir, self.teacher_print)}
         folders, prints = {"teacher": self.teacher_dir}, {"teacher": self.teacher_print}
         losses: dict[str, list] = {}
+        training_load: dict[str, list] = {}
         for variant, of_seeds in trials(self.settings).items():
             name, before = variant.name, f"{variant.name} before distillation"
             before_records, records = [], []
@@ -218,15 +244,17 @@ class _Run:
                     before_records.append(record)
                     if trial.is_first and variant is STUDENT:
                         self.student_flops = record["encoder_flops_per_token"]
-                distilled, distilled_from, log = self.distilled(trial, adapted, made_from)
+                distilled, distilled_from, found = self.distilled(trial, adapted, made_from)
                 records.append(self.evaluated(trial.name, distilled, distilled_from))
                 if trial.is_first:
                     folders |= {before: adapted, name: distilled}
                     prints |= {before: made_from, name: distilled_from}
-                    losses[name] = log
+                    losses[name] = found.losses
+                    if found.load_NLE:
+                        training_load[name] = found.load_NLE
             seeds = [trial.seed for trial in of_seeds]
-            for row, found in ((before, before_records), (name, records)):
-                models[row] = over_seeds(found, seeds[: len(found)]) | _layers(variant.kept_layers(self))
+            for row, of_row in ((before, before_records), (name, records)):
+                models[row] = over_seeds(of_row, seeds[: len(of_row)]) | _layers(variant.kept_layers(self))
         load = self.expert_load(folders["student"], prints["student"])
         speed = self.speed(folders, prints)
         task = self.raw.task
@@ -249,6 +277,7 @@ class _Run:
                 "share_curve_LQ": share_curves(self.importance),
             },
             "expert_load_LE": load,
+            "training_load_NLE": training_load,
             "losses": losses,
             "timings_s": self.timings,
         }
@@ -257,6 +286,7 @@ class _Run:
 
     @cached_property
     def importance(self) -> Importance:
+        """Of the teacher's neurons; taken, or read if it has been."""
         path = self.output_dir / "importance.safetensors"
 
         def work(report: Report) -> None:
@@ -264,48 +294,55 @@ class _Run:
             group_V = None
             if self.settings.routing == "hash-affinity":
                 group_V = token_groups(self.teacher, token_counts(rows, self.teacher.config.vocab_size))
-            importance = compute_importance(
-                self.teacher,
-                batches(rows, self.tokenizer, device=self.device),
-                task=self.raw.task.name,
-                model_name=self.teacher_dir.resolve().name,
-                group_V=group_V,
-                progress=lambda done: report(done, len(rows)),
-            )
+            importance = self.scores(rows, group_V, lambda done: report(done, len(rows)))
             processes.on_main(lambda: importance.save(path))
 
         self.stage("importance", self.importance_print, work, path, together=True)
         return Importance.load(path)
+
+    def scores(self, rows: Dataset, group_V: Tensor | None, progress: Callable[[int], None]) -> Importance:
+        """Score the teacher's neurons on these rows."""
+        return compute_importance(
+            self.teacher,
+            batches(rows, self.tokenizer, device=self.device),
+            task=self.raw.task.name,
+            model_name=self.teacher_dir.resolve().name,
+            group_V=group_V,
+            progress=progress,
+        )
 
     def token_counts(self) -> Tensor:
         """How often each token id occurs in the training rows."""
         return token_counts(self.data.train, self.teacher.config.vocab_size)
 
     def adapted(self, trial: Trial) -> tuple[Path, str]:
+        """Make a trial's model; return its folder and the fingerprint of what it was made from."""
         variant, folder = trial.variant, self.output_dir / "work" / trial.folder / "adapted"
         made_from = fingerprint(variant.folder, variant.made_from(self, trial.seed))
 
         def work(report: Report) -> None:
-            save_encoder(variant.build(self, trial.seed, report), self.tokenizer, folder)
+            self.save(variant.build(self, trial.seed, report), folder)
 
         self.stage(f"adapt {trial.name}", made_from, work, folder)
         return folder, made_from
 
-    def distilled(self, trial: Trial, adapted: Path, made_from: str) -> tuple[Path, str, list]:
+    def distilled(self, trial: Trial, adapted: Path, made_from: str) -> tuple[Path, str, Distilled]:
+        """Distil it; return folder, fingerprint, and what is known of the training."""
         s, room = self.settings, self.output_dir / "work" / trial.folder
         is_student = trial.variant is STUDENT and trial.is_first
         folder = self.output_dir / "student" if is_student else room / "distilled"
         assert s.learning_rate is not None  # resolved
         how = DistillSettings(
-            s.epochs, s.learning_rate, s.distill_weight, s.batch_size, s.weight_decay, trial.seed
+            s.epochs, s.learning_rate, s.distill_weight, s.batch_size, s.weight_decay, trial.seed, s.bf16
         )
         made_from = fingerprint(made_from, self.teacher_print, self.train_print, asdict(how))
         checkpoints = room / f"checkpoints-{made_from[:16]}"
+        name, say = f"distill {trial.name}", self.say
 
-        def work(report: Report) -> list[dict[str, float]]:
-            processes.on_main(lambda: _remove(room.glob("checkpoints-*"), keep=checkpoints))
+        def work(report: Report) -> dict[str, Any]:
+            processes.on_main(lambda: remove_folders(room.glob("checkpoints-*"), keep=checkpoints))
             student = self.load(adapted)
-            log = distill(
+            found = distill(
                 student,
                 self.teacher,
                 self.data.train,
@@ -313,25 +350,32 @@ class _Run:
                 how,
                 checkpoints,
                 layer_map=trial.variant.kept_layers(self),
+                pooling=self.pooling,
                 progress=report,
+                say=say and (lambda sentence: say(f"{name}, {sentence}")),
             )
-            processes.on_main(lambda: save_encoder(student, self.tokenizer, folder))
-            return log
+            processes.on_main(lambda: self.save(student, folder))
+            return found._asdict()
 
-        log = self.stage(f"distill {trial.name}", made_from, work, folder, together=True)
-        processes.on_main(lambda: _remove(room.glob("checkpoints-*")))
-        return folder, made_from, log
+        recorded = fingerprint(made_from, Distilled._fields)
+        found = self.stage(name, recorded, work, folder, together=True)
+        processes.on_main(lambda: remove_folders(room.glob("checkpoints-*")))
+        return folder, made_from, Distilled(**found)
 
     def evaluated(self, name: str, folder: Path, made_from: str) -> dict[str, Any]:
+        """Return a saved model's quality and costs."""
+
         def work(report: Report) -> dict[str, Any]:
             model = self.load(folder)
-            quality = evaluate(model, self.data, self.tokenizer, progress=report)
+            quality = evaluate(model, self.data, self.tokenizer, pooling=self.pooling, progress=report)
             return {"quality": quality, **{name: cost(model) for name, cost in _COSTS.items()}}
 
         made_from = fingerprint(made_from, self.validation_print, list(_COSTS))
         return self.stage(f"evaluate {name}", made_from, work)
 
     def expert_load(self, student: Path, made_from: str) -> list[list[float]]:
+        """Return the load on the validation rows."""
+
         def work(report: Report) -> list[list[float]]:
             rows = self.data.validation
             inputs = batches(rows, self.tokenizer, device=self.device, progress=report)
@@ -340,6 +384,7 @@ class _Run:
         return self.stage("expert load", fingerprint(made_from, self.validation_print), work)
 
     def speed(self, folders: dict[str, Path], prints: dict[str, str]) -> dict[str, Any]:
+        """Return latency and throughput by model."""
         environment = describe_environment()
         machine = [environment.cpu, environment.threads, environment.devices]
         length = self.settings.measure_length
@@ -393,8 +438,17 @@ class _Run:
         self.timings[name] = stage.seconds
         return result
 
+    def save(self, model: PreTrainedModel, folder: Path) -> None:
+        """Save a model where `read` finds it; what was in the folder is replaced."""
+        save_encoder(model, self.tokenizer, folder)
+
+    def read(self, folder: Path) -> PreTrainedModel:
+        """Read a saved model, onto the CPU."""
+        return load_model(folder)[0]
+
     def load(self, folder: Path) -> PreTrainedModel:
-        model = load_model(folder)[0]
+        """Read a saved model, onto the device of the run."""
+        model = self.read(folder)
         nn.Module.to(model, self.device)
         return model
 
@@ -402,9 +456,3 @@ class _Run:
 def _layers(kept: list[int] | None) -> dict[str, Any]:
     """For results.json, where layers are counted from 1 as in the report."""
     return {} if kept is None else {"kept_layers": [layer + 1 for layer in kept]}
-
-
-def _remove(folders: Iterable[Path], *, keep: Path | None = None) -> None:
-    for folder in folders:
-        if folder != keep:
-            shutil.rmtree(folder)

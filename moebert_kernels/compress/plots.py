@@ -12,7 +12,7 @@ import matplotlib
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 # Colours no plot would use by chance; each becomes a CSS variable of the page.
 _VARIABLES = {
@@ -162,6 +162,39 @@ def plot_expert_load(load_LE: Sequence[Sequence[float]]) -> str:
         axes.spines[["left", "bottom"]].set_visible(False)
         axes.set_xlabel(f"share of the tokens each of {num_experts} experts gets (%)")
         return _svg(figure, "load")
+
+
+def plot_training_load(load: dict[str, Sequence[Sequence[Sequence[float]]]]) -> str:
+    """The share of each layer's fullest expert by epoch, a curve per layer; a panel per model.
+
+    Args:
+        load: by model, the experts' shares [N][L][E] in each of N epochs.
+    """
+    with matplotlib.rc_context(_STYLE):
+        num_rows = math.ceil(len(load) / 2)
+        figure = Figure(figsize=(6.4, 0.8 + 2.6 * num_rows), layout="constrained")
+        grid = figure.subplots(num_rows, min(len(load), 2), sharey=True, squeeze=False)
+        panels = grid.flatten()
+        for axes in panels[len(load) :]:
+            axes.remove()
+        for axes, (name, load_NLE) in zip(panels, load.items(), strict=False):
+            epochs_N, num_layers = range(1, len(load_NLE) + 1), len(load_NLE[0])
+            for layer in range(num_layers):
+                fullest_N = [100 * max(load_LE[layer]) for load_LE in load_NLE]
+                colour = _LAYER_COLOURS(layer / max(num_layers - 1, 1))
+                style: Any = {"linewidth": 1.5, "marker": "o", "markersize": 4}
+                axes.plot(epochs_N, fullest_N, color=colour, label=f"layer {layer + 1}", **style)
+            even = 100 / len(load_NLE[0][0])
+            axes.axhline(even, color=_MUTED, linestyle=":", linewidth=1.2, label="even")
+            axes.set_ylim(bottom=0)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.set_title(name)
+            axes.set_xlabel("epoch")
+        for axes in grid[:, 0]:
+            axes.set_ylabel("tokens of the fullest expert (%)")
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), fontsize=9)
+        return _svg(figure, "training-load")
 
 
 def plot_losses(losses: dict[str, Sequence[dict[str, float]]]) -> str | None:

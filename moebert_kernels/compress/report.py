@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Callable, Iterable
 from html import escape
 from importlib import resources
@@ -12,11 +10,10 @@ from string import Template
 from typing import Any
 
 from moebert_kernels.compress import plots
-from moebert_kernels.compress.units import short_count
+from moebert_kernels.compress.artifacts import replace_whole
+from moebert_kernels.compress.summary import capital, count_text, quality_of, summarize
 
 FORMAT = 1
-
-_NOTABLE_GAIN = 1.02  # measurements of one model differ by as much
 
 _NAMES = {
     "teacher": "the dense model",
@@ -32,16 +29,15 @@ def write_report(results: dict[str, Any], path: str | Path) -> None:
 
     Args:
         results: the content of results.json, format 1.
-        path: of the file to write; its folder must exist.
+        path: of the file to write; its folder is made if need be.
 
     Raises:
+        OutputError: the disk is full, or something else keeps it from being written.
         ValueError: `results` is of another format, or holds no models.
     """
-    path = Path(path)
     page = render_report(results)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, path)
+    with replace_whole(Path(path)) as fresh:
+        fresh.write_text(page, encoding="utf-8")
 
 
 def render_report(results: dict[str, Any]) -> str:
@@ -70,144 +66,6 @@ def render_report(results: dict[str, Any]) -> str:
     )
 
 
-def summarize(results: dict[str, Any]) -> list[str]:
-    """What the figures mean, a paragraph each."""
-    models = {model["name"]: model for model in results["models"]}
-    teacher, student = models.get("teacher"), models.get("student")
-    if teacher is None or student is None:
-        return []
-    task = results["task"]
-    metric = task["main_metric"]
-    label = metric.replace("_", " ")
-
-    def quality(name: str) -> float:
-        return models[name]["quality"][metric]
-
-    paragraphs = []
-    text = f"The fine-tuned teacher reaches {label} {quality('teacher'):.3f} on the validation rows. "
-    text += "Its feed-forward networks, cut into experts by the importance of their neurons, "
-    if "student before distillation" in models:
-        text += f"score {quality('student before distillation'):.3f} at once and "
-    text += f"{quality('student'):.3f} after distillation from the teacher"
-    text += f": {_difference(quality('student') - quality('teacher'))} against it."
-    if "random split" in models:
-        text += " Cut at random instead, the same experts "
-        if "random split before distillation" in models:
-            text += f"start from {quality('random split before distillation'):.3f} and "
-        text += f"end at {quality('random split'):.3f}."
-    paragraphs.append(text)
-    comparison = _comparison(results)
-    if comparison:
-        paragraphs.append(comparison)
-
-    error = _standard_error(metric, quality("student"), task["validation_rows"])
-    if error is not None:
-        paragraphs.append(
-            f"With {task['validation_rows']:,} validation rows one standard error of {label} is about "
-            f"{error:.3f}: read nothing into differences of that size."
-        )
-
-    flops = teacher["ffn_flops_per_token"] / student["ffn_flops_per_token"]
-    text = f"A token uses few of the experts: {flops:.1f} times less work in the feed-forward networks."
-    paragraphs.append(" ".join([text, *_speed_sentences(teacher, student)]))
-    paragraphs.append(_storage_sentence(teacher, student))
-    return paragraphs
-
-
-def _speed_sentences(teacher: dict[str, Any], student: dict[str, Any]) -> list[str]:
-    """What was measured, and what to make of it; nothing if nothing was."""
-    if not (teacher["latency_ms"] and student["latency_ms"]):
-        return []
-    before, after = teacher["latency_ms"], student["latency_ms"]
-    single = f"a batch of {before['batch_size']}"
-    gains = {single: before["median"] / after["median"]}
-    measured = (
-        f"{_capital(single)} ({before['sequence_length']} tokens) takes {after['median']:.2f} ms where the "
-        f"teacher takes {before['median']:.2f} ms"
-    )
-    if teacher["throughput_per_s"] and student["throughput_per_s"]:
-        batches, dense = student["throughput_per_s"], teacher["throughput_per_s"]
-        many = f"batches of {batches['batch_size']}"
-        gains[many] = batches["median"] / dense["median"]
-        measured += f", and {many} run at {gains[many]:.2f} times its throughput"
-    return [f"{measured}.", _verdict(gains)]
-
-
-def _verdict(gains: dict[str, float]) -> str:
-    """The student's speed in words, from how many times the teacher's it is for each way of measuring."""
-    faster = [how for how, gain in gains.items() if gain > _NOTABLE_GAIN]
-    slower = [how for how, gain in gains.items() if gain < 1 / _NOTABLE_GAIN]
-    if len(faster) == len(gains):
-        return "Attention and embeddings are as before, so the whole model gains less than the part."
-    found = "slower" if slower else "no faster"
-    if faster:
-        others = " and ".join(how for how in gains if how not in faster)
-        return (
-            f"The student is faster in {' and '.join(faster)} alone; in {others} it is {found} here: there "
-            "the experts cost the time that their smaller work saves."
-        )
-    return (
-        f"The student is {found} here: the model is too small for the work it saves to outweigh what sorting "
-        "tokens by expert costs."
-    )
-
-
-def _comparison(results: dict[str, Any]) -> str:
-    """What the models of the same cost reach, and over how many seeds all of this was taken."""
-    models = {model["name"]: model for model in results["models"]}
-    metric = results["task"]["main_metric"]
-    found = []
-    if "narrow FFN" in models:
-        quality = _quality(models["narrow FFN"], metric)
-        found.append(f"one dense network of the most important neurons in every layer reaches {quality}")
-    if "fewer layers" in models:
-        model = models["fewer layers"]
-        *kept, last = map(str, model["kept_layers"])
-        layers = f"layers {', '.join(kept)} and {last}" if kept else f"layer {last}"
-        share = model["encoder_flops_per_token"] / models["student"]["encoder_flops_per_token"]
-        quality = _quality(model, metric)
-        found.append(f"the teacher's {layers} alone, with {share:.2f} times the work, {quality}")
-    text = (
-        f"Distilled in the same way and at about the cost of the MoE, {' and '.join(found)}. "
-        if found
-        else ""
-    )
-    seeds = len(models["student"].get("seeds", ()))
-    if seeds:
-        text += (
-            f"Quality is the mean over {seeds} seeds, \N{PLUS-MINUS SIGN} their sample standard deviation; "
-        )
-        text += "what is not drawn or trained has one value."
-    return text.strip()
-
-
-def _storage_sentence(teacher: dict[str, Any], student: dict[str, Any]) -> str:
-    stored, before = student["parameters_stored"], teacher["parameters_stored"]
-    text = "The checkpoint does not shrink: " if stored > 0.95 * before else ""
-    text += f"every expert is stored, in all {_count(stored)} parameters against the teacher's "
-    text += f"{_count(before)}. "
-    used = _count(student["parameters_used_per_token"])
-    return f"{_capital(text)}What shrinks is what one token uses of them: {used}."
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
-
-
-def _difference(value: float) -> str:
-    return "no difference" if abs(value) < 5e-4 else f"{value:+.3f}".replace("-", "\N{MINUS SIGN}")
-
-
-def _standard_error(metric: str, value: float, rows: int) -> float | None:
-    if metric != "accuracy" or rows < 1:
-        return None
-    return math.sqrt(value * (1 - value) / rows)
-
-
-def _count(count: float) -> str:
-    return short_count(count).replace(" ", "\N{NO-BREAK SPACE}")
-
-
 def _tiles(results: dict[str, Any]) -> str:
     models = {model["name"]: model for model in results["models"]}
     teacher, student = models.get("teacher"), models.get("student")
@@ -217,7 +75,7 @@ def _tiles(results: dict[str, Any]) -> str:
     tiles = [
         (
             metric.replace("_", " ").capitalize(),
-            _quality(student, metric),
+            quality_of(student, metric),
             f"teacher {teacher['quality'][metric]:.3f}",
         ),
         (
@@ -227,8 +85,8 @@ def _tiles(results: dict[str, Any]) -> str:
         ),
         (
             "Parameters used per token",
-            _count(student["parameters_used_per_token"]),
-            f"of {_count(student['parameters_stored'])} stored",
+            count_text(student["parameters_used_per_token"]),
+            f"of {count_text(student['parameters_stored'])} stored",
         ),
     ]
     for key, name in (("latency_ms", "Speed"), ("throughput_per_s", "Throughput")):
@@ -249,12 +107,12 @@ def _models_table(results: dict[str, Any]) -> str:
     others = sorted({name for model in results["models"] for name in model["quality"]} - {main})
     encoder: list[tuple[str, Callable[[dict[str, Any]], str]]] = []
     if all("encoder_flops_per_token" in model for model in results["models"]):
-        encoder = [("encoder FLOPs per token", lambda m: _count(m["encoder_flops_per_token"]))]
+        encoder = [("encoder FLOPs per token", lambda m: count_text(m["encoder_flops_per_token"]))]
     columns: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
-        *((name.replace("_", " "), lambda m, name=name: _quality(m, name)) for name in (main, *others)),
-        ("parameters stored", lambda m: _count(m["parameters_stored"])),
-        ("used per token", lambda m: _count(m["parameters_used_per_token"])),
-        ("FFN FLOPs per token", lambda m: _count(m["ffn_flops_per_token"])),
+        *((name.replace("_", " "), lambda m, name=name: quality_of(m, name)) for name in (main, *others)),
+        ("parameters stored", lambda m: count_text(m["parameters_stored"])),
+        ("used per token", lambda m: count_text(m["parameters_used_per_token"])),
+        ("FFN FLOPs per token", lambda m: count_text(m["ffn_flops_per_token"])),
         *encoder,
         ("latency, ms", lambda m: _timing(m["latency_ms"], 2)),
         ("sequences per second", lambda m: _timing(m["throughput_per_s"], 0)),
@@ -278,13 +136,6 @@ def _dot(name: str) -> str:
     )
 
 
-def _quality(model: dict[str, Any], metric: str) -> str:
-    if metric not in model["quality"]:
-        return "–"
-    spread = f" \N{PLUS-MINUS SIGN} {model['spread'][metric]:.3f}" if "spread" in model else ""
-    return f"{model['quality'][metric]:.3f}{spread}"
-
-
 def _timing(timing: dict[str, Any] | None, digits: int) -> str:
     if not timing:
         return "–"
@@ -295,7 +146,7 @@ def _timing(timing: dict[str, Any] | None, digits: int) -> str:
 def _table_note(results: dict[str, Any]) -> str:
     present = [name for name in _NAMES if any(model["name"] == name for model in results["models"])]
     note = "; ".join(f"{name}: {_NAMES[name]}" for name in present)
-    note = f"{_capital(note)}." if note else ""
+    note = f"{capital(note)}." if note else ""
     for key, name in (("latency_ms", "Latency"), ("throughput_per_s", "Throughput")):
         timing = next((model[key] for model in results["models"] if model[key]), None)
         if timing:
@@ -310,7 +161,7 @@ def _figures(results: dict[str, Any]) -> Iterable[str]:
     svg = plots.plot_quality_against_speed(results["models"], metric)
     if svg:
         points = "; ".join(
-            f"{m['name']} {_quality(m, metric)} at {m['throughput_per_s']['median']:.0f} sequences/s"
+            f"{m['name']} {quality_of(m, metric)} at {m['throughput_per_s']['median']:.0f} sequences/s"
             for m in models
         )
         yield _figure(
@@ -341,6 +192,20 @@ def _figures(results: dict[str, Any]) -> Iterable[str]:
             f"even ones would be {1 / len(load[0]):.0%}.",
             "Share of the validation rows' tokens that each expert gets; padding is not routed.",
         )
+    training_load = results.get("training_load_NLE")
+    if training_load:
+        ends = "; ".join(
+            f"{name}: at most {_fullest(load_NLE[0]):.0%} in the first epoch, "
+            f"{_fullest(load_NLE[-1]):.0%} in the last"
+            for name, load_NLE in training_load.items()
+        )
+        yield _figure(
+            "Load of the experts in training",
+            plots.plot_training_load(training_load),
+            f"A curve per layer of what its fullest expert gets in each epoch of distillation. {ends}.",
+            "Share of the tokens that went through training, padding not counted. A table of token ids sends "
+            "as many in every epoch; a learned gate moves. The shares of all experts are in results.json.",
+        )
     svg = plots.plot_losses(results.get("losses") or {})
     if svg:
         ends = "; ".join(
@@ -352,9 +217,22 @@ def _figures(results: dict[str, Any]) -> Iterable[str]:
             "Distillation losses by term",
             svg,
             f"Curves of each term by training step. {ends}.",
-            "ce: from the labels. layer: squared error against the teacher's hidden states, every layer. "
-            "prediction: distance from the teacher's predictions.",
+            "layer: squared error against the teacher's hidden states, every layer. "
+            + (
+                "embedding: squared distance from the teacher's embeddings."
+                if results["task"]["kind"] == "embedding"
+                else "ce: from the labels. prediction: distance from the teacher's predictions."
+            )
+            + (" balance: of the gates; 1 is even." if _is_gated(results) else ""),
         )
+
+
+def _is_gated(results: dict[str, Any]) -> bool:
+    return any("balance" in points[0] for points in results["losses"].values() if points)
+
+
+def _fullest(load_LE: list[list[float]]) -> float:
+    return max(share for load_E in load_LE for share in load_E)
 
 
 def _figure(heading: str, svg: str, alternative: str, caption: str) -> str:

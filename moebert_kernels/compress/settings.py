@@ -8,10 +8,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moebert_kernels.compress.adapt import check_sizes, default_sizes
 from moebert_kernels.compress.loading import row_length
-from moebert_kernels.compress.tasks import KINDS, TaskData
 from moebert_kernels.errors import ArgumentError
 from moebert_kernels.models import HASH_ROUTINGS, ROUTINGS, find_ffns
 
+MAX_SEED = 2**32 - 1  # numpy takes no larger one
 COMPARISONS = ("random", "narrow", "layers")
 
 
@@ -31,6 +31,7 @@ class CompressSettings:
         distill_weight: lambda, the weight of the distillation losses against the labels'.
         batch_size: rows of a distillation step, over all processes.
         weight_decay: of distillation.
+        bf16: distil with matrix products in bfloat16, by autocast; weights stay float32.
         max_length: tokens a row is cut to; by default 128, or 384 for question answering, or as many as the
             model takes if those are fewer.
         importance_rows: training rows that importance is taken on, drawn at random; None for all.
@@ -57,6 +58,7 @@ class CompressSettings:
     distill_weight: float = 1.0
     batch_size: int = 32
     weight_decay: float = 0.0
+    bf16: bool = False
     max_length: int | None = None
     importance_rows: int | None = 4096
     comparisons: tuple[str, ...] = ("random",)
@@ -72,13 +74,16 @@ class CompressSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ArgumentError(name, f"must be at least 1, got {value}")
-        for name in ("epochs", "learning_rate"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise ArgumentError(name, f"must be more than 0, got {value}")
+        if not 0 < self.epochs < float("inf"):
+            raise ArgumentError("epochs", f"must be more than 0, got {self.epochs}")
+        check_learning_rate("learning_rate", self.learning_rate)
         for name in ("distill_weight", "weight_decay", "seed"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ArgumentError(name, f"must not be negative, got {getattr(self, name)}")
+        if self.seed + self.seeds > MAX_SEED + 1:
+            raise ArgumentError(
+                "seed", f"must be at most {MAX_SEED}, as must the last of {self.seeds}; got {self.seed}"
+            )
         if self.top_k > 1 and self.routing in HASH_ROUTINGS:
             raise ArgumentError(
                 "top_k", f"must be 1, got {self.top_k}: {self.routing} gives each token one expert"
@@ -90,21 +95,43 @@ class CompressSettings:
                 raise ArgumentError("comparisons", f"must be from {', '.join(COMPARISONS)}; got {name!r}")
 
 
+def check_learning_rate(argument: str, rate: float | None) -> None:
+    """Raise an ArgumentError unless `rate` is above 0 and below 1, or None.
+
+    AdamW moves a weight by about the learning rate in each step, whatever its gradient is: from 1 on, by more
+    than any weight of an encoder is large.
+    """
+    if rate is not None and not rate > 0:
+        raise ArgumentError(argument, f"must be more than 0, got {rate}")
+    if rate is not None and rate >= 1:
+        raise ArgumentError(
+            argument, f"must be less than 1, got {rate:g}: a step moves every weight by about that much"
+        )
+
+
 def resolve(
     settings: CompressSettings,
     teacher: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    data: TaskData,
+    *,
+    num_rows: int,
+    default_length: int,
 ) -> CompressSettings:
     """Fill in what depends on model and task, and check that it fits.
+
+    Args:
+        settings: as given.
+        teacher: to be compressed.
+        tokenizer: its.
+        num_rows: to train on.
+        default_length: tokens that rows are cut to if nobody says otherwise.
 
     Raises:
         UserError: the experts cannot be cut from the teacher's layers, or it takes no rows that long.
     """
-    default = KINDS[data.task.kind].default_length
 
     def length(name: str) -> int:
-        return row_length(getattr(settings, name), teacher.config, tokenizer, name, default=default)
+        return row_length(getattr(settings, name), teacher.config, tokenizer, name, default=default_length)
 
     width = find_ffns(teacher)[0].w1.out_features
     size = settings.expert_size
@@ -117,7 +144,7 @@ def resolve(
     rate = settings.learning_rate
     if rate is None:
         rate = 1e-4 if teacher.config.hidden_size <= 512 else 3e-5
-    rows = settings.importance_rows and min(settings.importance_rows, len(data.train))
+    rows = settings.importance_rows and min(settings.importance_rows, num_rows)
     return replace(
         settings,
         expert_size=size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,11 +18,11 @@ from moebert_kernels.compress.artifacts import (
     workroom,
 )
 from moebert_kernels.compress.batching import sample_rows
-from moebert_kernels.compress.distill import DistillSettings, distill
+from moebert_kernels.compress.distill import Distilled, DistillSettings, distill
 from moebert_kernels.compress.evaluate import batches, evaluate
 from moebert_kernels.compress.importance import Importance, compute_importance
 from moebert_kernels.compress.loading import (
-    check_no_model,
+    check_new_folder,
     default_device,
     load_model,
     load_teacher,
@@ -33,6 +34,7 @@ from moebert_kernels.compress.pipeline import Progress
 from moebert_kernels.compress.settings import CompressSettings, resolve
 from moebert_kernels.compress.tasks import KINDS, EncodedData, TaskData, match_labels, tokenize
 from moebert_kernels.compress.token_scores import token_groups
+from moebert_kernels.compress.writing import check_writable
 from moebert_kernels.errors import UserError
 from moebert_kernels.models import find_ffns, is_moe
 
@@ -65,6 +67,7 @@ def score_teacher(
     rows = sample_rows(encoded.train, settings.importance_rows, settings.seed)
     group_V = token_groups(teacher, token_counts(rows, teacher.config.vocab_size)) if per_token else None
     _place(teacher)
+    processes.on_main(lambda: check_writable(output.parent))
     importance = compute_importance(
         teacher,
         batches(rows, tokenizer, device=default_device()),
@@ -92,14 +95,14 @@ def split_teacher(
         settings: the experts'.
         teacher_dir: of the fine-tuned model.
         importance: the scores' file; None for a split at random.
-        output_dir: of the new model; must not hold another.
+        output_dir: of the new model; a new or an empty folder.
         data: raw rows whose tokens are counted for `COUNTING_ROUTINGS`; other routings need none.
         progress: hears (stage, layers done, layers in all) of "hash-affinity".
 
     Raises:
         UserError: sizes, scores and teacher do not fit, or data is missing.
     """
-    check_no_model(output_dir)
+    check_new_folder(output_dir)
     teacher, tokenizer = load_teacher(teacher_dir)
     ffns = find_ffns(teacher)
     scores: Importance | torch.Tensor
@@ -139,7 +142,8 @@ def distill_student(
     output_dir: Path,
     *,
     progress: Progress,
-) -> list[dict[str, float]]:
+    say: Callable[[str], None] | None = None,
+) -> Distilled:
     """Distil a saved MoE from its teacher and save the result; see `distill`. Collective, as that is.
 
     Interrupted and called again with the same arguments, it goes on from its last checkpoint.
@@ -149,22 +153,21 @@ def distill_student(
         data: raw rows.
         student_dir: of the MoE, left as it is.
         teacher_dir: of the model it was made of.
-        output_dir: of the distilled model; must not hold another.
+        output_dir: of the distilled model; a new or an empty folder.
         progress: hears (stage, steps done, steps in all).
-
-    Returns:
-        The loss curves.
+        say: hears a sentence at the end of each epoch.
 
     Raises:
         UserError: the folders' models do not fit each other or the data, or training diverged.
     """
-    check_no_model(output_dir)
+    check_new_folder(output_dir)
     processes.rows_each(settings.batch_size)  # refuses what does not divide
     teacher, tokenizer = load_teacher(teacher_dir)
     student = load_model(student_dir)[0]
     if not is_moe(student.config):
         raise UserError(f"the model in {student_dir} has no experts: make a MoE of it with `moebert adapt`")
-    settings = resolve(settings, teacher, tokenizer, data)
+    length = KINDS[data.task.kind].default_length
+    settings = resolve(settings, teacher, tokenizer, num_rows=len(data.train), default_length=length)
     warn_of_other_rows(teacher_dir, data)
     assert settings.learning_rate is not None
     assert settings.max_length is not None
@@ -175,6 +178,7 @@ def distill_student(
         batch_size=settings.batch_size,
         weight_decay=settings.weight_decay,
         seed=settings.seed,
+        bf16=settings.bf16,
     )
     data = match_labels(data, teacher.config)
     made_from = fingerprint(
@@ -190,7 +194,7 @@ def distill_student(
     _place(teacher)
     with workroom(output_dir, made_from) as room:
         try:
-            log = distill(
+            found = distill(
                 student,
                 teacher,
                 rows,
@@ -198,11 +202,12 @@ def distill_student(
                 how,
                 room,
                 progress=lambda done, total: progress("distill", done, total),
+                say=say,
             )
         except ValueError as error:
             raise UserError(f"{student_dir} cannot be distilled from {teacher_dir}: {error}") from error
         processes.on_main(lambda: save_encoder(student, tokenizer, output_dir))
-    return log
+    return found
 
 
 def evaluate_model(

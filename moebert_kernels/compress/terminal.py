@@ -111,8 +111,9 @@ def results_table(results: dict[str, Any]) -> Table:
     table.add_column("\n\nmodel", no_wrap=True)
     # Fewer layers cost what the student does in attention and feed-forward networks together.
     part = "encoder" if any("kept_layers" in model for model in results["models"]) else "ffn"
+    metric = main.replace("_", " " if len(main) <= 10 else "\n")
     headings = (
-        f"\n\n{main.replace('_', ' ')}",
+        "\n" * (2 - metric.count("\n")) + metric,
         "\nparams\nstored",
         "params\nused\n/token",
         f"{'FFN' if part == 'ffn' else part}\nFLOPs\n/token",

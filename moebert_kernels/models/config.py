@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from moebert_kernels.checks import check_number, check_whole
+
 HASH_ROUTINGS = ("hash-random", "hash-balance", "hash-affinity")
 GATE_ROUTINGS = ("gate-token", "gate-sentence")
 ROUTINGS = HASH_ROUTINGS + GATE_ROUTINGS
@@ -73,8 +75,10 @@ class MoEConfig:
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)  # type: ignore[misc]  # that of the dense family's configuration
         for name in ("num_experts", "expert_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            check_whole(name, getattr(self, name), least=1)
+        for name in ("num_shared_neurons", "top_k", "hash_seed"):
+            check_whole(name, getattr(self, name))
+        check_number("balance_loss_weight", self.balance_loss_weight)
         if not 0 <= self.num_shared_neurons <= self.expert_size:
             raise ValueError(
                 f"num_shared_neurons must lie in [0, expert_size={self.expert_size}], "

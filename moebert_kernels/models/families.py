@@ -217,8 +217,11 @@ def find_ffns(model: nn.Module) -> list[DenseFFN]:
     """The dense feed-forward networks of an encoder under any head, in layer order.
 
     Raises:
+        TypeError: `model` is no module.
         ValueError: there is none, one is not built of plain linear maps, or its activation has no experts.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a model of transformers, got {type(model).__name__} {model!r:.60}")
     shape_of = {family.layer: family.shape for family in FAMILIES}
     ffns = [dense_ffn(layer, shape_of[type(layer)]) for layer in model.modules() if type(layer) in shape_of]
     if not ffns:

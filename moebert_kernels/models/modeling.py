@@ -169,6 +169,44 @@ class MoEPreTrainedModel(PreTrainedModel):
         elif isinstance(module, MoEEncoder) and module.tables_LV is not None:
             init.copy_(module.tables_LV, _tables_from_scratch(self.config))
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *args: Any,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """As in transformers, but for what it would draw at random in silence.
+
+        Raises:
+            ValueError: the checkpoint lacks experts or tables (a dense model's has none), or its tables name
+                experts that there are not.
+        """
+        source = pretrained_model_name_or_path
+        loaded: Any = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
+        model, found = loaded
+        seeded = model.config.routing == "hash-random"  # its tables are drawn again as they were at first
+        lacking = sorted(
+            name
+            for name in found["missing_keys"]
+            if ".ffn." in name or (name.endswith("tables_LV") and not seeded)
+        )
+        if lacking:
+            raise ValueError(
+                f"{source} has no {lacking[0]} ({len(lacking)} such tensors are missing): it is not a whole "
+                f"{cls.__name__}; to_moe makes one of a dense model"
+            )
+        for name, buffer in model.named_buffers():
+            if name.endswith("tables_LV") and buffer.device.type != "meta":
+                low, high = (int(v) for v in buffer.aminmax())
+                if low < 0 or high >= model.config.num_experts:
+                    raise ValueError(
+                        f"{source}: {name} must name experts in [0, {model.config.num_experts}), found {low} "
+                        f"to {high}"
+                    )
+        return (model, found) if output_loading_info else model
+
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """As in transformers; under hash routing, the tables change with the vocabulary.
 
@@ -237,10 +275,24 @@ def _model_forward(family: Family) -> Callable[..., Any]:
             "routing_mask": mask if mask is not None and mask.dim() == 2 else None,
             "router_outputs": router_outputs,
         }
+        if given.get("input_ids") is not None:
+            _check_in_vocabulary(given["input_ids"], self.config.vocab_size)
         encoder = _View(getattr(self, family.encoder_name), arguments=arguments)
         return dense(_View(self, {family.encoder_name: encoder}), *args, **kwargs, **always)
 
     return forward
+
+
+def _check_in_vocabulary(input_ids: Tensor, vocab_size: int) -> None:
+    """Say of a foreign tokenizer's ids, on the CPU, what the embedding would call "index out of range"."""
+    if input_ids.device.type != "cpu" or torch.compiler.is_compiling() or not input_ids.numel():
+        return
+    low, high = (int(v) for v in input_ids.aminmax())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"input_ids must lie in [0, {vocab_size}), the model's vocabulary and that of its routing "
+            f"tables, found values from {low} to {high}: tokenize with the model's own tokenizer"
+        )
 
 
 def _head_forward(family: Family, dense_head: type[PreTrainedModel]) -> Callable[..., Any]:

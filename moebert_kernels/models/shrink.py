@@ -27,7 +27,8 @@ def narrow_ffns(teacher: Model, index_LF: Tensor) -> Model:
         index_LF: integer [L, F], the neurons that each layer keeps.
 
     Returns:
-        A model of the teacher's class whose configuration has F as the width, on its device and in its mode.
+        A model of the teacher's class whose configuration has F as the width, on its device and in its mode;
+        all parameters require gradients, also if the teacher was frozen.
 
     Raises:
         ValueError: there is no encoder to be found, or `index_LF` does not fit it.
@@ -42,7 +43,7 @@ def narrow_ffns(teacher: Model, index_LF: Tensor) -> Model:
         raise ValueError(f"index_LF must name neurons in [0, {width}), at least one of each layer")
     if (index_LF.sort(-1).values.diff(dim=-1) == 0).any():
         raise ValueError("index_LF names a neuron of a layer twice, which would count it double")
-    narrow = copy.deepcopy(teacher)
+    narrow = copy.deepcopy(teacher).requires_grad_()
     base, family = find_base(narrow)
     with torch.no_grad():
         for ffn, index_F in zip(find_ffns(narrow), index_LF.to(teacher.device), strict=True):
@@ -62,7 +63,7 @@ def keep_layers(teacher: Model, kept: Sequence[int]) -> Model:
         kept: their indices, counted from 0, rising.
 
     Returns:
-        A model of the teacher's class, on its device and in its mode.
+        A model of the teacher's class, on its device and in its mode; all parameters require gradients.
 
     Raises:
         ValueError: there is no encoder to be found, or `kept` does not fit it.
@@ -71,7 +72,7 @@ def keep_layers(teacher: Model, kept: Sequence[int]) -> Model:
     kept = list(kept)
     if not kept or kept != sorted(set(kept) & set(range(num_layers))):
         raise ValueError(f"kept must be rising indices of layers in [0, {num_layers}), got {kept}")
-    fewer = copy.deepcopy(teacher)
+    fewer = copy.deepcopy(teacher).requires_grad_()
     base, family = find_base(fewer)
     encoder = getattr(base, family.encoder_name)
     encoder.layer = nn.ModuleList(encoder.layer[index] for index in kept)

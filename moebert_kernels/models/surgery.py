@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moebert_kernels.checks import check_tensor, check_whole
 from moebert_kernels.layer import MoEFFN
 from moebert_kernels.models.families import DenseFFN, find_base, find_ffns
 from moebert_kernels.models.modeling import (
@@ -19,6 +20,7 @@ from moebert_kernels.models.modeling import (
     set_class,
 )
 from moebert_kernels.routing import hash_random_tables
+from moebert_kernels.routing.tables import check_seed
 
 __all__ = ["DenseFFN", "find_ffns", "replace_ffns", "to_moe"]
 
@@ -59,6 +61,7 @@ def replace_ffns(
     base, family = find_base(model)
     dense_config, classes = base.config, MOE_CLASSES[family]
     index_LEF = _checked_index(index_LEF, dense_ffns)
+    check_seed(seed)
     num_layers, num_experts, expert_size = index_LEF.shape
     config: Any = classes.config.from_dense(  # type: ignore[attr-defined]
         dense_config,
@@ -109,7 +112,8 @@ def to_moe(
         seed: see `replace_ffns`.
 
     Returns:
-        `MoE<Family>...`, on the teacher's device and in its dtype and mode, with its labels and problem type.
+        `MoE<Family>...`, on the teacher's device and in its dtype and mode, with its labels and problem type;
+        all parameters require gradients, also if the teacher was frozen.
 
     Raises:
         ValueError: as `replace_ffns`, or there is no MoE class for the teacher's.
@@ -121,7 +125,8 @@ def to_moe(
             f"teacher must be one of {', '.join(cls.__name__ for cls in known)}, got "
             f"{type(teacher).__name__}; replace_ffns changes any other head in place"
         )
-    moe: Any = copy.deepcopy(teacher)
+    check_whole("num_shared_neurons", num_shared_neurons)
+    moe: Any = copy.deepcopy(teacher).requires_grad_()
     replace_ffns(moe, index_LEF, routing=routing, tables_LV=tables_LV, top_k=top_k, seed=seed)
     if not 0 <= num_shared_neurons <= moe.config.num_shared_neurons:
         raise ValueError(
@@ -133,7 +138,7 @@ def to_moe(
 
 
 def _checked_index(index_LEF: Tensor, dense_ffns: list[DenseFFN]) -> Tensor:
-    index_LEF = torch.as_tensor(index_LEF)
+    check_tensor("index_LEF", index_LEF)
     if index_LEF.is_floating_point() or index_LEF.dim() != 3:
         raise ValueError(
             f"index_LEF must be integer [L={len(dense_ffns)}, E, F], got {index_LEF.dtype} "
@@ -175,6 +180,7 @@ def _checked_tables(tables_LV: Tensor | None, shape: tuple[int, int], config: An
                 "routing='hash-affinity' needs tables_LV: split_by_affinity makes them with index_LEF"
             )
         return hash_random_tables(*shape, config.num_experts, seed=config.hash_seed)
+    check_tensor("tables_LV", tables_LV)
     if tables_LV.shape != shape or tables_LV.is_floating_point():
         raise ValueError(
             f"tables_LV must be integer [L, V] = {shape}, got {tables_LV.dtype} {tuple(tables_LV.shape)}"

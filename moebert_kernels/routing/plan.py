@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moebert_kernels.checks import check_tensor, check_whole
 from moebert_kernels.routing.builder import plan_from_expert_ids, plan_from_input_ids
 
 
@@ -67,14 +68,15 @@ class RoutingPlan:
             id outside [-1, E) therefore counts as no expert.
 
         Raises:
-            TypeError: `expert_ids` is not a signed integer tensor.
+            TypeError: `expert_ids` is not a signed integer tensor, or `num_experts` no whole number.
             ValueError: wrong shape, `num_experts` < 1, or (on the CPU) an id outside [-1, E).
         """
         expert_ids = _check_ids("expert_ids", expert_ids)
         if expert_ids.dim() not in (1, 2):
             raise ValueError(f"expert_ids must have shape [T] or [T, K], got {tuple(expert_ids.shape)}")
-        if num_experts < 1:
-            raise ValueError(f"num_experts must be at least 1, got {num_experts}")
+        if expert_ids.shape[1:] == (0,):
+            raise ValueError(f"expert_ids must give every token a slot, got shape {tuple(expert_ids.shape)}")
+        check_whole("num_experts", num_experts, least=1)
         if expert_ids.device.type == "cpu" and not torch.compiler.is_compiling() and expert_ids.numel():
             low, high = (int(v) for v in expert_ids.aminmax())
             if low < -1 or high >= num_experts:
@@ -104,19 +106,23 @@ class RoutingPlan:
             L plans with K = 1. No host synchronisation on an accelerator.
 
         Raises:
-            TypeError: `input_ids` or `tables_LV` is not a signed integer tensor.
+            TypeError: `input_ids` or `tables_LV` is not a signed integer tensor, `mask` no tensor, or
+                `num_experts` no whole number.
             ValueError: shapes do not fit, or (on the CPU) a real token's id lies outside the table.
         """
         input_ids = _check_ids("input_ids", input_ids)
         tables_LV = _check_ids("tables_LV", tables_LV)
         if tables_LV.dim() != 2:
             raise ValueError(f"tables_LV must have shape [L, V], got {tuple(tables_LV.shape)}")
+        check_whole("num_experts", num_experts, least=1)
+        if mask is not None:
+            check_tensor("mask", mask)
         if mask is not None and mask.shape != input_ids.shape:
             raise ValueError(
                 f"mask must have the shape of input_ids, {tuple(input_ids.shape)}, got {tuple(mask.shape)}"
             )
         slots_3LT, offsets_LE1 = plan_from_input_ids(
-            input_ids.reshape(-1),
+            input_ids.reshape(-1).to(torch.promote_types(input_ids.dtype, torch.int32)),
             tables_LV.to(torch.int32),
             None if mask is None else mask.reshape(-1) != 0,
             num_experts,

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from moebert_kernels.checks import check_tensor, check_whole
 from moebert_kernels.routing.plan import RoutingPlan
 
 
@@ -64,8 +65,10 @@ class HashRouter(nn.Module):
 
     def __init__(self, table_V: Tensor, num_experts: int):
         super().__init__()
-        if table_V.dim() != 1:
-            raise ValueError(f"table_V must have shape [V], got {tuple(table_V.shape)}")
+        check_tensor("table_V", table_V)
+        check_whole("num_experts", num_experts, least=1)
+        if table_V.dim() != 1 or table_V.is_floating_point():
+            raise ValueError(f"table_V must be integer [V], got {table_V.dtype} {tuple(table_V.shape)}")
         if table_V.device.type != "meta" and table_V.numel():
             low, high = int(table_V.min()), int(table_V.max())
             if low < 0 or high >= num_experts:
@@ -96,11 +99,20 @@ class _Gate(nn.Module):
 
     def __init__(self, hidden_size: int, num_experts: int, top_k: int = 1, *, device=None, dtype=None):
         super().__init__()
+        check_whole("hidden_size", hidden_size, least=1)
+        check_whole("num_experts", num_experts, least=1)
+        check_whole("top_k", top_k)
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k must lie in [1, num_experts={num_experts}], got {top_k}")
         self.num_experts = num_experts
         self.top_k = top_k
         self.gate = nn.Linear(hidden_size, num_experts, bias=False, device=device, dtype=dtype)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        hidden_size = self.gate.in_features
+        if x.shape[-1:] != (hidden_size,):
+            raise ValueError(f"x must end in hidden_size={hidden_size}, got shape {tuple(x.shape)}")
+        return self.gate(x)
 
     def _choose(self, logits_NE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         probs_NE = logits_NE.softmax(-1, dtype=torch.promote_types(logits_NE.dtype, torch.float32))
@@ -124,8 +136,12 @@ class TokenGate(_Gate):
     def forward(
         self, x_BSD: Tensor, input_ids: Tensor | None = None, mask_BS: Tensor | None = None
     ) -> RouterOutput:
-        """Route by hidden states `x_BSD` (any leading shape); `mask_BS` is nonzero at real tokens."""
-        probs_TE, gate_TK, expert_ids_TK = self._choose(self.gate(x_BSD.reshape(-1, x_BSD.shape[-1])))
+        """Route by hidden states `x_BSD` (any leading shape); `mask_BS` is nonzero at real tokens.
+
+        Raises:
+            ValueError: `x_BSD` does not end in the gate's hidden size.
+        """
+        probs_TE, gate_TK, expert_ids_TK = self._choose(self._logits(x_BSD.reshape(-1, x_BSD.shape[-1])))
         mask_T = None if mask_BS is None else mask_BS.reshape(-1) != 0
         return self._output(probs_TE, gate_TK, expert_ids_TK, mask_T)
 
@@ -142,7 +158,7 @@ class SentenceGate(_Gate):
         """Route by hidden states `x_BSD` [B, S, D]; `mask_BS` is nonzero at real tokens.
 
         Raises:
-            ValueError: `x_BSD` is not [B, S, D].
+            ValueError: `x_BSD` is not [B, S, D], or the mask not [B, S].
         """
         if x_BSD.dim() != 3:
             raise ValueError(
@@ -151,12 +167,16 @@ class SentenceGate(_Gate):
         sentence_length = x_BSD.shape[1]
         if mask_BS is None:
             mean_BD, mask_T = x_BSD.mean(1), None
+        elif mask_BS.shape != x_BSD.shape[:2]:
+            raise ValueError(
+                f"mask_BS must have shape {tuple(x_BSD.shape[:2])} as x_BSD has, got {tuple(mask_BS.shape)}"
+            )
         else:
             real_BS1 = (mask_BS != 0).unsqueeze(-1)
             # where, not a product: a padding row may hold anything, NaN included.
             total_BD = torch.where(real_BS1, x_BSD, 0).sum(1)
             mean_BD, mask_T = total_BD / real_BS1.sum(1).clamp(min=1), real_BS1.reshape(-1)
         probs_TE, gate_TK, expert_ids_TK = (
-            v.repeat_interleave(sentence_length, 0) for v in self._choose(self.gate(mean_BD))
+            v.repeat_interleave(sentence_length, 0) for v in self._choose(self._logits(mean_BD))
         )
         return self._output(probs_TE, gate_TK, expert_ids_TK, mask_T)

@@ -7,6 +7,8 @@ import heapq
 import torch
 from torch import Tensor
 
+from moebert_kernels.checks import check_tensor, check_whole
+
 
 def hash_random_tables(num_layers: int, vocab_size: int, num_experts: int, *, seed: int = 0) -> Tensor:
     """Draw one random table per layer (`hash-random`, the paper's default; Roller et al. 2021).
@@ -24,8 +26,8 @@ def hash_random_tables(num_layers: int, vocab_size: int, num_experts: int, *, se
         ValueError: there is no layer or no expert, or `vocab_size` is negative.
     """
     _check_sizes(num_layers, num_experts)
-    if vocab_size < 0:
-        raise ValueError(f"vocab_size must not be negative, got {vocab_size}")
+    check_whole("vocab_size", vocab_size, least=0)
+    check_seed(seed)
     generator = torch.Generator("cpu").manual_seed(seed)
     shape = (num_layers, vocab_size)
     return torch.randint(num_experts, shape, generator=generator, dtype=torch.int32, device="cpu")
@@ -52,6 +54,7 @@ def hash_balance_tables(num_layers: int, token_counts_V: Tensor, num_experts: in
             negative count.
     """
     _check_sizes(num_layers, num_experts)
+    check_tensor("token_counts_V", token_counts_V)
     if token_counts_V.dim() != 1 or (token_counts_V.numel() and int(token_counts_V.min()) < 0):
         raise ValueError(
             f"token_counts_V must be one count >= 0 per token id, got shape {tuple(token_counts_V.shape)}"
@@ -75,7 +78,13 @@ def hash_balance_tables(num_layers: int, token_counts_V: Tensor, num_experts: in
     return torch.tensor(table, dtype=torch.int32, device="cpu").repeat(num_layers, 1)
 
 
+def check_seed(seed: int) -> None:
+    """Raise a TypeError or ValueError unless a torch generator takes the seed."""
+    check_whole("seed", seed)
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must have at most 64 bits, got {seed}")
+
+
 def _check_sizes(num_layers: int, num_experts: int) -> None:
     for name, size in (("num_layers", num_layers), ("num_experts", num_experts)):
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
+        check_whole(name, size, least=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -57,19 +57,26 @@ def match_labels(data: TaskData, config: PretrainedConfig) -> TaskData:
             f"...{kind.head}; give a model fine-tuned on this task"
         )
     num_outputs = kind.num_outputs(task)
+    names = tuple(str(name) for _, name in sorted((config.id2label or {}).items()))
+    is_named = bool(task.label_names) and any(n not in (str(i), f"LABEL_{i}") for i, n in enumerate(names))
+    ids = {name.casefold(): i for i, name in enumerate(names)} | {name: i for i, name in enumerate(names)}
+    new_ids = [ids.get(name, ids.get(name.casefold())) for name in task.label_names]
+    unknown = [name for name, new_id in zip(task.label_names, new_ids, strict=True) if new_id is None]
+    if is_named and unknown:
+        raise UserError(
+            f"the model's labels are {_listed(names)}, the task's {_listed(task.label_names)}: the model has "
+            f"not learned {_listed(unknown)}; give a model fine-tuned on this task"
+        )
     if config.num_labels != num_outputs:
         raise UserError(
             f"the model has {config.num_labels} outputs, but task {task.name} ({task.kind}) needs"
             f" {num_outputs}; give a model fine-tuned on this task"
         )
-    names = tuple(str(name) for _, name in sorted((config.id2label or {}).items()))
-    if not task.label_names or all(n == str(i) or n == f"LABEL_{i}" for i, n in enumerate(names)):
+    if not is_named:
         return data
-    ids = {name.casefold(): i for i, name in enumerate(names)} | {name: i for i, name in enumerate(names)}
-    new_ids = [ids.get(name, ids.get(name.casefold())) for name in task.label_names]
     if set(new_ids) != set(range(num_outputs)):
         raise UserError(
-            f"the model's labels are {', '.join(names)}, the task's {', '.join(task.label_names)};"
+            f"the model's labels are {_listed(names)}, the task's {_listed(task.label_names)};"
             " give a model fine-tuned on this task"
         )
 
@@ -87,6 +94,10 @@ def match_labels(data: TaskData, config: PretrainedConfig) -> TaskData:
         renumber(data.validation),
         {name: renumber(rows) for name, rows in data.further_validation.items()},
     )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
 
 
 def tokenize(data: TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int) -> EncodedData:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,10 @@ from datasets import Dataset
 from moebert_kernels.compress.files import Table, read_table
 from moebert_kernels.compress.tasks.hub import HubName, as_table
 from moebert_kernels.compress.tasks.task import Task, TaskData
-from moebert_kernels.errors import UserError
+from moebert_kernels.errors import ArgumentError, UserError
 
 _FEW_ROWS = 8  # too few to tell classes from labels that are all different
+_FEW_VALIDATION_ROWS = 30  # one row more or less that is right moves the score by three points and more
 _KINDS = ("classification", "regression")
 
 
@@ -52,19 +54,28 @@ def load_table(data: HubName | Path, options: CsvOptions) -> TaskData:
             "train" and, unless part of it is to be held out, "validation".
         options: columns, and rows to validate on.
 
+    Returns:
+        The rows; the task bears the name of the file or data set. Texts that are empty are kept, and warned
+        of, as are validation rows so few that a score on them says little.
+
     Raises:
-        UserError: options, file and columns do not fit each other, or a row does not fit (its place is
-            named).
+        UserError: options, file and columns do not fit each other, a row does not fit (its place is named),
+            or no row of some label is left to train on.
     """
     if options.kind not in (None, *_KINDS):
         raise UserError(f"kind is {options.kind!r}, expected {' or '.join(_KINDS)}")
     if options.validation_file is None and not 0 < options.validation_fraction < 1:
-        raise UserError(f"the validation fraction is {options.validation_fraction}, expected between 0 and 1")
+        raise ArgumentError(
+            "validation_fraction", f"must be between 0 and 1, got {options.validation_fraction}"
+        )
+    if options.seed < 0:
+        raise ArgumentError("split_seed", f"must not be negative, got {options.seed}")
     table, second = _read(data, options)
     kind = options.kind or _infer_kind(table, options.label)
+    name = data.stem if isinstance(data, Path) else str(data)
     label_ids = None
     if kind == "regression":
-        task = Task("csv", kind, (), ("pearson", "spearman"), "pearson")
+        task = Task(name, kind, (), ("pearson", "spearman"), "pearson")
     else:
         label_names = _sorted_labels(table, options.label)
         if options.kind is None and 2 * len(label_names) > len(table.rows) > _FEW_ROWS:
@@ -73,20 +84,54 @@ def load_table(data: HubName | Path, options: CsvOptions) -> TaskData:
                 f"{options.label!r}: too many to be classes; name another label column, or say which kind of "
                 "label this is (--kind)"
             )
-        task = Task("csv", kind, label_names, ("accuracy", "macro_f1"), "accuracy")
+        task = Task(name, kind, label_names, ("accuracy", "macro_f1"), "accuracy")
         label_ids = {label: i for i, label in enumerate(label_names)}
 
     def load(table: Table) -> Dataset:
-        return labelled_rows(table, options.text, options.text_pair, options.label, label_ids)
+        rows = labelled_rows(table, options.text, options.text_pair, options.label, label_ids)
+        _warn_of_empty_texts(table, options.text)
+        return rows
 
     rows = load(table)
     if second is not None:
-        return TaskData(task, rows, load(second))
-    if len(rows) < 2:
-        raise UserError(f"{table.source} has one row, too few to hold any out for validation")
-    held_out = min(max(round(len(rows) * options.validation_fraction), 1), len(rows) - 1)
-    out = _spread_over_labels(rows["label"], held_out, options.seed)
-    return TaskData(task, rows.select(np.setdiff1d(np.arange(len(rows)), out)), rows.select(out))
+        data_of_task = TaskData(task, rows, load(second))
+    else:
+        if len(rows) < 2:
+            raise UserError(f"{table.source} has one row, too few to hold any out for validation")
+        held_out = min(max(round(len(rows) * options.validation_fraction), 1), len(rows) - 1)
+        out = _spread_over_labels(rows["label"], held_out, options.seed)
+        kept = np.setdiff1d(np.arange(len(rows)), out)
+        data_of_task = TaskData(task, rows.select(kept), rows.select(out))
+    _check_numbers_of_rows(data_of_task, table.source)
+    return data_of_task
+
+
+def _warn_of_empty_texts(table: Table, column: str) -> None:
+    empty = [row for row, text in enumerate(table.column(column)) if not text.strip()]
+    if len(empty) == len(table.rows):
+        raise UserError(f"{table.source} has no text in column {column!r}: it is empty in every row")
+    if empty:
+        others = f", and in {len(empty) - 1} more rows" if len(empty) > 1 else ""
+        warnings.warn(
+            f"{table.place(empty[0])}: the text in column {column!r} is empty{others}; such rows are kept",
+            stacklevel=3,
+        )
+
+
+def _check_numbers_of_rows(data: TaskData, source: str) -> None:
+    labels = data.task.label_names
+    missing = sorted(set(range(len(labels))) - set(data.train["label"]))
+    if missing:
+        raise UserError(
+            f"{source} has too few rows: of the {len(data.train)} to train on, none has the label "
+            f"{labels[missing[0]]!r}; add rows of that label, or take it out"
+        )
+    if len(data.validation) < _FEW_VALIDATION_ROWS:
+        warnings.warn(
+            f"scores will say little: rows to validate on are {len(data.validation)}, fewer than "
+            f"{_FEW_VALIDATION_ROWS}",
+            stacklevel=3,
+        )
 
 
 def _spread_over_labels(labels: Sequence[float], count: int, seed: int) -> np.ndarray:

@@ -50,7 +50,7 @@ class Task:
     """What is predicted, and how it is scored.
 
     Attributes:
-        name: as in `task_names`.
+        name: as in `task_names`; of one's own table, that of the file.
         kind: "classification", "regression", "token_classification" or "question_answering".
         label_names: the classes in the order of their ids; empty for regression and question answering.
         metric_names: the official metrics, fractions of 1.

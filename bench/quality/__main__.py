@@ -1,0 +1,95 @@
+"""Quality: ways to make an encoder cheaper, compared on real tasks, before and after distillation.
+
+    python -m bench.quality run --data GLUE --out runs/quality --tasks cola,mrpc,stsb
+    python -m bench.quality collect runs/quality --to bench/results/quality
+    python -m bench.quality table bench/results/quality/main.jsonl
+
+GLUE is a folder that holds SST-2, CoLA, MRPC and STS-B in their original layout. For every task a teacher is
+fine-tuned once and scored once; then each contender is cut from it, evaluated, distilled and evaluated again,
+for every seed. Each of these writes a record when it is done: the same command given again goes on where it
+was, in the middle of a distillation too.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moebert_kernels.compress.artifacts import exclusive
+
+from .contenders import CONTENDERS
+from .records import collect, read, table
+from .study import FOLDERS, StudentBudget, Task, TeacherBudget, run, say
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
+
+
+@app.command("run")
+def run_command(
+    data: Annotated[Path, typer.Option(help="Folder of SST-2, CoLA, MRPC and STS-B.")],
+    out: Annotated[Path, typer.Option(help="Folder for teachers, scores, checkpoints and records.")],
+    study: Annotated[str, typer.Option(help="Name of these runs.")] = "main",
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of a pre-trained BERT; default: the demonstration's MiniLM.")
+    ] = None,
+    tasks: Annotated[str, typer.Option(help="With commas between them.")] = ",".join(FOLDERS),
+    contenders: Annotated[str, typer.Option(help="With commas between them.")] = ",".join(CONTENDERS),
+    seeds: Annotated[int, typer.Option(min=1)] = 3,
+    max_length: Annotated[int, typer.Option(min=1, help="Tokens of a row.")] = 64,
+    teacher_epochs: Annotated[float, typer.Option(help="Of fine-tuning.")] = 3.0,
+    teacher_lr: Annotated[float, typer.Option(help="Of fine-tuning.")] = 1e-4,
+    importance_rows: Annotated[int, typer.Option(min=1, help="Training rows to score neurons on.")] = 4096,
+    train_rows: Annotated[int, typer.Option(min=1, help="To distil on, at most.")] = 20_000,
+    epochs: Annotated[float, typer.Option(help="Of distillation.")] = 2.0,
+    lr: Annotated[float, typer.Option(help="Of distillation.")] = 1e-4,
+    distill_weight: Annotated[float, typer.Option(help="Lambda.")] = 1.0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Of all training.")] = 32,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Matrix products in bfloat16.")] = False,
+    limit: Annotated[float | None, typer.Option(help="Start nothing more after so many seconds.")] = None,
+) -> None:
+    """Make teachers and contenders, or go on with them: all tasks with one seed, then with the next."""
+    unknown = [name for name in tasks.split(",") if name not in FOLDERS]
+    unknown += [name for name in contenders.split(",") if name not in CONTENDERS]
+    if unknown:
+        raise typer.BadParameter(
+            f"unknown: {', '.join(unknown)}; tasks are {', '.join(FOLDERS)}, contenders "
+            f"{', '.join(CONTENDERS)}"
+        )
+    started = time.monotonic()
+    teacher = TeacherBudget(teacher_epochs, teacher_lr, batch_size, max_length, importance_rows, bf16)
+    budget = StudentBudget(train_rows, epochs, lr, distill_weight, batch_size)
+    with exclusive(out):
+        prepared: dict[str, Task] = {}
+        for seed in range(seeds):
+            for task_name in tasks.split(","):
+                for name in contenders.split(","):
+                    if limit is not None and time.monotonic() - started > limit:
+                        say("time is up; the same command goes on from here")
+                        return
+                    if task_name not in prepared:
+                        prepared[task_name] = Task(task_name, data, model, teacher, out)
+                        prepared[task_name].prepare()
+                    run(study, prepared[task_name], name, budget, seed)
+
+
+@app.command("collect")
+def collect_command(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of `run`.")],
+    to: Annotated[Path, typer.Option(help="Folder to write to: a file of json lines for each study.")],
+) -> None:
+    """Put the records of finished runs together."""
+    for file, count in collect(folders, to).items():
+        typer.echo(f"{count} records in {file}")
+
+
+@app.command("table")
+def table_command(file: Annotated[Path, typer.Argument(help="Of `collect`.")]) -> None:
+    """Print a study: main metrics as mean and standard deviation over seeds, times 100."""
+    typer.echo(table(read(file)))
+
+
+if __name__ == "__main__":
+    app()

@@ -126,7 +126,7 @@ def ninja_file(cxx: Cxx, cuda: Cuda | Missing, target: Path) -> str:
     """The build of `target`, objects beside the file itself."""
     info = {"MOEBERT_CUDA_VERSION": "", "MOEBERT_CUDA_ARCHS": "", "MOEBERT_NO_CUDA_REASON": ""}
     defines = []
-    sources = ["bindings.cpp", "plan_cpu.cpp", "rows_cpu.cpp"]
+    sources = ["bindings.cpp", "parallel.cpp", "plan_cpu.cpp", "rows_cpu.cpp"]
     sources += ["rows_baseline.cpp", "rows_avx2.cpp", "rows_avx512.cpp"]
     link = ["-shared", "-Wl,--strip-all", "-Wl,--exclude-libs,ALL", "-pthread", "-ldl"]
     rules = []

@@ -31,10 +31,19 @@ void parallel_for(int64_t num_tasks, int num_threads, const Task& task) {
 }
 
 // parallel_for on the threads that torch computes with, where the process has loaded libgomp: awake between
-// two GEMMs, where starting new ones would cost more than many a row kernel. As torch itself, not for a
-// process forked from one that used them. Not a template: code for one instruction set calls it, and must not
+// two GEMMs, where starting new ones would cost more than many a row kernel, and where new ones would have to
+// share a processor with those of torch, which spin for a while. A process forked from the one that loaded
+// this library starts its own. Not a template: code for one instruction set calls it, and must not
 // instantiate what the linker may share with the rest.
 void team_run(int64_t num_tasks, int num_threads, void (*task)(const void* data, int64_t i),
               const void* data);
+
+// team_run of anything that can be called with i.
+template <class Task>
+void share_among_team(int64_t num_tasks, int num_threads, const Task& task) {
+  team_run(
+      num_tasks, num_threads, [](const void* data, int64_t i) { (*static_cast<const Task*>(data))(i); },
+      &task);
+}
 
 }  // namespace moebert

@@ -202,7 +202,7 @@ void build(const Source& source, const PlanShape& shape, const PlanOutputs& out,
   }
 
   if (chunks_per_layer == 1) {
-    parallel_for(shape.num_layers, num_threads, [&](int64_t layer) {
+    share_among_team(shape.num_layers, num_threads, [&](int64_t layer) {
       Chunk& chunk = chunks[static_cast<size_t>(layer)];
       count(source, shape, out, chunk);
       scan(shape, out, layer, &chunk, 1);
@@ -211,13 +211,13 @@ void build(const Source& source, const PlanShape& shape, const PlanOutputs& out,
     return;
   }
   const auto num_chunks = static_cast<int64_t>(chunks.size());
-  parallel_for(num_chunks, num_threads,
-               [&](int64_t i) { count(source, shape, out, chunks[static_cast<size_t>(i)]); });
+  share_among_team(num_chunks, num_threads,
+                   [&](int64_t i) { count(source, shape, out, chunks[static_cast<size_t>(i)]); });
   for (int64_t layer = 0; layer < shape.num_layers; ++layer) {
     scan(shape, out, layer, &chunks[static_cast<size_t>(layer * chunks_per_layer)], chunks_per_layer);
   }
-  parallel_for(num_chunks, num_threads,
-               [&](int64_t i) { put_in_order(shape, out, chunks[static_cast<size_t>(i)]); });
+  share_among_team(num_chunks, num_threads,
+                   [&](int64_t i) { put_in_order(shape, out, chunks[static_cast<size_t>(i)]); });
 }
 
 // Checks ids and mask once for all layers. Returns the number of unmasked ids outside [0, vocab_size).
@@ -227,7 +227,7 @@ int64_t check_tokens(const Id* input_ids_T, const TableArgs& tables, int64_t num
   std::atomic<int64_t> num_invalid{0};
   const int num_threads = useful_threads(num_tokens / 4, max_threads);  // a fraction of a slot's sorting
   const int64_t part = (num_tokens + num_threads - 1) / num_threads;
-  parallel_for(num_threads, num_threads, [&](int64_t i) {
+  share_among_team(num_threads, num_threads, [&](int64_t i) {
     const Id* const ids = input_ids_T;
     const uint8_t* const mask = tables.mask_T;
     const int64_t vocab_size = tables.vocab_size;

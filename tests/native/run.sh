@@ -10,9 +10,9 @@ cxx=${CXX:-c++}
 warnings="-std=c++17 -Wall -Wextra -Werror -pthread"
 
 cpu() { # name, flags
-  $cxx $warnings $2 "$here/test_plan_cpu.cpp" "$csrc/plan_cpu.cpp" -o "$out/$1"
+  $cxx $warnings $2 "$here/test_plan_cpu.cpp" "$csrc"/{parallel,plan_cpu}.cpp -o "$out/$1" -ldl
   "$out/$1"
-  $cxx $warnings $2 "$here/test_rows_cpu.cpp" "$csrc"/rows_*.cpp -o "$out/rows_$1" -ldl
+  $cxx $warnings $2 "$here/test_rows_cpu.cpp" "$csrc"/{parallel.cpp,rows_*.cpp} -o "$out/rows_$1" -ldl
   "$out/rows_$1"
 }
 kernels() {

@@ -25,18 +25,58 @@ struct Chunk {
   std::vector<int32_t> bins;
 };
 
-// The two kinds of source: `write` fills out[0 .. end - begin) with the slots' experts, kNoExpert for none.
+constexpr int32_t kNoToken = -1;  // all bits set, as kNoExpert
+
+// The two kinds of source: `of_layer` gives a layer's experts, whose `write` fills out[0 .. end - begin) with
+// those of its slots, kNoExpert for none.
 
 template <class Id>
 struct GivenExperts {
   ExpertIds<Id> ids;
 
-  void write(int64_t layer, int64_t begin, int64_t end, int32_t* out) const {
-    const ExpertIds<Id> source = ids;  // `out` may alias a member as far as the compiler knows, but no local
-    for (int64_t slot = begin; slot < end; ++slot)
-      out[slot - begin] = source.resolve(layer, source.read(layer, slot));
-  }
+  struct Layer {
+    ExpertIds<Id> ids;
+    int64_t layer;
+
+    void write(int64_t begin, int64_t end, int32_t* out) const {
+      const ExpertIds<Id> source = ids;  // `out` may alias a member as far as the compiler knows, but no local
+      for (int64_t slot = begin; slot < end; ++slot)
+        out[slot - begin] = source.resolve(layer, source.read(layer, slot));
+    }
+  };
+
+  Layer of_layer(int64_t layer, int64_t /*num_slots*/) const { return {ids, layer}; }
 };
+
+#ifdef __x86_64__
+// narrow_table in steps of 16; returns where it stopped.
+__attribute__((target("avx512f"))) int64_t narrow_table_avx512(const int32_t* table_V, int64_t vocab_size,
+                                                               int32_t num_experts, int8_t* narrow_V) {
+  int64_t id = 0;
+  for (; id + 16 <= vocab_size; id += 16) {
+    const __m512i experts = _mm512_loadu_si512(table_V + id);
+    // Unsigned, so that negative numbers are too large as well.
+    const __mmask16 known = _mm512_cmplt_epu32_mask(experts, _mm512_set1_epi32(num_experts));
+    const __m512i valid = _mm512_mask_blend_epi32(known, _mm512_set1_epi32(kNoExpert), experts);
+    // Not the form without a mask: GCC 12 warns of an operand that it leaves undefined on purpose.
+    const __m128i bytes = _mm512_maskz_cvtepi32_epi8(0xffff, valid);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(narrow_V + id), bytes);
+  }
+  return id;
+}
+#endif
+
+// A table's entries as bytes, kNoExpert for what is no expert.
+void narrow_table(const int32_t* table_V, int64_t vocab_size, int32_t num_experts, int8_t* narrow_V) {
+  int64_t id = 0;
+#ifdef __x86_64__
+  if (__builtin_cpu_supports("avx512f")) id = narrow_table_avx512(table_V, vocab_size, num_experts, narrow_V);
+#endif
+  for (; id < vocab_size; ++id) {
+    const int32_t expert = table_V[id];
+    narrow_V[id] = static_cast<int8_t>(expert >= 0 && expert < num_experts ? expert : kNoExpert);
+  }
+}
 
 struct LookedUpExperts {
   const int32_t* tokens_T;  // kNoToken, or an index that the tables have
@@ -44,17 +84,37 @@ struct LookedUpExperts {
   int64_t vocab_size;
   int32_t num_experts;
 
-  void write(int64_t layer, int64_t begin, int64_t end, int32_t* out) const {
-    const int32_t* const table_V = tables_LV + layer * vocab_size;
-    const int32_t* const tokens = tokens_T + begin;
-    const int32_t limit = num_experts;
-    for (int64_t i = 0; i < end - begin; ++i)
-      out[i] = table_V[std::max(tokens[i], 0)] | std::min(tokens[i], 0);
-    for (int64_t i = 0; i < end - begin; ++i) out[i] = out[i] >= 0 && out[i] < limit ? out[i] : kNoExpert;
+  struct Layer {
+    const LookedUpExperts& tables;
+    const int32_t* table_V;
+    // The table in a byte an entry, which the first cache holds, and before it kNoExpert for kNoToken; empty
+    // where that does not pay.
+    std::vector<int8_t> narrow;
+
+    void write(int64_t begin, int64_t end, int32_t* out) const {
+      const int32_t* const tokens = tables.tokens_T + begin;
+      if (!narrow.empty()) {
+        const int8_t* const table = narrow.data() + 1;
+        for (int64_t i = 0; i < end - begin; ++i) out[i] = table[tokens[i]];
+        return;
+      }
+      const int32_t* const table = table_V;
+      const int32_t limit = tables.num_experts;
+      for (int64_t i = 0; i < end - begin; ++i)
+        out[i] = table[std::max(tokens[i], 0)] | std::min(tokens[i], 0);
+      for (int64_t i = 0; i < end - begin; ++i) out[i] = out[i] >= 0 && out[i] < limit ? out[i] : kNoExpert;
+    }
+  };
+
+  Layer of_layer(int64_t layer, int64_t num_slots) const {
+    Layer made{*this, tables_LV + layer * vocab_size, {}};
+    if (num_slots < vocab_size || num_experts > INT8_MAX) return made;
+    made.narrow.resize(static_cast<size_t>(vocab_size) + 1);
+    made.narrow[0] = static_cast<int8_t>(kNoExpert);
+    narrow_table(made.table_V, vocab_size, num_experts, made.narrow.data() + 1);
+    return made;
   }
 };
-
-constexpr int32_t kNoToken = -1;  // all bits set, as kNoExpert
 
 // The pointers of one layer that the second pass works on.
 struct Row {
@@ -105,15 +165,21 @@ __attribute__((target("avx512f,popcnt"))) int64_t tally_avx512(const int32_t* ex
   return i;
 }
 
+// kNumExperts: known to the compiler, which then keeps the places in registers; 0 for any number.
+template <int32_t kNumExperts>
 __attribute__((target("avx512f,popcnt"))) int64_t put_in_order_avx512(const Row& row, int64_t begin,
-                                                                      int64_t end, int32_t num_experts,
-                                                                      int32_t* next) {
+                                                                      int64_t end, int32_t any_number,
+                                                                      int32_t* bins) {
+  const int32_t num_experts = kNumExperts == 0 ? any_number : kNumExperts;
+  int32_t next[kMaxVectorExperts + 1];
+  std::copy_n(bins, num_experts + 1, next);
   const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   int64_t slot = begin;
   for (; slot + 16 <= end; slot += 16) {
     const __m512i experts = _mm512_loadu_si512(row.expert_ids_S + slot);
     const __m512i slots = _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int32_t>(slot)));
     __m512i places = _mm512_setzero_si512();
+    #pragma GCC unroll 8
     for (int32_t bin = 0; bin <= num_experts; ++bin) {
       const int32_t expert = bin < num_experts ? bin : kNoExpert;
       const __mmask16 here = _mm512_cmpeq_epi32_mask(experts, _mm512_set1_epi32(expert));
@@ -127,6 +193,7 @@ __attribute__((target("avx512f,popcnt"))) int64_t put_in_order_avx512(const Row&
     }
     _mm512_storeu_si512(row.inverse_S + slot, places);
   }
+  std::copy_n(next, num_experts + 1, bins);
   return slot;
 }
 #endif
@@ -137,9 +204,10 @@ constexpr int64_t kBlockSlots = 1024;
 template <class Source>
 void count(const Source& source, const PlanShape& shape, const PlanOutputs& out, Chunk& chunk) {
   int32_t* const expert_ids_S = out.expert_ids_LS + chunk.layer * shape.num_slots;
+  const auto experts = source.of_layer(chunk.layer, chunk.end - chunk.begin);
   for (int64_t begin = chunk.begin; begin < chunk.end; begin += kBlockSlots) {
     const int64_t end = std::min(begin + kBlockSlots, chunk.end);
-    source.write(chunk.layer, begin, end, expert_ids_S + begin);
+    experts.write(begin, end, expert_ids_S + begin);
     int64_t done = begin;
 #ifdef __x86_64__
     if (use_vectors(shape.num_experts)) {
@@ -156,7 +224,8 @@ void put_in_order(const PlanShape& shape, const PlanOutputs& out, Chunk& chunk) 
   int64_t done = chunk.begin;
 #ifdef __x86_64__
   if (use_vectors(shape.num_experts)) {
-    done = put_in_order_avx512(row, done, chunk.end, shape.num_experts, chunk.bins.data());
+    const auto vectors = shape.num_experts == 4 ? put_in_order_avx512<4> : put_in_order_avx512<0>;
+    done = vectors(row, done, chunk.end, shape.num_experts, chunk.bins.data());
   }
 #endif
   put_in_order_scalar(row, done, chunk.end, shape.num_experts, chunk.bins.data());
@@ -225,20 +294,26 @@ template <class Id>
 int64_t check_tokens(const Id* input_ids_T, const TableArgs& tables, int64_t num_tokens, int32_t* tokens_T,
                      int max_threads) {
   std::atomic<int64_t> num_invalid{0};
-  const int num_threads = useful_threads(num_tokens / 4, max_threads);  // a fraction of a slot's sorting
+  const int num_threads = useful_threads(num_tokens, max_threads);
   const int64_t part = (num_tokens + num_threads - 1) / num_threads;
   share_among_team(num_threads, num_threads, [&](int64_t i) {
     const Id* const ids = input_ids_T;
     const uint8_t* const mask = tables.mask_T;
-    const int64_t vocab_size = tables.vocab_size;
+    const auto vocab_size = static_cast<int32_t>(tables.vocab_size);
     const int64_t end = std::min((i + 1) * part, num_tokens);
     int64_t invalid = 0;
     for (int64_t slot = i * part; slot < end; ++slot) {
       const Id id = ids[slot];
-      const bool masked = mask != nullptr && mask[slot] == 0;
-      const bool known = id >= 0 && id < vocab_size;
-      invalid += !masked && !known;
-      tokens_T[slot] = known && !masked ? static_cast<int32_t>(id) : kNoToken;
+      const auto low = static_cast<int32_t>(id);
+      const bool known = low == id && low >= 0 && low < vocab_size;
+      invalid += !known;
+      tokens_T[slot] = known ? low : kNoToken;
+    }
+    for (int64_t slot = i * part; mask != nullptr && slot < end; ++slot) {
+      if (mask[slot] != 0) continue;
+      const Id id = ids[slot];
+      invalid -= !(id >= 0 && id < vocab_size);
+      tokens_T[slot] = kNoToken;
     }
     num_invalid += invalid;
   });

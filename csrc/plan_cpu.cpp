@@ -39,7 +39,8 @@ struct GivenExperts {
     int64_t layer;
 
     void write(int64_t begin, int64_t end, int32_t* out) const {
-      const ExpertIds<Id> source = ids;  // `out` may alias a member as far as the compiler knows, but no local
+      const ExpertIds<Id> source =
+          ids;  // `out` may alias a member as far as the compiler knows, but no local
       for (int64_t slot = begin; slot < end; ++slot)
         out[slot - begin] = source.resolve(layer, source.read(layer, slot));
     }
@@ -179,7 +180,7 @@ __attribute__((target("avx512f,popcnt"))) int64_t put_in_order_avx512(const Row&
     const __m512i experts = _mm512_loadu_si512(row.expert_ids_S + slot);
     const __m512i slots = _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int32_t>(slot)));
     __m512i places = _mm512_setzero_si512();
-    #pragma GCC unroll 8
+#pragma GCC unroll 8
     for (int32_t bin = 0; bin <= num_experts; ++bin) {
       const int32_t expert = bin < num_experts ? bin : kNoExpert;
       const __mmask16 here = _mm512_cmpeq_epi32_mask(experts, _mm512_set1_epi32(expert));

@@ -12,6 +12,7 @@ other            what is left of ours: Python, torch's calls, allocation
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
 import sys
@@ -160,4 +161,10 @@ def main(tokens: tuple[int, ...]) -> None:
 
 
 if __name__ == "__main__":
-    main(tuple(int(argument) for argument in sys.argv[1:]) or (512, 1024))
+    parser = argparse.ArgumentParser(
+        "python -m bench.profile_cpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("tokens", type=int, nargs="*", default=[512, 1024], help="T; 512 and 1024 by default")
+    main(tuple(parser.parse_args().tokens))

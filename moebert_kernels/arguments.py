@@ -80,7 +80,9 @@ def check_arguments(
             raise ValueError(f"{name} is on {tensor.device}, but w1_EFD is on {device}")
     for name, tensor in (("w1_EFD", w1_EFD), ("w2_EDF", w2_EDF), ("b1_EF", b1_EF), ("b2_ED", b2_ED)):
         if tensor is not None and tensor.dtype != x_TD.dtype:
-            raise ValueError(f"{name} must have x_TD's dtype {x_TD.dtype}, got {tensor.dtype}")
+            raise ValueError(
+                f"{name} must have x_TD's dtype {x_TD.dtype}, got {tensor.dtype}: cast one, or use autocast"
+            )
     if norm is None and residual_TD is not None:
         raise ValueError("residual_TD is added before the experts' LayerNorm and needs norm; got norm=None")
     if norm is None and dropout_p:

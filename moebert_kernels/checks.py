@@ -13,6 +13,18 @@ def check_tensor(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a tensor, got {_described(value)}")
 
 
+def check_mask(name: str, value: Any) -> None:
+    """Check a mask, nonzero at real tokens.
+
+    Raises:
+        TypeError: it is not a tensor of bool or integers. Masks of floating point are mostly those that are
+            added to attention scores: zero at real tokens.
+    """
+    check_tensor(name, value)
+    if value.is_floating_point() or value.is_complex():
+        raise TypeError(f"{name} must be bool or integer, nonzero at real tokens, got {value.dtype}")
+
+
 def check_whole(name: str, value: Any, least: int | None = None) -> None:
     """Check a whole number.
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moebert_kernels.activations import check_activation
-from moebert_kernels.checks import check_number, check_tensor, check_whole
+from moebert_kernels.checks import check_mask, check_number, check_tensor, check_whole
 from moebert_kernels.ops import moe_ffn
 from moebert_kernels.routing.plan import RoutingPlan
 from moebert_kernels.routing.routers import RouterOutput
@@ -181,7 +181,7 @@ class MoEFFN(nn.Module):
         for name, tensor in (("input_ids", input_ids), ("mask", mask)):
             if tensor is None:
                 continue
-            check_tensor(name, tensor)
+            (check_mask if name == "mask" else check_tensor)(name, tensor)
             if tensor.shape != x.shape[:-1]:
                 leading = tuple(x.shape[:-1])
                 raise ValueError(

@@ -273,8 +273,6 @@ def test_a_label_unseen_in_training_is_named_with_its_place(tmp_path, name, text
             "--seed must be 0 to 4294967295",
         ),
         ("bench ffn --device tpu --toy", "device must be cpu or cuda, got 'tpu'"),
-        ("bench ffn --tokens -5", "not negative, got '-5'"),
-        ("bench ffn --toy --device cpu --top-k 9", "top_k must not exceed the 3 experts, got 9"),
         ("bench plot rows.csv", "rows.csv is not a result file"),
         ("bench readme nowhere.md", "'nowhere.md' does not exist"),
     ],

@@ -79,7 +79,7 @@ def test_a_benchmark_on_the_users_shapes(tmp_path):
         (["model", "--tokens", "5", "--sequence", "6"], "a multiple of the sequence length, 6, got 5"),
         (["importance", "--tokens", "64,65"], "a multiple of the sequence length, 32, got 65"),
         (["plot", "nowhere.jsonl"], "nowhere.jsonl"),
-        (["plot", "pyproject.toml"], "Expecting value"),
+        (["plot", "pyproject.toml"], "pyproject.toml is not a result file"),
         (["readme", "nowhere.md"], "nowhere.md"),
         (["ffn", "--dtype", "int8"], "--dtype must be among float32, bfloat16, float16, got int8"),
         (["ffn", "--shape", "tiny"], "--shape must be among bert-base, minilm, got tiny"),

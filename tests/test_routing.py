@@ -57,7 +57,7 @@ def test_plan_of_a_hand_worked_batch():
 def test_plans_of_all_layers_equal_one_plan_per_layer():
     tables_LV = hash_random_tables(3, 50, 4, seed=1)
     input_ids = torch.randint(0, 50, (4, 9), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones(4, 9)
+    mask = torch.ones(4, 9, dtype=torch.int64)
     mask[1, 5:] = 0
     plans = RoutingPlan.from_input_ids(input_ids, tables_LV, 4, mask)
     assert len(plans) == 3
@@ -99,10 +99,17 @@ def test_plans_of_all_layers_equal_one_plan_per_layer():
         ),
         (
             lambda: RoutingPlan.from_input_ids(
-                torch.tensor([1, 2]), torch.zeros(1, 7, dtype=torch.int32), 4, torch.ones(3)
+                torch.tensor([1, 2]), torch.zeros(1, 7, dtype=torch.int32), 4, torch.ones(3, dtype=torch.bool)
             ),
             ValueError,
             "mask",
+        ),
+        (
+            lambda: RoutingPlan.from_input_ids(
+                torch.tensor([1, 2]), torch.zeros(1, 7, dtype=torch.int32), 4, torch.tensor([0.0, -1e4])
+            ),
+            TypeError,
+            "mask must be bool or integer",
         ),
     ],
 )

@@ -272,7 +272,7 @@ def _model_forward(family: Family) -> Callable[..., Any]:
         arguments = {
             "routing_ids": given.get("input_ids"),
             # A mask that is not [B, S] says nothing about padding: every token is routed.
-            "routing_mask": mask if mask is not None and mask.dim() == 2 else None,
+            "routing_mask": mask != 0 if mask is not None and mask.dim() == 2 else None,
             "router_outputs": router_outputs,
         }
         if given.get("input_ids") is not None:

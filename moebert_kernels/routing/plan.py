@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moebert_kernels.checks import check_tensor, check_whole
+from moebert_kernels.checks import check_mask, check_whole
 from moebert_kernels.routing.builder import plan_from_expert_ids, plan_from_input_ids
 
 
@@ -106,8 +106,8 @@ class RoutingPlan:
             L plans with K = 1. No host synchronisation on an accelerator.
 
         Raises:
-            TypeError: `input_ids` or `tables_LV` is not a signed integer tensor, `mask` no tensor, or
-                `num_experts` no whole number.
+            TypeError: `input_ids` or `tables_LV` is not a signed integer tensor, `mask` neither bool nor
+                integer, or `num_experts` no whole number.
             ValueError: shapes do not fit, or (on the CPU) a real token's id lies outside the table.
         """
         input_ids = _check_ids("input_ids", input_ids)
@@ -116,7 +116,7 @@ class RoutingPlan:
             raise ValueError(f"tables_LV must have shape [L, V], got {tuple(tables_LV.shape)}")
         check_whole("num_experts", num_experts, least=1)
         if mask is not None:
-            check_tensor("mask", mask)
+            check_mask("mask", mask)
         if mask is not None and mask.shape != input_ids.shape:
             raise ValueError(
                 f"mask must have the shape of input_ids, {tuple(input_ids.shape)}, got {tuple(mask.shape)}"

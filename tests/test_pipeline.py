@@ -352,7 +352,7 @@ def test_what_cannot_work_is_said_before_any_work(teacher, tmp_path):
 
 def test_damaged_teachers_are_refused(teacher, tmp_path):
     (teacher / "model.safetensors").write_bytes(b"\0" * 100)
-    with pytest.raises(UserError, match="model.safetensors is damaged"):
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
         compress(SETTINGS, make_data(), teacher, tmp_path / "out")
 
 

@@ -52,7 +52,7 @@ def _serves_norm(z_dtype: torch.dtype, residual_TD: Tensor, ln_w_ED: Tensor, ln_
 
 
 def _may_skip_dispatch(x: Tensor) -> bool:
-    """Whether there is no compiler, no mode, no subclass, no transform: a custom operator would add nothing."""
+    """Whether there is no compiler, mode, subclass or transform: a custom operator would add nothing."""
     return (
         x.device.type == "cpu"
         and type(x) in (Tensor, torch.nn.Parameter)

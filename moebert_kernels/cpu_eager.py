@@ -1,8 +1,8 @@
 """`moe_ffn` in eager mode on the CPU, in one step: its operators' arithmetic without their seams.
 
-The Python layers of a custom operator cost as much as some dozen tokens. And what lies between the two operators need
-not be: the LayerNorm reads the experts' outputs where the GEMM left them, its backward leaves their gradient
-where the next GEMM wants it, and the residual's gradient is what x's is added to.
+The Python layers of a custom operator cost as much as some dozen tokens. And what lies between the two
+operators need not be: the LayerNorm reads the experts' outputs where the GEMM left them, its backward leaves
+their gradient where the next GEMM wants it, and the residual's gradient is what x's is added to.
 """
 
 from __future__ import annotations

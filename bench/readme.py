@@ -1,8 +1,8 @@
 """README tables from result files, between markers `<!-- bench:NAME:begin -->` and `<!-- bench:NAME:end -->`.
 
 NAME is an operator and a kind of device, such as `ffn-cpu` or `model-gpu`, or `targets-gpu`, or `demo` for
-the results of `make demo`, kept as demo.json, or `quality-STUDY` for a study of `bench.quality`. What was
-never measured says so.
+the results of `make demo`, kept as demo.json, or `quality-STUDY` for a study of `bench.quality`, or
+`quality-settings` for what its studies change. What was never measured says so.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from .tables import LEGEND, Group, grouped, markdown, table
 from .targets import TARGETS, Target
 
 NOT_MEASURED = "not measured yet"
-_BLOCK = re.compile(r"(<!-- bench:(?P<name>[a-z-]+):begin -->\n).*?(<!-- bench:(?P=name):end -->)", re.DOTALL)
-_MARKER = re.compile(r"<!-- bench:([a-z-]+):(?:begin|end) -->")
+_BLOCK = re.compile(
+    r"(<!-- bench:(?P<name>[a-z0-9-]+):begin -->\n).*?(<!-- bench:(?P=name):end -->)", re.DOTALL
+)
+_MARKER = re.compile(r"<!-- bench:([a-z0-9-]+):(?:begin|end) -->")
 _SUBJECTS = (*OPS, "ffn-norm")
 _BY_RATIO = ("ffn-norm", "model")  # more cases than entries: a line for each
 _DEVICE_TYPES = {"cpu": "cpu", "gpu": "cuda"}
@@ -93,11 +95,13 @@ def demo(folder: Path) -> str:
 
 
 def quality(file: Path) -> str:
-    """The table of a study, as `python -m bench.quality collect` left it."""
+    """The table of a study, as `python -m bench.quality collect` left it; `settings` compares all of them."""
+    from .quality.records import read, settings_table, table  # they know of models, and what those import
+
+    if file.stem == "settings":
+        return settings_table({path.stem: read(path) for path in sorted(file.parent.glob("*.jsonl"))})
     if not file.is_file():
         return f"*`python -m bench.quality`, study {file.stem}: {NOT_MEASURED}.*"
-    from .quality.records import read, table  # they know of models, and everything those import
-
     return table(read(file))
 
 

@@ -24,9 +24,9 @@ _ACTIVATIONS = {name: code for code, name in enumerate(ACTIVATIONS)}  # Activati
 # Filling every expert up to the same number of rows, for one batched GEMM instead of E, pays as long as the
 # rows added take no more multiply-adds than this in one GEMM.
 _MAX_BATCH_FILL = 16_000_000
-# Rows of one expert that go through the layer together where nothing is kept for backward: their temporaries
-# stay in the last cache, and the GEMMs are still long enough to forget that each packs its weights anew. One
-# of the counts of `bounded_rows`, so that only an expert's last rows are filled up.
+# Where nothing is kept for backward, one expert's rows after the other's go through the layer, so many at most
+# together: their temporaries stay in cache, and the GEMMs are still long enough to forget that each packs its
+# weights anew. One of the counts of `bounded_rows`, so that only an expert's last rows are filled up.
 _ROWS_AT_ONCE = 2048
 
 
@@ -82,7 +82,7 @@ def sort_rows(
     if not batch:
         segments = native.segments()
         spans = [(start, start + padded) for _, _, start, padded in segments]
-        if in_pieces and native.routed > _ROWS_AT_ONCE:
+        if in_pieces:
             for expert, (begin, count, start, padded) in enumerate(segments):
                 for row in range(0, padded, _ROWS_AT_ONCE):
                     fill = min(_ROWS_AT_ONCE, padded - row)

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from bench.quality.__main__ import app
 from bench.quality.contenders import CONTENDERS, tie_shared
-from bench.quality.records import read, table
+from bench.quality.records import read, settings_table, table
 from bench.quality.remembered import RememberedTeacher
 from bench.readme import update
 from moebert_kernels.compress.adapt import split_neurons
@@ -107,24 +107,59 @@ def test_all_contenders_run_resume_and_fill_the_table(tmp_path):
     assert shown.count("not measured yet") == 1
 
 
+def record(study: str, task: str, contender: str, seed: int, after: float, lr: float = 1e-4) -> dict:
+    return {
+        **{"study": study, "task": task, "contender": contender, "seed": seed, "metric": "m"},
+        **{"teacher": {"m": 0.9}, "before": {"m": 0.5}, "after": {"m": after}, "largest_load": None},
+        **{"parameters_stored": 1, "encoder_flops_per_token": 1, "train_rows": 1, "validation_rows": 1},
+        "teacher_budget": {"epochs": 1, "bf16": False},
+        "budget": {"epochs": 1, "learning_rate": lr, "distill_weight": 1, "batch_size": 1},
+        "environment": {"commit": "c", "cpu": "x", "versions": {"torch": "2"}},
+    }
+
+
+def cells(table: str, *start: str) -> list[str]:
+    """Those of the first row that begins so."""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    return next(row for row in rows if tuple(row[: len(start)]) == start)
+
+
 def test_the_gain_pairs_seeds_and_lets_tasks_weigh_alike():
     """A mean over all records would let the task with more seeds, or a lucky seed of one side, decide."""
-
-    def record(task: str, contender: str, seed: int, after: float) -> dict:
-        return {
-            **{"study": "s", "task": task, "contender": contender, "seed": seed, "metric": "m"},
-            **{"teacher": {"m": 0.9}, "before": {"m": 0.5}, "after": {"m": after}, "largest_load": None},
-            **{"parameters_stored": 1, "encoder_flops_per_token": 1, "train_rows": 1, "validation_rows": 1},
-            "teacher_budget": {"epochs": 1, "bf16": False},
-            "budget": {"epochs": 1, "learning_rate": 1, "distill_weight": 1, "batch_size": 1},
-            "environment": {"commit": "c", "cpu": "x", "versions": {"torch": "2"}},
-        }
-
     records = [
-        *(record("cola", "narrow", seed, after) for seed, after in ((0, 0.50), (1, 0.60), (2, 0.99))),
-        *(record("cola", "random-4", seed, after) for seed, after in ((0, 0.51), (1, 0.63))),
-        record("sst2", "narrow", 0, 0.80),
-        record("sst2", "random-4", 0, 0.84),
+        *(record("s", "cola", "narrow", seed, after) for seed, after in ((0, 0.50), (1, 0.60), (2, 0.99))),
+        *(record("s", "cola", "random-4", seed, after) for seed, after in ((0, 0.51), (1, 0.63))),
+        record("s", "sst2", "narrow", 0, 0.80),
+        record("s", "sst2", "random-4", 0, 0.84),
     ]
-    line = next(line for line in table(records).splitlines() if line.startswith("| random-4"))
-    assert line.split("|")[7].strip() == "+3.00"  # (mean of 1 and 3, and 4) / 2; one seed has no error
+    # (mean of 1 and 3, and 4) / 2; one seed has no error
+    assert cells(table(records), "random-4")[6] == "+3.00"
+
+
+def test_settings_are_compared_with_the_same_runs_of_the_base_study():
+    """Another seed or task of the base study must not count: only its budget differs."""
+    studies = {
+        "main": [
+            *(record("main", "cola", "random-4", seed, after) for seed, after in ((0, 0.50), (1, 0.90))),
+            record("main", "mrpc", "random-4", 0, 0.70),
+            record("main", "cola", "narrow", 0, 0.10),
+        ],
+        "faster": [
+            record("faster", "cola", "random-4", 0, 0.53, lr=3e-4),
+            record("faster", "mrpc", "random-4", 0, 0.71, lr=3e-4),
+        ],
+    }
+    shown = settings_table(studies)
+    assert cells(shown, "main", "random-4") == [
+        "main",
+        "random-4",
+        "1",
+        "1",
+        "0.0001",
+        "1",
+        "50.0",
+        "70.0",
+        "–",
+    ]
+    assert cells(shown, "faster", "random-4")[4:] == ["0.0003", "1", "53.0", "71.0", "+2.00"]
+    assert "narrow" not in shown

@@ -6,7 +6,7 @@ import json
 import os
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,18 +81,54 @@ def table(records: Sequence[Record]) -> str:
             for when in ("before", "after"):
                 cells.append(_spread([100 * record[when][record["metric"]] for record in done]))
             if done:
-                means.append(statistics.mean(100 * record["after"][record["metric"]] for record in done))
+                means.append(statistics.mean(map(_after, done)))
         mean = f"{statistics.mean(means):.2f}" if len(means) == len(tasks) else "–"
-        mine = [record for record in records if record["contender"] == name]
+        mine, narrow = ([r for r in records if r["contender"] == n] for n in (name, "narrow"))
+        gain = "–" if name == "narrow" else _gain(mine, narrow, tasks)
         loads = [record["largest_load"] for record in mine if record["largest_load"] is not None]
         load = f"{max(loads):.2f}" if loads else "–"
         stored = max(record["parameters_stored"] for record in mine) / 1e6
         flops = mine[0]["encoder_flops_per_token"] / 1e6
         lines.append(
-            f"| {name} | {' | '.join(cells)} | {mean} | {_gain(records, tasks, name)} | {load} | "
-            f"{stored:.1f} M | {flops:.2f} M |"
+            f"| {name} | {' | '.join(cells)} | {mean} | {gain} | {load} | {stored:.1f} M | {flops:.2f} M |"
         )
     return "\n".join([*lines, "", _provenance(records, tasks)])
+
+
+def settings_table(studies: Mapping[str, Sequence[Record]], base: str = "main") -> str:
+    """How else to train: studies that repeat a part of the base study's runs, each with a budget of its own.
+
+    A cell is the mean of the task's main metric over seeds after distillation, times 100. The base study is
+    shown by the runs that some other study repeats. "gain" is the mean over tasks of what is better than
+    there, paired by seed.
+    """
+    others = {name: records for name, records in studies.items() if name != base}
+    repeated = {_run(record) for records in others.values() for record in records}
+    chosen = {base: [record for record in studies.get(base, ()) if _run(record) in repeated], **others}
+    tasks = sorted({task for task, _, _ in repeated}, key=list(FOLDERS).index)
+    lines = [
+        f"| study | | seeds | epochs | learning rate | lambda | {' | '.join(tasks)} | gain |",
+        "|---|---|" + "--:|" * (len(tasks) + 5),
+    ]
+    for name in sorted({contender for _, contender, _ in repeated}, key=list(CONTENDERS).index):
+        theirs = [record for record in chosen[base] if record["contender"] == name]
+        for study, records in chosen.items():
+            mine = [record for record in records if record["contender"] == name]
+            if not mine:
+                continue
+            budget = mine[0]["budget"]
+            cells = [_spread([*map(_after, _of(mine, task, name))]) for task in tasks]
+            done = [task for task in tasks if _of(mine, task, name)]
+            gain = "–" if study == base else _gain(mine, theirs, done)
+            lines.append(
+                f"| {study} | {name} | {len({r['seed'] for r in mine})} | {budget['epochs']:g} | "
+                f"{budget['learning_rate']:g} | {budget['distill_weight']:g} | {' | '.join(cells)} | {gain} |"
+            )
+    return "\n".join(lines)
+
+
+def _run(record: Record) -> tuple[str, str, int]:
+    return record["task"], record["contender"], record["seed"]
 
 
 def _place(record: Record) -> tuple[int, int]:
@@ -103,22 +139,26 @@ def _of(records: Iterable[Record], task: str, contender: str) -> list[Record]:
     return [r for r in records if (r["task"], r["contender"]) == (task, contender)]
 
 
-def _gain(records: Sequence[Record], tasks: Sequence[str], name: str, base: str = "narrow") -> str:
+def _gain(ours: Sequence[Record], theirs: Sequence[Record], tasks: Sequence[str]) -> str:
     """Over the pairs of the same task and seed; mean and standard error over seeds, tasks weighing alike."""
-    if name == base:
-        return "–"
     gains = []
     for task in tasks:
-        ours = {r["seed"]: r["after"][r["metric"]] for r in _of(records, task, name)}
-        theirs = {r["seed"]: r["after"][r["metric"]] for r in _of(records, task, base)}
-        both = sorted(ours.keys() & theirs.keys())
+        our_after, their_after = (
+            {r["seed"]: _after(r) for r in records if r["task"] == task} for records in (ours, theirs)
+        )
+        both = sorted(our_after.keys() & their_after.keys())
         if not both:
             return "–"
-        gains.append([100 * (ours[seed] - theirs[seed]) for seed in both])
+        gains.append([our_after[seed] - their_after[seed] for seed in both])
     mean = statistics.mean(statistics.mean(g) for g in gains)
     variances = [statistics.variance(g) / len(g) for g in gains if len(g) > 1]
     error = f" ± {(sum(variances) ** 0.5) / len(gains):.2f}" if len(variances) == len(gains) else ""
     return f"{mean:+.2f}{error}"
+
+
+def _after(record: Record) -> float:
+    """The task's main metric after distillation, times 100."""
+    return 100 * record["after"][record["metric"]]
 
 
 def _spread(values: Sequence[float]) -> str:

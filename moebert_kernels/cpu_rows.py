@@ -39,9 +39,9 @@ class SortedRows(NamedTuple):
         order_S: of the plan, which `native` points to.
         num_experts: E.
         batch: R where all experts have the same; 0 where they do not.
-        spans: each expert's first and last row, padding included; empty where `batch` says all.
-        pieces: parts of these that go through the layer one after another: for the row kernels, as if they
-            began at row 0; expert, first and last row. Empty where all rows go together.
+        sizes: each expert's rows, padding included; empty where `batch` says all.
+        pieces: parts of these that go through the layer one after another, in order: for the row kernels, as
+            if they began at row 0; expert; rows. Empty where all rows go together.
     """
 
     kernels: Any
@@ -49,8 +49,8 @@ class SortedRows(NamedTuple):
     order_S: Tensor
     num_experts: int
     batch: int
-    spans: list[tuple[int, int]]
-    pieces: list[tuple[Any, int, int, int]]
+    sizes: list[int]
+    pieces: list[tuple[Any, int, int]]
 
     def empty(self, like: Tensor, columns: int) -> Tensor:
         """A buffer of P rows: [E, R, columns] where R is the same for all, or [P, columns]."""
@@ -76,20 +76,19 @@ def sort_rows(
     bounded = w1_EFD.dtype != torch.float32
     max_fill = min(cpu.PREACT_SLACK, _MAX_BATCH_FILL // (F * D))
     native = kernels.SortedRows(offsets_E1.data_ptr(), E, order, bounded, max_fill)
-    spans: list[tuple[int, int]] = []
-    pieces: list[tuple[Any, int, int, int]] = []
+    sizes: list[int] = []
+    pieces: list[tuple[Any, int, int]] = []
     batch = native.batch
     if not batch:
         segments = native.segments()
-        spans = [(start, start + padded) for _, _, start, padded in segments]
+        sizes = [padded for _, _, _, padded in segments]
         if in_pieces:
-            for expert, (begin, count, start, padded) in enumerate(segments):
+            for expert, (begin, count, _, padded) in enumerate(segments):
                 for row in range(0, padded, _ROWS_AT_ONCE):
                     fill = min(_ROWS_AT_ONCE, padded - row)
-                    sizes = (begin + row, min(fill, count - row), fill)
-                    piece = kernels.SortedRows.piece(expert, *sizes, order)
-                    pieces.append((piece, expert, start + row, start + row + fill))
-    return SortedRows(kernels, native, order_S, E, batch, spans, pieces)
+                    place = (begin + row, min(fill, count - row), fill)
+                    pieces.append((kernels.SortedRows.piece(expert, *place, order), expert, fill))
+    return SortedRows(kernels, native, order_S, E, batch, sizes, pieces)
 
 
 def forward(
@@ -123,14 +122,15 @@ def forward(
         kernels.activate_rows(rows.native, dtype, code, h_PF.data_ptr(), b1, a_PF.data_ptr(), F, threads)
         _multiply(rows, a_PF, w2_EFD, z_PD)
         return z_PD
-    longest = max(end - begin for _, _, begin, end in rows.pieces)
-    a_RF = x_TD.new_empty(longest, F)
-    for piece, expert, begin, end in rows.pieces:
-        x_RD, h_RF = z_PD[begin:end], a_RF[: end - begin]
+    sizes = [size for _, _, size in rows.pieces]
+    a_RF = x_TD.new_empty(max(sizes), F)
+    a, w1_DF, w2_FD = a_RF.data_ptr(), w1_EDF.unbind(), w2_EFD.unbind()
+    for (piece, expert, size), x_RD in zip(rows.pieces, z_PD.split(sizes), strict=True):
+        h_RF = a_RF[:size]
         kernels.gather_rows(piece, dtype, x, x_RD.data_ptr(), 0, D, top_k, threads)
-        torch.mm(x_RD, w1_EDF[expert], out=h_RF)
-        kernels.activate_rows(piece, dtype, code, h_RF.data_ptr(), b1, h_RF.data_ptr(), F, threads)
-        torch.mm(h_RF, w2_EFD[expert], out=x_RD)
+        torch.mm(x_RD, w1_DF[expert], out=h_RF)
+        kernels.activate_rows(piece, dtype, code, a, b1, a, F, threads)
+        torch.mm(h_RF, w2_FD[expert], out=x_RD)
     return z_PD
 
 
@@ -177,9 +177,10 @@ def _multiply(rows: SortedRows, a: Tensor, w_ENM: Tensor, out: Tensor) -> None:
     if rows.batch:
         torch.bmm(a, w_ENM, out=out)
         return
-    for w_NM, (begin, end) in zip(w_ENM, rows.spans, strict=True):
-        if end > begin:
-            torch.mm(a[begin:end], w_NM, out=out[begin:end])
+    parts = zip(a.split(rows.sizes), w_ENM.unbind(), out.split(rows.sizes), strict=True)
+    for a_RN, w_NM, out_RM in parts:
+        if a_RN.shape[0]:
+            torch.mm(a_RN, w_NM, out=out_RM)
 
 
 def _multiply_transposed(rows: SortedRows, a: Tensor, b: Tensor, out_EMN: Tensor) -> None:
@@ -187,9 +188,10 @@ def _multiply_transposed(rows: SortedRows, a: Tensor, b: Tensor, out_EMN: Tensor
     if rows.batch:
         torch.bmm(a.transpose(1, 2), b, out=out_EMN)
         return
-    for out_MN, (begin, end) in zip(out_EMN, rows.spans, strict=True):
-        if end > begin:
-            torch.mm(a[begin:end].t(), b[begin:end], out=out_MN)
+    parts = zip(a.t().split(rows.sizes, 1), b.split(rows.sizes), out_EMN.unbind(), strict=True)
+    for a_MR, b_RN, out_MN in parts:
+        if b_RN.shape[0]:
+            torch.mm(a_MR, b_RN, out=out_MN)
         else:
             out_MN.zero_()
 

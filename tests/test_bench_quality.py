@@ -137,7 +137,7 @@ def test_the_gain_pairs_seeds_and_lets_tasks_weigh_alike():
 
 
 def test_settings_are_compared_with_the_same_runs_of_the_base_study():
-    """Another seed or task of the base study must not count: only its budget differs."""
+    """Another seed, task or teacher must not count: only the budget differs."""
     studies = {
         "main": [
             *(record("main", "cola", "random-4", seed, after) for seed, after in ((0, 0.50), (1, 0.90))),
@@ -148,6 +148,7 @@ def test_settings_are_compared_with_the_same_runs_of_the_base_study():
             record("faster", "cola", "random-4", 0, 0.53, lr=3e-4),
             record("faster", "mrpc", "random-4", 0, 0.71, lr=3e-4),
         ],
+        "another teacher": [{**record("other", "cola", "random-4", 0, 0.99), "teacher": {"m": 0.8}}],
     }
     shown = settings_table(studies)
     assert cells(shown, "main", "random-4") == [
@@ -163,3 +164,4 @@ def test_settings_are_compared_with_the_same_runs_of_the_base_study():
     ]
     assert cells(shown, "faster", "random-4")[4:] == ["0.0003", "1", "53.0", "71.0", "+2.00"]
     assert "narrow" not in shown
+    assert "another teacher" not in shown

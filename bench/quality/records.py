@@ -98,19 +98,24 @@ def table(records: Sequence[Record]) -> str:
 def settings_table(studies: Mapping[str, Sequence[Record]], base: str = "main") -> str:
     """How else to train: studies that repeat a part of the base study's runs, each with a budget of its own.
 
-    A cell is the mean of the task's main metric over seeds after distillation, times 100. The base study is
-    shown by the runs that some other study repeats. "gain" is the mean over tasks of what is better than
-    there, paired by seed.
+    A cell is the mean of the task's main metric over seeds after distillation, times 100. Runs count that
+    both studies have, of the same teacher. "gain" is the mean over tasks of what is better than in the base
+    study, paired by seed.
     """
-    others = {name: records for name, records in studies.items() if name != base}
+    known = {_run(record) for record in studies.get(base, ())}
+    others = {
+        name: [record for record in records if _run(record) in known]
+        for name, records in studies.items()
+        if name != base
+    }
     repeated = {_run(record) for records in others.values() for record in records}
     chosen = {base: [record for record in studies.get(base, ()) if _run(record) in repeated], **others}
-    tasks = sorted({task for task, _, _ in repeated}, key=list(FOLDERS).index)
+    tasks = sorted({record["task"] for record in chosen[base]}, key=list(FOLDERS).index)
     lines = [
         f"| study | | seeds | epochs | learning rate | lambda | {' | '.join(tasks)} | gain |",
         "|---|---|" + "--:|" * (len(tasks) + 5),
     ]
-    for name in sorted({contender for _, contender, _ in repeated}, key=list(CONTENDERS).index):
+    for name in sorted({record["contender"] for record in chosen[base]}, key=list(CONTENDERS).index):
         theirs = [record for record in chosen[base] if record["contender"] == name]
         for study, records in chosen.items():
             mine = [record for record in records if record["contender"] == name]
@@ -127,8 +132,9 @@ def settings_table(studies: Mapping[str, Sequence[Record]], base: str = "main") 
     return "\n".join(lines)
 
 
-def _run(record: Record) -> tuple[str, str, int]:
-    return record["task"], record["contender"], record["seed"]
+def _run(record: Record) -> tuple[str, str, int, str]:
+    teacher = json.dumps([record["teacher_budget"], record["teacher"]], sort_keys=True)
+    return record["task"], record["contender"], record["seed"], teacher
 
 
 def _place(record: Record) -> tuple[int, int]:

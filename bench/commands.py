@@ -233,10 +233,15 @@ def readme(
         Path, typer.Option(exists=True, file_okay=False, help="Folder of result files.")
     ] = Path("bench/results"),
     check: Annotated[
-        bool, typer.Option("--check", help="Change nothing; fail if the tables are old.")
+        bool,
+        typer.Option(
+            "--check", help="Change nothing; if the tables are old, show what would change and fail."
+        ),
     ] = False,
 ) -> None:
     """Write the measured tables into a README."""
+    import difflib
+
     from .readme import update
 
     text = file.read_text(encoding="utf-8")
@@ -245,6 +250,9 @@ def readme(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     if check and fresh != text:
+        lines, new = text.splitlines(), fresh.splitlines()
+        for line in difflib.unified_diff(lines, new, str(file), f"{file}, by {results}", lineterm=""):
+            typer.echo(line)
         typer.echo(
             f"{file} does not show the results in {results}: run python -m bench readme {file}", err=True
         )

@@ -227,7 +227,10 @@ def test_readme_check_fails_on_old_tables(tmp_path):
     file = tmp_path / "README.md"
     file.write_text("<!-- bench:ffn-gpu:begin -->\n<!-- bench:ffn-gpu:end -->\n")
     check = ["readme", str(file), "--results", str(tmp_path), "--check"]
-    assert invoke(*check).exit_code == 1
+    failed = invoke(*check)
+    assert failed.exit_code == 1
+    changes = ["@@ -1,2 +1,3 @@", "+*ffn on a GPU: not measured yet.*"]
+    assert [line for line in failed.output.splitlines() if line in changes] == changes
     assert invoke(*check[:-1]).exit_code == 0
     assert invoke(*check).exit_code == 0
 

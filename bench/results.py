@@ -29,7 +29,7 @@ class Run:
         device: its name.
         started: UTC, ISO format.
         threads: torch's, on the CPU.
-        cpus: the processors the process was confined to.
+        cpus: the processors the threads were confined to, on the CPU; empty where that cannot be known.
         busy_cpus: processors that other work kept busy right before the start: it distorts the figures.
         settings: what was asked for.
         environment: of `moebert_kernels.environment`, commit and versions among it.

@@ -74,6 +74,10 @@ class StageBars:
         # A stage that is said to be at (0, 1) has begun and does not yet know how much it has to do.
         self._bars.update(self._task, completed=done, total=None if (done, total) == (0, 1) else total)
 
+    def say(self, sentence: str) -> None:
+        """Print a line above the bar."""
+        self._console.print(sentence)
+
     def _close_stage(self) -> None:
         if self._stage is not None:
             self._bars.remove_task(self._task)
@@ -86,7 +90,7 @@ class TrainingProgress(TrainerCallback):
 
     Args:
         stage: name of the stage.
-        bars: told.
+        bars: told; in words if training goes on from a checkpoint.
     """
 
     def __init__(self, stage: str, bars: StageBars):
@@ -96,6 +100,10 @@ class TrainingProgress(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         """Tell where training begins."""
         self._bars(self._stage, state.global_step, state.max_steps)
+        if state.global_step:
+            self._bars.say(
+                f"{self._stage}: goes on from the checkpoint of step {state.global_step} of {state.max_steps}"
+            )
 
     def on_step_end(self, args, state, control, **kwargs):
         """Tell that a step is done."""

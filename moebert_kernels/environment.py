@@ -139,11 +139,12 @@ def _triton_backend() -> Backend:
 
 
 def _native_backends() -> tuple[Backend, ...]:
-    names = ("Native routing plans, host", "Native routing plans, CUDA")
+    names = ("Native routing plans, host", "Native routing plans, CUDA", "Native row kernels, CPU")
     if importlib.util.find_spec("moebert_kernels.native") is None:
         return tuple(Backend(name, False, "this version of moebert-kernels has none") for name in names)
     status = importlib.import_module("moebert_kernels.native").status()
     return (
         Backend(names[0], status.cpu, status.cpu_detail),
         Backend(names[1], status.cuda, status.cuda_detail),
+        Backend(names[2], status.cpu, status.rows_detail),
     )

@@ -53,14 +53,15 @@ def test_triton_on_an_old_gpu_names_what_it_needs(monkeypatch):
 def test_the_native_extension_reports_for_itself(monkeypatch):
     native = types.ModuleType("moebert_kernels.native")
     native.status = lambda: types.SimpleNamespace(
-        cpu=True, cpu_detail="GCC 12", cuda=False, cuda_detail="no nvcc"
+        cpu=True, cpu_detail="GCC 12", cuda=False, cuda_detail="no nvcc", rows_detail="AVX2"
     )
     monkeypatch.setitem(sys.modules, "moebert_kernels.native", native)
     monkeypatch.setattr("moebert_kernels.native", native, raising=False)
     monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: object())
-    host, device = environment._native_backends()
+    host, device, rows = environment._native_backends()
     assert (host.usable, host.detail) == (True, "GCC 12")
     assert (device.usable, device.detail) == (False, "no nvcc")
+    assert (rows.usable, rows.detail) == (True, "AVX2")
 
 
 def git(folder, *arguments):

@@ -24,6 +24,7 @@ from .baselines.implementation import (
 )
 from .baselines.transformers_experts import implementations
 from .cases import DTYPES, TIMED_ROUTINGS, TIMED_TOKENS, FFNCase, Request, cpu_dtypes, expert_ids, tensors
+from .options import TAKES
 from .reference import specification
 from .registry import Entry, Op, Work
 from .verify import check_close
@@ -186,7 +187,7 @@ def footprint(inputs: FFNInputs) -> int:
 
 FFN = Op(
     name="ffn",
-    takes=("T", "D", "F", "E", "K", "dtypes", "routings", "shapes", "norm"),
+    takes=TAKES["ffn"],
     passes=PASSES,
     default_passes=PASSES[:3],
     cases=cases,

@@ -18,6 +18,7 @@ from bench.cases import FFNCase
 from bench.ceilings import Ceiling
 from bench.commands import app
 from bench.ffn import OURS
+from bench.options import PARAMETERS, flag
 from bench.ratios import ratio_tables
 from bench.readme import block, update
 from bench.results import Results, Row, Run, slug
@@ -86,6 +87,7 @@ def test_a_benchmark_on_the_users_shapes(tmp_path):
         (["model", "--toy", "--device", "cpu", "--text", "nowhere.txt"], "cannot read the text nowhere.txt"),
         (["ffn", "--skew", "flat"], "--skew must be among balanced, zipf, skewed, got flat"),
         (["ffn", "--passes", "up"], "--passes must be among"),
+        (["dispatch", "--passes", "forward"], "--passes must be among dispatch, got forward"),
         (["ffn", "--toy", "--device", "cpu", "--only", "nobody"], "there is no entry nobody"),
     ],
 )
@@ -93,6 +95,15 @@ def test_wrong_options_are_explained(arguments, message):
     result = invoke(*arguments)
     assert result.exit_code == 2
     assert message in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_help_lists_what_a_benchmark_takes_alone(name):
+    shown = set(re.findall(r"--[a-z-]+", invoke(name, "--help").output))
+    shapes = {flag(field): field in OPS[name].takes for field in PARAMETERS}
+    assert {option: option in shown for option in shapes} == shapes
+    assert {"--toy", "--rounds", "--out"} < shown
+    assert set(shapes) < set(re.findall(r"--[a-z-]+", invoke("all", "--help").output))
 
 
 def results(op="ffn", device_type="cpu", device="cpu", rows=()):

@@ -118,7 +118,7 @@ def measure(
     passes: Annotated[
         str | None,
         typer.Option(
-            help="E.g. forward,forward+backward; default: the telling ones.", rich_help_panel=_METHOD
+            help="E.g. forward,forward+backward.", rich_help_panel=_METHOD
         ),
     ] = None,
     launch: Annotated[str | None, typer.Option(help="eager, graph.", rich_help_panel=_METHOD)] = None,

@@ -56,7 +56,7 @@ fi
 if [ -z "$busy" ]; then
   "$PYTHON" - <<'CHECK'
 import sys
-from bench.results import BUSY, busy_cpus
+from moebert_kernels.environment import BUSY, busy_cpus
 
 found = busy_cpus(3.0)
 if found is not None and found > BUSY:

@@ -13,9 +13,11 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
+from moebert_kernels.environment import BUSY
+
 from .cases import FFNCase
 from .ratios import RATIO_LEGEND, networks, ratio_tables
-from .results import BUSY, Results, Row, read_folder, subject
+from .results import Results, Row, read_folder, subject
 from .suite import OPS
 from .tables import LEGEND, Group, grouped, markdown, table
 from .targets import TARGETS, Target

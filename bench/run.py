@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moebert_kernels.environment import describe_environment
+from moebert_kernels.environment import busy_cpus, describe_environment
 
 from .cases import Request
 from .ceilings import Ceiling, ProbeSizes, measure_ceilings
 from .registry import DidNotRun, Entry, Op, Thunk
-from .results import Row, Run, busy_cpus
+from .results import Row, Run
 from .timing import Timer, first_line, interleave, make_timer, spread
 
 _CACHES_TO_ROTATE_PAST = 3

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from moebert_kernels.environment import BUSY
+
 from .dispatch import DISPATCH
 from .ffn import FFN
 from .importance import IMPORTANCE
@@ -16,7 +18,7 @@ from .model import MODEL
 from .plot import plot
 from .ratios import ratio_tables
 from .registry import Op
-from .results import BUSY, Results, Row, slug, write
+from .results import Results, Row, slug, write
 from .run import Settings, start
 from .tables import LEGEND, group_of, rich_table, tables
 

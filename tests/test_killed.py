@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from moebert_kernels.compress.pipeline import stage_names
 from moebert_kernels.compress.settings import CompressSettings
 
-TIMES = ("timings_s", "latency_ms", "throughput_per_s")
+TIMES = ("timings_s", "latency_ms", "throughput_per_s", "busy_cpus")
 
 
 @pytest.fixture(scope="module")

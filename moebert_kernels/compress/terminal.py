@@ -21,6 +21,7 @@ from rich.progress import (
 from rich.table import Table
 from transformers import TrainerCallback
 
+from moebert_kernels.compress.summary import has_speed
 from moebert_kernels.compress.units import short_count
 from moebert_kernels.environment import Environment
 
@@ -119,17 +120,19 @@ def results_table(results: dict[str, Any]) -> Table:
     table.add_column("\n\nmodel", no_wrap=True)
     # Fewer layers cost what the student does in attention and feed-forward networks together.
     part = "encoder" if any("kept_layers" in model for model in results["models"]) else "ffn"
+    measured = has_speed(results["models"])
     metric = main.replace("_", " " if len(main) <= 10 else "\n")
     headings = (
         "\n" * (2 - metric.count("\n")) + metric,
         "\nparams\nstored",
         "params\nused\n/token",
         f"{'FFN' if part == 'ffn' else part}\nFLOPs\n/token",
-        *_speed_headings(results["models"]),
+        *(_speed_headings(results["models"]) if measured else ()),
     )
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for model in results["models"]:
+        speed = (_median(model["latency_ms"], 2), _median(model["throughput_per_s"], 0)) if measured else ()
         table.add_row(
             model["name"].replace(" before", "\n  before"),
             f"{model['quality'][main]:.3f}"
@@ -138,8 +141,7 @@ def results_table(results: dict[str, Any]) -> Table:
                 short_count(model[key])
                 for key in ("parameters_stored", "parameters_used_per_token", f"{part}_flops_per_token")
             ),
-            _median(model["latency_ms"], 2),
-            _median(model["throughput_per_s"], 0),
+            *speed,
             style="bold" if model["name"] == "student" else None,
         )
     return table

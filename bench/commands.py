@@ -88,7 +88,10 @@ def measure(
     ] = None,
     skew: Annotated[
         str | None,
-        typer.Option(help="Routings: balanced, zipf, skewed (one expert has 70 %).", rich_help_panel=_SHAPES),
+        typer.Option(
+            help="Routings: balanced (alone by default), zipf, skewed (one expert has 70 %).",
+            rich_help_panel=_SHAPES,
+        ),
     ] = None,
     shape: Annotated[
         str | None,
@@ -118,7 +121,8 @@ def measure(
     passes: Annotated[
         str | None,
         typer.Option(
-            help="E.g. forward,forward+backward.", rich_help_panel=_METHOD
+            help="E.g. forward,forward+backward; of ffn also dispatch+forward, dispatch+forward+backward.",
+            rich_help_panel=_METHOD,
         ),
     ] = None,
     launch: Annotated[str | None, typer.Option(help="eager, graph.", rich_help_panel=_METHOD)] = None,

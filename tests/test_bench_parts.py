@@ -58,9 +58,13 @@ def test_token_ids_fall_off_as_in_text():
     assert counts[:100].sum() / counts.sum() > 0.5
 
 
-def test_default_cases_have_every_routing_and_requests_are_taken_as_they_are():
-    for device in ("cpu", "cuda"):
-        assert {case.routing for case in cases(Request(), device)} == set(TIMED_ROUTINGS)
+def test_unbalanced_routings_are_timed_at_middle_sizes_and_requests_are_taken_as_they_are():
+    for device, middle in (("cpu", 1), ("cuda", 2)):
+        every = cases(Request(routings=TIMED_ROUTINGS, dtypes=("float32",)), device)
+        balanced = [case for case in every if case.routing == "balanced"]
+        assert balanced == cases(Request(dtypes=("float32",)), device)
+        for routing in TIMED_ROUTINGS[1:]:
+            assert len([case for case in every if case.routing == routing]) == middle < len(balanced)
     asked = Request(T=(5, 9), D=32, F=8, E=2, K=2, dtypes=("float16",), routings=("zipf",))
     assert cases(asked, "cpu") == [
         FFNCase(T, D=32, F=8, E=2, K=2, dtype="float16", routing="zipf") for T in (5, 9)

@@ -26,6 +26,9 @@ CSRC = ROOT / "csrc"
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "--Werror", "all-warnings", "-Xptxas=-warn-spills"]
 SASS_ARCHS = ("80", "90a", "100a")
+RECORD = (
+    "_native_missing.txt"  # beside moebert_kernels._native, in its place; moebert_kernels.native reads it
+)
 PTX_ARCH = "100"  # for what is newer than the last of SASS_ARCHS
 
 
@@ -181,8 +184,26 @@ def required_parts() -> set[str]:
     return {"": set(), "cpu": {"cpu"}, "cuda": {"cpu", "cuda"}}[value]
 
 
+def record_missing(root: Path, reason: str | None) -> None:
+    """Leave in the package below `root` why it has no native module, for `moebert env`; None if it has."""
+    package = root / "moebert_kernels"
+    if reason is None:
+        (package / RECORD).unlink(missing_ok=True)
+    else:
+        package.mkdir(parents=True, exist_ok=True)
+        (package / RECORD).write_text(f"{reason}\n", encoding="utf-8")
+
+
 class BuildNative(build_ext):
     """Tries C++ and CUDA, then C++ alone, then goes on without."""
+
+    def run(self) -> None:
+        """Build, and leave the module or the record of why there is none."""
+        cxx = find_cxx()
+        self.missing = cxx.reason if isinstance(cxx, Missing) else None
+        in_source = self.inplace or self.editable_mode  # setuptools clears it while it builds
+        super().run()
+        record_missing(ROOT if in_source else Path(self.build_lib), self.missing)
 
     def build_extension(self, ext: Extension) -> None:
         """Leave the module where setuptools expects it, or nothing."""
@@ -206,6 +227,7 @@ class BuildNative(build_ext):
         say(
             "WARNING: the C++ build FAILED (its output is above); installing pure Python: correct, but slower"
         )
+        self.missing = f"its build with {cxx.compiler} failed; `pip install -v` shows the errors"
 
     def run_ninja(self, ext: Extension, cxx: Cxx, cuda: Cuda | Missing) -> bool:
         """Build the module with these parts; its output goes to the log."""
@@ -230,6 +252,8 @@ class BuildPython(build_py):
                 raise SystemExit(f"moebert_kernels: MOEBERT_REQUIRE_NATIVE is set, but {cxx.reason}")
             say(f"installing pure Python (correct, but slower): {cxx.reason}")
         super().run()
+        if isinstance(cxx, Missing):
+            record_missing(ROOT if self.editable_mode else Path(self.build_lib), cxx.reason)
 
 
 if __name__ == "__main__":

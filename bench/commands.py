@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import inspect
 import re
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import typer
+
+from .options import PARAMETERS, TAKES, flag
 
 if TYPE_CHECKING:
     from .cases import Request
@@ -25,23 +31,7 @@ _HELP = {
     "dispatch": "From token ids to every layer's sorted order.",
     "model": "Whole encoders: MoEBERT, the dense BERT, a DistilBERT shape.",
     "importance": "Scoring neurons: one backward pass per batch against the published procedure.",
-    "all": "The four of them.",
-}
-
-
-_FLAGS = {
-    "T": "--tokens",
-    "D": "--hidden",
-    "F": "--expert-size",
-    "E": "--experts",
-    "K": "--top-k",
-    "L": "--layers",
-    "sequence": "--sequence",
-    "dtypes": "--dtype",
-    "routings": "--skew",
-    "shapes": "--shape",
-    "norm": "--norm",
-    "text": "--text",
+    "all": "The four of them; each takes of the options what its own help lists.",
 }
 
 
@@ -72,10 +62,10 @@ def _among(what: str, words: tuple[str, ...] | None, known: tuple[str, ...]) -> 
 
 def _check_taken(op: Op, asked: Request) -> None:
     """A size that a benchmark has no use for must not seem to have been measured."""
-    for name, flag in _FLAGS.items():
-        if getattr(asked, name) is not None and name not in op.takes:
-            taken = ", ".join(known for field, known in _FLAGS.items() if field in op.takes)
-            raise typer.BadParameter(f"{op.name} has no {flag}; its shapes are chosen by {taken}")
+    for field in PARAMETERS:
+        if getattr(asked, field) is not None and field not in op.takes:
+            taken = ", ".join(flag(known) for known in PARAMETERS if known in op.takes)
+            raise typer.BadParameter(f"{op.name} has no {flag(field)}; its shapes are chosen by {taken}")
 
 
 def measure(
@@ -87,13 +77,11 @@ def measure(
     ] = None,
     experts: Annotated[int | None, typer.Option(min=1, help="E.", rich_help_panel=_SHAPES)] = None,
     top_k: Annotated[
-        int | None, typer.Option(min=1, help="K, experts of one token (ffn).", rich_help_panel=_SHAPES)
+        int | None, typer.Option(min=1, help="K, experts of one token.", rich_help_panel=_SHAPES)
     ] = None,
-    layers: Annotated[
-        int | None, typer.Option(min=1, help="L (dispatch, model, importance).", rich_help_panel=_SHAPES)
-    ] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="L.", rich_help_panel=_SHAPES)] = None,
     sequence: Annotated[
-        int | None, typer.Option(min=1, help="Sequence length (model, importance).", rich_help_panel=_SHAPES)
+        int | None, typer.Option(min=1, help="Sequence length.", rich_help_panel=_SHAPES)
     ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16, float16.", rich_help_panel=_SHAPES)
@@ -101,25 +89,26 @@ def measure(
     skew: Annotated[
         str | None,
         typer.Option(
-            help="Routings of ffn: balanced, zipf, skewed (one expert has 70 %).", rich_help_panel=_SHAPES
+            help="Routings: balanced (alone by default), zipf, skewed (one expert has 70 %).",
+            rich_help_panel=_SHAPES,
         ),
     ] = None,
     shape: Annotated[
         str | None,
-        typer.Option(help="Encoders' sizes (not dispatch): bert-base, minilm.", rich_help_panel=_SHAPES),
+        typer.Option(help="Encoders' sizes: bert-base, minilm.", rich_help_panel=_SHAPES),
     ] = None,
     norm: Annotated[
         bool,
         typer.Option(
             "--norm",
-            help="The form that encoders use: residual and each expert's LayerNorm (ffn).",
+            help="The form that encoders use: residual and each expert's LayerNorm.",
             rich_help_panel=_SHAPES,
         ),
     ] = False,
     text: Annotated[
         Path | None,
         typer.Option(
-            help="Sentences, a line each or a .tsv's column: a padded batch of 32 (model).",
+            help="Sentences, a line each or a .tsv's column: a padded batch of 32.",
             rich_help_panel=_SHAPES,
         ),
     ] = None,
@@ -131,7 +120,10 @@ def measure(
     ] = None,
     passes: Annotated[
         str | None,
-        typer.Option(help="E.g. forward,forward+backward,dispatch+forward.", rich_help_panel=_METHOD),
+        typer.Option(
+            help="E.g. forward,forward+backward; of ffn also dispatch+forward, dispatch+forward+backward.",
+            rich_help_panel=_METHOD,
+        ),
     ] = None,
     launch: Annotated[str | None, typer.Option(help="eager, graph.", rich_help_panel=_METHOD)] = None,
     cache: Annotated[
@@ -190,13 +182,13 @@ def measure(
         norm=norm or None,
         text=None if text is None else str(text),
     )
+    name = context.info_name or "all"
+    ops = list(OPS.values()) if name == "all" else [OPS[name]]
     settings = Settings(
         request=asked.over(TOY) if toy else asked,
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
         threads=threads,
-        passes=_among(
-            "--passes", _words(passes), tuple(dict.fromkeys(p for op in OPS.values() for p in op.passes))
-        ),
+        passes=_among("--passes", _words(passes), tuple(dict.fromkeys(p for op in ops for p in op.passes))),
         launches=_among("--launch", _words(launch), LAUNCHES),
         caches=_among("--cache", _words(cache), CACHES),
         rounds=min(rounds, 3) if toy else rounds,
@@ -206,19 +198,39 @@ def measure(
         only=_words(only),
         probes=ceilings.TOY if toy else None,
     )
-    name = context.info_name or "all"
     if name != "all":
         _check_taken(OPS[name], asked)
     try:
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
-        run_benchmarks(list(OPS) if name == "all" else [name], settings, out)
+        run_benchmarks([op.name for op in ops], settings, out)
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
 
 
+def _showing(function: Callable[..., None], taken: Collection[str]) -> Callable[..., None]:
+    """The function, its help without the options of shapes that are not taken; they are still explained."""
+    hints = get_type_hints(function, include_extras=True)
+    for field, name in PARAMETERS.items():
+        if field not in taken:
+            kind, option = get_args(hints[name])
+            option = copy.copy(option)
+            option.hidden = True
+            hints[name] = Annotated[kind, option]
+
+    @functools.wraps(function)
+    def command(*arguments: Any, **options: Any) -> None:
+        function(*arguments, **options)
+
+    signature = inspect.signature(function)
+    parameters = [p.replace(annotation=hints[name]) for name, p in signature.parameters.items()]
+    command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = hints
+    return command
+
+
 for _name, _text in _HELP.items():
-    app.command(_name, help=_text)(measure)
+    app.command(_name, help=_text)(_showing(measure, TAKES.get(_name, PARAMETERS)))
 
 
 @app.command()
@@ -233,10 +245,15 @@ def readme(
         Path, typer.Option(exists=True, file_okay=False, help="Folder of result files.")
     ] = Path("bench/results"),
     check: Annotated[
-        bool, typer.Option("--check", help="Change nothing; fail if the tables are old.")
+        bool,
+        typer.Option(
+            "--check", help="Change nothing; if the tables are old, show what would change and fail."
+        ),
     ] = False,
 ) -> None:
     """Write the measured tables into a README."""
+    import difflib
+
     from .readme import update
 
     text = file.read_text(encoding="utf-8")
@@ -245,6 +262,9 @@ def readme(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     if check and fresh != text:
+        lines, new = text.splitlines(), fresh.splitlines()
+        for line in difflib.unified_diff(lines, new, str(file), f"{file}, by {results}", lineterm=""):
+            typer.echo(line)
         typer.echo(
             f"{file} does not show the results in {results}: run python -m bench readme {file}", err=True
         )

@@ -56,7 +56,7 @@ fi
 if [ -z "$busy" ]; then
   "$PYTHON" - <<'CHECK'
 import sys
-from bench.results import BUSY, busy_cpus
+from moebert_kernels.environment import BUSY, busy_cpus
 
 found = busy_cpus(3.0)
 if found is not None and found > BUSY:
@@ -74,7 +74,7 @@ run_ffn() {
   bench ffn --norm --shape bert-base,minilm --skew balanced --passes "forward,forward+backward" \
     --tokens 16,32,64,128,256,512,1024,2048,4096,16384 --seconds 3 --limit 360 \
     --only "moebert_kernels,dense FFN replaced,bound: one expert" ${toy[@]+--tokens 16,24} || return
-  bench ffn --seconds 2 --limit 120
+  bench ffn --skew balanced,zipf,skewed --passes forward,forward+backward,dispatch+forward --seconds 2 --limit 120
 }
 
 run_dispatch() { bench dispatch --seconds 3 --limit 30; }

@@ -14,6 +14,7 @@ from moebert_kernels import RoutingPlan, hash_random_tables
 
 from .baselines.from_source import load
 from .cases import DispatchCase, Request, token_ids
+from .options import TAKES
 from .reference import specification
 from .registry import DidNotRun, Entry, Op, Outputs, Thunk, Work
 
@@ -157,7 +158,7 @@ def footprint(inputs: DispatchInputs) -> int:
 
 DISPATCH = Op(
     name="dispatch",
-    takes=("T", "E", "L", "V"),
+    takes=TAKES["dispatch"],
     passes=("dispatch",),
     cases=cases,
     make_inputs=make_inputs,

@@ -92,7 +92,8 @@ small_passes() { # ours alone, verified against the reference
   local top_k
   for top_k in 1 2; do
     "$PYTHON" -m bench ffn "${bench_options[@]}" --hidden 64 --expert-size 48 --top-k $top_k --tokens 97 \
-      --dtype float32,float16,bfloat16 --skew zipf --rounds 1 --only moebert_kernels
+      --dtype float32,float16,bfloat16 --skew zipf --passes forward,forward+backward,dispatch+forward --rounds 1 \
+      --only moebert_kernels
   done
 }
 
@@ -101,15 +102,18 @@ run_sanitize() {
 }
 
 run_bench() { # whatever becomes of one, the others run; some time stays for what comes after
-  local failed=0
+  local failed=0 ffn=(--passes forward,forward+backward,dispatch+forward)
+  [ -n "$dry" ] || ffn+=(--skew balanced,zipf,skewed)
   measure dispatch $(($(left) / 10)) || failed=1
   measure model $(($(left) / 5)) || failed=1
-  measure ffn $(($(left) * 3 / 4)) || failed=1
+  measure ffn $(($(left) * 3 / 4)) "${ffn[@]}" || failed=1
   return $failed
 }
 
 measure() {
-  "$PYTHON" -m bench "$1" "${bench_options[@]}" ${peers[@]+"${peers[@]}"} --out "$out" --limit "$2"
+  local name=$1 limit=$2
+  shift 2
+  "$PYTHON" -m bench "$name" "${bench_options[@]}" ${peers[@]+"${peers[@]}"} --out "$out" --limit "$limit" "$@"
 }
 
 run_tune() { # a candidate that was started in time may take a while to compile

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from .cases import DTYPES, ImportanceCase, Request, check_sequences, token_ids
 from .encoders import bert_sizes, spread_weights
+from .options import TAKES
 from .reference import specification
 from .registry import Entry, Op, Outputs, Thunk, Work
 from .verify import check_close
@@ -155,7 +156,7 @@ def footprint(inputs: ImportanceInputs) -> int:
 
 IMPORTANCE = Op(
     name="importance",
-    takes=("T", "D", "F", "E", "L", "V", "sequence", "dtypes", "shapes"),
+    takes=TAKES["importance"],
     passes=("importance",),
     cases=cases,
     make_inputs=make_inputs,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .cases import DTYPES, ModelCase, Request, check_sequences, cpu_dtypes, token_ids
 from .encoders import build, with_authors_dispatch, with_reference_experts
+from .options import TAKES
 from .registry import Entry, Op, Outputs, Thunk, Work
 from .text import read_batch
 from .verify import check_close
@@ -189,7 +190,7 @@ def footprint(inputs: ModelInputs) -> int:
 
 MODEL = Op(
     name="model",
-    takes=("T", "D", "F", "E", "L", "V", "sequence", "dtypes", "shapes", "text"),
+    takes=TAKES["model"],
     passes=("forward", "forward+backward"),
     default_passes=("forward",),
     cases=cases,

@@ -13,11 +13,13 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
+from moebert_kernels.environment import BUSY
+
 from .cases import FFNCase
 from .ratios import RATIO_LEGEND, networks, ratio_tables
-from .results import BUSY, Results, Row, read_folder, subject
+from .results import Results, read_folder, subject
 from .suite import OPS
-from .tables import LEGEND, Group, grouped, markdown, table
+from .tables import LEGEND, markdown, table, telling
 from .targets import TARGETS, Target
 
 NOT_MEASURED = "not measured yet"
@@ -126,7 +128,7 @@ def block(name: str, results: Iterable[Results]) -> str:
 
 
 def _measured(result: Results) -> str:
-    groups = _shown(result)
+    groups = telling(result)
     rows = tuple(row for rows in groups.values() for row in rows)
     drawn, legends = [], []
     if subject(result.run) in _BY_RATIO:
@@ -137,19 +139,6 @@ def _measured(result: Results) -> str:
         drawn += [markdown(table(group.title(), rows, baselines)) for group, rows in groups.items()]
         legends.append(LEGEND)
     return "\n\n".join([*drawn, provenance(result, "; ".join(legends))])
-
-
-def _shown(result: Results) -> dict[Group, list[Row]]:
-    """Enough for a reader: the first routing; graphs and cold caches where there are any."""
-    groups = grouped(result)
-    launch = "graph" if any(group.launch == "graph" for group in groups) else "eager"
-    cache = "cold" if any(group.cache == "cold" for group in groups) else "warm"
-    routing = next((row.case.get("routing") for row in result.rows), None)
-    return {
-        group: rows
-        for group, rows in groups.items()
-        if (group.launch, group.cache, dict(group.case).get("routing")) == (launch, cache, routing)
-    }
 
 
 def provenance(result: Results, legend: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -16,7 +15,6 @@ from .ceilings import Ceiling
 from .timing import Spread
 
 FORMAT = 1
-BUSY = 0.25  # processors' worth of other work that is told
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class Run:
         device: its name.
         started: UTC, ISO format.
         threads: torch's, on the CPU.
-        cpus: the processors the process was confined to.
+        cpus: the processors the threads were confined to, on the CPU; empty where that cannot be known.
         busy_cpus: processors that other work kept busy right before the start: it distorts the figures.
         settings: what was asked for.
         environment: of `moebert_kernels.environment`, commit and versions among it.
@@ -146,27 +144,3 @@ def read_folder(folder: str | Path) -> Iterator[Results]:
 def _row(values: dict[str, Any]) -> Row:
     seconds = values.pop("seconds")
     return Row(seconds=None if seconds is None else Spread(**seconds), **values)
-
-
-def busy_cpus(seconds: float = 0.2) -> float | None:
-    """Processors that other processes keep busy, by the kernel's counters over a short sleep of this one.
-
-    The load average would count what this process did in the last minute. None where nothing is counted.
-    """
-    before = _processor_times()
-    time.sleep(seconds)
-    after = _processor_times()
-    if before is None or after is None or sum(after) <= sum(before):
-        return None
-    spent = [late - early for early, late in zip(before, after, strict=True)]
-    idle = sum(spent[3:5])  # idle, and waiting for a disk
-    return (os.cpu_count() or 1) * (1 - idle / sum(spent))
-
-
-def _processor_times() -> list[int] | None:
-    """user, nice, system, idle, iowait, irq, softirq, steal: of all processors, in ticks."""
-    try:
-        with open("/proc/stat", encoding="ascii") as file:
-            return [int(ticks) for ticks in file.readline().split()[1:9]]
-    except OSError:
-        return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import time
@@ -13,16 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moebert_kernels.environment import describe_environment
+from moebert_kernels.environment import busy_cpus, describe_environment
 
 from .cases import Request
 from .ceilings import Ceiling, ProbeSizes, measure_ceilings
 from .registry import DidNotRun, Entry, Op, Thunk
-from .results import Row, Run, busy_cpus
+from .results import Row, Run
 from .timing import Timer, first_line, interleave, make_timer, spread
 
 _CACHES_TO_ROTATE_PAST = 3
 _MOST_COPIES = 32
+_ELEMENTS_OF_A_THREAD = 2**15  # torch starts no thread for fewer
 
 
 @dataclass(frozen=True)
@@ -101,17 +103,30 @@ def pin_threads(threads: int | None) -> tuple[int, ...]:
     """Confine the process to as many processors as torch has threads, and return them.
 
     Where OMP_PROC_BIND is set, as `cpu.sh` does, OpenMP has done so when torch was loaded, each thread on a
-    processor of its own; this thread's mask then holds no more than one, and says nothing of the others.
+    processor of its own; this thread's mask then holds no more than one, so the others are asked for theirs.
     """
     bound = os.environ.get("OMP_PROC_BIND", "false").lower() != "false"
     if bound or not hasattr(os, "sched_setaffinity"):
         torch.set_num_threads(threads or torch.get_num_threads())
-        return ()
+        return _processors_of_threads()
     cpus = sorted(os.sched_getaffinity(0))
     cpus = cpus[: threads or len(cpus)]
     os.sched_setaffinity(0, cpus)
     torch.set_num_threads(threads or len(cpus))
     return tuple(cpus)
+
+
+def _processors_of_threads() -> tuple[int, ...]:
+    """Where the threads of this process may run, torch's among them; nothing if the system does not tell."""
+    torch.ones(torch.get_num_threads() * _ELEMENTS_OF_A_THREAD).neg_()  # OpenMP starts them when first used
+    masks = []
+    try:
+        for thread in os.listdir("/proc/self/task"):
+            with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+                masks.append(os.sched_getaffinity(int(thread)))
+    except (OSError, AttributeError):
+        return ()
+    return tuple(sorted(set().union(*masks)))
 
 
 def _device(name: str) -> torch.device:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from moebert_kernels.environment import BUSY
+
 from .dispatch import DISPATCH
 from .ffn import FFN
 from .importance import IMPORTANCE
@@ -16,9 +18,9 @@ from .model import MODEL
 from .plot import plot
 from .ratios import ratio_tables
 from .registry import Op
-from .results import BUSY, Results, Row, slug, write
+from .results import Results, Row, slug, write
 from .run import Settings, start
-from .tables import LEGEND, group_of, rich_table, tables
+from .tables import LEGEND, group_of, grouped, rich_table, tables, telling
 
 _LOG_COLUMNS = 160
 # The longest last: what a time limit cuts off is then the end of one table, not a whole one.
@@ -90,10 +92,27 @@ def _run(op: Op, settings: Settings, out: str | Path | None, console: Console) -
         else:
             write(out, run, watched())
     results = Results(run, tuple(kept))
-    for table in (*tables(results, op.baselines), *ratio_tables(results)):
+    groups = telling(results, _asked(settings))
+    told = Results(run, tuple(row for rows in groups.values() for row in rows))
+    for table in (*tables(told, op.baselines), *ratio_tables(told)):
         console.print(rich_table(table))
     console.print(LEGEND, style="dim")
+    untold = len(grouped(results)) - len(groups)
+    if untold:
+        console.print(
+            f"{untold} more such tables, not printed: name what to see by --launch and --cache", style="dim"
+        )
     if out is not None:
         path = plot(results, Path(out) / f"{slug(run)}.svg")
-        console.print(f"{path.with_suffix('.jsonl')} and {path.name} written")
+        console.print(f"{path.with_suffix('.jsonl')}, with all figures, and {path.name} written")
     return results
+
+
+def _asked(settings: Settings) -> set[str]:
+    """What of a table's kind was chosen by name."""
+    chosen = {
+        "routing": settings.request.routings,
+        "launch": settings.launches,
+        "cache": settings.caches,
+    }
+    return {name for name, choice in chosen.items() if choice}

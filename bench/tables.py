@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +77,28 @@ def grouped(results: Results) -> dict[Group, list[Row]]:
     for row in results.rows:
         groups.setdefault(group_of(row), []).append(row)
     return groups
+
+
+def telling(results: Results, asked: Collection[str] = ()) -> dict[Group, list[Row]]:
+    """Enough for a reader: of the tables the first routing's; graphs and cold caches where there are any.
+
+    Args:
+        results: of one run.
+        asked: which of "routing", "launch" and "cache" were chosen by name: all of those are told.
+    """
+    groups = grouped(results)
+    launches, caches = {group.launch for group in groups}, {group.cache for group in groups}
+    told: dict[str, object] = {
+        "launch": "graph" if "graph" in launches else "eager",
+        "cache": "cold" if "cold" in caches else "warm",
+        "routing": next((row.case.get("routing") for row in results.rows), None),
+    }
+
+    def is_told(group: Group) -> bool:
+        found = {"launch": group.launch, "cache": group.cache, "routing": dict(group.case).get("routing")}
+        return all(name in asked or found[name] == told[name] for name in told)
+
+    return {group: rows for group, rows in groups.items() if is_told(group)}
 
 
 def tables(results: Results, baselines: tuple[str, ...]) -> Iterator[Table]:

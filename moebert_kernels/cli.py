@@ -143,6 +143,9 @@ def compress(
     importance_rows: ScoredRows = 4096,
     compare: Comparisons = "",
     seeds: Seeds = 1,
+    no_measure: Annotated[
+        bool, typer.Option("--no-measure", help="Leave out measuring speed, which takes up to a minute.")
+    ] = False,
     measure_length: Annotated[
         int | None,
         typer.Option(
@@ -165,6 +168,7 @@ def compress(
     a stage whose inputs are unchanged is reused.
     """
     from moebert_kernels.compress import embedding_pipeline, pipeline, processes, report
+    from moebert_kernels.compress.summary import busy_warning
     from moebert_kernels.compress.terminal import StageBars, results_table
     from moebert_kernels.errors import UserError
 
@@ -177,6 +181,7 @@ def compress(
         training,
         importance_rows=importance_rows,
         comparisons=comparisons,
+        measure=not no_measure,
         measure_length=measure_length,
         seeds=seeds,
     )
@@ -189,6 +194,8 @@ def compress(
         results = make(settings, rows, teacher, output, progress=progress, say=console.print)
     processes.on_main(lambda: report.write_report(results, output / "report.html"))
     console.print(results_table(results))
+    if warning := busy_warning(results):
+        console.print(warning, style="yellow")
     console.print(f"student: {output / 'student'}\nreport: {output / 'report.html'}", soft_wrap=True)
 
 

@@ -8,11 +8,13 @@ import importlib.util
 import os
 import platform
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+BUSY = 0.25  # processors' worth of other work that is told
 _PACKAGES = ("moebert-kernels", "torch", "triton", "transformers", "numpy", "datasets", "accelerate")
 
 
@@ -139,11 +141,48 @@ def _triton_backend() -> Backend:
 
 
 def _native_backends() -> tuple[Backend, ...]:
-    names = ("Native routing plans, host", "Native routing plans, CUDA")
+    names = ("Native routing plans, host", "Native routing plans, CUDA", "Native row kernels, CPU")
     if importlib.util.find_spec("moebert_kernels.native") is None:
         return tuple(Backend(name, False, "this version of moebert-kernels has none") for name in names)
     status = importlib.import_module("moebert_kernels.native").status()
     return (
         Backend(names[0], status.cpu, status.cpu_detail),
         Backend(names[1], status.cuda, status.cuda_detail),
+        Backend(names[2], status.cpu, status.rows_detail),
     )
+
+
+class OtherWork:
+    """Watches, from when it is made, what other processes do on this machine's processors.
+
+    The load average would count what this process did in the last minute.
+    """
+
+    def __init__(self) -> None:
+        self._ticks, self._own_s, self._start_s = _processor_times(), time.process_time(), time.monotonic()
+
+    def busy_cpus(self) -> float | None:
+        """Processors they kept busy since then, by the kernel's counters; None where nothing is counted."""
+        ticks, passed_s = _processor_times(), time.monotonic() - self._start_s
+        if self._ticks is None or ticks is None or sum(ticks) <= sum(self._ticks):
+            return None
+        spent = [late - early for early, late in zip(self._ticks, ticks, strict=True)]
+        idle = sum(spent[3:5])  # idle, and waiting for a disk
+        own = (time.process_time() - self._own_s) / passed_s
+        return max(0.0, (os.cpu_count() or 1) * (1 - idle / sum(spent)) - own)
+
+
+def busy_cpus(seconds: float = 0.2) -> float | None:
+    """What `OtherWork` finds over a short sleep of this process."""
+    others = OtherWork()
+    time.sleep(seconds)
+    return others.busy_cpus()
+
+
+def _processor_times() -> list[int] | None:
+    """user, nice, system, idle, iowait, irq, softirq, steal: of all processors, in ticks."""
+    try:
+        with open("/proc/stat", encoding="ascii") as file:
+            return [int(ticks) for ticks in file.readline().split()[1:9]]
+    except OSError:
+        return None

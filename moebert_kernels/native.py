@@ -9,6 +9,7 @@ import importlib
 import warnings
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 
 _ABI_VERSION = 3  # kAbiVersion in csrc/bindings.cpp
+_RECORD = "_native_missing.txt"  # RECORD in setup.py
+_INSTRUCTION_SETS = {"avx512": "AVX-512", "avx2": "AVX2", "baseline": "the compiler's default instructions"}
 _MAX_SLOTS = 2**31 - 1
 _MAX_CUDA_EXPERTS = 256
 _MAX_CUDA_LAYERS = 65535
@@ -63,23 +66,26 @@ class NativeStatus:
         cpu_detail: the compiler it was built with, or why it is absent.
         cuda: plans on CUDA devices are built by a CUDA kernel.
         cuda_detail: the toolkit and architectures it was built for, or why it is absent.
+        rows_detail: the instruction set that the CPU's row kernels use here, or why they are absent.
     """
 
     cpu: bool
     cpu_detail: str
     cuda: bool
     cuda_detail: str
+    rows_detail: str
 
 
 def status() -> NativeStatus:
     """Say which native parts are present and why others are not; loads the extension, warns of nothing."""
     extension, problem = _load()
     if extension is None:
-        return NativeStatus(False, problem, False, problem)
+        return NativeStatus(False, problem, False, problem, problem)
+    rows = _INSTRUCTION_SETS.get(extension.ROW_KERNELS, extension.ROW_KERNELS)
     if not extension.HAS_CUDA:
-        return NativeStatus(True, extension.COMPILER, False, extension.NO_CUDA_REASON)
+        return NativeStatus(True, extension.COMPILER, False, extension.NO_CUDA_REASON, rows)
     built_for = f"CUDA {extension.CUDA_VERSION}: {extension.CUDA_ARCHS}"
-    return NativeStatus(True, extension.COMPILER, True, built_for)
+    return NativeStatus(True, extension.COMPILER, True, built_for, rows)
 
 
 def row_kernels() -> Any | None:
@@ -248,10 +254,7 @@ def _load() -> tuple[Any | None, str]:
     try:
         extension: ModuleType = importlib.import_module("moebert_kernels._native")
     except ModuleNotFoundError:
-        return None, (
-            "moebert_kernels._native was not built: at install there was no C++ compiler, or its build "
-            "failed (`pip install -v` says which)"
-        )
+        return None, f"moebert_kernels._native {_why_not_built()}"
     except Exception as error:  # a file of another platform, Python or C++ runtime
         return None, f"moebert_kernels._native does not load ({type(error).__name__}: {error})"
     found = getattr(extension, "ABI_VERSION", None)
@@ -261,6 +264,14 @@ def _load() -> tuple[Any | None, str]:
             "install it again"
         )
     return extension, ""
+
+
+def _why_not_built() -> str:
+    try:
+        reason = Path(__file__).with_name(_RECORD).read_text(encoding="utf-8").strip()
+    except OSError:
+        return "was never built: `pip install .` in a source tree does, where there is a C++ compiler"
+    return f"was not built at install: {reason}"
 
 
 @cache

@@ -11,16 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from rich.console import Console
 from typer.testing import CliRunner
 
 from bench import suite
-from bench.cases import FFNCase
+from bench.cases import FFNCase, Request
 from bench.ceilings import Ceiling
 from bench.commands import app
 from bench.ffn import OURS
+from bench.options import PARAMETERS, flag
 from bench.ratios import ratio_tables
 from bench.readme import block, update
 from bench.results import Results, Row, Run, slug
+from bench.run import Settings
 from bench.suite import OPS
 from bench.tables import duration, rich_table
 from bench.timing import Spread
@@ -86,6 +89,7 @@ def test_a_benchmark_on_the_users_shapes(tmp_path):
         (["model", "--toy", "--device", "cpu", "--text", "nowhere.txt"], "cannot read the text nowhere.txt"),
         (["ffn", "--skew", "flat"], "--skew must be among balanced, zipf, skewed, got flat"),
         (["ffn", "--passes", "up"], "--passes must be among"),
+        (["dispatch", "--passes", "forward"], "--passes must be among dispatch, got forward"),
         (["ffn", "--toy", "--device", "cpu", "--only", "nobody"], "there is no entry nobody"),
     ],
 )
@@ -93,6 +97,15 @@ def test_wrong_options_are_explained(arguments, message):
     result = invoke(*arguments)
     assert result.exit_code == 2
     assert message in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_help_lists_what_a_benchmark_takes_alone(name):
+    shown = set(re.findall(r"--[a-z-]+", invoke(name, "--help").output))
+    shapes = {flag(field): field in OPS[name].takes for field in PARAMETERS}
+    assert {option: option in shown for option in shapes} == shapes
+    assert {"--toy", "--rounds", "--out"} < shown
+    assert set(shapes) < set(re.findall(r"--[a-z-]+", invoke("all", "--help").output))
 
 
 def results(op="ffn", device_type="cpu", device="cpu", rows=()):
@@ -227,7 +240,10 @@ def test_readme_check_fails_on_old_tables(tmp_path):
     file = tmp_path / "README.md"
     file.write_text("<!-- bench:ffn-gpu:begin -->\n<!-- bench:ffn-gpu:end -->\n")
     check = ["readme", str(file), "--results", str(tmp_path), "--check"]
-    assert invoke(*check).exit_code == 1
+    failed = invoke(*check)
+    assert failed.exit_code == 1
+    changes = ["@@ -1,2 +1,3 @@", "+*ffn on a GPU: not measured yet.*"]
+    assert [line for line in failed.output.splitlines() if line in changes] == changes
     assert invoke(*check[:-1]).exit_code == 0
     assert invoke(*check).exit_code == 0
 
@@ -430,3 +446,38 @@ def test_a_log_shows_whole_figures(monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert shown.count("123 µs ±10%") == 3
     assert "…" not in shown
+
+
+def shown(monkeypatch, capsys, rows, **settings):
+    """What the ffn benchmark prints of these rows."""
+    monkeypatch.setattr(suite, "start", lambda op, settings: (results().run, iter(rows)))
+    suite.run_benchmarks(["ffn"], Settings(**settings), console=Console(width=160))
+    return " ".join(capsys.readouterr().out.split())  # titles are as narrow as their tables
+
+
+def test_few_tables_are_printed_unless_more_are_asked_for(monkeypatch, capsys):
+    """`python -m bench ffn` printed some 25 tables."""
+    modes = [(launch, cache) for launch in ("eager", "graph") for cache in ("warm", "cold")]
+    rows = [row(OURS, 1e-5, launch=launch, cache=cache) for launch, cache in modes]
+    text = shown(monkeypatch, capsys, rows)
+    assert re.findall("(?:eager|graph), [a-z]+", text) == ["graph, cold"]
+    assert "3 more such tables, not printed" in text
+    text = shown(monkeypatch, capsys, rows, launches=("eager", "graph"))
+    assert re.findall("(?:eager|graph), [a-z]+", text) == ["eager, cold", "graph, cold"]
+    assert "2 more such tables" in text
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_by_default_few_cases_of_the_layer_are_timed(device_type):
+    cases = OPS["ffn"].cases(Request(), device_type)
+    assert {case.routing for case in cases} == {"balanced"}
+    assert len({case.dtype for case in cases}) * len(OPS["ffn"].default_passes) <= 4
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+@pytest.mark.parametrize("script", ["cpu.sh", "gpu.sh"])
+def test_the_scripts_time_every_routing(script):
+    """What README shows must not depend on what is timed by default."""
+    text = (ROOT / "bench" / script).read_text(encoding="utf-8")
+    assert "--skew balanced,zipf,skewed" in text
+    assert "--passes forward,forward+backward,dispatch+forward" in text

@@ -18,7 +18,6 @@ from bench.ffn import FFN, cases
 from bench.importance import IMPORTANCE
 from bench.model import MODEL, ModelInputs
 from bench.registry import DidNotRun, Work
-from bench.results import busy_cpus
 from bench.tables import shape_name
 from bench.text import read_batch, read_sentences
 from bench.timing import interleave, make_timer, spread
@@ -59,9 +58,13 @@ def test_token_ids_fall_off_as_in_text():
     assert counts[:100].sum() / counts.sum() > 0.5
 
 
-def test_default_cases_have_every_routing_and_requests_are_taken_as_they_are():
-    for device in ("cpu", "cuda"):
-        assert {case.routing for case in cases(Request(), device)} == set(TIMED_ROUTINGS)
+def test_unbalanced_routings_are_timed_at_middle_sizes_and_requests_are_taken_as_they_are():
+    for device, middle in (("cpu", 1), ("cuda", 2)):
+        every = cases(Request(routings=TIMED_ROUTINGS, dtypes=("float32",)), device)
+        balanced = [case for case in every if case.routing == "balanced"]
+        assert balanced == cases(Request(dtypes=("float32",)), device)
+        for routing in TIMED_ROUTINGS[1:]:
+            assert len([case for case in every if case.routing == routing]) == middle < len(balanced)
     asked = Request(T=(5, 9), D=32, F=8, E=2, K=2, dtypes=("float16",), routings=("zipf",))
     assert cases(asked, "cpu") == [
         FFNCase(T, D=32, F=8, E=2, K=2, dtype="float16", routing="zipf") for T in (5, 9)
@@ -174,16 +177,6 @@ def test_only_tokens_that_are_no_padding_count_for_experts():
     inputs = ModelInputs(case, torch.empty(0), None, torch.empty(0), {})
     assert MODEL.work(inputs, "forward", "experts").flops == 2 * (rest + 4 * 2 * 4 * 5)
     assert MODEL.work(inputs, "forward", "bound").flops == 2 * (rest + 6 * 2 * 4 * 5)
-
-
-def test_busy_processors_are_counted(monkeypatch):
-    """Of 100 ticks 40 idle and 10 waiting for a disk; what the last minute was like does not count."""
-    readings = iter([[0] * 8, [30, 0, 20, 40, 10, 0, 0, 0]])
-    monkeypatch.setattr("bench.results._processor_times", lambda: next(readings))
-    monkeypatch.setattr("os.cpu_count", lambda: 4)
-    assert busy_cpus(0) == 2.0
-    monkeypatch.setattr("bench.results._processor_times", lambda: None)
-    assert busy_cpus(0) is None
 
 
 def test_the_roofline_is_the_slower_of_the_two_limits():

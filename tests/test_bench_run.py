@@ -1,7 +1,10 @@
 """Every benchmark at toy size, from inputs to files, so that none rots."""
 
 import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +23,7 @@ from bench.suite import OPS, run_benchmarks
 from bench.tables import tables
 
 SETTINGS = Settings(request=TOY, rounds=2, probes=ceilings.TOY)
+ROOT = Path(__file__).resolve().parents[1]
 NEEDS_CUDA = {"triton_kernels", "scattermoe"}
 
 
@@ -243,8 +247,24 @@ def test_threads_that_openmp_has_bound_are_all_used(monkeypatch):
     monkeypatch.setenv("OMP_PROC_BIND", "true")
     torch.set_num_threads(2)
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    assert pin_threads(None) == ()
+    pin_threads(None)
     assert torch.get_num_threads() == 2
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are not listed here")
+def test_the_processors_that_openmp_has_bound_threads_to_are_recorded():
+    """Result files of cpu.sh said `cpus: []`."""
+    processors = sorted(os.sched_getaffinity(0))[:2]
+    variables = {"OMP_PROC_BIND": "true", "OMP_PLACES": ",".join(f"{{{cpu}}}" for cpu in processors)}
+    done = subprocess.run(
+        [sys.executable, "-c", "from bench.run import pin_threads; print(*pin_threads(None))"],
+        env=os.environ | variables | {"OMP_NUM_THREADS": str(len(processors))},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert list(map(int, done.stdout.split())) == processors
 
 
 def test_cold_copies_exceed_the_cache_and_stay_bounded():

@@ -128,7 +128,7 @@ def test_the_stages_one_by_one_make_what_compress_makes(call, folder):
         "adapt --teacher teacher --importance one/scores.safetensors --output one/adapted",
         f"distill --student one/adapted {common} --epochs 1 --output one/student",
         f"evaluate --model one/student {TABLE} --output one/metrics.json",
-        f"compress {common} --epochs 1 --measure-length 8 --output all",
+        f"compress {common} --epochs 1 --no-measure --output all",
     ):
         result = call(command)
         assert result.exit_code == 0, command + result.output + result.stderr
@@ -238,6 +238,7 @@ def test_published_importance_converts(call, folder):
         (f"{COMPRESS} {TABLE} --lr 1e9", ["--lr must be less than 1, got 1e+09"]),
         (f"finetune --model teacher {TABLE} --lr 1e9 --output x", ["--lr must be less than 1"]),
         (f"{COMPRESS} {TABLE} --measure-length 99", ["--measure-length is 99", "at most 16"]),
+        (f"{COMPRESS} {TABLE} --no-measure", ["--measure-length must not be given", "got 8"]),
         (
             f"compress --teacher teacher {TABLE} --measure-length 8 --output teacher",
             ["already holds a model"],

@@ -53,14 +53,15 @@ def test_triton_on_an_old_gpu_names_what_it_needs(monkeypatch):
 def test_the_native_extension_reports_for_itself(monkeypatch):
     native = types.ModuleType("moebert_kernels.native")
     native.status = lambda: types.SimpleNamespace(
-        cpu=True, cpu_detail="GCC 12", cuda=False, cuda_detail="no nvcc"
+        cpu=True, cpu_detail="GCC 12", cuda=False, cuda_detail="no nvcc", rows_detail="AVX2"
     )
     monkeypatch.setitem(sys.modules, "moebert_kernels.native", native)
     monkeypatch.setattr("moebert_kernels.native", native, raising=False)
     monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: object())
-    host, device = environment._native_backends()
+    host, device, rows = environment._native_backends()
     assert (host.usable, host.detail) == (True, "GCC 12")
     assert (device.usable, device.detail) == (False, "no nvcc")
+    assert (rows.usable, rows.detail) == (True, "AVX2")
 
 
 def git(folder, *arguments):
@@ -99,3 +100,18 @@ def test_cpu_name_without_proc_is_not_empty(monkeypatch):
 
     monkeypatch.setattr(environment.Path, "read_text", missing)
     assert environment._cpu_name()
+
+
+def test_processors_busy_with_other_work_are_counted(monkeypatch):
+    """Of 100 ticks 40 idle and 10 waiting for a disk; what the last minute was like does not count."""
+    readings = iter([[0] * 8, [30, 0, 20, 40, 10, 0, 0, 0]] * 2)
+    monkeypatch.setattr(environment, "_processor_times", lambda: next(readings))
+    monkeypatch.setattr(environment.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(environment.time, "monotonic", iter([0.0, 10.0] * 2).__next__)
+    own_s = iter([3.0, 3.0, 3.0, 18.0])
+    monkeypatch.setattr(environment.time, "process_time", lambda: next(own_s))
+    assert environment.busy_cpus(0) == 2.0
+    assert environment.busy_cpus(0) == 0.5  # 1.5 of them were this process's own
+    monkeypatch.undo()
+    monkeypatch.setattr(environment, "_processor_times", lambda: None)
+    assert environment.busy_cpus(0) is None

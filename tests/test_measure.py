@@ -11,7 +11,7 @@ from moebert_kernels.compress.measure import measure, packed_inputs, summarize, 
 class Recorder(nn.Module):
     """A model that takes a known time, by a clock of its own, and notes when it is called."""
 
-    device = torch.device("cpu")
+    device, dtype = torch.device("cpu"), torch.float32
 
     def __init__(self, name, seconds_per_token, calls, clock):
         super().__init__()
@@ -54,7 +54,7 @@ def test_models_take_turns_and_warm_up_uncounted(clock):
 def test_latency_and_throughput_of_models_of_known_speed(clock):
     calls, progress = [], []
     models = {"slow": Recorder("slow", 0.002, calls, clock), "fast": Recorder("fast", 0.001, calls, clock)}
-    results = measure(
+    speed = measure(
         models,
         [[1, 2, 3]],
         sequence_length=10,
@@ -62,14 +62,15 @@ def test_latency_and_throughput_of_models_of_known_speed(clock):
         rounds=5,
         progress=lambda *call: progress.append(call),
     )
-    assert results["slow"]["latency_ms"] == {
+    assert speed.dtype == "float32"
+    assert speed.models["slow"]["latency_ms"] == {
         "median": pytest.approx(20),
         "low": pytest.approx(20),
         "high": pytest.approx(20),
         "batch_size": 1,
         "sequence_length": 10,
     }
-    assert results["fast"]["throughput_per_s"] == {
+    assert speed.models["fast"]["throughput_per_s"] == {
         "median": pytest.approx(100),
         "low": pytest.approx(100),
         "high": pytest.approx(100),

@@ -252,7 +252,7 @@ class OldExtension:
 @pytest.mark.parametrize(
     ("outcome", "reason"),
     [
-        (ModuleNotFoundError("No module named 'moebert_kernels._native'"), "was not built"),
+        (ModuleNotFoundError("No module named 'moebert_kernels._native'"), "was never built"),
         (ImportError("undefined symbol: _ZN"), "does not load .ImportError: undefined symbol"),
         (OldExtension, "has interface -1"),
     ],
@@ -269,5 +269,18 @@ def test_an_unusable_extension_is_one_warning_and_a_reason(extension_import, out
         status = native.status()
     assert not status.cpu
     assert not status.cuda
-    assert status.cpu_detail == status.cuda_detail
+    assert status.cpu_detail == status.cuda_detail == status.rows_detail
     assert "_native" in status.cpu_detail
+
+
+def test_an_install_says_why_its_extension_is_missing(extension_import, monkeypatch, tmp_path):
+    """A failed build read like one that was never tried."""
+    (tmp_path / native._RECORD).write_text("its build with g++ failed\n")
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    extension_import(ModuleNotFoundError("No module named 'moebert_kernels._native'"))
+    assert native.status().cpu_detail.endswith("was not built at install: its build with g++ failed")
+
+
+@needs_extension
+def test_the_instruction_set_of_the_row_kernels_is_told():
+    assert native.status().rows_detail in native._INSTRUCTION_SETS.values()

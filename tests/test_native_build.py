@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from moebert_kernels import native
+
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
 
@@ -128,6 +130,28 @@ def test_a_failing_build_is_loud_but_installs(broken_tree):
     assert result.returncode == 0, result.stderr
     assert "WARNING: the C++ build FAILED" in result.stderr
     assert not list(broken_tree.glob("moebert_kernels/*.so"))
+    record = (broken_tree / "moebert_kernels" / native._RECORD).read_text()
+    assert re.match(r"its build with \S+ failed; `pip install -v`", record)
+
+
+def test_a_build_without_a_compiler_records_it(broken_tree):
+    environment = os.environ | {"CXX": "no-such-compiler", "MOEBERT_REQUIRE_NATIVE": ""}
+    result = run(
+        [sys.executable, "setup.py", "build_py", "--build-lib", "lib"], cwd=broken_tree, env=environment
+    )
+    assert result.returncode == 0, result.stderr
+    record = broken_tree / "lib" / "moebert_kernels" / native._RECORD
+    assert record.read_text() == "no C++ compiler found (looked for no-such-compiler)\n"
+
+
+@needs_cxx
+def test_the_record_goes_when_a_build_succeeds(broken_tree):
+    assert build_in_place(broken_tree).returncode == 0
+    for source in broken_tree.glob("csrc/*.cpp"):
+        source.write_text("")
+    assert build_in_place(broken_tree).returncode == 0
+    assert list(broken_tree.glob("moebert_kernels/*.so"))
+    assert not (broken_tree / "moebert_kernels" / native._RECORD).exists()
 
 
 @needs_cxx

@@ -118,6 +118,7 @@ def test_results_hold_what_the_report_needs(finished):
         for timing in (model["latency_ms"], model["throughput_per_s"]):
             assert 0 < timing["low"] <= timing["median"] <= timing["high"]
             assert timing["sequence_length"] == 16
+    assert results["measuring"]["dtype"] == "float32"
     assert models["student"]["ffn_flops_per_token"] * 4 == models["teacher"]["ffn_flops_per_token"]
     assert models["student"]["parameters_used_per_token"] < models["teacher"]["parameters_stored"]
     for shares in results["expert_load_LE"]:
@@ -247,6 +248,11 @@ def test_unchanged_stages_are_reused_and_changed_ones_are_not(teacher, tmp_path)
     assert again(settings) == everything
     assert again(settings) == []
     assert again(replace(settings, distill_weight=2.0)) == everything[4:]
+    assert again(replace(settings, distill_weight=2.0, measure=False, measure_length=None)) == []
+    unmeasured = json.loads((output / "results.json").read_text())
+    assert unmeasured["measuring"] is None
+    assert all(m["latency_ms"] is m["throughput_per_s"] is None for m in unmeasured["models"])
+    assert "measure" not in unmeasured["timings_s"]
     assert again(replace(settings, distill_weight=2.0, measure_length=8)) == ["measure"]
     changed = make_data()
     changed = TaskData(changed.task, changed.train, make_data(seed=1).validation)

@@ -219,6 +219,24 @@ def test_the_speed_of_one_sequence_alone(results):
     assert "batches of" not in text
 
 
+def test_speed_that_was_not_measured_is_left_out(results):
+    for entry in results["models"]:
+        entry |= {"latency_ms": None, "throughput_per_s": None}
+    text = words(render_report(results | {"measuring": None}))
+    assert "speed not measured; made on Some <CPU>" in text
+    assert "latency" not in text.lower()
+    assert "sequences per second" not in text
+
+
+def test_it_says_what_speed_was_measured_under(results):
+    quiet = render_report(results | {"measuring": {"dtype": "float32", "busy_cpus": 0.1}})
+    assert "speed measured in float32 on Some <CPU>, 2 CPU threads." in words(quiet)
+    assert "other work" not in words(quiet)
+    busy = render_report(results | {"measuring": {"dtype": "float32", "busy_cpus": 1.24}})
+    assert "While speed was measured, other work kept 1.2 processors busy" in words(busy)
+    assert render_report(results | {"measuring": {"dtype": "float32", "busy_cpus": None}}) == quiet
+
+
 def test_layers_have_colours_that_can_be_told_apart():
     """The third to the fifth of six layers had nearly one colour."""
     svg = plot_importance([[0.0, 0.5 + layer / 20, 1.0] for layer in range(6)])

@@ -23,7 +23,8 @@ property_test = settings(max_examples=40, deadline=None, derandomize=True)
 @st.composite
 def expert_ids(draw):
     num_experts = draw(st.integers(1, 9))
-    tokens, top_k = draw(st.sampled_from([0, 1, 2, 7, 31, 64, 65])), draw(st.integers(1, 3))
+    tokens = draw(st.sampled_from([0, 1, 2, 7, 31, 64, 65]))
+    top_k = draw(st.integers(1, min(3, num_experts)))
     seed = draw(st.integers(0, 2**31))
     low = draw(st.sampled_from([-1, 0]))
     generator = torch.Generator().manual_seed(seed)
@@ -81,6 +82,13 @@ def test_plans_of_all_layers_equal_one_plan_per_layer():
             "shape",
         ),
         (lambda: RoutingPlan.from_expert_ids(torch.tensor([0]), 0), ValueError, "num_experts.*0"),
+        (
+            lambda: RoutingPlan.from_expert_ids(
+                torch.zeros(8, 128, dtype=torch.long), 4
+            ),  # [batch, sequence]
+            ValueError,
+            r"expert_ids.*at most num_experts=4.*\(8, 128\).*flatten batch and sequence",
+        ),
         (lambda: RoutingPlan.from_expert_ids([0, 1, 2], 4), TypeError, "expert_ids.*tensor, got list"),
         (
             lambda: RoutingPlan.from_input_ids(torch.tensor([0]), [[0]], 4),

@@ -59,12 +59,24 @@ def test_in_a_terminal_the_bar_stands_where_the_work_does():
     assert "distill: " in console.file.getvalue()
 
 
-def test_a_trainer_tells_its_steps():
-    told = []
-    progress = TrainingProgress("fine-tune", lambda *call: told.append(call))
+class Told(StageBars):
+    def __init__(self, console):
+        super().__init__(console)
+        self.calls = []
+
+    def __call__(self, *call):
+        self.calls.append(call)
+
+
+def test_a_trainer_tells_its_steps_and_whether_it_goes_on(console):
+    bars = Told(console)
+    progress = TrainingProgress("fine-tune", bars)
+    progress.on_train_begin(None, SimpleNamespace(global_step=0, max_steps=9), None)
+    assert lines(console) == []
     progress.on_train_begin(None, SimpleNamespace(global_step=4, max_steps=9), None)
     progress.on_step_end(None, SimpleNamespace(global_step=5, max_steps=9), None)
-    assert told == [("fine-tune", 4, 9), ("fine-tune", 5, 9)]
+    assert bars.calls == [("fine-tune", 0, 9), ("fine-tune", 4, 9), ("fine-tune", 5, 9)]
+    assert lines(console) == ["fine-tune: goes on from the checkpoint of step 4 of 9"]
 
 
 def results(latency):
@@ -99,6 +111,14 @@ def test_results_table_has_every_column(console):
         "1,000 validation rows",
     ):
         assert expected in text
+
+
+def test_results_without_speed_have_no_columns_for_it(console):
+    console.print(results_table(results(None)))
+    text = console.file.getvalue()
+    assert "3.54 M" in text
+    assert "ms" not in text.split()
+    assert "texts/s" not in text
 
 
 def test_results_of_a_small_model_have_digits_and_fit_80_columns():
@@ -166,12 +186,6 @@ def test_a_long_metric_leaves_room_for_the_figures():
     assert "…" not in text
     assert "spearman" in text
     assert "123,456" in text
-
-
-def test_results_table_without_measurements(console):
-    console.print(results_table(results(None)))
-    assert "ms" in console.file.getvalue()
-    assert "texts/s" in console.file.getvalue()
 
 
 def test_environment_table_says_why_not(console):

@@ -6,12 +6,31 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, cycle, islice
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from moebert_kernels.environment import OtherWork
+
 Timing = dict[str, float]
+
+
+class Speed(NamedTuple):
+    """How fast models are, and what that was measured under.
+
+    Attributes:
+        models: by name, "latency_ms" (milliseconds per pass) and "throughput_per_s" (sequences per second),
+            each with "median", "low" and "high" (the 10th and 90th percentile), "batch_size" and
+            "sequence_length".
+        dtype: of the weights, such as "float32".
+        busy_cpus: processors that other work kept busy meanwhile; None where that is not known.
+    """
+
+    models: dict[str, dict[str, Timing]]
+    dtype: str
+    busy_cpus: float | None
 
 
 def packed_inputs(rows: Sequence[Sequence[int]], batch_size: int, sequence_length: int) -> dict[str, Tensor]:
@@ -94,7 +113,7 @@ def measure(
     rounds: int = 20,
     max_seconds: float = 20.0,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, dict[str, Timing]]:
+) -> Speed:
     """Measure latency at batch size 1 and throughput at a larger one, the models interleaved.
 
     Args:
@@ -105,11 +124,8 @@ def measure(
         rounds: passes of each model and batch size.
         max_seconds: bound on each of the two measurements, see `time_models`.
         progress: called with (rounds done, rounds in all), over both.
-
-    Returns:
-        By model, "latency_ms" (milliseconds per pass) and "throughput_per_s" (sequences per second), each
-        with "median", "low" and "high" (the 10th and 90th percentile), "batch_size" and "sequence_length".
     """
+    others = OtherWork()
 
     def timed(batch_size: int, rounds_before: int) -> dict[str, list[float]]:
         def report(done: int, _total: int) -> None:
@@ -123,7 +139,7 @@ def measure(
 
     latency_s, batch_s = timed(1, 0), timed(throughput_batch_size, rounds)
     shape = {"sequence_length": sequence_length}
-    return {
+    found = {
         name: {
             "latency_ms": summarize([1e3 * s for s in latency_s[name]]) | {"batch_size": 1, **shape},
             "throughput_per_s": summarize([throughput_batch_size / s for s in batch_s[name]])
@@ -131,6 +147,8 @@ def measure(
         }
         for name in models
     }
+    dtype = str(next(iter(models.values())).dtype).removeprefix("torch.")
+    return Speed(found, dtype, others.busy_cpus())
 
 
 def summarize(values: Sequence[float]) -> Timing:

@@ -15,6 +15,9 @@ In results.json the load of experts is told twice, as shares of real tokens that
 
     expert_load_LE          the student's on the validation rows: a list per layer, in it each expert's share
     training_load_NLE       while it was trained: by model, as in "losses", such a table for each of N epochs
+
+What speed was measured under is in "measuring": "dtype", and "busy_cpus", the processors that other work kept
+busy meanwhile. Without measurement it is null, as are the models' "latency_ms" and "throughput_per_s".
 """
 
 from __future__ import annotations
@@ -58,7 +61,7 @@ from moebert_kernels.compress.loading import (
     warn_of_other_rows,
 )
 from moebert_kernels.compress.losses import Pooling
-from moebert_kernels.compress.measure import measure
+from moebert_kernels.compress.measure import Speed, measure
 from moebert_kernels.compress.settings import CompressSettings, resolve
 from moebert_kernels.compress.tasks import KINDS, EncodedData, TaskData, match_labels, tokenize
 from moebert_kernels.compress.token_scores import token_groups
@@ -78,6 +81,7 @@ _COSTS = {
     "ffn_flops_per_token": ffn_flops_per_token,
     "encoder_flops_per_token": encoder_flops_per_token,
 }
+_NO_SPEED = {"latency_ms": None, "throughput_per_s": None}
 
 
 class Progress(Protocol):
@@ -150,7 +154,13 @@ def results_of(run: Run) -> dict[str, Any]:
 def stage_names(settings: CompressSettings) -> list[str]:
     """The stages of `compress` in their order, as `Progress` and "timings_s" of the results name them."""
     made = [stage for of_seeds in trials(settings).values() for trial in of_seeds for stage in trial.stages]
-    return ["importance", "evaluate teacher", *made, "expert load", "measure"]
+    return [
+        "importance",
+        "evaluate teacher",
+        *made,
+        "expert load",
+        *(["measure"] if settings.measure else []),
+    ]
 
 
 def share_curves(importance: Importance, points: int = 101) -> list[list[float]]:
@@ -256,7 +266,8 @@ class Run:
             for row, of_row in ((before, before_records), (name, records)):
                 models[row] = over_seeds(of_row, seeds[: len(of_row)]) | _layers(variant.kept_layers(self))
         load = self.expert_load(folders["student"], prints["student"])
-        speed = self.speed(folders, prints)
+        speed = self.speed(folders, prints) if self.settings.measure else None
+        timings = dict.fromkeys(models, _NO_SPEED) if speed is None else speed.models
         task = self.raw.task
         results = {
             "format": FORMAT,
@@ -269,7 +280,8 @@ class Run:
                 "validation_rows": len(self.raw.validation),
             },
             "settings": asdict(self.settings),
-            "models": [{"name": name, **models[name], **speed[name]} for name in models],
+            "models": [{"name": name, **models[name], **timings[name]} for name in models],
+            "measuring": speed and {"dtype": speed.dtype, "busy_cpus": speed.busy_cpus},
             "importance": {
                 "model": self.importance.model,
                 "task": self.importance.task,
@@ -383,20 +395,20 @@ class Run:
 
         return self.stage("expert load", fingerprint(made_from, self.validation_print), work)
 
-    def speed(self, folders: dict[str, Path], prints: dict[str, str]) -> dict[str, Any]:
-        """Return latency and throughput by model."""
+    def speed(self, folders: dict[str, Path], prints: dict[str, str]) -> Speed:
+        """Return latency and throughput by model, and what they were measured under."""
         environment = describe_environment()
         machine = [environment.cpu, environment.threads, environment.devices]
         length = self.settings.measure_length
-        made_from = fingerprint(prints, self.validation_print, length, machine)
+        made_from = fingerprint(prints, self.validation_print, length, machine, Speed._fields)
 
         def work(report: Report) -> dict[str, Any]:
             models = {name: self.load(folder) for name, folder in folders.items()}
             assert length is not None  # resolved
             rows = self.data.validation["input_ids"]
-            return measure(models, rows, sequence_length=length, progress=report)
+            return measure(models, rows, sequence_length=length, progress=report)._asdict()
 
-        return self.stage("measure", made_from, work)
+        return Speed(**self.stage("measure", made_from, work))
 
     def stage(
         self,

@@ -11,7 +11,7 @@ from typing import Any
 
 from moebert_kernels.compress import plots
 from moebert_kernels.compress.artifacts import replace_whole
-from moebert_kernels.compress.summary import capital, count_text, quality_of, summarize
+from moebert_kernels.compress.summary import capital, count_text, has_speed, quality_of, summarize
 
 FORMAT = 1
 
@@ -51,7 +51,7 @@ def render_report(results: dict[str, Any]) -> str:
     device = ", ".join(environment.get("devices") or ()) or environment.get("cpu", "CPU")
     subtitle = (
         f"{task['train_rows']:,} training and {task['validation_rows']:,} validation rows; "
-        f"measured on {device}, {environment.get('threads', '?')} CPU threads."
+        f"{_measured(results)} {device}, {environment.get('threads', '?')} CPU threads."
     )
     template = Template(resources.files(__package__).joinpath("report.html").read_text("utf-8"))
     return template.substitute(
@@ -64,6 +64,13 @@ def render_report(results: dict[str, Any]) -> str:
         figures="\n".join(_figures(results)),
         facts="\n".join(_facts(results)),
     )
+
+
+def _measured(results: dict[str, Any]) -> str:
+    if not has_speed(results["models"]):
+        return "speed not measured; made on"
+    dtype = (results.get("measuring") or {}).get("dtype")
+    return f"speed measured in {dtype} on" if dtype else "measured on"
 
 
 def _tiles(results: dict[str, Any]) -> str:
@@ -114,9 +121,12 @@ def _models_table(results: dict[str, Any]) -> str:
         ("used per token", lambda m: count_text(m["parameters_used_per_token"])),
         ("FFN FLOPs per token", lambda m: count_text(m["ffn_flops_per_token"])),
         *encoder,
-        ("latency, ms", lambda m: _timing(m["latency_ms"], 2)),
-        ("sequences per second", lambda m: _timing(m["throughput_per_s"], 0)),
     ]
+    if has_speed(results["models"]):
+        columns += [
+            ("latency, ms", lambda m: _timing(m["latency_ms"], 2)),
+            ("sequences per second", lambda m: _timing(m["throughput_per_s"], 0)),
+        ]
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name, _ in columns)
     rows = []
     for model in results["models"]:

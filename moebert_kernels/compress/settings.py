@@ -39,6 +39,7 @@ class CompressSettings:
             "random", the same experts filled at random; "narrow", a dense encoder that keeps as many of the
             most important neurons as a token meets in the student; "layers", the teacher with so many of its
             layers as cost what the student does.
+        measure: measure latency and throughput.
         measure_length: tokens of the sequences that speed is measured on; by default as for max_length.
         seed: of everything random; with more `seeds` the first of them.
         seeds: how many times to make and distil each model, with seeds one after the other; quality is then
@@ -62,6 +63,7 @@ class CompressSettings:
     max_length: int | None = None
     importance_rows: int | None = 4096
     comparisons: tuple[str, ...] = ("random",)
+    measure: bool = True
     measure_length: int | None = None
     seed: int = 0
     seeds: int = 1
@@ -74,6 +76,10 @@ class CompressSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ArgumentError(name, f"must be at least 1, got {value}")
+        if self.measure_length is not None and not self.measure:
+            raise ArgumentError(
+                "measure_length", f"must not be given where nothing is measured, got {self.measure_length}"
+            )
         if not 0 < self.epochs < float("inf"):
             raise ArgumentError("epochs", f"must be more than 0, got {self.epochs}")
         check_learning_rate("learning_rate", self.learning_rate)
@@ -152,5 +158,5 @@ def resolve(
         learning_rate=rate,
         importance_rows=rows,
         max_length=length("max_length"),
-        measure_length=length("measure_length"),
+        measure_length=length("measure_length") if settings.measure else None,
     )

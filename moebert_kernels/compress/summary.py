@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from moebert_kernels.compress.units import short_count
+from moebert_kernels.environment import BUSY
 
 _NOTABLE_GAIN = 1.02  # measurements of one model differ by as much
 _JUDGED_BY = {
@@ -59,7 +60,19 @@ def summarize(results: dict[str, Any]) -> list[str]:
     text = f"A token uses few of the experts: {flops:.1f} times less work in the feed-forward networks."
     paragraphs.append(" ".join([text, *_speed_sentences(teacher, student)]))
     paragraphs.append(_storage_sentence(teacher, student))
-    return paragraphs
+    warning = busy_warning(results)
+    return [*paragraphs, warning] if warning else paragraphs
+
+
+def busy_warning(results: dict[str, Any]) -> str | None:
+    """That speed was measured on a machine with other work to do, if it was."""
+    busy = (results.get("measuring") or {}).get("busy_cpus") or 0.0
+    if busy <= BUSY:
+        return None
+    return (
+        f"While speed was measured, other work kept {busy:.1f} processors busy: the times are "
+        "longer than on an idle one, and their ratios uncertain."
+    )
 
 
 def _speed_sentences(teacher: dict[str, Any], student: dict[str, Any]) -> list[str]:
@@ -164,3 +177,8 @@ def quality_of(model: dict[str, Any], metric: str) -> str:
         return "–"
     spread = f" \N{PLUS-MINUS SIGN} {model['spread'][metric]:.3f}" if "spread" in model else ""
     return f"{model['quality'][metric]:.3f}{spread}"
+
+
+def has_speed(models: list[dict[str, Any]]) -> bool:
+    """Whether the speed of any of them was measured."""
+    return any(model["latency_ms"] or model["throughput_per_s"] for model in models)

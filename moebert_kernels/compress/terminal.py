@@ -21,6 +21,7 @@ from rich.progress import (
 from rich.table import Table
 from transformers import TrainerCallback
 
+from moebert_kernels.compress.summary import has_speed
 from moebert_kernels.compress.units import short_count
 from moebert_kernels.environment import Environment
 
@@ -74,6 +75,10 @@ class StageBars:
         # A stage that is said to be at (0, 1) has begun and does not yet know how much it has to do.
         self._bars.update(self._task, completed=done, total=None if (done, total) == (0, 1) else total)
 
+    def say(self, sentence: str) -> None:
+        """Print a line above the bar."""
+        self._console.print(sentence)
+
     def _close_stage(self) -> None:
         if self._stage is not None:
             self._bars.remove_task(self._task)
@@ -86,7 +91,7 @@ class TrainingProgress(TrainerCallback):
 
     Args:
         stage: name of the stage.
-        bars: told.
+        bars: told; in words if training goes on from a checkpoint.
     """
 
     def __init__(self, stage: str, bars: StageBars):
@@ -96,6 +101,10 @@ class TrainingProgress(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         """Tell where training begins."""
         self._bars(self._stage, state.global_step, state.max_steps)
+        if state.global_step:
+            self._bars.say(
+                f"{self._stage}: goes on from the checkpoint of step {state.global_step} of {state.max_steps}"
+            )
 
     def on_step_end(self, args, state, control, **kwargs):
         """Tell that a step is done."""
@@ -111,17 +120,19 @@ def results_table(results: dict[str, Any]) -> Table:
     table.add_column("\n\nmodel", no_wrap=True)
     # Fewer layers cost what the student does in attention and feed-forward networks together.
     part = "encoder" if any("kept_layers" in model for model in results["models"]) else "ffn"
+    measured = has_speed(results["models"])
     metric = main.replace("_", " " if len(main) <= 10 else "\n")
     headings = (
         "\n" * (2 - metric.count("\n")) + metric,
         "\nparams\nstored",
         "params\nused\n/token",
         f"{'FFN' if part == 'ffn' else part}\nFLOPs\n/token",
-        *_speed_headings(results["models"]),
+        *(_speed_headings(results["models"]) if measured else ()),
     )
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for model in results["models"]:
+        speed = (_median(model["latency_ms"], 2), _median(model["throughput_per_s"], 0)) if measured else ()
         table.add_row(
             model["name"].replace(" before", "\n  before"),
             f"{model['quality'][main]:.3f}"
@@ -130,8 +141,7 @@ def results_table(results: dict[str, Any]) -> Table:
                 short_count(model[key])
                 for key in ("parameters_stored", "parameters_used_per_token", f"{part}_flops_per_token")
             ),
-            _median(model["latency_ms"], 2),
-            _median(model["throughput_per_s"], 0),
+            *speed,
             style="bold" if model["name"] == "student" else None,
         )
     return table

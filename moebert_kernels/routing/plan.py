@@ -60,7 +60,8 @@ class RoutingPlan:
         """Build the plan of one layer.
 
         Args:
-            expert_ids: [T] or [T, K], any signed integer dtype; -1 marks a slot without an expert.
+            expert_ids: [T] or [T, K], any signed integer dtype; -1 marks a slot without an expert. Batch and
+                sequence are flattened to T: [batch, sequence] would read as K = sequence.
             num_experts: E.
 
         Returns:
@@ -69,7 +70,7 @@ class RoutingPlan:
 
         Raises:
             TypeError: `expert_ids` is not a signed integer tensor, or `num_experts` no whole number.
-            ValueError: wrong shape, `num_experts` < 1, or (on the CPU) an id outside [-1, E).
+            ValueError: wrong shape, `num_experts` < 1, K > E, or (on the CPU) an id outside [-1, E).
         """
         expert_ids = _check_ids("expert_ids", expert_ids)
         if expert_ids.dim() not in (1, 2):
@@ -77,6 +78,11 @@ class RoutingPlan:
         if expert_ids.shape[1:] == (0,):
             raise ValueError(f"expert_ids must give every token a slot, got shape {tuple(expert_ids.shape)}")
         check_whole("num_experts", num_experts, least=1)
+        if expert_ids.dim() == 2 and expert_ids.shape[1] > num_experts:
+            raise ValueError(
+                f"expert_ids must give a token at most num_experts={num_experts} experts, got shape "
+                f"{tuple(expert_ids.shape)}, read as [T, K]: flatten batch and sequence to T"
+            )
         if expert_ids.device.type == "cpu" and not torch.compiler.is_compiling() and expert_ids.numel():
             low, high = (int(v) for v in expert_ids.aminmax())
             if low < -1 or high >= num_experts:

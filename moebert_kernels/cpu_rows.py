@@ -24,9 +24,9 @@ _ACTIVATIONS = {name: code for code, name in enumerate(ACTIVATIONS)}  # Activati
 # Filling every expert up to the same number of rows, for one batched GEMM instead of E, pays as long as the
 # rows added take no more multiply-adds than this in one GEMM.
 _MAX_BATCH_FILL = 16_000_000
-# Where nothing is kept for backward, one expert's rows after the other's go through the layer, so many together
-# at most: their temporaries stay in cache, and the GEMMs are still long enough to forget that each packs its
-# weights anew. One of the counts of `bounded_rows`, so that only an expert's last rows are filled up.
+# Where nothing is kept for backward, one expert's rows after the other's go through the layer, at most so
+# many together: their temporaries stay in cache, and the GEMMs are still long enough to forget that each
+# packs its weights anew. One of the counts of `bounded_rows`, so that only an expert's last rows are filled.
 _ROWS_AT_ONCE = 2048
 
 

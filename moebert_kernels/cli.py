@@ -275,7 +275,8 @@ def adapt(
 
     if (importance is None) != random_split:
         raise UserError("give --importance with the scores, or --random-split: one of the two")
-    settings = compress_settings(run, experts)
+    # The default of `compress` needs scores that were taken per token.
+    settings = compress_settings(run, experts, routing="hash-random")
     rows = data.load() if settings.routing in COUNTING_ROUTINGS else None
     with StageBars(Console(highlight=False)) as progress:
         student = steps.split_teacher(settings, teacher, importance, output, data=rows, progress=progress)

@@ -187,13 +187,14 @@ class ExpertOptions:
         ),
     ] = None
     routing: Annotated[
-        Routing,
+        Routing | None,
         _experts(
             help="How a token finds its expert. hash-random: a table drawn per layer, as in the paper. "
             "hash-balance: one dealt by token frequency. hash-affinity: one made together with the experts, "
-            "each for its own tokens. gate-token, gate-sentence: learned."
+            "each for its own tokens. gate-token, gate-sentence: learned.",
+            show_default="hash-affinity; of adapt hash-random",
         ),
-    ] = "hash-random"
+    ] = None
     top_k: Annotated[int, _experts(help="Experts per token; more than 1 needs a gate.")] = 1
 
     def settings(self) -> dict[str, Any]:
@@ -202,8 +203,8 @@ class ExpertOptions:
             "num_experts": self.experts,
             "expert_size": self.expert_size,
             "num_shared": self.shared,
-            "routing": self.routing,
             "top_k": self.top_k,
+            **({} if self.routing is None else {"routing": self.routing}),
         }
 
 

@@ -124,8 +124,8 @@ def test_a_moe_is_no_teacher(call):
 def test_the_stages_one_by_one_make_what_compress_makes(call, folder):
     common = f"--teacher teacher {TABLE}"
     for command in (
-        f"importance {common} --output one/scores.safetensors",
-        "adapt --teacher teacher --importance one/scores.safetensors --output one/adapted",
+        f"importance {common} --per-token --output one/scores.safetensors",
+        f"adapt {common} --importance one/scores.safetensors --routing hash-affinity --output one/adapted",
         f"distill --student one/adapted {common} --epochs 1 --output one/student",
         f"evaluate --model one/student {TABLE} --output one/metrics.json",
         f"compress {common} --epochs 1 --no-measure --output all",
@@ -221,7 +221,7 @@ def test_published_importance_converts(call, folder):
             ["not both"],
         ),
         (
-            f"{COMPRESS} {TABLE} --experts 4 --expert-size 16 --shared 0",
+            f"{COMPRESS} {TABLE} --routing hash-random --experts 4 --expert-size 16 --shared 0",
             ["need 64", "32"],
         ),
         (
@@ -230,7 +230,7 @@ def test_published_importance_converts(call, folder):
         ),
         (f"{COMPRESS} {TABLE} --expert-size 99", ["--expert-size must be 1 to the dense width 32, got 99"]),
         (f"{COMPRESS} {TABLE} --experts 0", ["at least 1", "got 0"]),
-        (f"{COMPRESS} {TABLE} --top-k 2", ["--top-k must be 1, got 2", "hash-random"]),
+        (f"{COMPRESS} {TABLE} --top-k 2", ["--top-k must be 1, got 2", "hash-affinity"]),
         (f"{COMPRESS} {TABLE} --epochs 0", ["--epochs must be more than 0"]),
         (f"{COMPRESS} {TABLE} --compare narrow,best", ["--compare must be from random, narrow", "'best'"]),
         (f"{COMPRESS} {TABLE} --seeds 0", ["--seeds must be at least 1, got 0"]),

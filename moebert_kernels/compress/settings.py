@@ -52,7 +52,7 @@ class CompressSettings:
     num_experts: int = 4
     expert_size: int | None = None
     num_shared: int | None = None
-    routing: str = "hash-random"
+    routing: str = "hash-affinity"
     top_k: int = 1
     epochs: float = 5.0
     learning_rate: float | None = None

@@ -96,8 +96,8 @@ def distill(
         layer_map: as for `DistillationTrainer`.
         pooling: as for `DistillationTrainer`.
         progress: called with (steps done, steps in all), at the start and after each step.
-        say: hears at the end of each epoch, in a sentence, how full the fullest expert was; in the main
-            process alone.
+        say: hears in a sentence that training goes on from a checkpoint and, at the end of each epoch, how
+            full the fullest expert was; in the main process alone.
         callbacks: of the Trainer.
 
     Raises:
@@ -150,8 +150,10 @@ def distill(
         ],
     )
     trainer.remove_callback(PrinterCallback)
-    if trainer.load is not None and say is not None and processes.is_main():
-        trainer.add_callback(SayLoad(trainer.load, say))
+    if say is not None and processes.is_main():
+        trainer.add_callback(_SayGoesOn(say))
+        if trainer.load is not None:
+            trainer.add_callback(SayLoad(trainer.load, say))
     with writing(checkpoints):
         trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
     processes.wait_for_all()  # the others may still be writing their part of the last checkpoint
@@ -183,6 +185,15 @@ class _Report(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.progress(state.global_step, state.max_steps)
+
+
+class _SayGoesOn(TrainerCallback):
+    def __init__(self, say: Callable[[str], None]):
+        self.say = say
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step:
+            self.say(f"goes on from the checkpoint of step {state.global_step} of {state.max_steps}")
 
 
 class _NoLastCheckpoint(TrainerCallback):

@@ -117,7 +117,7 @@ def compress(
         teacher_dir: of a BERT fine-tuned on the task, with its tokenizer.
         output_dir: made if need be; one run at a time.
         progress: hears about every stage of `stage_names`, in that order; in the main process alone.
-        say: hears a sentence at the end of each epoch of distillation; in the main process alone.
+        say: hears sentences about distillation, as `distill` says them; in the main process alone.
 
     Returns:
         The content of results.json.

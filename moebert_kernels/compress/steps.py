@@ -155,7 +155,7 @@ def distill_student(
         teacher_dir: of the model it was made of.
         output_dir: of the distilled model; a new or an empty folder.
         progress: hears (stage, steps done, steps in all).
-        say: hears a sentence at the end of each epoch.
+        say: hears sentences, as in `distill`.
 
     Raises:
         UserError: the folders' models do not fit each other or the data, or training diverged.

@@ -148,6 +148,7 @@ def test_settings_are_compared_with_the_same_runs_of_the_base_study():
             record("faster", "cola", "random-4", 0, 0.53, lr=3e-4),
             record("faster", "mrpc", "random-4", 0, 0.71, lr=3e-4),
         ],
+        "same budget": [record("same budget", "cola", "random-4", 0, 0.50)],
         "another teacher": [{**record("other", "cola", "random-4", 0, 0.99), "teacher": {"m": 0.8}}],
     }
     shown = settings_table(studies)
@@ -165,3 +166,4 @@ def test_settings_are_compared_with_the_same_runs_of_the_base_study():
     assert cells(shown, "faster", "random-4")[4:] == ["0.0003", "1", "53.0", "71.0", "+2.00"]
     assert "narrow" not in shown
     assert "another teacher" not in shown
+    assert "same budget" not in shown

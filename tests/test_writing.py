@@ -70,7 +70,7 @@ def locked_up(tmp_path):
 def test_a_run_that_meets_a_full_disk_goes_on_when_there_is_room(teacher, tmp_path):
     """Each of the libraries that write has words of its own for it, and none names the folder."""
     undisturbed, output = tmp_path / "undisturbed", tmp_path / "out"
-    settings = replace(SETTINGS, epochs=1, routing="hash-random")  # its scores take less room than its experts
+    settings = replace(SETTINGS, epochs=1, routing="hash-random")  # scores smaller than experts
     compress(settings, make_data(), teacher, undisturbed)
     for size, folder, reason in (
         (500, output, "File too large"),  # importance, by safetensors

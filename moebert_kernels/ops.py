@@ -1,4 +1,4 @@
-"""`moe_ffn`: the expert feed-forward network as two torch.library operators.
+"""`moe_ffn`: the expert feed-forward network as two custom operators of PyTorch.
 
 `expert_ffn` is the two grouped GEMMs, `expert_norm` the residual sum with each expert's own LayerNorm. Both
 have a schema, a fake implementation and an autograd formula; `backends` picks what computes them.
@@ -10,7 +10,7 @@ expert, E experts. A 0-element tensor stands for a result that was not asked for
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from moebert_kernels import backends, cpu, cpu_eager
 from moebert_kernels.arguments import check_arguments, check_kinds
@@ -103,7 +103,7 @@ def moe_ffn(
     return y_TD
 
 
-@torch.library.custom_op("moebert_kernels::expert_ffn", mutates_args=())
+@library.custom_op("moebert_kernels::expert_ffn", mutates_args=())
 def expert_ffn(
     x_TD: Tensor,
     order_S: Tensor,
@@ -162,7 +162,7 @@ def _(
     return x_TD.new_empty(rows, x_TD.shape[1]), x_TD.new_empty(preact_rows, w1_EFD.shape[1])
 
 
-@torch.library.custom_op("moebert_kernels::expert_ffn_backward", mutates_args=())
+@library.custom_op("moebert_kernels::expert_ffn_backward", mutates_args=())
 def expert_ffn_backward(
     dy: Tensor,
     x_TD: Tensor,
@@ -253,7 +253,7 @@ def _expert_ffn_autograd(ctx, dy, _dpreact):
 expert_ffn.register_autograd(_expert_ffn_autograd, setup_context=_expert_ffn_setup)
 
 
-@torch.library.custom_op("moebert_kernels::expert_norm", mutates_args=())
+@library.custom_op("moebert_kernels::expert_norm", mutates_args=())
 def expert_norm(
     z_SD: Tensor,
     residual_TD: Tensor,
@@ -295,7 +295,7 @@ def _(z_SD, residual_TD, expert_ids_TK, order_S, offsets_E1, ln_w_ED, ln_b_ED, g
     return residual_TD.new_empty(residual_TD.shape), *stats
 
 
-@torch.library.custom_op("moebert_kernels::expert_norm_backward", mutates_args=())
+@library.custom_op("moebert_kernels::expert_norm_backward", mutates_args=())
 def expert_norm_backward(
     dy_TD: Tensor,
     z_SD: Tensor,

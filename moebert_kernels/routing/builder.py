@@ -1,18 +1,18 @@
 """Sorting slots by expert for all layers at once: natively where csrc/ is built, in PyTorch elsewhere.
 
-Two torch.library operators, so that a compiled graph sees a plan as one opaque step. Both return the three
+Two custom operators, so that a compiled graph sees a plan as one opaque step. Both return the three
 tables of the slots in one tensor, `slots_3LS`: expert ids, order and inverse (see `RoutingPlan`).
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from moebert_kernels import native
 
 
-@torch.library.custom_op("moebert_kernels::plan_from_expert_ids", mutates_args=())
+@library.custom_op("moebert_kernels::plan_from_expert_ids", mutates_args=())
 def plan_from_expert_ids(expert_ids_LS: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """Build the plans of L layers from the expert of every slot.
 
@@ -35,7 +35,7 @@ def _(expert_ids_LS, num_experts):
     return _empty(expert_ids_LS, num_layers, num_slots, num_experts)
 
 
-@torch.library.custom_op("moebert_kernels::plan_from_input_ids", mutates_args=())
+@library.custom_op("moebert_kernels::plan_from_input_ids", mutates_args=())
 def plan_from_input_ids(
     input_ids_T: Tensor, tables_LV: Tensor, mask_T: Tensor | None, num_experts: int
 ) -> tuple[Tensor, Tensor]:

@@ -112,7 +112,7 @@ def finetune(
     moebert finetune --model bert-base-uncased --task sst2 --data SST-2 --output runs/teacher
     """
     from moebert_kernels.compress.finetune import finetune
-    from moebert_kernels.compress.terminal import StageBars, TrainingProgress
+    from moebert_kernels.compress.terminal import StageBars
 
     rows = data.load()
     with StageBars(Console(highlight=False)) as progress:
@@ -123,7 +123,7 @@ def finetune(
             **dataclasses.asdict(training),
             **dataclasses.asdict(run),
             training_arguments={"disable_tqdm": True},
-            callbacks=[TrainingProgress("fine-tune", progress)],
+            callbacks=[progress.of_training("fine-tune")],
         )
     scores = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
     typer.echo(f"{output}: {scores} on {len(rows.validation):,} validation rows")

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from moebert_kernels.compress.terminal import StageBars, TrainingProgress, environment_table, results_table
+from moebert_kernels.compress.terminal import StageBars, environment_table, results_table
 from moebert_kernels.compress.units import short_count
 from moebert_kernels.environment import Backend, Environment
 
@@ -70,7 +70,7 @@ class Told(StageBars):
 
 def test_a_trainer_tells_its_steps_and_whether_it_goes_on(console):
     bars = Told(console)
-    progress = TrainingProgress("fine-tune", bars)
+    progress = bars.of_training("fine-tune")
     progress.on_train_begin(None, SimpleNamespace(global_step=0, max_steps=9), None)
     assert lines(console) == []
     progress.on_train_begin(None, SimpleNamespace(global_step=4, max_steps=9), None)

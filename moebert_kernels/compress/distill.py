@@ -23,6 +23,7 @@ from moebert_kernels.compress.batching import LengthGroupedTrainer, RowCollator
 from moebert_kernels.compress.finetune import last_checkpoint
 from moebert_kernels.compress.losses import Pooling
 from moebert_kernels.compress.precision import check_bf16
+from moebert_kernels.compress.report_steps import ReportSteps
 from moebert_kernels.compress.trainer import DistillationTrainer
 from moebert_kernels.compress.training_load import SayLoad
 from moebert_kernels.compress.writing import writing
@@ -108,6 +109,7 @@ def distill(
     check_bf16(settings.bf16)
     rows_each = processes.rows_each(settings.batch_size)
     processes.join()
+    say = say if processes.is_main() else None
     on_cuda = torch.cuda.is_available()
     steps_per_epoch = math.ceil(len(rows) / settings.batch_size)
     logging_steps = min(max(math.ceil(settings.epochs * steps_per_epoch / 50), 1), 100)
@@ -146,14 +148,12 @@ def distill(
             *callbacks,
             _NoLastCheckpoint(),
             _StopWhenDiverged(),
-            *([_Report(progress)] if progress else []),
+            ReportSteps(progress, say),
         ],
     )
     trainer.remove_callback(PrinterCallback)
-    if say is not None and processes.is_main():
-        trainer.add_callback(_SayGoesOn(say))
-        if trainer.load is not None:
-            trainer.add_callback(SayLoad(trainer.load, say))
+    if say is not None and trainer.load is not None:
+        trainer.add_callback(SayLoad(trainer.load, say))
     with writing(checkpoints):
         trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
     processes.wait_for_all()  # the others may still be writing their part of the last checkpoint
@@ -174,26 +174,6 @@ class _LengthGroupedDistillationTrainer(DistillationTrainer, LengthGroupedTraine
         rows, step = len(cast(Dataset, self.train_dataset)), self.args.world_size * self._train_batch_size
         left = rows - self.state.global_step % math.ceil(rows / step) * step
         return left < self.args.world_size and not processes.is_main()
-
-
-class _Report(TrainerCallback):
-    def __init__(self, progress: Callable[[int, int], None]):
-        self.progress = progress
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.progress(state.global_step, state.max_steps)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.progress(state.global_step, state.max_steps)
-
-
-class _SayGoesOn(TrainerCallback):
-    def __init__(self, say: Callable[[str], None]):
-        self.say = say
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.global_step:
-            self.say(f"goes on from the checkpoint of step {state.global_step} of {state.max_steps}")
 
 
 class _NoLastCheckpoint(TrainerCallback):

@@ -19,8 +19,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
-from transformers import TrainerCallback
 
+from moebert_kernels.compress.report_steps import ReportSteps
 from moebert_kernels.compress.summary import has_speed
 from moebert_kernels.compress.units import short_count
 from moebert_kernels.environment import Environment
@@ -75,40 +75,18 @@ class StageBars:
         # A stage that is said to be at (0, 1) has begun and does not yet know how much it has to do.
         self._bars.update(self._task, completed=done, total=None if (done, total) == (0, 1) else total)
 
-    def say(self, sentence: str) -> None:
-        """Print a line above the bar."""
-        self._console.print(sentence)
+    def of_training(self, stage: str) -> ReportSteps:
+        """Return a Trainer's callback that moves the bar of `stage`."""
+        return ReportSteps(
+            lambda done, total: self(stage, done, total),
+            lambda sentence: self._console.print(f"{stage}: {sentence}"),
+        )
 
     def _close_stage(self) -> None:
         if self._stage is not None:
             self._bars.remove_task(self._task)
             self._console.print(f"{self._stage}: {time.monotonic() - self._started:.1f} s")
             self._stage = None
-
-
-class TrainingProgress(TrainerCallback):
-    """Tells a `StageBars` how many steps a Trainer has done; a resumed one begins where it was.
-
-    Args:
-        stage: name of the stage.
-        bars: told; in words if training goes on from a checkpoint.
-    """
-
-    def __init__(self, stage: str, bars: StageBars):
-        self._stage = stage
-        self._bars = bars
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        """Tell where training begins."""
-        self._bars(self._stage, state.global_step, state.max_steps)
-        if state.global_step:
-            self._bars.say(
-                f"{self._stage}: goes on from the checkpoint of step {state.global_step} of {state.max_steps}"
-            )
-
-    def on_step_end(self, args, state, control, **kwargs):
-        """Tell that a step is done."""
-        self._bars(self._stage, state.global_step, state.max_steps)
 
 
 def results_table(results: dict[str, Any]) -> Table:

@@ -31,9 +31,10 @@ from moebert_kernels.compress.embeddings import (
 )
 from moebert_kernels.compress.evaluate import predict
 from moebert_kernels.compress.importance import Importance
-from moebert_kernels.compress.pipeline import Progress, Run, results_of
+from moebert_kernels.compress.pipeline import Run, results_of
 from moebert_kernels.compress.sentences import PAIRS
 from moebert_kernels.compress.settings import CompressSettings, resolve
+from moebert_kernels.compress.stages import Progress
 from moebert_kernels.compress.tasks import EncodedData, EncodedRows, TaskData
 from moebert_kernels.errors import UserError
 from moebert_kernels.models import find_ffns, is_moe

@@ -22,23 +22,20 @@ busy meanwhile. Without measurement it is null, as are the models' "latency_ms" 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moebert_kernels import __version__
 from moebert_kernels.compress import processes
 from moebert_kernels.compress.adapt import token_counts
 from moebert_kernels.compress.artifacts import (
-    Stage,
     claim,
     discard_unfinished,
     exclusive,
@@ -63,9 +60,10 @@ from moebert_kernels.compress.loading import (
 from moebert_kernels.compress.losses import Pooling
 from moebert_kernels.compress.measure import Speed, measure
 from moebert_kernels.compress.settings import CompressSettings, resolve
+from moebert_kernels.compress.stages import Progress, Report, Stages
 from moebert_kernels.compress.tasks import KINDS, EncodedData, TaskData, match_labels, tokenize
 from moebert_kernels.compress.token_scores import token_groups
-from moebert_kernels.compress.variants import STUDENT, Report, Trial, over_seeds, trials
+from moebert_kernels.compress.variants import STUDENT, Trial, over_seeds, trials
 from moebert_kernels.environment import describe_environment
 from moebert_kernels.models import (
     count_parameters,
@@ -82,18 +80,6 @@ _COSTS = {
     "encoder_flops_per_token": encoder_flops_per_token,
 }
 _NO_SPEED = {"latency_ms": None, "throughput_per_s": None}
-
-
-class Progress(Protocol):
-    """What hears how far a stage is.
-
-    A stage begins with (0, 1) and ends with done == total. Between, it counts in a unit of its own (rows,
-    steps, rounds), with the total known from the first of these calls; distillation that goes on where it was
-    starts at that step. A stage whose output of an earlier run is reused says so by the single call (0, 0).
-    """
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        """Take note."""
 
 
 def compress(
@@ -201,14 +187,12 @@ class Run:
         self.tokenizer = tokenizer
         self.teacher_dir = teacher_dir
         self.output_dir = output_dir
-        self.progress = progress if processes.is_main() else None
+        self.stages = Stages(output_dir, progress)
         self.say = say
         self.device = default_device()
         self.teacher = teacher
         nn.Module.to(teacher, self.device)  # transformers' own `to` does not say what it takes
-        self.timings: dict[str, float] = {}
         self.student_flops = 0
-        self.said_anew = False
 
         self.teacher_print = self.print_teacher()
         answers = data.task.answers
@@ -291,7 +275,7 @@ class Run:
             "expert_load_LE": load,
             "training_load_NLE": training_load,
             "losses": losses,
-            "timings_s": self.timings,
+            "timings_s": self.stages.timings,
         }
         processes.on_main(lambda: write_json(self.output_dir / "results.json", results))
         return results
@@ -309,7 +293,7 @@ class Run:
             importance = self.scores(rows, group_V, lambda done: report(done, len(rows)))
             processes.on_main(lambda: importance.save(path))
 
-        self.stage("importance", self.importance_print, work, path, together=True)
+        self.stages.run("importance", self.importance_print, work, path, together=True)
         return Importance.load(path)
 
     def scores(self, rows: Dataset, group_V: Tensor | None, progress: Callable[[int], None]) -> Importance:
@@ -335,7 +319,7 @@ class Run:
         def work(report: Report) -> None:
             self.save(variant.build(self, trial.seed, report), folder)
 
-        self.stage(f"adapt {trial.name}", made_from, work, folder)
+        self.stages.run(f"adapt {trial.name}", made_from, work, folder)
         return folder, made_from
 
     def distilled(self, trial: Trial, adapted: Path, made_from: str) -> tuple[Path, str, Distilled]:
@@ -370,7 +354,7 @@ class Run:
             return found._asdict()
 
         recorded = fingerprint(made_from, Distilled._fields)
-        found = self.stage(name, recorded, work, folder, together=True)
+        found = self.stages.run(name, recorded, work, folder, together=True)
         processes.on_main(lambda: remove_folders(room.glob("checkpoints-*")))
         return folder, made_from, Distilled(**found)
 
@@ -383,7 +367,7 @@ class Run:
             return {"quality": quality, **{name: cost(model) for name, cost in _COSTS.items()}}
 
         made_from = fingerprint(made_from, self.validation_print, list(_COSTS))
-        return self.stage(f"evaluate {name}", made_from, work)
+        return self.stages.run(f"evaluate {name}", made_from, work)
 
     def expert_load(self, student: Path, made_from: str) -> list[list[float]]:
         """Return the load on the validation rows."""
@@ -393,7 +377,7 @@ class Run:
             inputs = batches(rows, self.tokenizer, device=self.device, progress=report)
             return expert_load(self.load(student), inputs)
 
-        return self.stage("expert load", fingerprint(made_from, self.validation_print), work)
+        return self.stages.run("expert load", fingerprint(made_from, self.validation_print), work)
 
     def speed(self, folders: dict[str, Path], prints: dict[str, str]) -> Speed:
         """Return latency and throughput by model, and what they were measured under."""
@@ -408,47 +392,7 @@ class Run:
             rows = self.data.validation["input_ids"]
             return measure(models, rows, sequence_length=length, progress=report)._asdict()
 
-        return Speed(**self.stage("measure", made_from, work))
-
-    def stage(
-        self,
-        name: str,
-        made_from: str,
-        work: Callable[[Report], Any],
-        *outputs: Path,
-        together: bool = False,
-    ) -> Any:
-        """Do a stage or reuse it; tell progress and note the time it took. See `Stage.run` for `together`."""
-
-        last = (0, 1)
-
-        def report(done: int, total: int) -> None:
-            nonlocal last
-            last = (done, total)
-            if self.progress is not None:
-                self.progress(name, done, total)
-
-        def reported_work() -> Any:
-            report(0, 1)
-            result = work(report)
-            if last[0] != last[1]:
-                report(last[1], last[1])
-            return result
-
-        record = self.output_dir / "work" / "stages" / f"{name.replace(' ', '-')}.json"
-        stage = Stage(record, fingerprint(__version__, made_from), outputs)
-        if stage.is_done:
-            report(0, 0)
-        elif stage.is_outdated and outputs and not self.said_anew:
-            self.said_anew = True
-            warnings.warn(
-                f"{self.output_dir} holds a run with other settings or data: what they change is made anew, "
-                "and replaced",
-                stacklevel=2,
-            )
-        result = stage.run(reported_work, together=together)
-        self.timings[name] = stage.seconds
-        return result
+        return Speed(**self.stages.run("measure", made_from, work))
 
     def save(self, model: PreTrainedModel, folder: Path) -> None:
         """Save a model where `read` finds it; what was in the folder is replaced."""

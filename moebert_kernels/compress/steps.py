@@ -30,8 +30,8 @@ from moebert_kernels.compress.loading import (
     save_encoder,
     warn_of_other_rows,
 )
-from moebert_kernels.compress.pipeline import Progress
 from moebert_kernels.compress.settings import CompressSettings, resolve
+from moebert_kernels.compress.stages import Progress
 from moebert_kernels.compress.tasks import KINDS, EncodedData, TaskData, match_labels, tokenize
 from moebert_kernels.compress.token_scores import token_groups
 from moebert_kernels.compress.writing import check_writable

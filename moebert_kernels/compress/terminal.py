@@ -27,7 +27,7 @@ from moebert_kernels.environment import Environment
 
 
 class StageBars:
-    """A bar per stage, fed by the calls of `pipeline.Progress`; lines instead where there is no terminal.
+    """A bar per stage, fed by the calls of `stages.Progress`; lines instead where there is no terminal.
 
     A bar moves only when work is done. A stage whose output is reused has none, but a line that says so.
     """

@@ -14,9 +14,8 @@ from transformers import PreTrainedModel
 from moebert_kernels.compress.adapt import COUNTING_ROUTINGS, adapt, random_scores
 from moebert_kernels.compress.importance import Importance
 from moebert_kernels.compress.settings import CompressSettings
+from moebert_kernels.compress.stages import Report
 from moebert_kernels.models import find_ffns, keep_layers, layers_of_equal_cost, narrow_ffns
-
-Report = Callable[[int, int], None]
 
 
 class Source(Protocol):

@@ -10,7 +10,7 @@ from moebert_kernels.activations import check_activation
 from moebert_kernels.checks import check_mask, check_number, check_tensor, check_whole
 from moebert_kernels.ops import moe_ffn
 from moebert_kernels.routing.plan import RoutingPlan
-from moebert_kernels.routing.routers import RouterOutput
+from moebert_kernels.routing.routers import RouterOutput, SentenceGate, TokenGate
 
 
 class MoEFFN(nn.Module):
@@ -35,6 +35,8 @@ class MoEFFN(nn.Module):
         bias: whether the two linear maps have biases.
         norm_eps: add the input and normalise, per expert, with this epsilon; None for the plain form.
         dropout: probability, applied to the experts' output in training.
+        device: of the parameters, as for `nn.Linear`.
+        dtype: of the parameters, as for `nn.Linear`.
 
     Attributes:
         w1_EFD, b1_EF, w2_EDF, b2_ED: the experts, rows as in `nn.Linear`.
@@ -43,7 +45,7 @@ class MoEFFN(nn.Module):
     Raises:
         TypeError: an argument is of another kind.
         ValueError: a size or probability is out of range, the activation unknown, or the router is for
-            another number of experts.
+            another number of experts or another hidden size.
     """
 
     def __init__(
@@ -83,6 +85,10 @@ class MoEFFN(nn.Module):
         routed = getattr(router, "num_experts", num_experts)
         if routed != num_experts:
             raise ValueError(f"router is for {routed} experts, but num_experts is {num_experts}")
+        if isinstance(router, TokenGate | SentenceGate) and router.hidden_size != hidden_size:
+            raise ValueError(
+                f"router is for hidden_size={router.hidden_size}, but hidden_size is {hidden_size}"
+            )
         self.hidden_size = hidden_size
         self.expert_size = expert_size
         self.num_experts = num_experts
@@ -172,6 +178,10 @@ class MoEFFN(nn.Module):
         """Ask the router alone: for callers who need the load-balance loss beside the output.
 
         The arguments are those of `forward`.
+
+        Example:
+            >>> routing = ffn.route(x, mask=attention_mask)
+            >>> loss = task_loss(ffn(x, routing=routing)) + 0.01 * routing.balance_loss
 
         Raises:
             ValueError: there is no router, or `input_ids` or `mask` do not have the leading shape of x.

@@ -113,6 +113,9 @@ def test_wrong_use_is_refused():
     for router in (TokenGate(8, 2), HashRouter(torch.tensor([0, 1]), 2)):
         with pytest.raises(ValueError, match="router is for 2 experts, but num_experts is 4"):
             MoEFFN(8, 6, 4, router=router)
+    for router in (TokenGate(16, 4), SentenceGate(16, 4)):
+        with pytest.raises(ValueError, match="router is for hidden_size=16, but hidden_size is 8"):
+            MoEFFN(8, 6, 4, router=router)
     with pytest.raises(ValueError, match="expert_size must be at least 1, got 0"):
         MoEFFN(8, 0, 2)
     with pytest.raises(ValueError, match="activation must be one of"):

@@ -215,6 +215,17 @@ def test_hash_router_keeps_its_table_in_the_state_dict_and_needs_ids():
         HashRouter(torch.tensor([0, 2]), 2)
 
 
+def test_a_table_of_too_many_experts_is_not_loaded():
+    """It was, and the tokens it sent to missing experts got zeros without a word."""
+    router = HashRouter(torch.tensor([0, 1, 2, 3]), 4)
+    before = router.table_V.clone()
+    with pytest.raises(RuntimeError, match=r"table_V must name experts in \[0, 4\), found 1 to 7"):
+        router.load_state_dict(HashRouter(torch.tensor([7, 1, 2, 3]), 8).state_dict())
+    assert torch.equal(router.table_V, before)
+    router.load_state_dict(HashRouter(torch.tensor([3, 1, 2, 0]), 8).state_dict())
+    assert router.table_V.tolist() == [3, 1, 2, 0]
+
+
 def test_plans_do_not_depend_on_the_native_extension(monkeypatch):
     ids = torch.randint(-1, 5, (37, 2), generator=torch.Generator().manual_seed(0))
     tables_LV = hash_random_tables(3, 50, 5)

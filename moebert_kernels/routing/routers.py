@@ -59,6 +59,7 @@ class HashRouter(nn.Module):
 
     Raises:
         ValueError: `table_V` is not one-dimensional or names an expert outside [0, E).
+        RuntimeError: `load_state_dict` is given such a table.
     """
 
     table_V: Tensor
@@ -69,12 +70,18 @@ class HashRouter(nn.Module):
         check_whole("num_experts", num_experts, least=1)
         if table_V.dim() != 1 or table_V.is_floating_point():
             raise ValueError(f"table_V must be integer [V], got {table_V.dtype} {tuple(table_V.shape)}")
-        if table_V.device.type != "meta" and table_V.numel():
-            low, high = int(table_V.min()), int(table_V.max())
-            if low < 0 or high >= num_experts:
-                raise ValueError(f"table_V must name experts in [0, {num_experts}), found {low} to {high}")
+        if error := _out_of_range(table_V, num_experts):
+            raise ValueError(error)
         self.num_experts = num_experts
         self.register_buffer("table_V", table_V.to(torch.int32))
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        table_V = state_dict.get(f"{prefix}table_V")
+        if isinstance(table_V, Tensor) and (error := _out_of_range(table_V, self.num_experts)):
+            # Loaded, it would send its tokens to no expert without a word.
+            errors.append(f"{prefix}{error}")
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
     def forward(self, x_BSD: Tensor, input_ids: Tensor | None, mask_BS: Tensor | None = None) -> RouterOutput:
         """Route by `input_ids` (the shape of `x_BSD` without its last axis); hidden states are not read.
@@ -94,6 +101,15 @@ class HashRouter(nn.Module):
         return f"vocab_size={self.table_V.shape[0]}, num_experts={self.num_experts}"
 
 
+def _out_of_range(table_V: Tensor, num_experts: int) -> str | None:
+    if table_V.device.type == "meta" or not table_V.numel():
+        return None
+    low, high = int(table_V.min()), int(table_V.max())
+    if low >= 0 and high < num_experts:
+        return None
+    return f"table_V must name experts in [0, {num_experts}), found {low} to {high}"
+
+
 class _Gate(nn.Module):
     """A linear gate without bias; subclasses say what it looks at."""
 
@@ -104,14 +120,14 @@ class _Gate(nn.Module):
         check_whole("top_k", top_k)
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k must lie in [1, num_experts={num_experts}], got {top_k}")
+        self.hidden_size = hidden_size
         self.num_experts = num_experts
         self.top_k = top_k
         self.gate = nn.Linear(hidden_size, num_experts, bias=False, device=device, dtype=dtype)
 
     def _logits(self, x: Tensor) -> Tensor:
-        hidden_size = self.gate.in_features
-        if x.shape[-1:] != (hidden_size,):
-            raise ValueError(f"x must end in hidden_size={hidden_size}, got shape {tuple(x.shape)}")
+        if x.shape[-1:] != (self.hidden_size,):
+            raise ValueError(f"x must end in hidden_size={self.hidden_size}, got shape {tuple(x.shape)}")
         return self.gate(x)
 
     def _choose(self, logits_NE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,7 +147,18 @@ class _Gate(nn.Module):
 
 
 class TokenGate(_Gate):
-    """`gate-token`: each token picks its K most probable experts, p = softmax(x W_g) (Eq. 3)."""
+    """`gate-token`: each token picks its K most probable experts, p = softmax(x W_g) (Eq. 3).
+
+    Args:
+        hidden_size: D of what it routes by.
+        num_experts: E.
+        top_k: K, the experts of a token. Their K probabilities, of a softmax over all E, are not scaled to
+            add up to 1.
+
+    Raises:
+        TypeError: an argument is no whole number.
+        ValueError: a size is less than 1, or K more than E.
+    """
 
     def forward(
         self, x_BSD: Tensor, input_ids: Tensor | None = None, mask_BS: Tensor | None = None
@@ -150,6 +177,16 @@ class SentenceGate(_Gate):
     """`gate-sentence`: all tokens of a sentence go where its mean over real tokens points.
 
     A sentence is routed alike alone and in a batch, whatever its padding.
+
+    Args:
+        hidden_size: D of what it routes by.
+        num_experts: E.
+        top_k: K, the experts of a token. Their K probabilities, of a softmax over all E, are not scaled to
+            add up to 1.
+
+    Raises:
+        TypeError: an argument is no whole number.
+        ValueError: a size is less than 1, or K more than E.
     """
 
     def forward(

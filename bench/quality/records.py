@@ -183,7 +183,7 @@ def _provenance(records: Sequence[Record], tasks: Sequence[str]) -> str:
         parts.append(
             f"{task} ({record['metric']}): teacher {teacher['epochs']:g} epochs, students "
             f"{budget['epochs']:g} on {record['train_rows']:,} rows, "
-            f"{record['validation_rows']:,} to validate, up to {seeds} seeds"
+            f"{record['validation_rows']:,} to validate, {seeds} seed{'s' if seeds > 1 else ''}"
         )
     budget, environment = records[0]["budget"], records[0]["environment"]
     precision = "bfloat16 autocast" if records[0]["teacher_budget"]["bf16"] else "float32"

@@ -137,7 +137,9 @@ def test_the_gain_pairs_seeds_and_lets_tasks_weigh_alike():
 
 
 def test_settings_are_compared_with_the_same_runs_of_the_base_study():
-    """Another seed, task or teacher must not count: only the budget differs."""
+    """Another seed, task or teacher must not count: only how it is trained differs."""
+    fewer = record("fewer rows", "cola", "random-4", 0, 0.40)
+    fewer["budget"] = fewer["budget"] | {"train_rows": 1}
     studies = {
         "main": [
             *(record("main", "cola", "random-4", seed, after) for seed, after in ((0, 0.50), (1, 0.90))),
@@ -149,6 +151,7 @@ def test_settings_are_compared_with_the_same_runs_of_the_base_study():
             record("faster", "mrpc", "random-4", 0, 0.71, lr=3e-4),
         ],
         "same budget": [record("same budget", "cola", "random-4", 0, 0.50)],
+        "fewer rows": [fewer],
         "another teacher": [{**record("other", "cola", "random-4", 0, 0.99), "teacher": {"m": 0.8}}],
     }
     shown = settings_table(studies)
@@ -167,3 +170,4 @@ def test_settings_are_compared_with_the_same_runs_of_the_base_study():
     assert "narrow" not in shown
     assert "another teacher" not in shown
     assert "same budget" not in shown
+    assert "fewer rows" not in shown

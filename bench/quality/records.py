@@ -99,12 +99,14 @@ def settings_table(studies: Mapping[str, Sequence[Record]], base: str = "main") 
     """How else to train: studies that repeat a part of the base study's runs, each with a budget of its own.
 
     A cell is the mean of the task's main metric over seeds after distillation, times 100. Runs count that
-    both studies have, of the same teacher with another budget. "gain" is the mean over tasks of what is
+    both studies have, of the same teacher with other epochs, learning rate or lambda. "gain" is the mean over tasks of what is
     better than in the base study, paired by seed.
     """
-    known = {_run(record): record["budget"] for record in studies.get(base, ())}
+    known = {_run(record): _settings(record) for record in studies.get(base, ())}
     others = {
-        name: [record for record in records if known.get(_run(record), record["budget"]) != record["budget"]]
+        name: [
+            record for record in records if known.get(_run(record), _settings(record)) != _settings(record)
+        ]
         for name, records in studies.items()
         if name != base
     }
@@ -121,13 +123,13 @@ def settings_table(studies: Mapping[str, Sequence[Record]], base: str = "main") 
             mine = [record for record in records if record["contender"] == name]
             if not mine:
                 continue
-            budget = mine[0]["budget"]
+            epochs, learning_rate, distill_weight = _settings(mine[0])
             cells = [_spread([*map(_after, _of(mine, task, name))]) for task in tasks]
             done = [task for task in tasks if _of(mine, task, name)]
             gain = "–" if study == base else _gain(mine, theirs, done)
             lines.append(
-                f"| {study} | {name} | {len({r['seed'] for r in mine})} | {budget['epochs']:g} | "
-                f"{budget['learning_rate']:g} | {budget['distill_weight']:g} | {' | '.join(cells)} | {gain} |"
+                f"| {study} | {name} | {len({r['seed'] for r in mine})} | {epochs:g} | "
+                f"{learning_rate:g} | {distill_weight:g} | {' | '.join(cells)} | {gain} |"
             )
     return "\n".join(lines)
 
@@ -135,6 +137,11 @@ def settings_table(studies: Mapping[str, Sequence[Record]], base: str = "main") 
 def _run(record: Record) -> tuple[str, str, int, str]:
     teacher = json.dumps([record["teacher_budget"], record["teacher"]], sort_keys=True)
     return record["task"], record["contender"], record["seed"], teacher
+
+
+def _settings(record: Record) -> tuple[float, float, float]:
+    budget = record["budget"]
+    return budget["epochs"], budget["learning_rate"], budget["distill_weight"]
 
 
 def _place(record: Record) -> tuple[int, int]:

@@ -99,8 +99,8 @@ def settings_table(studies: Mapping[str, Sequence[Record]], base: str = "main") 
     """How else to train: studies that repeat a part of the base study's runs, each with a budget of its own.
 
     A cell is the mean of the task's main metric over seeds after distillation, times 100. Runs count that
-    both studies have, of the same teacher with other epochs, learning rate or lambda. "gain" is the mean over tasks of what is
-    better than in the base study, paired by seed.
+    both studies have, of the same teacher with other epochs, learning rate or lambda. "gain" is the mean over
+    tasks of what is better than in the base study, paired by seed.
     """
     known = {_run(record): _settings(record) for record in studies.get(base, ())}
     others = {

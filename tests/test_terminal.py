@@ -45,6 +45,24 @@ def test_a_stage_that_fails_is_not_said_to_be_done(console):
     assert lines(console) == ["distill ..."]
 
 
+def test_long_work_in_a_file_says_how_far_it_is(console, monkeypatch):
+    """Fine-tuning into a file was silent for half an hour."""
+    seconds = 0.0
+    monkeypatch.setattr("moebert_kernels.compress.terminal.time.monotonic", lambda: seconds)
+    with StageBars(console) as bars:
+        bars("distill", 0, 1)
+        for step in range(1, 10):
+            seconds += 25
+            bars("distill", step, 2_000)
+    assert lines(console) == [
+        "distill ...",
+        "distill: 3 of 2,000",
+        "distill: 6 of 2,000",
+        "distill: 9 of 2,000",
+        "distill: 225.0 s",
+    ]
+
+
 def test_in_a_terminal_the_bar_stands_where_the_work_does():
     console = Console(file=io.StringIO(), width=120, force_terminal=True)
     with StageBars(console) as bars:

@@ -26,8 +26,11 @@ from moebert_kernels.compress.units import short_count
 from moebert_kernels.environment import Environment
 
 
+_SECONDS_OF_SILENCE = 60.0  # at most, where lines stand for bars
+
+
 class StageBars:
-    """A bar per stage, fed by the calls of `stages.Progress`; lines instead where there is no terminal.
+    """A bar per stage, fed by the calls of `stages.Progress`; where there is no terminal, a line a minute.
 
     A bar moves only when work is done. A stage whose output is reused has none, but a line that says so.
     """
@@ -47,6 +50,7 @@ class StageBars:
         self._stage: str | None = None
         self._task = TaskID(0)
         self._started = 0.0
+        self._last_line = 0.0
 
     def __enter__(self) -> StageBars:
         if self._console.is_terminal:
@@ -68,10 +72,14 @@ class StageBars:
             if total == 0:
                 self._console.print(f"{stage}: reused")
                 return
-            self._stage, self._started = stage, time.monotonic()
+            self._stage = stage
+            self._started = self._last_line = time.monotonic()
             self._task = self._bars.add_task(stage, total=None)
             if not self._console.is_terminal:
                 self._console.print(f"{stage} ...")
+        if not self._console.is_terminal and time.monotonic() - self._last_line >= _SECONDS_OF_SILENCE:
+            self._last_line = time.monotonic()
+            self._console.print(f"{stage}: {done:,} of {total:,}")
         # A stage that is said to be at (0, 1) has begun and does not yet know how much it has to do.
         self._bars.update(self._task, completed=done, total=None if (done, total) == (0, 1) else total)
 

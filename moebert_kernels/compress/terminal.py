@@ -25,7 +25,6 @@ from moebert_kernels.compress.summary import has_speed
 from moebert_kernels.compress.units import short_count
 from moebert_kernels.environment import Environment
 
-
 _SECONDS_OF_SILENCE = 60.0  # at most, where lines stand for bars
 
 

@@ -28,8 +28,16 @@ from moebert_kernels.cli_options import (
     compress_settings,
 )
 
+try:
+    from moebert_kernels.bench.commands import app as _bench
+    from moebert_kernels.bench.usage import PlainGroup
+except ModuleNotFoundError:  # a checkout that is not installed, where bench/ is a folder of its own
+    from bench.commands import app as _bench
+    from bench.usage import PlainGroup
+
 app = typer.Typer(
     name="moebert",
+    cls=PlainGroup,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -359,10 +367,6 @@ def env(
         Console(highlight=False).print(environment_table(environment))
 
 
-try:
-    from moebert_kernels.bench.commands import app as _bench
-except ModuleNotFoundError:  # a checkout that is not installed, where bench/ is a folder of its own
-    from bench.commands import app as _bench
 app.add_typer(_bench, name="bench")
 
 

@@ -303,7 +303,9 @@ def test_wrong_input_gets_one_sentence(call, folder, command, words):
         ),
         ("compress --task imdb --teacher t --output o", ["imdb", "sst2", "csv"]),
         ("compress --output o", ["--teacher"]),
-        ("compress --epochs many --teacher t --output o", ["--epochs", "valid number"]),
+        ("compress --task sst --teacher t --output o", ["Invalid value for '--task': 'sst' is not one of"]),
+        ("compress --epochs many --teacher t --output o", ["--epochs", "valid number", "many"]),
+        ("bench ffn --tokens x", ["'--tokens'", "'x'"]),
         ("squeeze", ["squeeze"]),
     ],
 )

@@ -235,14 +235,15 @@ def importance(
     from moebert_kernels.compress import processes, steps
     from moebert_kernels.compress.published import convert_published
     from moebert_kernels.compress.terminal import StageBars
-    from moebert_kernels.errors import UserError
+    from moebert_kernels.errors import UserError, naming
 
     if (teacher is None) == (convert is None):
         raise UserError("give --teacher to score a model, or --convert to convert a file: one of the two")
     console = Console(highlight=False)
     if convert is not None:
         steps.check_scores_file(output)
-        scores = convert_published(convert)
+        with naming("convert"):
+            scores = convert_published(convert)
         processes.on_main(lambda: scores.save(output))
     else:
         assert teacher is not None

@@ -312,6 +312,11 @@ _OPTION_OF = {
     "num_shared": "--shared",
     "learning_rate": "--lr",
     "comparisons": "--compare",
+    "teacher_dir": "--teacher",
+    "student_dir": "--student",
+    "model_dir": "--model",
+    "output_dir": "--output",
+    "validation_file": "--validation-data",
 }
 
 

@@ -15,7 +15,7 @@ from datasets import Dataset
 from moebert_kernels.compress.files import Table, read_table
 from moebert_kernels.compress.tasks.hub import HubName, as_table
 from moebert_kernels.compress.tasks.task import Task, TaskData
-from moebert_kernels.errors import ArgumentError, UserError
+from moebert_kernels.errors import ArgumentError, UserError, naming
 
 _FEW_ROWS = 8  # too few to tell classes from labels that are all different
 _FEW_VALIDATION_ROWS = 30  # one row more or less that is right moves the score by three points and more
@@ -63,7 +63,7 @@ def load_table(data: HubName | Path, options: CsvOptions) -> TaskData:
             or no row of some label is left to train on.
     """
     if options.kind not in (None, *_KINDS):
-        raise UserError(f"kind is {options.kind!r}, expected {' or '.join(_KINDS)}")
+        raise ArgumentError("kind", f"is {options.kind!r}, expected {' or '.join(_KINDS)}")
     if options.validation_file is None and not 0 < options.validation_fraction < 1:
         raise ArgumentError(
             "validation_fraction", f"must be between 0 and 1, got {options.validation_fraction}"
@@ -94,7 +94,8 @@ def load_table(data: HubName | Path, options: CsvOptions) -> TaskData:
 
     rows = load(table)
     if second is not None:
-        data_of_task = TaskData(task, rows, load(second))
+        with naming("data" if options.validation_file is None else "validation_file"):
+            data_of_task = TaskData(task, rows, load(second))
     else:
         if len(rows) < 2:
             raise UserError(f"{table.source} has one row, too few to hold any out for validation")
@@ -167,7 +168,10 @@ def labelled_rows(
 
 
 def _read(data: HubName | Path, options: CsvOptions) -> tuple[Table, Table | None]:
-    second = None if options.validation_file is None else read_table(Path(options.validation_file))
+    second = None
+    if options.validation_file is not None:
+        with naming("validation_file"):
+            second = read_table(Path(options.validation_file))
     if isinstance(data, Path):
         if data.is_dir():
             raise UserError(f"{data} is a folder; task csv needs a .csv, .tsv or .jsonl file")

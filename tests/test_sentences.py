@@ -2,6 +2,7 @@
 
 import pytest
 
+from moebert_kernels.compress.files import read_table, read_text
 from moebert_kernels.compress.sentences import load_sentences
 from moebert_kernels.compress.tasks.tables import CsvOptions
 from moebert_kernels.errors import UserError
@@ -85,3 +86,23 @@ def test_files_that_do_not_fit_are_refused(name, text, pairs, options, message, 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"nowhere\.txt is not a file"):
         load_sentences(tmp_path / "nowhere.txt")
+
+
+@pytest.mark.parametrize(
+    ("load", "name", "listed"),
+    [
+        (read_table, "nowhere.csv", "c.JSONL, z.tsv, a.md, b.txt"),
+        (read_text, "nowhere.txt", "b.txt, a.md, c.JSONL, z.tsv"),
+        (load_sentences, "nowhere.csv", "b.txt, c.JSONL, z.tsv, a.md"),
+    ],
+)
+def test_files_that_may_be_meant_come_first_and_hidden_ones_not_at_all(load, name, listed, tmp_path):
+    """Hidden files filled the list."""
+    (tmp_path / ".csv").mkdir()
+    (tmp_path / ".git").mkdir()
+    with pytest.raises(UserError, match=r"is not a file; .* holds hidden files alone$"):
+        load(tmp_path / name)
+    for other in ("a.md", "b.txt", "c.JSONL", "z.tsv", ".hidden.csv"):
+        write(tmp_path / other, "")
+    with pytest.raises(UserError, match=f"is not a file; .* holds {listed}$"):
+        load(tmp_path / name)

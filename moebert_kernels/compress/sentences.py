@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 
-from moebert_kernels.compress.files import read_table, read_text, split_lines
+from moebert_kernels.compress.files import TABLE_SUFFIXES, check_file, read_table, read_text, split_lines
 from moebert_kernels.compress.tasks import Task, TaskData
 from moebert_kernels.compress.tasks.glue import load_glue
 from moebert_kernels.compress.tasks.tables import CsvOptions, labelled_rows
@@ -60,6 +60,7 @@ def load_sentences(
 
 
 def _load_texts(path: Path, columns: CsvOptions) -> list[str]:
+    check_file(path, (".txt", *TABLE_SUFFIXES))
     if path.suffix.lower() == ".txt":
         texts = split_lines(read_text(path))
     else:

@@ -317,6 +317,9 @@ _OPTION_OF = {
     "model_dir": "--model",
     "output_dir": "--output",
     "validation_file": "--validation-data",
+    "text": "--text-column",
+    "text_pair": "--pair-column",
+    "label": "--label-column",
 }
 
 

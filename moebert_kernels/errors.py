@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 
@@ -51,6 +51,28 @@ class SourceError(UserError):
     def told(self, name_of: Callable[[str], str]) -> str:
         """See `UserError`."""
         return f"{name_of(self.argument)}: {self.cause.told(name_of)}"
+
+
+class ColumnsError(UserError):
+    """A table lacks columns that arguments name.
+
+    Args:
+        source: the table.
+        missing: the names of the columns by the arguments', in Python, that give them.
+        columns: those that the table has.
+    """
+
+    def __init__(self, source: str, missing: Mapping[str, str], columns: Sequence[str]):
+        self.missing = dict(missing)
+        self.problem = (
+            f"{source} has {' and '.join(f'no column {name!r}' for name in missing.values())}; "
+            f"its columns are {', '.join(columns)}"
+        )
+        super().__init__(self.told(str))
+
+    def told(self, name_of: Callable[[str], str]) -> str:
+        """See `UserError`."""
+        return f"{self.problem}; choose from them by {', '.join(map(name_of, self.missing))}"
 
 
 class OutputError(UserError):

@@ -218,7 +218,14 @@ def test_published_importance_converts(call, folder):
         ("compress --teacher teacher --output x", ["--task", "--data"]),
         (
             "compress --teacher teacher --task csv --data reviews.csv --output x",
-            ["no column 'label'", "review, stars"],
+            [
+                "--data: reviews.csv has no column 'text' and no column 'label'",
+                "its columns are review, stars; choose from them by --text-column, --label-column",
+            ],
+        ),
+        (
+            f"{COMPRESS} {TABLE} --pair-column other",
+            ["has no column 'other'; its columns are review, stars;", "by --pair-column"],
         ),
         (
             "compress --teacher teacher --task sst2 --data . --text-column review --output x",

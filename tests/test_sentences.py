@@ -69,9 +69,10 @@ def test_scored_pairs_of_the_original_files(tmp_path):
     [
         ("s.txt", "a\nb\n\nc\n", None, {}, "s.txt has 3 sentences, expected at least 4"),
         ("s.txt", "a\nb\nc\nd", None, {"validation_fraction": 1.0}, "is 1.0, expected between 0 and 1"),
-        ("s.csv", "x\na\nb\nc\nd\n", None, {}, "no column 'text'; its columns are x"),
+        ("s.csv", "x\na\nb\nc\nd\n", None, {}, "no column 'text'; its columns are x; .* by text$"),
         ("s.pdf", "a\nb\nc\nd", None, {}, "must be named .csv"),
         ("s.txt", "a\nb\nc\nd", "text,label\na,1\nb,2\n", {}, "no column 'text_pair'"),
+        ("s.txt", "a\nb\nc\nd", "text,x\na,1\nb,2\n", {}, "^pairs: .*'text_pair' and no column 'label'; .*"),
         ("s.txt", "a\nb\nc\nd", "text,text_pair,label\na,b,high\nc,d,1\n", {}, "'high' .* is not a number"),
         ("s.txt", "a\nb\nc\nd", "text,text_pair,label\na,b,1\n", {}, "has one pair, expected at least 2"),
     ],

@@ -10,7 +10,7 @@ from datasets import Dataset
 from moebert_kernels.compress.files import TABLE_SUFFIXES, check_file, read_table, read_text, split_lines
 from moebert_kernels.compress.tasks import Task, TaskData
 from moebert_kernels.compress.tasks.glue import load_glue
-from moebert_kernels.compress.tasks.tables import CsvOptions, labelled_rows
+from moebert_kernels.compress.tasks.tables import CsvOptions, check_columns, labelled_rows
 from moebert_kernels.errors import ArgumentError, UserError, naming
 
 PAIRS = "pairs"
@@ -64,7 +64,9 @@ def _load_texts(path: Path, columns: CsvOptions) -> list[str]:
     if path.suffix.lower() == ".txt":
         texts = split_lines(read_text(path))
     else:
-        texts = read_table(path).column(columns.text)
+        table = read_table(path)
+        check_columns(table, text=columns.text)
+        texts = table.column(columns.text)
     texts = [text for text in texts if text.strip()]
     if len(texts) < 4:
         raise UserError(f"{path} has {len(texts)} sentences, expected at least 4: two are held out")
@@ -75,7 +77,9 @@ def _load_pairs(path: Path, columns: CsvOptions) -> Dataset:
     if path.is_dir():
         return load_glue("stsb", path).validation
     pair = columns.text_pair or "text_pair"
-    rows = labelled_rows(read_table(path), columns.text, pair, columns.label, None)
+    table = read_table(path)
+    check_columns(table, text=columns.text, text_pair=pair, label=columns.label)
+    rows = labelled_rows(table, columns.text, pair, columns.label, None)
     if len(rows) < 2:
         raise UserError(f"{path} has one pair, expected at least 2: their order is what is judged")
     return rows

@@ -15,7 +15,7 @@ from datasets import Dataset
 from moebert_kernels.compress.files import Table, read_table
 from moebert_kernels.compress.tasks.hub import HubName, as_table
 from moebert_kernels.compress.tasks.task import Task, TaskData
-from moebert_kernels.errors import ArgumentError, UserError, naming
+from moebert_kernels.errors import ArgumentError, ColumnsError, UserError, naming
 
 _FEW_ROWS = 8  # too few to tell classes from labels that are all different
 _FEW_VALIDATION_ROWS = 30  # one row more or less that is right moves the score by three points and more
@@ -71,6 +71,8 @@ def load_table(data: HubName | Path, options: CsvOptions) -> TaskData:
     if options.seed < 0:
         raise ArgumentError("split_seed", f"must not be negative, got {options.seed}")
     table, second = _read(data, options)
+    columns = {"text": options.text, "text_pair": options.text_pair, "label": options.label}
+    check_columns(table, **columns)
     kind = options.kind or _infer_kind(table, options.label)
     name = data.stem if isinstance(data, Path) else str(data)
     label_ids = None
@@ -88,6 +90,7 @@ def load_table(data: HubName | Path, options: CsvOptions) -> TaskData:
         label_ids = {label: i for i, label in enumerate(label_names)}
 
     def load(table: Table) -> Dataset:
+        check_columns(table, **columns)
         rows = labelled_rows(table, options.text, options.text_pair, options.label, label_ids)
         _warn_of_empty_texts(table, options.text)
         return rows
@@ -105,6 +108,14 @@ def load_table(data: HubName | Path, options: CsvOptions) -> TaskData:
         data_of_task = TaskData(task, rows.select(kept), rows.select(out))
     _check_numbers_of_rows(data_of_task, table.source)
     return data_of_task
+
+
+def check_columns(table: Table, **names: str | None) -> None:
+    """Raise an error that tells of all columns that are missing; `names` are by fields of `CsvOptions`."""
+    given = {field: name for field, name in names.items() if name is not None}
+    missing = {field: name for field, name in given.items() if name not in table.columns}
+    if missing:
+        raise ColumnsError(table.source, missing, table.columns)
 
 
 def _warn_of_empty_texts(table: Table, column: str) -> None:

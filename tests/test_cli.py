@@ -149,7 +149,8 @@ def test_affinity_step_by_step(call, folder):
     adapt = f"adapt --teacher teacher --routing hash-affinity --experts 8 --expert-size 16 --shared 4 {TABLE}"
     result = call(f"{adapt} --importance plain.safetensors --output affine")
     assert result.exit_code == 2
-    assert "importance --per-token" in result.stderr
+    assert_user_error(result, "--importance: plain.safetensors has no scores", "importance --per-token`")
+    assert "compute_importance" not in result.stderr
     result = call(f"importance --teacher teacher {TABLE} --per-token --output tokens.safetensors")
     assert result.exit_code == 0, result.output + result.stderr
     result = call(f"{adapt} --importance tokens.safetensors --output affine")
@@ -305,6 +306,10 @@ def test_published_importance_converts(call, folder):
         ),
         ("adapt --teacher teacher --random-split --routing hash-balance --output x", ["--task"]),
         ("adapt --teacher teacher --random-split --routing hash-affinity --output x", ["--task"]),
+        (
+            f"adapt --teacher teacher --random-split --routing hash-affinity {TABLE} --output x",
+            ["--routing must not be hash-affinity in a split at random"],
+        ),
         ("adapt --teacher teacher --random-split --output teacher", ["already holds a model"]),
         (
             f"distill --student teacher --teacher teacher {TABLE} --output x",

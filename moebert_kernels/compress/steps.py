@@ -35,7 +35,7 @@ from moebert_kernels.compress.stages import Progress
 from moebert_kernels.compress.tasks import KINDS, EncodedData, TaskData, match_labels, tokenize
 from moebert_kernels.compress.token_scores import token_groups
 from moebert_kernels.compress.writing import check_writable
-from moebert_kernels.errors import UserError, naming
+from moebert_kernels.errors import ArgumentError, UserError, naming
 from moebert_kernels.models import find_ffns, is_moe
 
 
@@ -114,6 +114,8 @@ def split_teacher(
     else:
         with naming("importance"):
             scores = Importance.load(importance)
+    if settings.routing == "hash-affinity":
+        _check_token_scores(scores, importance)
     counts_V = None
     if settings.routing in COUNTING_ROUTINGS:
         if data is None:
@@ -257,6 +259,19 @@ def check_scores_file(output: Path) -> None:
                 raise UserError(
                     f"{output} exists and does not hold importance scores; give another output"
                 ) from None
+
+
+def _check_token_scores(scores: Importance | torch.Tensor, path: Path | None) -> None:
+    if path is None or isinstance(scores, torch.Tensor):
+        raise ArgumentError(
+            "routing", "must not be hash-affinity in a split at random: that chooses experts by importance"
+        )
+    if scores.tokens is None:
+        with naming("importance"):
+            raise UserError(
+                f"{path} has no scores of tokens, which hash-affinity needs: score the teacher again with "
+                "`moebert importance --per-token`"
+            )
 
 
 def _encode(

@@ -16,6 +16,7 @@ from rich.console import Console
 from moebert_kernels.cli_command import command, run_app
 from moebert_kernels.cli_options import (
     Comparisons,
+    CompressDataOptions,
     DataOptions,
     DistillOptions,
     ExpertOptions,
@@ -143,7 +144,7 @@ def compress(
     output: Annotated[
         Path, typer.Option("--output", help="Folder for the student, results.json and report.html.")
     ],
-    data: DataOptions,
+    data: CompressDataOptions,
     run: RunOptions,
     experts: ExpertOptions,
     training: DistillOptions,

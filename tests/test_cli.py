@@ -426,6 +426,16 @@ def test_help_of_every_command_has_an_example_or_needs_none(call, name):
         assert f"moebert {name} --" in result.stdout
 
 
+def test_help_offers_a_task_to_the_one_command_that_knows_it(call):
+    """Five commands explained embed, and refused it."""
+    for name in COMMANDS:
+        shown = call(f"{name} --help").stdout
+        assert ("embed" in shown) == (name == "compress"), name
+        if name in ("finetune", "importance", "adapt", "distill", "evaluate"):
+            listed = re.sub(r"[^a-z0-9_|]", "", shown)
+            assert "|".join(task_names()) in listed, name
+
+
 def test_help_of_compress_says_where_defaults_come_from(call):
     text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", call("compress --help").stdout).split())
     for expected in (

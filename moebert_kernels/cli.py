@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -323,6 +324,9 @@ def distill(
         )
     terms = ", ".join(f"{name} {value:.4g}" for name, value in found.losses[-1].items() if name != "step")
     typer.echo(f"{output}: last losses {terms}")
+    length = [] if run.max_length is None else ["--max-length", str(run.max_length)]
+    words = ["moebert", "evaluate", "--model", str(output), *data.as_words(), *length]
+    typer.echo(f"see how good it is: {shlex.join(words)}")
 
 
 @_command("evaluate")

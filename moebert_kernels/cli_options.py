@@ -128,6 +128,11 @@ class DataOptions:
             answers=AnswerOptions(**answers) if answers else None,
         )
 
+    def as_words(self) -> list[str]:
+        """What was given, as words of a command line."""
+        given = _given(**{field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
+        return [word for name, value in given.items() for word in (option_of(name), str(value))]
+
     def _task_and_data(self) -> tuple[str, str]:
         from moebert_kernels.errors import UserError
 

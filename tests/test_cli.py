@@ -123,6 +123,7 @@ def test_a_moe_is_no_teacher(call):
 
 def test_the_stages_one_by_one_make_what_compress_makes(call, folder):
     common = f"--teacher teacher {TABLE}"
+    said = {}
     for command in (
         f"importance {common} --per-token --output one/scores.safetensors",
         f"adapt {common} --importance one/scores.safetensors --routing hash-affinity --output one/adapted",
@@ -132,6 +133,8 @@ def test_the_stages_one_by_one_make_what_compress_makes(call, folder):
     ):
         result = call(command)
         assert result.exit_code == 0, command + result.output + result.stderr
+        said[command.split()[0]] = result.stdout.splitlines()[-1]
+    assert said["distill"] == f"see how good it is: moebert evaluate --model one/student {TABLE}"
     mine = AutoModelForSequenceClassification.from_pretrained(folder / "one" / "student")
     theirs = AutoModelForSequenceClassification.from_pretrained(folder / "all" / "student")
     assert mine.state_dict().keys() == theirs.state_dict().keys()

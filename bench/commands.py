@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 import typer
 
 from .options import PARAMETERS, TAKES, flag
+from .usage import PlainGroup
 
 if TYPE_CHECKING:
     from .cases import Request
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="bench",
+    cls=PlainGroup,
     no_args_is_help=True,
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -35,28 +37,33 @@ _HELP = {
 }
 
 
-def _words(text: str | None) -> tuple[str, ...] | None:
+def _words(option: str, text: str | None) -> tuple[str, ...] | None:
     if text is None:
         return None
     words = tuple(word.strip() for word in text.split(","))
     if not all(words):
-        raise typer.BadParameter(f"expected words with commas between them, got {text!r}")
+        raise typer.BadParameter(
+            f"expected words with commas between them, got {text!r}", param_hint=f"'{option}'"
+        )
     return words
 
 
-def _numbers(text: str | None) -> tuple[int, ...] | None:
+def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
     words = text.split(",")
     if not all(re.fullmatch(r"\s*0*[1-9]\d*\s*", word) for word in words):
-        raise typer.BadParameter(f"expected whole numbers from 1 with commas between them, got {text!r}")
+        raise typer.BadParameter(
+            f"expected whole numbers from 1 with commas between them, got {text!r}", param_hint=f"'{option}'"
+        )
     return tuple(int(word) for word in words)
 
 
-def _among(what: str, words: tuple[str, ...] | None, known: tuple[str, ...]) -> tuple[str, ...] | None:
+def _among(option: str, text: str | None, known: tuple[str, ...]) -> tuple[str, ...] | None:
+    words = _words(option, text)
     unknown = [word for word in words or () if word not in known]
     if unknown:
-        raise typer.BadParameter(f"{what} must be among {', '.join(known)}, got {', '.join(unknown)}")
+        raise typer.BadParameter(f"{option} must be among {', '.join(known)}, got {', '.join(unknown)}")
     return words
 
 
@@ -169,16 +176,16 @@ def measure(
     if not seconds >= 0:
         raise typer.BadParameter(f"--seconds must not be negative, got {seconds}")
     asked = Request(
-        T=_numbers(tokens),
+        T=_numbers("--tokens", tokens),
         D=hidden,
         F=expert_size,
         E=experts,
         K=top_k,
         L=layers,
         sequence=sequence,
-        dtypes=_among("--dtype", _words(dtype), tuple(DTYPES)),
-        routings=_among("--skew", _words(skew), TIMED_ROUTINGS),
-        shapes=_among("--shape", _words(shape), tuple(SHAPES)),
+        dtypes=_among("--dtype", dtype, tuple(DTYPES)),
+        routings=_among("--skew", skew, TIMED_ROUTINGS),
+        shapes=_among("--shape", shape, tuple(SHAPES)),
         norm=norm or None,
         text=None if text is None else str(text),
     )
@@ -188,14 +195,14 @@ def measure(
         request=asked.over(TOY) if toy else asked,
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
         threads=threads,
-        passes=_among("--passes", _words(passes), tuple(dict.fromkeys(p for op in ops for p in op.passes))),
-        launches=_among("--launch", _words(launch), LAUNCHES),
-        caches=_among("--cache", _words(cache), CACHES),
+        passes=_among("--passes", passes, tuple(dict.fromkeys(p for op in ops for p in op.passes))),
+        launches=_among("--launch", launch, LAUNCHES),
+        caches=_among("--cache", cache, CACHES),
         rounds=min(rounds, 3) if toy else rounds,
         seconds=seconds,
         limit=limit,
         peer_path=None if peer_path is None else str(peer_path),
-        only=_words(only),
+        only=_words("--only", only),
         probes=ceilings.TOY if toy else None,
     )
     if name != "all":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,7 @@ from rich.console import Console
 from moebert_kernels.cli_command import command, run_app
 from moebert_kernels.cli_options import (
     Comparisons,
+    CompressDataOptions,
     DataOptions,
     DistillOptions,
     ExpertOptions,
@@ -28,8 +30,16 @@ from moebert_kernels.cli_options import (
     compress_settings,
 )
 
+try:
+    from moebert_kernels.bench.commands import app as _bench
+    from moebert_kernels.bench.usage import PlainGroup
+except ModuleNotFoundError:  # a checkout that is not installed, where bench/ is a folder of its own
+    from bench.commands import app as _bench
+    from bench.usage import PlainGroup
+
 app = typer.Typer(
     name="moebert",
+    cls=PlainGroup,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -135,7 +145,7 @@ def compress(
     output: Annotated[
         Path, typer.Option("--output", help="Folder for the student, results.json and report.html.")
     ],
-    data: DataOptions,
+    data: CompressDataOptions,
     run: RunOptions,
     experts: ExpertOptions,
     training: DistillOptions,
@@ -227,14 +237,15 @@ def importance(
     from moebert_kernels.compress import processes, steps
     from moebert_kernels.compress.published import convert_published
     from moebert_kernels.compress.terminal import StageBars
-    from moebert_kernels.errors import UserError
+    from moebert_kernels.errors import UserError, naming
 
     if (teacher is None) == (convert is None):
         raise UserError("give --teacher to score a model, or --convert to convert a file: one of the two")
     console = Console(highlight=False)
     if convert is not None:
         steps.check_scores_file(output)
-        scores = convert_published(convert)
+        with naming("convert"):
+            scores = convert_published(convert)
         processes.on_main(lambda: scores.save(output))
     else:
         assert teacher is not None
@@ -313,6 +324,9 @@ def distill(
         )
     terms = ", ".join(f"{name} {value:.4g}" for name, value in found.losses[-1].items() if name != "step")
     typer.echo(f"{output}: last losses {terms}")
+    length = [] if run.max_length is None else ["--max-length", str(run.max_length)]
+    words = ["moebert", "evaluate", "--model", str(output), *data.as_words(), *length]
+    typer.echo(f"see how good it is: {shlex.join(words)}")
 
 
 @_command("evaluate")
@@ -359,10 +373,6 @@ def env(
         Console(highlight=False).print(environment_table(environment))
 
 
-try:
-    from moebert_kernels.bench.commands import app as _bench
-except ModuleNotFoundError:  # a checkout that is not installed, where bench/ is a folder of its own
-    from bench.commands import app as _bench
 app.add_typer(_bench, name="bench")
 
 

@@ -95,14 +95,12 @@ def _run(name: str, by_many: bool, work: Callable[[], None]) -> None:
 def _explain(error: ValueError | OSError) -> tuple[str, int]:
     """What to say of an error, and the exit code; a defect of ours is raised again."""
     from moebert_kernels.compress.writing import explain
-    from moebert_kernels.errors import ArgumentError, OutputError, UserError
+    from moebert_kernels.errors import OutputError, UserError
 
     known = error if isinstance(error, UserError) else explain(error)
     if known is None:
         raise error
-    if isinstance(known, ArgumentError):
-        return f"{option_of(known.argument)} {known.problem}", USER_ERROR
-    return str(known), FAILED if isinstance(known, OutputError) else USER_ERROR
+    return known.told(option_of), FAILED if isinstance(known, OutputError) else USER_ERROR
 
 
 def _say_once(sentence: str, style: str | None = None) -> None:

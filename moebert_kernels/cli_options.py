@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
 
 import typer
 
@@ -26,7 +26,7 @@ Kind = Literal["classification", "regression"]
 Routing = Literal["hash-random", "hash-balance", "hash-affinity", "gate-token", "gate-sentence"]
 
 _data = functools.partial(typer.Option, rich_help_panel="Task and data")
-_table = functools.partial(typer.Option, rich_help_panel="Your own table, with --task csv or embed")
+_table = functools.partial(typer.Option, rich_help_panel="Your own table")
 _answers = functools.partial(typer.Option, rich_help_panel="Answers, with --task squad or squad_v2")
 _experts = functools.partial(typer.Option, rich_help_panel="Experts")
 _training = functools.partial(typer.Option, rich_help_panel="Training")
@@ -40,8 +40,10 @@ class DataOptions:
         TaskName | None,
         _data(
             "--task",
+            # "embed" is refused with a reason rather than unknown.
+            metavar=f"[{'|'.join(name for name in get_args(TaskName) if name != 'embed')}]",
             help="With official metrics: GLUE's, SQuAD's, or conll, words with BIO tags. "
-            "csv: a table of your own. embed: sentences without labels, for a model that embeds them.",
+            "csv: a table of your own.",
         ),
     ] = None
     data: Annotated[
@@ -49,9 +51,8 @@ class DataOptions:
         _data(
             "--data",
             metavar="PATH|hub",
-            help="The folder of the original files; for csv the table, .csv, .tsv or .jsonl; for embed a "
-            "table too, or a .txt with a sentence per line. Or hub: the data set that the Hugging Face hub "
-            "has of the task; hub:NAME or hub:NAME:CONFIG: another one.",
+            help="The folder of the original files; for csv the table, .csv, .tsv or .jsonl. Or hub: the "
+            "data set that the Hugging Face hub has of the task; hub:NAME or hub:NAME:CONFIG: another one.",
         ),
     ] = None
     text_column: Annotated[str | None, _table(help="The text.", show_default="text")] = None
@@ -127,6 +128,46 @@ class DataOptions:
             answers=AnswerOptions(**answers) if answers else None,
         )
 
+    def as_words(self) -> list[str]:
+        """What was given, as words of a command line."""
+        given = _given(**{field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
+        return [word for name, value in given.items() for word in (option_of(name), str(value))]
+
+    def _task_and_data(self) -> tuple[str, str]:
+        from moebert_kernels.errors import UserError
+
+        if self.task is None or self.data is None:
+            missing = [name for name in ("task", "data") if getattr(self, name) is None]
+            raise UserError(
+                f"{' and '.join(f'--{name}' for name in missing)} must be given: "
+                "--task sst2 --data SST-2, for instance, or --task csv --data my.csv"
+            )
+        return self.task, self.data
+
+
+@dataclass(frozen=True)
+class CompressDataOptions(DataOptions):
+    """The rows of `moebert compress`, which can be sentences without labels too."""
+
+    task: Annotated[
+        TaskName | None,
+        _data(
+            "--task",
+            help="With official metrics: GLUE's, SQuAD's, or conll, words with BIO tags. "
+            "csv: a table of your own. embed: sentences without labels, for a model that embeds them.",
+        ),
+    ] = None
+    data: Annotated[
+        str | None,
+        _data(
+            "--data",
+            metavar="PATH|hub",
+            help="The folder of the original files; for csv the table, .csv, .tsv or .jsonl; for embed a "
+            "table too, or a .txt with a sentence per line. Or hub: the data set that the Hugging Face hub "
+            "has of the task; hub:NAME or hub:NAME:CONFIG: another one.",
+        ),
+    ] = None
+
     def load_sentences(self, pairs: str | None) -> TaskData:
         """Read the sentences of --task embed, and scored pairs if there are any.
 
@@ -150,17 +191,6 @@ class DataOptions:
             seed=self.split_seed,
         )
         return load_sentences(data, pairs=pairs, columns=CsvOptions(**columns))
-
-    def _task_and_data(self) -> tuple[str, str]:
-        from moebert_kernels.errors import UserError
-
-        if self.task is None or self.data is None:
-            missing = [name for name in ("task", "data") if getattr(self, name) is None]
-            raise UserError(
-                f"{' and '.join(f'--{name}' for name in missing)} must be given: "
-                "--task sst2 --data SST-2, for instance, or --task csv --data my.csv"
-            )
-        return self.task, self.data
 
 
 def _given(**options: Any) -> dict[str, Any]:
@@ -312,6 +342,14 @@ _OPTION_OF = {
     "num_shared": "--shared",
     "learning_rate": "--lr",
     "comparisons": "--compare",
+    "teacher_dir": "--teacher",
+    "student_dir": "--student",
+    "model_dir": "--model",
+    "output_dir": "--output",
+    "validation_file": "--validation-data",
+    "text": "--text-column",
+    "text_pair": "--pair-column",
+    "label": "--label-column",
 }
 
 

@@ -64,14 +64,18 @@ def test_a_benchmark_on_the_users_shapes(tmp_path):
         *(
             (
                 ["ffn", "--tokens", tokens],
-                f"expected whole numbers from 1 with commas between them, got '{tokens}'",
+                f"'--tokens': expected whole numbers from 1 with commas between them, got '{tokens}'",
             )
             for tokens in ("12,many", "0", "-4", "", "8,,9")
         ),
         (["ffn", "--toy", "--experts", "3", "--top-k", "4"], "at most the number of experts, 3, got 4"),
         (["ffn", "--device", "gpu"], "device must be cpu or cuda, got 'gpu'"),
-        (["ffn", "--dtype", "float32,"], "expected words with commas between them, got 'float32,'"),
+        (
+            ["ffn", "--dtype", "float32,"],
+            "'--dtype': expected words with commas between them, got 'float32,'",
+        ),
         (["ffn", "--limit", "-1"], "Invalid value for '--limit'"),
+        (["ffn", "--only", "a,"], "'--only': expected words with commas between them, got 'a,'"),
         (["ffn", "--peer-path", "nowhere"], "'--peer-path'"),
         (["ffn", "--toy", "--device", "cpu", "--out", "pyproject.toml/out"], "Not a directory"),
         (["ffn", "--sequence", "8"], "ffn has no --sequence; its shapes are chosen by --tokens, --hidden"),
@@ -97,6 +101,17 @@ def test_wrong_options_are_explained(arguments, message):
     result = invoke(*arguments)
     assert result.exit_code == 2
     assert message in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("value", ["0", "x"])
+def test_a_value_that_is_refused_is_told(value):
+    """pydantic says what it expects alone."""
+    result = invoke("ffn", "--expert-size", value)
+    assert result.exit_code == 2
+    text = " ".join(result.output.split())
+    assert "Invalid value for '--expert-size': " in text
+    assert re.search(rf"got {value} |{value}.* is not ", text)
+    assert text.count(f"got {value}") < 2
 
 
 @pytest.mark.parametrize("name", OPS)

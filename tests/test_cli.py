@@ -123,6 +123,7 @@ def test_a_moe_is_no_teacher(call):
 
 def test_the_stages_one_by_one_make_what_compress_makes(call, folder):
     common = f"--teacher teacher {TABLE}"
+    said = {}
     for command in (
         f"importance {common} --per-token --output one/scores.safetensors",
         f"adapt {common} --importance one/scores.safetensors --routing hash-affinity --output one/adapted",
@@ -132,6 +133,8 @@ def test_the_stages_one_by_one_make_what_compress_makes(call, folder):
     ):
         result = call(command)
         assert result.exit_code == 0, command + result.output + result.stderr
+        said[command.split()[0]] = result.stdout.splitlines()[-1]
+    assert said["distill"] == f"see how good it is: moebert evaluate --model one/student {TABLE}"
     mine = AutoModelForSequenceClassification.from_pretrained(folder / "one" / "student")
     theirs = AutoModelForSequenceClassification.from_pretrained(folder / "all" / "student")
     assert mine.state_dict().keys() == theirs.state_dict().keys()
@@ -149,7 +152,8 @@ def test_affinity_step_by_step(call, folder):
     adapt = f"adapt --teacher teacher --routing hash-affinity --experts 8 --expert-size 16 --shared 4 {TABLE}"
     result = call(f"{adapt} --importance plain.safetensors --output affine")
     assert result.exit_code == 2
-    assert "importance --per-token" in result.stderr
+    assert_user_error(result, "--importance: plain.safetensors has no scores", "importance --per-token`")
+    assert "compute_importance" not in result.stderr
     result = call(f"importance --teacher teacher {TABLE} --per-token --output tokens.safetensors")
     assert result.exit_code == 0, result.output + result.stderr
     result = call(f"{adapt} --importance tokens.safetensors --output affine")
@@ -204,13 +208,28 @@ def test_published_importance_converts(call, folder):
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        (f"compress --teacher nowhere {TABLE} --output x", ["there is no folder nowhere"]),
-        ("compress --teacher teacher --task sst2 --data nowhere --output x", ["nowhere", "train.tsv"]),
-        ("compress --teacher teacher --task csv --data nowhere.csv --output x", ["nowhere.csv"]),
+        (f"compress --teacher nowhere {TABLE} --output x", ["--teacher: there is no folder nowhere"]),
+        (f"compress --teacher reviews.csv {TABLE} --output x", ["--teacher: reviews.csv is a file"]),
+        (
+            "compress --teacher teacher --task sst2 --data nowhere --output x",
+            ["--data: nowhere", "train.tsv"],
+        ),
+        ("compress --teacher teacher --task csv --data nowhere.csv --output x", ["--data: nowhere.csv"]),
+        (
+            f"{COMPRESS} {TABLE} --validation-data nowhere.csv",
+            ["--validation-data: nowhere.csv is not a file"],
+        ),
         ("compress --teacher teacher --output x", ["--task", "--data"]),
         (
             "compress --teacher teacher --task csv --data reviews.csv --output x",
-            ["no column 'label'", "review, stars"],
+            [
+                "--data: reviews.csv has no column 'text' and no column 'label'",
+                "its columns are review, stars; choose from them by --text-column, --label-column",
+            ],
+        ),
+        (
+            f"{COMPRESS} {TABLE} --pair-column other",
+            ["has no column 'other'; its columns are review, stars;", "by --pair-column"],
         ),
         (
             "compress --teacher teacher --task sst2 --data . --text-column review --output x",
@@ -243,25 +262,31 @@ def test_published_importance_converts(call, folder):
             f"compress --teacher teacher {TABLE} --measure-length 8 --output teacher",
             ["already holds a model"],
         ),
-        (f"compress --teacher teacher {TABLE} --output another", ["another already holds a model"]),
-        (f"compress --teacher teacher {TABLE} --output reviews.csv", ["reviews.csv is a file"]),
+        (f"compress --teacher teacher {TABLE} --output another", ["--output: another already holds a model"]),
+        (f"compress --teacher teacher {TABLE} --output reviews.csv", ["--output: reviews.csv is a file"]),
         (
             f"compress --teacher teacher {TABLE} --measure-length 8 --output mine",
-            ["mine holds thesis.tex, which no run of this command has made", "an empty output folder"],
+            [
+                "--output: mine holds thesis.tex, which no run of this command has made",
+                "an empty output folder",
+            ],
         ),
         (
             "adapt --teacher teacher --random-split --output mine",
-            ["mine holds thesis.tex: give a new or an empty"],
+            ["--output: mine holds thesis.tex: give a new or an empty"],
         ),
-        (f"compress --teacher untokenized {TABLE} --output x", ["untokenized holds no tokenizer"]),
+        (f"compress --teacher untokenized {TABLE} --output x", ["--teacher: untokenized holds no tokenizer"]),
         (f"importance --teacher untokenized {TABLE} --output x.safetensors", ["holds no tokenizer"]),
-        (f"evaluate --model untokenized {TABLE}", ["holds no tokenizer"]),
+        (f"evaluate --model untokenized {TABLE}", ["--model: untokenized holds no tokenizer"]),
         (f"evaluate --model teacher {TABLE.replace('12', '17')}", ["--max-length is 17", "at most 16"]),
         (
             f"importance --teacher teacher {TABLE.replace('12', '17')} --output x.safetensors",
             ["--max-length is 17"],
         ),
-        (f"importance --teacher teacher {TABLE} --output reviews.csv", ["must be named .safetensors"]),
+        (
+            f"importance --teacher teacher {TABLE} --output reviews.csv",
+            ["--output: reviews.csv must be named .safetensors"],
+        ),
         (
             f"importance --teacher teacher {TABLE} --output teacher/model.safetensors",
             ["does not hold importance scores"],
@@ -276,16 +301,29 @@ def test_published_importance_converts(call, folder):
         ("evaluate --model teacher --task conll --data .", ["no train file"]),
         (f"importance {TABLE} --output x", ["--teacher", "--convert"]),
         ("importance --teacher teacher --output x", ["--task and --data must be given"]),
-        ("importance --convert reviews.csv --output x.safetensors", ["reviews.csv"]),
+        ("importance --convert reviews.csv --output x.safetensors", ["--convert: reviews.csv"]),
         ("adapt --teacher teacher --output x", ["--importance", "--random-split"]),
-        ("adapt --teacher teacher --importance nowhere --output x", ["no importance file nowhere"]),
+        (
+            "adapt --teacher teacher --importance nowhere --output x",
+            ["--importance: there is no importance file nowhere"],
+        ),
         ("adapt --teacher teacher --random-split --routing hash-balance --output x", ["--task"]),
         ("adapt --teacher teacher --random-split --routing hash-affinity --output x", ["--task"]),
+        (
+            f"adapt --teacher teacher --random-split --routing hash-affinity {TABLE} --output x",
+            ["--routing must not be hash-affinity in a split at random"],
+        ),
         ("adapt --teacher teacher --random-split --output teacher", ["already holds a model"]),
-        (f"distill --student teacher --teacher teacher {TABLE} --output x", ["no experts", "moebert adapt"]),
-        (f"evaluate --model nowhere {TABLE}", ["nowhere"]),
-        (f"finetune --model nowhere/at/all {TABLE} --output x", ["no folder nowhere/at/all", "the hub"]),
-        (f"finetune --model teacher {TABLE} --output teacher", ["teacher exists already"]),
+        (
+            f"distill --student teacher --teacher teacher {TABLE} --output x",
+            ["--student: ", "no experts", "moebert adapt"],
+        ),
+        (f"evaluate --model nowhere {TABLE}", ["--model: there is no folder nowhere"]),
+        (
+            f"finetune --model nowhere/at/all {TABLE} --output x",
+            ["--model: there is no folder nowhere/at/all", "the hub"],
+        ),
+        (f"finetune --model teacher {TABLE} --output teacher", ["--output: teacher exists already"]),
     ],
 )
 def test_wrong_input_gets_one_sentence(call, folder, command, words):
@@ -303,7 +341,9 @@ def test_wrong_input_gets_one_sentence(call, folder, command, words):
         ),
         ("compress --task imdb --teacher t --output o", ["imdb", "sst2", "csv"]),
         ("compress --output o", ["--teacher"]),
-        ("compress --epochs many --teacher t --output o", ["--epochs", "valid number"]),
+        ("compress --task sst --teacher t --output o", ["Invalid value for '--task': 'sst' is not one of"]),
+        ("compress --epochs many --teacher t --output o", ["--epochs", "valid number", "many"]),
+        ("bench ffn --tokens x", ["'--tokens'", "'x'"]),
         ("squeeze", ["squeeze"]),
     ],
 )
@@ -389,6 +429,16 @@ def test_help_of_every_command_has_an_example_or_needs_none(call, name):
         assert f"moebert {name} --" in result.stdout
 
 
+def test_help_offers_a_task_to_the_one_command_that_knows_it(call):
+    """Five commands explained embed, and refused it."""
+    for name in COMMANDS:
+        shown = call(f"{name} --help").stdout
+        assert ("embed" in shown) == (name == "compress"), name
+        if name in ("finetune", "importance", "adapt", "distill", "evaluate"):
+            listed = re.sub(r"[^a-z0-9_|]", "", shown)
+            assert "|".join(task_names()) in listed, name
+
+
 def test_help_of_compress_says_where_defaults_come_from(call):
     text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", call("compress --help").stdout).split())
     for expected in (
@@ -462,8 +512,21 @@ def test_a_model_that_embeds_sentences_end_to_end(call, folder):
             ["--kind does not apply to --task embed"],
         ),
         (f"{COMPRESS} --task embed", ["--data must be given"]),
-        (f"{COMPRESS} --task embed --data s.txt", ["s.txt is not a file"]),
+        (f"{COMPRESS} --task embed --data s.txt", ["--data: s.txt is not a file"]),
+        (
+            f"{COMPRESS} --task embed --data {__file__}",
+            [f"--data: {__file__} must be named .csv"],
+        ),
+        (
+            "compress --teacher nowhere --output x --task embed --data sentences.txt",
+            ["--teacher: there is no nowhere/modules.json"],
+        ),
+        (
+            f"{COMPRESS} --task embed --data sentences.txt --pairs mine",
+            ["--pairs: mine/train.tsv is not a file"],
+        ),
     ],
 )
-def test_options_of_embedding_that_do_not_fit(call, command, words):
+def test_options_of_embedding_that_do_not_fit(call, folder, command, words):
+    (folder / "sentences.txt").write_text("\n".join(TEXTS))
     assert_user_error(call(command), *words)

@@ -337,7 +337,7 @@ def test_what_cannot_work_is_said_before_any_work(teacher, tmp_path):
             compress(settings, data or make_data(), teacher, output)
         assert not output.exists() or not list(output.glob("work/**/*"))
 
-    refused("there is no folder", teacher=tmp_path / "nowhere")
+    refused("^teacher_dir: there is no folder", teacher=tmp_path / "nowhere")
     refused("not a model for classification", teacher=make_teacher(tmp_path / "mlm", head=BertForMaskedLM))
     refused("need 142 neurons", settings=replace(SETTINGS, expert_size=40, num_shared=6))
     affinity = replace(SETTINGS, routing="hash-affinity", expert_size=40, num_shared=6)
@@ -347,7 +347,7 @@ def test_what_cannot_work_is_said_before_any_work(teacher, tmp_path):
     refused("already holds a model", output=teacher)
     file = tmp_path / "file"
     file.write_text("")
-    with pytest.raises(UserError, match="is a file; give a folder"):
+    with pytest.raises(UserError, match=r"^output_dir: .* is a file; give a folder"):
         compress(SETTINGS, make_data(), teacher, file)
     (output / "student").mkdir(parents=True)
     (output / "student" / "thesis.tex").write_text("years of work")

@@ -2,6 +2,7 @@
 
 import pytest
 
+from moebert_kernels.compress.files import read_table, read_text
 from moebert_kernels.compress.sentences import load_sentences
 from moebert_kernels.compress.tasks.tables import CsvOptions
 from moebert_kernels.errors import UserError
@@ -68,9 +69,10 @@ def test_scored_pairs_of_the_original_files(tmp_path):
     [
         ("s.txt", "a\nb\n\nc\n", None, {}, "s.txt has 3 sentences, expected at least 4"),
         ("s.txt", "a\nb\nc\nd", None, {"validation_fraction": 1.0}, "is 1.0, expected between 0 and 1"),
-        ("s.csv", "x\na\nb\nc\nd\n", None, {}, "no column 'text'; its columns are x"),
+        ("s.csv", "x\na\nb\nc\nd\n", None, {}, "no column 'text'; its columns are x; .* by text$"),
         ("s.pdf", "a\nb\nc\nd", None, {}, "must be named .csv"),
         ("s.txt", "a\nb\nc\nd", "text,label\na,1\nb,2\n", {}, "no column 'text_pair'"),
+        ("s.txt", "a\nb\nc\nd", "text,x\na,1\nb,2\n", {}, "^pairs: .*'text_pair' and no column 'label'; .*"),
         ("s.txt", "a\nb\nc\nd", "text,text_pair,label\na,b,high\nc,d,1\n", {}, "'high' .* is not a number"),
         ("s.txt", "a\nb\nc\nd", "text,text_pair,label\na,b,1\n", {}, "has one pair, expected at least 2"),
     ],
@@ -85,3 +87,23 @@ def test_files_that_do_not_fit_are_refused(name, text, pairs, options, message, 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"nowhere\.txt is not a file"):
         load_sentences(tmp_path / "nowhere.txt")
+
+
+@pytest.mark.parametrize(
+    ("load", "name", "listed"),
+    [
+        (read_table, "nowhere.csv", "c.JSONL, z.tsv, a.md, b.txt"),
+        (read_text, "nowhere.txt", "b.txt, a.md, c.JSONL, z.tsv"),
+        (load_sentences, "nowhere.csv", "b.txt, c.JSONL, z.tsv, a.md"),
+    ],
+)
+def test_files_that_may_be_meant_come_first_and_hidden_ones_not_at_all(load, name, listed, tmp_path):
+    """Hidden files filled the list."""
+    (tmp_path / ".csv").mkdir()
+    (tmp_path / ".git").mkdir()
+    with pytest.raises(UserError, match=r"is not a file; .* holds hidden files alone$"):
+        load(tmp_path / name)
+    for other in ("a.md", "b.txt", "c.JSONL", "z.tsv", ".hidden.csv"):
+        write(tmp_path / other, "")
+    with pytest.raises(UserError, match=f"is not a file; .* holds {listed}$"):
+        load(tmp_path / name)

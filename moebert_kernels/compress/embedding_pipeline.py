@@ -36,7 +36,7 @@ from moebert_kernels.compress.sentences import PAIRS
 from moebert_kernels.compress.settings import CompressSettings, resolve
 from moebert_kernels.compress.stages import Progress
 from moebert_kernels.compress.tasks import EncodedData, EncodedRows, TaskData
-from moebert_kernels.errors import UserError
+from moebert_kernels.errors import UserError, naming
 from moebert_kernels.models import find_ffns, is_moe
 
 _MOST_COMPARED = 1000  # sentences, each with each
@@ -68,13 +68,8 @@ def compress_embeddings(
         UserError: as `pipeline.compress`.
     """
     teacher_dir = Path(teacher_dir)
-    encoder = load_sentence_encoder(teacher_dir)
-    if is_moe(encoder.model.config):
-        raise UserError(f"the model in {teacher_dir} is a MoE already: give the dense model it was made of")
-    try:
-        find_ffns(encoder.model)
-    except ValueError as error:
-        raise UserError(f"the model in {teacher_dir} cannot become a MoE: {error}") from None
+    with naming("teacher_dir"):
+        encoder = _load_teacher(teacher_dir)
     if settings.max_length is None:
         settings = replace(settings, max_length=encoder.max_length)
     settings = resolve(
@@ -84,6 +79,17 @@ def compress_embeddings(
     processes.rows_each(settings.batch_size)  # refuses what does not divide
     encoder = replace(encoder, max_length=settings.max_length)
     return results_of(_EmbeddingRun(settings, data, encoder, Path(output_dir), progress, say))
+
+
+def _load_teacher(folder: Path) -> SentenceEncoder:
+    encoder = load_sentence_encoder(folder)
+    if is_moe(encoder.model.config):
+        raise UserError(f"the model in {folder} is a MoE already: give the dense model it was made of")
+    try:
+        find_ffns(encoder.model)
+    except ValueError as error:
+        raise UserError(f"the model in {folder} cannot become a MoE: {error}") from None
+    return encoder
 
 
 class _EmbeddingRun(Run):

@@ -13,6 +13,8 @@ from moebert_kernels.errors import UserError
 
 Records = list[tuple[int, list[str]]]
 
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
+
 
 @dataclass(frozen=True)
 class Table:
@@ -69,6 +71,7 @@ def read_table(path: Path, columns: tuple[str, ...] | None = None, *, join_broke
         UserError: the file is missing, of another suffix, not UTF-8, without rows, or has a row with more or
             fewer fields than columns.
     """
+    check_file(path, TABLE_SUFFIXES)
     text = read_text(path)
     suffix = path.suffix.lower()
     if suffix == ".jsonl":
@@ -91,14 +94,19 @@ def read_table(path: Path, columns: tuple[str, ...] | None = None, *, join_broke
     return Table(str(path), columns, [fields for _, fields in records], [line for line, _ in records])
 
 
+def check_file(path: Path, suffixes: tuple[str, ...]) -> None:
+    """Raise a UserError unless there is a file; it lists first what may be meant, by these suffixes."""
+    if not path.is_file():
+        raise UserError(f"{path} is not a file; {describe_folder(path.parent, first=suffixes)}")
+
+
 def read_text(path: Path) -> str:
     """Read a UTF-8 file, without its byte-order mark.
 
     Raises:
         UserError: the file is missing or not UTF-8.
     """
-    if not path.is_file():
-        raise UserError(f"{path} is not a file; {describe_folder(path.parent)}")
+    check_file(path, (path.suffix,))
     data = path.read_bytes()
     try:
         return data.decode("utf-8-sig")
@@ -127,13 +135,16 @@ def split_lines(text: str) -> list[str]:
     return [line.removesuffix("\r") for line in text.split("\n")]
 
 
-def describe_folder(folder: Path) -> str:
-    """What a folder holds, for messages about what it lacks."""
+def describe_folder(folder: Path, *, first: tuple[str, ...] = ()) -> str:
+    """What a folder holds, for messages about what it lacks; files of the suffixes `first` come first."""
     if not folder.is_dir():
         return f"there is no folder {folder}"
-    names = sorted(entry.name for entry in folder.iterdir())
-    if not names:
+    entries = sorted(folder.iterdir(), key=lambda entry: (entry.suffix.lower() not in first, entry.name))
+    if not entries:
         return f"{folder} is empty"
+    names = [entry.name for entry in entries if not entry.name.startswith(".")]
+    if not names:
+        return f"{folder} holds hidden files alone"
     return f"{folder} holds {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}"
 
 

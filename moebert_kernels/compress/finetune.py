@@ -33,7 +33,7 @@ from moebert_kernels.compress.precision import check_bf16
 from moebert_kernels.compress.settings import MAX_SEED, check_learning_rate
 from moebert_kernels.compress.tasks import KINDS, Task, TaskData, tokenize
 from moebert_kernels.compress.writing import writing
-from moebert_kernels.errors import ArgumentError, UserError
+from moebert_kernels.errors import ArgumentError, UserError, naming
 from moebert_kernels.models.surgery import find_ffns
 
 
@@ -82,8 +82,9 @@ def finetune(
         OutputError: a checkpoint or the model cannot be written.
     """
     output_dir = Path(output_dir)
-    if processes.on_main(output_dir.exists):
-        raise UserError(f"{output_dir} exists already; delete it or choose another folder")
+    with naming("output_dir"):
+        if processes.on_main(output_dir.exists):
+            raise UserError(f"{output_dir} exists already; delete it or choose another folder")
     check_learning_rate("lr", lr)
     for name, value in (("epochs", epochs), ("batch_size", batch_size)):
         if not 0 < value < float("inf"):
@@ -95,8 +96,9 @@ def finetune(
         raise ArgumentError("seed", f"must be 0 to {MAX_SEED}, got {seed}")
     processes.rows_each(batch_size)  # refuses what does not divide
     set_seed(seed)
-    network = _load(str(model), data.task)
-    tokenizer = load_tokenizer(model, network.config)
+    with naming("model"):
+        network = _load(str(model), data.task)
+        tokenizer = load_tokenizer(model, network.config)
     default = KINDS[data.task.kind].default_length
     max_length = row_length(max_length, network.config, tokenizer, "max_length", default=default)
     tokenized = tokenize(data, tokenizer, max_length)

@@ -169,7 +169,7 @@ def warn_of_other_rows(teacher_dir: Path, data: TaskData) -> None:
 def check_no_model(folder: Path) -> None:
     """Raise a UserError if `folder` cannot take a new model: it is a file, or holds a model already."""
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"the output {folder} is a file; give a folder")
+        raise UserError(f"{folder} is a file; give a folder")
     if (folder / "config.json").exists() or (folder / "model.safetensors").exists():
         raise UserError(f"{folder} already holds a model; give another output folder")
 

@@ -65,6 +65,7 @@ from moebert_kernels.compress.tasks import KINDS, EncodedData, TaskData, match_l
 from moebert_kernels.compress.token_scores import token_groups
 from moebert_kernels.compress.variants import STUDENT, Trial, over_seeds, trials
 from moebert_kernels.environment import describe_environment
+from moebert_kernels.errors import naming
 from moebert_kernels.models import (
     count_parameters,
     encoder_flops_per_token,
@@ -114,7 +115,8 @@ def compress(
         OutputError: the output folder cannot be written, for lack of room for instance.
     """
     teacher_dir, output_dir = Path(teacher_dir), Path(output_dir)
-    teacher, tokenizer = load_teacher(teacher_dir)
+    with naming("teacher_dir"):
+        teacher, tokenizer = load_teacher(teacher_dir)
     length = KINDS[data.task.kind].default_length
     settings = resolve(settings, teacher, tokenizer, num_rows=len(data.train), default_length=length)
     warn_of_other_rows(teacher_dir, data)
@@ -130,8 +132,10 @@ def results_of(run: Run) -> dict[str, Any]:
     Raises:
         UserError: the folder is no such run's, or in use.
     """
-    check_no_model(run.output_dir)
-    processes.on_main(lambda: claim(run.output_dir))  # before anything is put into a folder that is refused
+    with naming("output_dir"):
+        check_no_model(run.output_dir)
+        # Before anything is put into a folder that is refused.
+        processes.on_main(lambda: claim(run.output_dir))
     with exclusive(run.output_dir):
         processes.on_main(lambda: discard_unfinished(run.output_dir))
         return run.results()

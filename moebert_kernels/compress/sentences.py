@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 
-from moebert_kernels.compress.files import read_table, read_text, split_lines
-from moebert_kernels.compress.tasks import Task, TaskData, load_task
-from moebert_kernels.compress.tasks.tables import CsvOptions, labelled_rows
-from moebert_kernels.errors import ArgumentError, UserError
+from moebert_kernels.compress.files import TABLE_SUFFIXES, check_file, read_table, read_text, split_lines
+from moebert_kernels.compress.tasks import Task, TaskData
+from moebert_kernels.compress.tasks.glue import load_glue
+from moebert_kernels.compress.tasks.tables import CsvOptions, check_columns, labelled_rows
+from moebert_kernels.errors import ArgumentError, UserError, naming
 
 PAIRS = "pairs"
 
@@ -42,20 +43,15 @@ def load_sentences(
         raise ArgumentError(
             "validation_fraction", f"is {columns.validation_fraction}, expected between 0 and 1"
         )
-    path = Path(data)
-    if path.suffix.lower() == ".txt":
-        texts = split_lines(read_text(path))
-    else:
-        texts = read_table(path).column(columns.text)
-    texts = [text for text in texts if text.strip()]
-    if len(texts) < 4:
-        raise UserError(f"{path} has {len(texts)} sentences, expected at least 4: two are held out")
+    with naming("data"):
+        texts = _load_texts(Path(data), columns)
     count = min(max(round(len(texts) * columns.validation_fraction), 2), len(texts) - 2)
     out = np.sort(np.random.default_rng(columns.seed).permutation(len(texts))[:count])
     rows = Dataset.from_dict({"text": texts})
     metrics, further = ["cosine", "similarity_spearman"], {}
     if pairs is not None:
-        further[PAIRS] = _load_pairs(Path(pairs), columns)
+        with naming("pairs"):
+            further[PAIRS] = _load_pairs(Path(pairs), columns)
         metrics.append(f"spearman_{PAIRS}")
     main = metrics[-1] if further else metrics[0]
     task = Task("sentence embeddings", "embedding", (), tuple(metrics), main)
@@ -63,11 +59,27 @@ def load_sentences(
     return TaskData(task, rows.select(kept), rows.select(out), further)
 
 
+def _load_texts(path: Path, columns: CsvOptions) -> list[str]:
+    check_file(path, (".txt", *TABLE_SUFFIXES))
+    if path.suffix.lower() == ".txt":
+        texts = split_lines(read_text(path))
+    else:
+        table = read_table(path)
+        check_columns(table, text=columns.text)
+        texts = table.column(columns.text)
+    texts = [text for text in texts if text.strip()]
+    if len(texts) < 4:
+        raise UserError(f"{path} has {len(texts)} sentences, expected at least 4: two are held out")
+    return texts
+
+
 def _load_pairs(path: Path, columns: CsvOptions) -> Dataset:
     if path.is_dir():
-        return load_task("stsb", path).validation
+        return load_glue("stsb", path).validation
     pair = columns.text_pair or "text_pair"
-    rows = labelled_rows(read_table(path), columns.text, pair, columns.label, None)
+    table = read_table(path)
+    check_columns(table, text=columns.text, text_pair=pair, label=columns.label)
+    rows = labelled_rows(table, columns.text, pair, columns.label, None)
     if len(rows) < 2:
         raise UserError(f"{path} has one pair, expected at least 2: their order is what is judged")
     return rows

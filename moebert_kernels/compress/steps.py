@@ -35,7 +35,7 @@ from moebert_kernels.compress.stages import Progress
 from moebert_kernels.compress.tasks import KINDS, EncodedData, TaskData, match_labels, tokenize
 from moebert_kernels.compress.token_scores import token_groups
 from moebert_kernels.compress.writing import check_writable
-from moebert_kernels.errors import UserError
+from moebert_kernels.errors import ArgumentError, UserError, naming
 from moebert_kernels.models import find_ffns, is_moe
 
 
@@ -62,7 +62,8 @@ def score_teacher(
         UserError: teacher, data and settings do not fit, or `output` is something else.
     """
     check_scores_file(output)
-    teacher, tokenizer = load_teacher(teacher_dir)
+    with naming("teacher_dir"):
+        teacher, tokenizer = load_teacher(teacher_dir)
     encoded = _encode(match_labels(data, teacher.config), teacher, tokenizer, settings.max_length)
     rows = sample_rows(encoded.train, settings.importance_rows, settings.seed)
     group_V = token_groups(teacher, token_counts(rows, teacher.config.vocab_size)) if per_token else None
@@ -102,14 +103,19 @@ def split_teacher(
     Raises:
         UserError: sizes, scores and teacher do not fit, or data is missing.
     """
-    check_new_folder(output_dir)
-    teacher, tokenizer = load_teacher(teacher_dir)
+    with naming("output_dir"):
+        check_new_folder(output_dir)
+    with naming("teacher_dir"):
+        teacher, tokenizer = load_teacher(teacher_dir)
     ffns = find_ffns(teacher)
     scores: Importance | torch.Tensor
     if importance is None:
         scores = random_scores(len(ffns), ffns[0].w1.out_features, seed=settings.seed)
     else:
-        scores = Importance.load(importance)
+        with naming("importance"):
+            scores = Importance.load(importance)
+    if settings.routing == "hash-affinity":
+        _check_token_scores(scores, importance)
     counts_V = None
     if settings.routing in COUNTING_ROUTINGS:
         if data is None:
@@ -160,12 +166,17 @@ def distill_student(
     Raises:
         UserError: the folders' models do not fit each other or the data, or training diverged.
     """
-    check_new_folder(output_dir)
+    with naming("output_dir"):
+        check_new_folder(output_dir)
     processes.rows_each(settings.batch_size)  # refuses what does not divide
-    teacher, tokenizer = load_teacher(teacher_dir)
-    student = load_model(student_dir)[0]
-    if not is_moe(student.config):
-        raise UserError(f"the model in {student_dir} has no experts: make a MoE of it with `moebert adapt`")
+    with naming("teacher_dir"):
+        teacher, tokenizer = load_teacher(teacher_dir)
+    with naming("student_dir"):
+        student = load_model(student_dir)[0]
+        if not is_moe(student.config):
+            raise UserError(
+                f"the model in {student_dir} has no experts: make a MoE of it with `moebert adapt`"
+            )
     length = KINDS[data.task.kind].default_length
     settings = resolve(settings, teacher, tokenizer, num_rows=len(data.train), default_length=length)
     warn_of_other_rows(teacher_dir, data)
@@ -224,7 +235,8 @@ def evaluate_model(
     Raises:
         UserError: the folder holds no fine-tuned model, or one for another task.
     """
-    model, tokenizer = load_model(model_dir)
+    with naming("model_dir"):
+        model, tokenizer = load_model(model_dir)
     encoded = _encode(match_labels(data, model.config), model, tokenizer, max_length)
     _place(model)
     return evaluate(
@@ -235,17 +247,31 @@ def evaluate_model(
     )
 
 
-def check_scores_file(path: Path) -> None:
-    """Raise a UserError unless `path` may be written: a .safetensors that is not there or holds scores."""
-    if path.suffix != ".safetensors":
-        raise UserError(f"the output {path} must be named .safetensors")
-    if path.exists():
-        try:
-            Importance.load(path)
-        except UserError:
+def check_scores_file(output: Path) -> None:
+    """Raise a UserError unless `output` may be written: a .safetensors that is not there or holds scores."""
+    with naming("output"):
+        if output.suffix != ".safetensors":
+            raise UserError(f"{output} must be named .safetensors")
+        if output.exists():
+            try:
+                Importance.load(output)
+            except UserError:
+                raise UserError(
+                    f"{output} exists and does not hold importance scores; give another output"
+                ) from None
+
+
+def _check_token_scores(scores: Importance | torch.Tensor, path: Path | None) -> None:
+    if path is None or isinstance(scores, torch.Tensor):
+        raise ArgumentError(
+            "routing", "must not be hash-affinity in a split at random: that chooses experts by importance"
+        )
+    if scores.tokens is None:
+        with naming("importance"):
             raise UserError(
-                f"{path} exists and does not hold importance scores; give another output"
-            ) from None
+                f"{path} has no scores of tokens, which hash-affinity needs: score the teacher again with "
+                "`moebert importance --per-token`"
+            )
 
 
 def _encode(

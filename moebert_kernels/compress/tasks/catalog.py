@@ -10,7 +10,7 @@ from moebert_kernels.compress.tasks.hub import HubName
 from moebert_kernels.compress.tasks.squad import SQUAD_NAMES, load_squad
 from moebert_kernels.compress.tasks.tables import CsvOptions, load_table
 from moebert_kernels.compress.tasks.task import AnswerOptions, TaskData
-from moebert_kernels.errors import UserError
+from moebert_kernels.errors import UserError, naming
 
 
 def task_names() -> tuple[str, ...]:
@@ -42,11 +42,12 @@ def load_task(
         raise UserError(f"column and validation options belong to task csv, not to {name}")
     if answers is not None and name not in SQUAD_NAMES:
         raise UserError(f"options for finding answers belong to {' and '.join(SQUAD_NAMES)}, not to {name}")
-    source = HubName.parse(data) or Path(data)
-    if name == "csv":
-        return load_table(source, csv or CsvOptions())
-    if name == "conll":
-        return load_conll(source)
-    if name in SQUAD_NAMES:
-        return load_squad(name, source, answers or AnswerOptions())
-    return load_glue(name, source)
+    with naming("data"):
+        source = HubName.parse(data) or Path(data)
+        if name == "csv":
+            return load_table(source, csv or CsvOptions())
+        if name == "conll":
+            return load_conll(source)
+        if name in SQUAD_NAMES:
+            return load_squad(name, source, answers or AnswerOptions())
+        return load_glue(name, source)

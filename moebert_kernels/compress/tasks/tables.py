@@ -15,7 +15,7 @@ from datasets import Dataset
 from moebert_kernels.compress.files import Table, read_table
 from moebert_kernels.compress.tasks.hub import HubName, as_table
 from moebert_kernels.compress.tasks.task import Task, TaskData
-from moebert_kernels.errors import ArgumentError, UserError
+from moebert_kernels.errors import ArgumentError, ColumnsError, UserError, naming
 
 _FEW_ROWS = 8  # too few to tell classes from labels that are all different
 _FEW_VALIDATION_ROWS = 30  # one row more or less that is right moves the score by three points and more
@@ -63,7 +63,7 @@ def load_table(data: HubName | Path, options: CsvOptions) -> TaskData:
             or no row of some label is left to train on.
     """
     if options.kind not in (None, *_KINDS):
-        raise UserError(f"kind is {options.kind!r}, expected {' or '.join(_KINDS)}")
+        raise ArgumentError("kind", f"is {options.kind!r}, expected {' or '.join(_KINDS)}")
     if options.validation_file is None and not 0 < options.validation_fraction < 1:
         raise ArgumentError(
             "validation_fraction", f"must be between 0 and 1, got {options.validation_fraction}"
@@ -71,6 +71,8 @@ def load_table(data: HubName | Path, options: CsvOptions) -> TaskData:
     if options.seed < 0:
         raise ArgumentError("split_seed", f"must not be negative, got {options.seed}")
     table, second = _read(data, options)
+    columns = {"text": options.text, "text_pair": options.text_pair, "label": options.label}
+    check_columns(table, **columns)
     kind = options.kind or _infer_kind(table, options.label)
     name = data.stem if isinstance(data, Path) else str(data)
     label_ids = None
@@ -88,13 +90,15 @@ def load_table(data: HubName | Path, options: CsvOptions) -> TaskData:
         label_ids = {label: i for i, label in enumerate(label_names)}
 
     def load(table: Table) -> Dataset:
+        check_columns(table, **columns)
         rows = labelled_rows(table, options.text, options.text_pair, options.label, label_ids)
         _warn_of_empty_texts(table, options.text)
         return rows
 
     rows = load(table)
     if second is not None:
-        data_of_task = TaskData(task, rows, load(second))
+        with naming("data" if options.validation_file is None else "validation_file"):
+            data_of_task = TaskData(task, rows, load(second))
     else:
         if len(rows) < 2:
             raise UserError(f"{table.source} has one row, too few to hold any out for validation")
@@ -104,6 +108,14 @@ def load_table(data: HubName | Path, options: CsvOptions) -> TaskData:
         data_of_task = TaskData(task, rows.select(kept), rows.select(out))
     _check_numbers_of_rows(data_of_task, table.source)
     return data_of_task
+
+
+def check_columns(table: Table, **names: str | None) -> None:
+    """Raise an error that tells of all columns that are missing; `names` are by fields of `CsvOptions`."""
+    given = {field: name for field, name in names.items() if name is not None}
+    missing = {field: name for field, name in given.items() if name not in table.columns}
+    if missing:
+        raise ColumnsError(table.source, missing, table.columns)
 
 
 def _warn_of_empty_texts(table: Table, column: str) -> None:
@@ -167,7 +179,10 @@ def labelled_rows(
 
 
 def _read(data: HubName | Path, options: CsvOptions) -> tuple[Table, Table | None]:
-    second = None if options.validation_file is None else read_table(Path(options.validation_file))
+    second = None
+    if options.validation_file is not None:
+        with naming("validation_file"):
+            second = read_table(Path(options.validation_file))
     if isinstance(data, Path):
         if data.is_dir():
             raise UserError(f"{data} is a folder; task csv needs a .csv, .tsv or .jsonl file")

@@ -239,7 +239,7 @@ class ExpertOptions:
 
 
 BFloat16 = Annotated[
-    bool, _training("--bf16", help="Matrix products in bfloat16: faster where the processor has it.")
+    bool, _training("--bf16", help="Matrix products in bfloat16: faster on GPUs and some processors.")
 ]
 
 

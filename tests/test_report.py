@@ -281,6 +281,16 @@ def test_models_of_equal_cost_stand_beside_the_student(results):
     assert "fewer layers: total from 3.5 to 1.17" in alternatives[4]
 
 
+def test_a_simpler_model_that_is_better_is_said_to_be(results):
+    """The report praised the student beside a narrow network that had left it behind."""
+    models = {entry["name"]: entry for entry in of_equal_cost(results)["models"]}
+    models["student"]["quality"]["accuracy"] = 0.9
+    assert "ahead" not in " ".join(summarize(results))
+    models["narrow FFN"]["quality"]["accuracy"] = 0.92
+    text = "The narrow FFN is ahead of the student by 0.020: here experts gain nothing on it."
+    assert text in " ".join(summarize(results))
+
+
 def test_a_single_layer_is_named_as_one(results):
     of_equal_cost(results)["models"][-1]["kept_layers"] = [6]
     assert "the teacher's layer 6 alone" in " ".join(summarize(results))

@@ -128,11 +128,10 @@ def _comparison(results: dict[str, Any]) -> str:
         share = model["encoder_flops_per_token"] / models["student"]["encoder_flops_per_token"]
         quality = quality_of(model, metric)
         found.append(f"the teacher's {layers} alone, with {share:.2f} times the work, {quality}")
-    text = (
-        f"Distilled in the same way and at about the cost of the MoE, {' and '.join(found)}. "
-        if found
-        else ""
-    )
+    text = ""
+    if found:
+        text = f"Distilled in the same way and at about the cost of the MoE, {' and '.join(found)}. "
+        text += _ahead(models, metric)
     seeds = len(models["student"].get("seeds", ()))
     if seeds:
         text += (
@@ -140,6 +139,21 @@ def _comparison(results: dict[str, Any]) -> str:
         )
         text += "what is not drawn or trained has one value."
     return text.strip()
+
+
+def _ahead(models: dict[str, dict[str, Any]], metric: str) -> str:
+    """That something simpler of the same cost is better than the student, if it is."""
+    compared = ("student", "narrow FFN", "fewer layers")
+    quality = {
+        name: models[name]["quality"][metric]
+        for name in compared
+        if name in models and metric in models[name]["quality"]
+    }
+    best = max(quality, key=quality.__getitem__, default="student")
+    ahead = quality[best] - quality["student"] if "student" in quality else 0.0
+    if ahead < 5e-4:
+        return ""
+    return f"The {best} is ahead of the student by {ahead:.3f}: here experts gain nothing on it. "
 
 
 def _storage_sentence(teacher: dict[str, Any], student: dict[str, Any]) -> str:

@@ -25,6 +25,7 @@ TaskName = Literal[GlueName, "squad", "squad_v2", "conll", "csv", "embed"]
 Kind = Literal["classification", "regression"]
 Routing = Literal["hash-random", "hash-balance", "hash-affinity", "gate-token", "gate-sentence"]
 
+_TASKS = "With official metrics: GLUE's, SQuAD's, or conll, words with BIO tags. csv: a table of your own."
 _data = functools.partial(typer.Option, rich_help_panel="Task and data")
 _table = functools.partial(typer.Option, rich_help_panel="Your own table")
 _answers = functools.partial(typer.Option, rich_help_panel="Answers, with --task squad or squad_v2")
@@ -42,8 +43,7 @@ class DataOptions:
             "--task",
             # "embed" is refused with a reason rather than unknown.
             metavar=f"[{'|'.join(name for name in get_args(TaskName) if name != 'embed')}]",
-            help="With official metrics: GLUE's, SQuAD's, or conll, words with BIO tags. "
-            "csv: a table of your own.",
+            help=_TASKS,
         ),
     ] = None
     data: Annotated[
@@ -153,8 +153,7 @@ class CompressDataOptions(DataOptions):
         TaskName | None,
         _data(
             "--task",
-            help="With official metrics: GLUE's, SQuAD's, or conll, words with BIO tags. "
-            "csv: a table of your own. embed: sentences without labels, for a model that embeds them.",
+            help=f"{_TASKS} embed: sentences without labels, for a model that embeds them.",
         ),
     ] = None
     data: Annotated[

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_ops import make_inputs, ours, reference, used
+from torch import library
 
 from moebert_kernels import RoutingPlan, backends, cpu, cpu_native, cpu_rows, native, ops
 
@@ -189,14 +190,10 @@ def test_opcheck_is_clean(K, dtype):
     sort = (plan.order_S, plan.offsets_E1)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     weights = (t["w1"], t["b1"], t["w2"], t["b2"])
-    torch.library.opcheck(
-        ops.expert_ffn, (t["x"], *sort, *weights, None, "gelu", K, True, True), test_utils=checks
-    )
+    library.opcheck(ops.expert_ffn, (t["x"], *sort, *weights, None, "gelu", K, True, True), test_utils=checks)
     z = torch.randn(9 * K, 6).to(dtype).requires_grad_()
     norm = (t["ln_w"], t["ln_b"], t["gate"], None, 1e-12, 0.0)
-    torch.library.opcheck(
-        ops.expert_norm, (z, t["residual"], plan.expert_ids_TK, *sort, *norm), test_utils=checks
-    )
+    library.opcheck(ops.expert_norm, (z, t["residual"], plan.expert_ids_TK, *sort, *norm), test_utils=checks)
 
 
 @pytest.mark.parametrize("rows", [1, 31, 32, 33, 63, 64, 65, 100, 2047, 2048, 100_003])

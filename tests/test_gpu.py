@@ -16,6 +16,7 @@ from kernel_checks import (
     run,
     slack_of_long_sums,
 )
+from torch import library
 
 from moebert_kernels import MoEFFN, RoutingPlan, backends, moe_ffn, ops
 
@@ -220,12 +221,12 @@ def test_opcheck_is_clean():
     plan = plan_of(case, "cuda")
     sort = (plan.order_S, plan.offsets_E1)
     weights = (t["w1"], t["b1"], t["w2"], t["b2"])
-    torch.library.opcheck(ops.expert_ffn, (t["x"], *sort, *weights, t["gate"], "gelu", 2, False, True))
+    library.opcheck(ops.expert_ffn, (t["x"], *sort, *weights, t["gate"], "gelu", 2, False, True))
     z_SD = torch.randn(18, 16, device="cuda", requires_grad=True)
     ln = torch.randn(4, 16, device="cuda", requires_grad=True)
     seed = torch.tensor([3], device="cuda")
     norm = (z_SD, t["x"], plan.expert_ids_TK, *sort, ln, ln.detach().clone(), t["gate"], seed, 1e-12, 0.1)
-    torch.library.opcheck(ops.expert_norm, norm)
+    library.opcheck(ops.expert_norm, norm)
 
 
 def test_autocast_equals_explicit_casts():

@@ -1,4 +1,4 @@
-"""The operator contract on the CPU: float64 python_ref for values and gradients, torch.library's rules."""
+"""The operator contract on the CPU: float64 python_ref for values and gradients, PyTorch's rules."""
 
 import itertools
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import library
 
 from moebert_kernels import RoutingPlan, moe_ffn, ops
 from python_ref import ffn as ref
@@ -252,7 +253,7 @@ def test_opcheck_is_clean(K):
         inputs = (t["x"], *sort, *weights, gate, "gelu", K, per_slot, save)
         if not save:
             inputs = tuple(i.detach() if isinstance(i, torch.Tensor) else i for i in inputs)
-        torch.library.opcheck(ops.expert_ffn, inputs)
+        library.opcheck(ops.expert_ffn, inputs)
     z = torch.randn(9 * K, 6, dtype=torch.float64, requires_grad=True)
     norm = (t["ln_w"], t["ln_b"], t["gate"])
     for seed in (None, torch.tensor([3])):
@@ -266,7 +267,7 @@ def test_opcheck_is_clean(K):
             1e-12,
             0.1 if seed is not None else 0.0,
         )
-        torch.library.opcheck(ops.expert_norm, inputs)
+        library.opcheck(ops.expert_norm, inputs)
 
 
 @pytest.mark.slow

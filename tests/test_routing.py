@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import library
 
 import python_ref.routing as ref
 from moebert_kernels.routing import (
@@ -254,6 +255,6 @@ def test_the_id_of_a_padding_token_may_be_anything():
 
 
 def test_plan_operators_pass_opcheck():
-    torch.library.opcheck(builder.plan_from_expert_ids, (torch.tensor([[1, -1, 0, 3]]), 4))
+    library.opcheck(builder.plan_from_expert_ids, (torch.tensor([[1, -1, 0, 3]]), 4))
     tables_LV, mask_T = hash_random_tables(2, 50, 4), torch.tensor([True, False, True])
-    torch.library.opcheck(builder.plan_from_input_ids, (torch.tensor([4, 7, 9]), tables_LV, mask_T, 4))
+    library.opcheck(builder.plan_from_input_ids, (torch.tensor([4, 7, 9]), tables_LV, mask_T, 4))

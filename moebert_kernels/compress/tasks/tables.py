@@ -90,7 +90,6 @@ def load_table(data: HubName | Path, options: CsvOptions) -> TaskData:
         label_ids = {label: i for i, label in enumerate(label_names)}
 
     def load(table: Table) -> Dataset:
-        check_columns(table, **columns)
         rows = labelled_rows(table, options.text, options.text_pair, options.label, label_ids)
         _warn_of_empty_texts(table, options.text)
         return rows
@@ -98,6 +97,7 @@ def load_table(data: HubName | Path, options: CsvOptions) -> TaskData:
     rows = load(table)
     if second is not None:
         with naming("data" if options.validation_file is None else "validation_file"):
+            check_columns(second, **columns)
             data_of_task = TaskData(task, rows, load(second))
     else:
         if len(rows) < 2:

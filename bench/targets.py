@@ -21,6 +21,10 @@ class Target:
     floor_us: float
     aim_us: float | None
 
+    def aim_s(self, floor_s: float) -> float | None:
+        """The aim in seconds on a card whose own measured ceilings give this floor."""
+        return None if self.aim_us is None else floor_s * self.aim_us / self.floor_us
+
 
 TARGETS = (
     Target(64, "forward", 2.2, 8),
@@ -34,3 +38,8 @@ TARGETS = (
     Target(16384, "forward+backward", 147, 210),
     Target(65536, "forward+backward", 587, 800),
 )
+
+
+def target_of(tokens: int, pass_: str) -> Target | None:
+    """The line of the table for so many tokens and that pass, if it has one."""
+    return next((line for line in TARGETS if (line.tokens, line.pass_) == (tokens, pass_)), None)

@@ -22,8 +22,8 @@ from moebert_kernels.kernels.launch import (
     weight,
 )
 from moebert_kernels.kernels.launch import rows as with_contiguous_rows
-from moebert_kernels.kernels.rows import gate_grad_kernel, over_experts
-from moebert_kernels.kernels.wgrad import weight_grads
+from moebert_kernels.kernels.rows import gate_grad_kernel, over_experts, over_tiles
+from moebert_kernels.kernels.wgrad import weight_grad
 
 
 def expert_ffn_forward(
@@ -126,17 +126,23 @@ def expert_ffn_backward(
     gate_S, scale = _gate(gate_TK, top_k, per_slot)
     dy_top_k = 1 if per_slot else top_k
 
-    need_dh = need_x or need_w1 or need_b1
-    need_ga = need_w2 or need_b2
+    need_dh = need_x or need_w1
+    need_ga = need_w2
     w2, w2_tma = weight(w2_EDF, config.tma, config.down_backward.k, config.down_backward.n)
     dh_SF, ga_SF = (x_TD.new_empty(S if need else 0, F) for need in (need_dh, need_ga))
+    (grid,) = _grid(S, E, F, config.down_backward)
     col_tiles = ceil_div(F, config.down_backward.n)
-    parts = x_TD.new_empty(col_tiles, S, dtype=torch.float32) if need_gate else None
+
+    def parts(rows: int, cols: int, need: bool) -> Tensor | None:
+        return x_TD.new_empty(rows, cols, dtype=torch.float32) if need else None
+
+    dgate_parts = parts(col_tiles, S, need_gate)
+    db1_parts, db2_parts = parts(grid // col_tiles, F, need_b1), parts(grid // col_tiles, D, need_b2)
     with on_device_of(x_TD):
-        if need_dh or need_ga or need_gate:
+        if any(needs):
             launch(
                 gather_backward_kernel,
-                _grid(S, E, F, config.down_backward),
+                (grid,),
                 dy_ptr=dy,
                 dy_stride=dy.stride(0),
                 order_ptr=order_S,
@@ -146,7 +152,9 @@ def expert_ffn_backward(
                 preact_ptr=preact_SF,
                 dh_ptr=dh_SF if need_dh else None,
                 ga_ptr=ga_SF if need_ga else None,
-                dgate_ptr=parts,
+                dgate_ptr=dgate_parts,
+                db1_ptr=db1_parts,
+                db2_ptr=db2_parts,
                 num_slots=S,
                 E=E,
                 D=D,
@@ -180,7 +188,7 @@ def expert_ffn_backward(
             launch(
                 gate_grad_kernel,
                 (ceil_div(S, 16) + E if S else 0,),
-                parts_ptr=parts,
+                parts_ptr=dgate_parts,
                 dy_ptr=dy,
                 dy_stride=dy.stride(0),
                 order_ptr=order_S,
@@ -196,17 +204,16 @@ def expert_ffn_backward(
                 BLOCK_D=128,
                 GROUPS=groups_of(E),
             )
-        dw1 = db1 = dw2 = db2 = None
-        if need_w1 or need_b1:
-            dw1, db1 = weight_grads(
-                dh_SF, x_TD, order_S, offsets_E1, None, 1.0, top_k, False, need_b1, config
-            )
-        if need_w2 or need_b2:
-            dw2, db2 = weight_grads(
-                dy, ga_SF, order_S, offsets_E1, gate_S, scale, dy_top_k, True, need_b2, config
-            )
+        dw1 = dw2 = db1 = db2 = None
+        if need_b1 or need_b2:
+            tile_rows = config.down_backward.m
+            db1, db2 = over_tiles(db1_parts, db2_parts, offsets_E1, b1_EF, b2_ED, tile_rows)
+        if need_w1:
+            dw1 = weight_grad(dh_SF, x_TD, order_S, offsets_E1, top_k, False, config)
+        if need_w2:
+            dw2 = weight_grad(dy, ga_SF, order_S, offsets_E1, dy_top_k, True, config)
     # Each output its own tensor: an operator's results may not alias.
-    results = (dw1 if need_w1 else None, db1, dw2 if need_w2 else None, db2, dgate_TK)
+    results = (dw1, db1, dw2, db2, dgate_TK)
     dw1, db1, dw2, db2, dgate_TK = (x_TD.new_empty(0) if grad is None else grad for grad in results)
     return dx_TD, dw1, db1, dw2, db2, dgate_TK
 

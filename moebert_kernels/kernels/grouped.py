@@ -18,6 +18,7 @@ from moebert_kernels.kernels.blocks import (
     activate_with_slope,
     find_rows,
     multiply,
+    rounds_to_half,
     split_columns,
 )
 
@@ -86,7 +87,7 @@ def _finish_gather(
         h_MN += _load_bias(b1_ptr, expert, n, F, h_MN.shape[1])[None, :]
     if preact_ptr is not None:
         _store(preact_ptr, h_MN, begin, end, n, F)
-    _store(a_ptr, activate(h_MN, ACTIVATION), begin, end, n, F)
+    _store(a_ptr, activate(h_MN, ACTIVATION, rounds_to_half(a_ptr)), begin, end, n, F)
 
 
 @triton.jit(do_not_specialize=["num_slots"])
@@ -101,6 +102,8 @@ def gather_backward_kernel(
     dh_ptr,  # out: [S, F] sorted, or None
     ga_ptr,  # out: [S, F] sorted, gate * act(h), or None
     dgate_ptr,  # out: [column tiles, S] sorted, parts of <W2^T dy, a>, or None
+    db1_ptr,  # out: [row tiles, F] float32, the column sums of dh, or None
+    db2_ptr,  # out: [row tiles, D] float32, the column sums of gate * dy, or None
     num_slots,
     E: tl.constexpr,
     D: tl.constexpr,
@@ -116,17 +119,20 @@ def gather_backward_kernel(
     PARTS: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """dh = (dy[order // DY_TOP_K] W2_e) * act'(h) * gate, and what dW2 and the gate's gradient need of a."""
+    """dh = (dy[order // DY_TOP_K] W2_e) * act'(h) * gate, what dW2 and the gate's gradient need of a, and the
+    parts of the bias gradients that the row tile has: `rows.sum_tiles_kernel` adds them up."""
     col_tiles: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
+    row_tile = tl.program_id(0) // col_tiles
     col_tile = tl.program_id(0) % col_tiles
     n = col_tile * BLOCK_N
-    group, begin, end = find_rows(tl.program_id(0) // col_tiles, offsets_ptr, num_slots, E, BLOCK_M, GROUPS)
+    group, begin, end = find_rows(row_tile, offsets_ptr, num_slots, E, BLOCK_M, GROUPS)
     if group >= E:
         return
     rows_M = begin + tl.arange(0, BLOCK_M)
     slot_M = tl.load(order_ptr + rows_M, mask=rows_M < end, other=0)
+    dy_offset_M = (slot_M // DY_TOP_K).to(tl.int64) * dy_stride
     acc_MN = multiply(
-        dy_ptr, 0, (slot_M // DY_TOP_K).to(tl.int64) * dy_stride, w2, group, n,
+        dy_ptr, 0, dy_offset_M, w2, group, n,
         D, F, False, False, W_TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     gate_M = _load_gate(gate_ptr, slot_M, SCALE)
@@ -142,25 +148,49 @@ def gather_backward_kernel(
             preact_ptr,
             dh_ptr,
             ga_ptr,
+            None if db1_ptr is None else db1_ptr + row_tile * F,
             F,
             ACTIVATION,
         )
     if dgate_ptr is not None:
         tl.store(dgate_ptr + col_tile.to(tl.int64) * num_slots + rows_M, dgate_M, mask=rows_M < end)
+    if db2_ptr is not None:
+        # The column tiles share the columns of dy among them.
+        BLOCK: tl.constexpr = 64
+        for d in tl.range(col_tile * BLOCK, D, col_tiles * BLOCK, num_stages=1):
+            cols = d + tl.arange(0, BLOCK)
+            mask = (rows_M < end)[:, None] & (cols < D)[None, :]
+            dy = tl.load(dy_ptr + dy_offset_M[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+            db2 = tl.sum(tl.where((rows_M < end)[:, None], dy * gate_M[:, None], 0.0), 0)
+            tl.store(db2_ptr + row_tile * D + cols, db2, mask=cols < D)
 
 
 @triton.jit
 def _finish_gather_backward(
-    da_MN, gate_M, begin, end, n, preact_ptr, dh_ptr, ga_ptr, F: tl.constexpr, ACTIVATION: tl.constexpr
+    da_MN,
+    gate_M,
+    begin,
+    end,
+    n,
+    preact_ptr,
+    dh_ptr,
+    ga_ptr,
+    db1_ptr,
+    F: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):
-    """Stores dh and gate * a; returns the rows' <da, a>."""
+    """Stores dh, gate * a and the column sums of dh; returns the rows' <da, a>."""
     rows_M = begin + tl.arange(0, da_MN.shape[0])
     cols_N = n + tl.arange(0, da_MN.shape[1])
     offset_MN = rows_M.to(tl.int64)[:, None] * F + cols_N[None, :]
     h_MN = tl.load(preact_ptr + offset_MN, mask=(rows_M < end)[:, None] & (cols_N < F)[None, :], other=0.0)
-    a_MN, slope_MN = activate_with_slope(h_MN.to(tl.float32), ACTIVATION)
+    a_MN, slope_MN = activate_with_slope(h_MN.to(tl.float32), ACTIVATION, rounds_to_half(preact_ptr))
+    dh_MN = da_MN * slope_MN * gate_M[:, None]
     if dh_ptr is not None:
-        _store(dh_ptr, da_MN * slope_MN * gate_M[:, None], begin, end, n, F)
+        _store(dh_ptr, dh_MN, begin, end, n, F)
+    if db1_ptr is not None:
+        db1_N = tl.sum(tl.where((rows_M < end)[:, None], dh_MN, 0.0), 0)
+        tl.store(db1_ptr + cols_N, db1_N, mask=cols_N < F)
     if ga_ptr is not None:
         _store(ga_ptr, a_MN * gate_M[:, None], begin, end, n, F)
     return tl.sum(da_MN * a_MN, 1)

@@ -1,13 +1,15 @@
-"""The weight gradients: per expert dW_e = left^T right and db_e = the column sums of left, over its rows.
+"""The weight gradients: per expert dW_e = left^T right, summed over its rows.
 
-    W1, b1    left = dh (sorted rows)              right = x (gathered by token)
-    W2, b2    left = dz (gathered) [* gate in db]  right = gate * a (sorted rows)
+    W1    left = dh (sorted rows)      right = x (gathered by token)
+    W2    left = dz (gathered)         right = gate * a (sorted rows)
 
 The work is a list: expert by expert, tile of dW by tile, one step per BLOCK_K rows. Plain, a program takes
 the steps of one tile. Streamed, a fixed number of programs take equal shares of the list, whatever the
 routing; a tile cut by a share's boundary goes to `partial` in pieces, which `join_kernel` adds in the order
-of the programs: bitwise the same for the same routing. An expert without rows has one empty step, which
-writes its zeros. Invariant: every element of dW and db is written exactly once.
+of the programs: bitwise the same for the same routing. A cut tile's steps are taken in rotated order, the
+first row at its first cut, so that programs that run side by side read the same rows at the same time. An
+expert without rows has one empty step, which writes its zeros. Invariant: every element of dW is written
+exactly once.
 """
 
 from __future__ import annotations
@@ -22,19 +24,16 @@ from moebert_kernels.kernels.configs import Config
 from moebert_kernels.kernels.launch import ceil_div, launch, rows_are_aligned
 
 
-def weight_grads(
+def weight_grad(
     left: Tensor,
     right: Tensor,
     order_S: Tensor,
     offsets_E1: Tensor,
-    gate_S: Tensor | None,
-    scale: float,
     top_k: int,
     gather_left: bool,
-    with_bias: bool,
     config: Config,
-) -> tuple[Tensor, Tensor | None]:
-    """dW [E, M, N] = left^T right over each expert's rows, and the column sums of left * gate, db [E, M].
+) -> Tensor:
+    """dW [E, M, N] = left^T right over each expert's rows.
 
     Of `left` [*, M] and `right` [*, N] one is in sorted order and the other is gathered by order // top_k.
     """
@@ -43,7 +42,6 @@ def weight_grads(
     if config.weight_grad_unaligned and not (rows_are_aligned(left) and rows_are_aligned(right)):
         tile = config.weight_grad_unaligned
     dw_EMN = left.new_empty(E, M, N)
-    db_EM = left.new_empty(E, M) if with_bias else None
     sizes = {"E": E, "M": M, "N": N, "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
     arguments = {
         "left_ptr": left,
@@ -52,11 +50,8 @@ def weight_grads(
         "right_stride": right.stride(0),
         "order_ptr": order_S,
         "offsets_ptr": offsets_E1,
-        "gate_ptr": gate_S,
         "dw_ptr": dw_EMN,
-        "db_ptr": db_EM,
         "TOP_K": top_k,
-        "SCALE": scale,
         "GATHER_LEFT": gather_left,
         "PRECISION": configs.precision(left.dtype),
         "num_warps": tile.warps,
@@ -65,25 +60,23 @@ def weight_grads(
     if not config.stream_k:
         tiles = ceil_div(M, tile.m) * ceil_div(N, tile.n)
         launch(weight_grad_kernel, (E * tiles,), **arguments, **sizes)
-        return dw_EMN, db_EM
-    programs = configs.multiprocessors(left.device)
+        return dw_EMN
+    programs = configs.multiprocessors(left.device) * tile.per_multiprocessor
     experts = triton.next_power_of_2(E)
     partial = left.new_empty(programs, 2, tile.m, tile.n, dtype=torch.float32)
-    partial_db = left.new_empty(programs, 2, tile.m, dtype=torch.float32)
-    pieces = {"partial_ptr": partial, "partial_db_ptr": partial_db, "EXPERTS": experts}
+    pieces = {"partial_ptr": partial, "EXPERTS": experts}
     launch(weight_grad_stream_kernel, (programs,), **arguments, **pieces, **sizes)
     launch(
         join_kernel,
         (programs, tile.m // 16),
         offsets_ptr=offsets_E1,
         dw_ptr=dw_EMN,
-        db_ptr=db_EM,
         ROWS=16,
         PROGRAMS=programs,
         **pieces,
         **sizes,
     )
-    return dw_EMN, db_EM
+    return dw_EMN
 
 
 @triton.jit
@@ -94,14 +87,11 @@ def weight_grad_kernel(
     right_stride,
     order_ptr,  # [S]
     offsets_ptr,  # [E + 1]
-    gate_ptr,  # [S] by slot, or None for SCALE
     dw_ptr,  # out: [E, M, N]
-    db_ptr,  # out: [E, M], or None
     E: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     TOP_K: tl.constexpr,
-    SCALE: tl.constexpr,
     GATHER_LEFT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -114,31 +104,27 @@ def weight_grad_kernel(
     tile = tl.program_id(0) % TILES
     begin = tl.load(offsets_ptr + expert)
     end = tl.load(offsets_ptr + expert + 1)
-    dw_MN, db_M = _sum_rows(
-        left_ptr, left_stride, right_ptr, right_stride, order_ptr, gate_ptr, db_ptr, begin, end, tile,
-        M, N, TOP_K, SCALE, GATHER_LEFT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+    dw_MN = _sum_rows(
+        left_ptr, left_stride, right_ptr, right_stride, order_ptr, begin, end, tile,
+        M, N, TOP_K, GATHER_LEFT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    _store_grad(dw_MN, db_M, dw_ptr, db_ptr, expert, tile, M, N)
+    _store_grad(dw_MN, dw_ptr, expert, tile, M, N)
 
 
 @triton.jit
 def weight_grad_stream_kernel(
-    left_ptr,  # as in weight_grad_kernel, down to db_ptr
+    left_ptr,  # as in weight_grad_kernel, down to dw_ptr
     left_stride,
     right_ptr,
     right_stride,
     order_ptr,
     offsets_ptr,
-    gate_ptr,
     dw_ptr,
-    db_ptr,
     partial_ptr,  # out: [programs, 2, BLOCK_M, BLOCK_N] float32; 0 ends a tile begun elsewhere, 1 begins one
-    partial_db_ptr,  # out: [programs, 2, BLOCK_M] float32
     E: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     TOP_K: tl.constexpr,
-    SCALE: tl.constexpr,
     GATHER_LEFT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -146,7 +132,7 @@ def weight_grad_stream_kernel(
     BLOCK_K: tl.constexpr,
     EXPERTS: tl.constexpr,
 ):
-    """An equal share of all steps per program. Grid: (multiprocessors)."""
+    """An equal share of all steps per program. Grid: (multiprocessors, or a multiple of them)."""
     TILES: tl.constexpr = ((M + BLOCK_M - 1) // BLOCK_M) * ((N + BLOCK_N - 1) // BLOCK_N)
     program = tl.program_id(0).to(tl.int64)
     total = _count_steps(offsets_ptr, E, TILES, BLOCK_K, EXPERTS)
@@ -155,32 +141,38 @@ def weight_grad_stream_kernel(
     while step < last:
         expert, tile, at, steps, begin, end = _find_step(step, offsets_ptr, E, TILES, BLOCK_K, EXPERTS)
         until = tl.minimum(at + last - step, steps)
-        first_row = begin + (at * BLOCK_K).to(tl.int32)
-        last_row = tl.minimum(begin + until * BLOCK_K, end).to(tl.int32)
-        dw_MN, db_M = _sum_rows(
-            left_ptr, left_stride, right_ptr, right_stride, order_ptr, gate_ptr, db_ptr,
-            first_row, last_row, tile, M, N, TOP_K, SCALE, GATHER_LEFT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        cut = _steps_before_cut(step - at, steps, total)
+        first_row = begin + (tl.where(at < cut, at - cut + steps, at - cut) * BLOCK_K).to(tl.int32)
+        last_row = tl.minimum(first_row + (until - at) * BLOCK_K, end).to(tl.int32)
+        dw_MN = _sum_rows(
+            left_ptr, left_stride, right_ptr, right_stride, order_ptr, first_row, last_row, tile,
+            M, N, TOP_K, GATHER_LEFT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         if until - at == steps:
-            _store_grad(dw_MN, db_M, dw_ptr, db_ptr, expert, tile, M, N)
+            _store_grad(dw_MN, dw_ptr, expert, tile, M, N)
         else:
             piece = program * 2 + (at == 0).to(tl.int64)
             m = tl.arange(0, BLOCK_M)
             n = tl.arange(0, BLOCK_N)
             ptrs = partial_ptr + piece * (BLOCK_M * BLOCK_N) + m[:, None] * BLOCK_N + n[None, :]
             tl.store(ptrs, dw_MN)
-            if db_ptr is not None:
-                tl.store(partial_db_ptr + piece * BLOCK_M + m, db_M)
         step += until - at
+
+
+@triton.jit
+def _steps_before_cut(tile_first, steps, total):
+    """How many steps of the tile from step `tile_first` on a program takes that began before the tile."""
+    programs = tl.num_programs(0)
+    program = ((tile_first + 1) * programs - 1) // total
+    taken = tl.minimum((program + 1) * total // programs - tile_first, steps)
+    return tl.where(program * total // programs < tile_first, taken, 0)
 
 
 @triton.jit
 def join_kernel(
     partial_ptr,  # [PROGRAMS, 2, BLOCK_M, BLOCK_N] float32
-    partial_db_ptr,  # [PROGRAMS, 2, BLOCK_M] float32
     offsets_ptr,  # [E + 1]
     dw_ptr,  # out: [E, M, N]
-    db_ptr,  # out: [E, M], or None
     E: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
@@ -208,20 +200,15 @@ def join_kernel(
     n = tl.arange(0, BLOCK_N)
     offset_RN = r[:, None] * BLOCK_N + n[None, :]
     dw_RN = tl.load(partial_ptr + (program * 2 + 1) * (BLOCK_M * BLOCK_N) + offset_RN)
-    db_R = tl.zeros((ROWS,), tl.float32)
-    if db_ptr is not None:
-        db_R += tl.load(partial_db_ptr + (program * 2 + 1) * BLOCK_M + r)
     other = program + 1
     while other * total // PROGRAMS < tile_stop:
         # A share may be empty when there are fewer steps than programs.
         if (other + 1) * total // PROGRAMS > other * total // PROGRAMS:
             dw_RN += tl.load(partial_ptr + other * 2 * (BLOCK_M * BLOCK_N) + offset_RN)
-            if db_ptr is not None:
-                db_R += tl.load(partial_db_ptr + other * 2 * BLOCK_M + r)
         other += 1
     COL_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     rows_R = tile // COL_TILES * BLOCK_M + r
-    _store_block(dw_RN, db_R, dw_ptr, db_ptr, expert, rows_R, tile % COL_TILES, M, N)
+    _store_block(dw_RN, dw_ptr, expert, rows_R, tile % COL_TILES, M, N)
 
 
 @triton.jit
@@ -264,65 +251,23 @@ def _sum_rows(
     right_ptr,
     right_stride,
     order_ptr,
-    gate_ptr,
-    db_ptr,
     begin,
     end,
     tile,
     M: tl.constexpr,
     N: tl.constexpr,
     TOP_K: tl.constexpr,
-    SCALE: tl.constexpr,
     GATHER_LEFT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The tile of dW over the rows from `begin` to `end`; of db too if it is the first of its columns."""
-    COL_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    # Decided outside the loop, so that the loop has no branch.
-    if db_ptr is not None and tile % COL_TILES == 0:
-        dw_MN, db_M = _row_loop(
-            left_ptr, left_stride, right_ptr, right_stride, order_ptr, gate_ptr, begin, end, tile,
-            M, N, TOP_K, SCALE, GATHER_LEFT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, SUM_LEFT=True,
-        )  # fmt: skip
-    else:
-        dw_MN, db_M = _row_loop(
-            left_ptr, left_stride, right_ptr, right_stride, order_ptr, gate_ptr, begin, end, tile,
-            M, N, TOP_K, SCALE, GATHER_LEFT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, SUM_LEFT=False,
-        )  # fmt: skip
-    return dw_MN, db_M
-
-
-@triton.jit
-def _row_loop(
-    left_ptr,
-    left_stride,
-    right_ptr,
-    right_stride,
-    order_ptr,
-    gate_ptr,
-    begin,
-    end,
-    tile,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    TOP_K: tl.constexpr,
-    SCALE: tl.constexpr,
-    GATHER_LEFT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SUM_LEFT: tl.constexpr,
-):
-    """left^T right over the rows from `begin` to `end`, and the column sums of left * gate if SUM_LEFT."""
+    """left^T right over the rows from `begin` to `end`, for one tile of dW."""
     COL_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     cols_M = tile // COL_TILES * BLOCK_M + tl.arange(0, BLOCK_M)
     cols_N = tile % COL_TILES * BLOCK_N + tl.arange(0, BLOCK_N)
     dw_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    db_M = tl.zeros((BLOCK_M,), tl.float32)
     for first in tl.range(begin, end, BLOCK_K):
         row_K = first + tl.arange(0, BLOCK_K)
         live_K = row_K < end
@@ -341,31 +286,23 @@ def _row_loop(
             other=0.0,
         )
         dw_MN = tl.dot(left_KM.T, right_KN, dw_MN, input_precision=PRECISION)
-        if SUM_LEFT:
-            if gate_ptr is None:
-                db_M += tl.sum(left_KM.to(tl.float32), 0) * SCALE
-            else:
-                gate_K = tl.load(gate_ptr + slot_K, mask=live_K, other=0.0).to(tl.float32)
-                db_M += tl.sum(left_KM.to(tl.float32) * gate_K[:, None], 0)
-    return dw_MN, db_M
+    return dw_MN
 
 
 @triton.jit
-def _store_grad(dw_MN, db_M, dw_ptr, db_ptr, expert, tile, M: tl.constexpr, N: tl.constexpr):
-    """Write a whole tile of dW, and its part of db."""
+def _store_grad(dw_MN, dw_ptr, expert, tile, M: tl.constexpr, N: tl.constexpr):
+    """Write a whole tile of dW."""
     BLOCK_M: tl.constexpr = dw_MN.shape[0]
     BLOCK_N: tl.constexpr = dw_MN.shape[1]
     COL_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     rows_M = tile // COL_TILES * BLOCK_M + tl.arange(0, BLOCK_M)
-    _store_block(dw_MN, db_M, dw_ptr, db_ptr, expert, rows_M, tile % COL_TILES, M, N)
+    _store_block(dw_MN, dw_ptr, expert, rows_M, tile % COL_TILES, M, N)
 
 
 @triton.jit
-def _store_block(dw_RN, db_R, dw_ptr, db_ptr, expert, row_R, col_tile, M: tl.constexpr, N: tl.constexpr):
-    """Write some rows of a tile of dW; the first tile of a row of tiles has their db."""
+def _store_block(dw_RN, dw_ptr, expert, row_R, col_tile, M: tl.constexpr, N: tl.constexpr):
+    """Write some rows of a tile of dW."""
     BLOCK_N: tl.constexpr = dw_RN.shape[1]
     cols_N = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     ptrs = dw_ptr + expert.to(tl.int64) * (M * N) + row_R.to(tl.int64)[:, None] * N + cols_N[None, :]
     tl.store(ptrs, dw_RN.to(dw_ptr.dtype.element_ty), mask=(row_R < M)[:, None] & (cols_N < N)[None, :])
-    if db_ptr is not None and col_tile == 0:
-        tl.store(db_ptr + expert * M + row_R, db_R.to(db_ptr.dtype.element_ty), mask=row_R < M)

@@ -3,7 +3,8 @@
     python tests/sanitize.py            run all four tools, each in a process of its own
     python tests/sanitize.py --cases    run the cases only: what a tool wraps
 
-The exit status is that of the first tool that finds something.
+The exit status is that of the first tool that finds something. `--cases --interpreted`, with
+TRITON_INTERPRET=1 in the environment, runs the smallest case without a GPU: does the script start?
 """
 
 from __future__ import annotations
@@ -17,16 +18,28 @@ from pathlib import Path
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 
-def run_cases() -> None:
+def run_cases(*, interpreted: bool = False) -> None:
     import dataclasses
 
+    import pytest
     import torch
     from cases import Case
-    from kernel_checks import call, inputs, plan_of, run
+    from kernel_checks import call, inputs, plan_of, run, send_to
 
+    from moebert_kernels import kernels
     from moebert_kernels.kernels import configs
 
-    key = (configs.family(torch.device("cuda", 0)), "half", "large")
+    device, dtype = ("cpu", torch.float16) if interpreted else ("cuda", torch.bfloat16)
+    cases = (
+        Case(7),
+        Case(200, D=72, F=136, routing="dropped", gate=True),
+        Case(150, D=40, F=88, K=2, routing="skewed", gate=True, norm=True),
+    )
+    few = Case(33, D=72, F=136, gate=True)
+    if interpreted:
+        send_to(kernels, pytest.MonkeyPatch())
+        cases, few = cases[:1], Case(7)
+    key = (configs.family(torch.device(device)), "half", "large")
     large = configs.TABLE.get(key, configs.SAFE)
     # Descriptor loads bring in whole tiles, unwritten rows included, which nothing uses: initcheck would
     # report them, so it looks at the pointer loads.
@@ -34,19 +47,14 @@ def run_cases() -> None:
     for config in (large, configs.SAFE):
         config = dataclasses.replace(config, tma=tma and config.tma)
         configs.select = lambda *_, config=config: config
-        for case in (
-            Case(7),
-            Case(200, D=72, F=136, routing="dropped", gate=True),
-            Case(150, D=40, F=88, K=2, routing="skewed", gate=True, norm=True),
-        ):
-            t = inputs(case, torch.bfloat16, "cuda")
-            run(case, t, **({"dropout_p": 0.1} if case.norm else {}))
-        few = dataclasses.replace(config, dense_slots=64)
-        configs.select = lambda *_, few=few: few
-        case = Case(33, D=72, F=136, gate=True)
+        for case in cases:
+            run(case, inputs(case, dtype, device), **({"dropout_p": 0.1} if case.norm else {}))
+        dense = dataclasses.replace(config, dense_slots=64)
+        configs.select = lambda *_, dense=dense: dense
         with torch.no_grad():
-            call(case, inputs(case, torch.bfloat16, "cuda"), plan_of(case, "cuda"))
-    torch.cuda.synchronize()
+            call(few, inputs(few, dtype, device), plan_of(few, device))
+    if not interpreted:
+        torch.cuda.synchronize()
 
 
 def main() -> int:
@@ -68,6 +76,6 @@ def main() -> int:
 
 if __name__ == "__main__":
     if "--cases" in sys.argv:
-        run_cases()
+        run_cases(interpreted="--interpreted" in sys.argv)
     else:
         sys.exit(main())

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from torch.nn import functional
 
 from bench import ceilings
@@ -41,7 +40,7 @@ def _threads_as_before():
 def test_every_entry_passes_verification_and_is_timed(name, tmp_path):
     op = OPS[name]
     settings = replace(SETTINGS, passes=op.passes)
-    (results,) = run_benchmarks([name], settings, tmp_path, Console(quiet=True))
+    (results,) = run_benchmarks([name], settings, tmp_path, say=list)
     assert {row.pass_ for row in results.rows} == set(op.passes)
     for row in results.rows:
         if row.entry in NEEDS_CUDA:
@@ -61,7 +60,7 @@ def test_every_entry_passes_verification_and_is_timed(name, tmp_path):
 
 def test_every_entry_runs_with_residual_and_layernorm(tmp_path):
     settings = replace(SETTINGS, request=replace(TOY, norm=True), passes=("dispatch+forward+backward",))
-    (results,) = run_benchmarks(["ffn"], settings, tmp_path, Console(quiet=True))
+    (results,) = run_benchmarks(["ffn"], settings, tmp_path, say=list)
     for row in results.rows:
         assert row.case["norm"]
         if row.entry in NEEDS_CUDA:
@@ -94,7 +93,7 @@ def test_padded_text_is_a_batch_of_the_model_benchmark(tmp_path):
     request = replace(TOY, text=str(text), L=1)
     only = (OURS, *OPS["model"].baselines, "authors' loop")
     settings = replace(SETTINGS, request=request, only=only, passes=("forward+backward",), rounds=1)
-    (results,) = run_benchmarks(["model"], settings, tmp_path, Console(quiet=True))
+    (results,) = run_benchmarks(["model"], settings, tmp_path, say=list)
     padded = [row for row in results.rows if row.case["text"]]
     assert [row.entry for row in padded] == list(only)
     for row in padded:

@@ -49,8 +49,8 @@ def as_on(family: str, multiprocessors: int) -> Iterator[None]:
     from moebert_kernels.kernels import configs
 
     with (
-        mock.patch.object(configs, "family", lambda device: family),
-        mock.patch.object(configs, "multiprocessors", lambda device: multiprocessors),
+        mock.patch.object(configs, "family", return_value=family),
+        mock.patch.object(configs, "multiprocessors", return_value=multiprocessors),
     ):
         yield
 
@@ -65,16 +65,14 @@ def launches(call: Call, device: str = "meta") -> list[Any]:
 
     T, D, F, E = call.tokens, call.D, call.F, call.E
     x_TD = empty(T, D)
-    sort = (empty(T, dtype=torch.int32), empty(E + 1, dtype=torch.int32))
-    weights = (empty(E, F, D), empty(E, F), empty(E, D, F), empty(E, D))
     gate_TK = empty(T, 1, dtype=torch.float32) if call.gate else None
-    options = (gate_TK, "gelu", 1, False)
+    arguments: list[Any] = [empty(T, dtype=torch.int32), empty(E + 1, dtype=torch.int32)]
+    arguments += [empty(E, F, D), empty(E, F), empty(E, D, F), empty(E, D), gate_TK, "gelu", 1, False]
     with recorded() as record:
-        _, preact_SF = kernels.expert_ffn_forward(x_TD, *sort, *weights, *options, call.training)
+        _, preact_SF = kernels.expert_ffn_forward(x_TD, *arguments, save_preact=call.training)
         if call.training:
             needs = [True] * 5 + [call.gate]
-            dy_TD = empty(T, D)
-            kernels.expert_ffn_backward(dy_TD, x_TD, preact_SF, *sort, *weights, *options, needs)
+            kernels.expert_ffn_backward(empty(T, D), x_TD, preact_SF, *arguments, needs=needs)
     return record
 
 
@@ -136,9 +134,7 @@ def main() -> None:
     begin = time.monotonic()
     count, hits = compile_all(CALLS, jobs)
     took = time.monotonic() - begin
-    print(
-        f"{count} kernels: {hits} were in the cache, {count - hits} compiled in {took:.1f} s by {jobs} processes"
-    )
+    print(f"{count} kernels, {hits} of them in the cache; compiled by {jobs} processes in {took:.1f} s")
 
 
 if __name__ == "__main__":

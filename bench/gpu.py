@@ -10,6 +10,7 @@ session.jsonl what became of each.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -40,6 +41,7 @@ class Part:
         about: what it does.
         files: patterns of what it leaves in the folder, beside the log.
         stops: whether nothing may run once it has failed.
+        always: whether it runs whatever --only names: each call finds a bare machine.
     """
 
     name: str
@@ -47,18 +49,23 @@ class Part:
     about: str
     files: tuple[str, ...] = ()
     stops: bool = False
+    always: bool = False
 
 
+_MACHINE = Part(
+    "machine", 45, "versions, the card, its ceilings; kernels and extension are compiled", always=True
+)
 FIRST = (
-    Part("machine", 35, "versions, the card, its ceilings; kernels and extension are compiled"),
-    Part("smoke", 45, "forward and backward against float64, twice, and in graphs", ("smoke.jsonl",), True),
+    _MACHINE,
+    Part("smoke", 40, "forward and backward against float64, twice, in graphs", ("smoke.jsonl",), stops=True),
     Part("ffn", 95, "the layer beside its peers, in a graph, on cold caches", ("ffn-*.jsonl",)),
     Part("kernels", 45, "the time of each kernel, alone and in place", ("kernels-*.jsonl",)),
     Part("tests", 150, "pytest -m gpu by twelve workers", ("tests.xml",)),
     Part("tiles", 90, "candidates for the table of tile shapes", ("tiles.jsonl",)),
 )
 SECOND = (
-    Part("smoke", 30, "as in the first call", ("smoke.jsonl",), True),
+    _MACHINE,
+    Part("smoke", 30, "as in the first call", ("smoke.jsonl",), stops=True),
     Part("tests", 60, "pytest -m gpu, or what --tests names", ("tests.xml",)),
     Part("memcheck", 60, "compute-sanitizer's memcheck over small cases"),
     Part("counters", 50, "Nsight Compute over each kernel at T=16384", ("counters.csv",)),
@@ -71,12 +78,20 @@ SECOND = (
     Part("tiles", 60, "as in the first call", ("tiles.jsonl",)),
 )
 CALLS = {"first": (FIRST, 480), "second": (SECOND, 240)}
+# It takes 60 GiB: no test may run beside it.
+_DESELECTED = ("--deselect", "tests/test_gpu.py::test_elements_past_two_to_the_31")
 _BENCHMARKS = ("machine", "ffn", "columns", "peers", "dispatch", "model")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a part: "ok", "failed (CODE)", "cut off", or why it did not run; seconds since the start."""
+    """What became of a part.
+
+    Attributes:
+        part: its name.
+        became: "ok", "failed (CODE)", "cut off", or why it did not run.
+        began_s, ended_s: since the call began.
+    """
 
     part: str
     became: str
@@ -105,7 +120,7 @@ def chosen(call: str, only: Sequence[str]) -> tuple[Part, ...]:
     for name in only:
         if name not in names:
             raise ValueError(f"the {call} call has no part {name!r}; it has {', '.join(names)}")
-    found = tuple(part for part in parts if part.name in only) if only else parts
+    found = tuple(part for part in parts if not only or part.always or part.name in only)
     files = files_of(found)
     if len(files) > MOST_FILES:
         raise ValueError(
@@ -161,8 +176,6 @@ class Host:
     def __init__(self, options: argparse.Namespace, log: IO[bytes]) -> None:
         self._options, self._log = options, log
         self._begin = time.monotonic()
-        self._build: subprocess.Popen[bytes] | None = None
-        self._build_log = tempfile.TemporaryFile()  # noqa: SIM115 - as long as this process
 
     def now(self) -> float:
         """See `Machine`."""
@@ -183,10 +196,6 @@ class Host:
         command = command_of(part, seconds, self._options)
         self.say(f"=== {part.name} ({seconds:.0f} s): {part.about}")
         deadline = time.monotonic() + seconds
-        if part.name == "machine" and not self._options.dry_run:
-            self._start_build()
-        if part.name == "tests":
-            self._finish_build(deadline)
         if command is None:
             self.say(f"{part.name}: not in this version")
             return 0
@@ -201,10 +210,8 @@ class Host:
             code = process.wait(max(0.1, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGINT)  # pytest then writes what it has
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(GRACE_S - 1)
-            except subprocess.TimeoutExpired:
-                pass
         finally:
             _kill_group(process)
             pump.join(1)
@@ -214,30 +221,10 @@ class Host:
         for data in stream:
             self._write(data)
 
-    def _start_build(self) -> None:
-        command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-        self._build = subprocess.Popen(command, stdout=self._build_log, stderr=subprocess.STDOUT)
-
-    def _finish_build(self, deadline: float) -> None:
-        if self._build is None:
-            return
-        try:
-            code = self._build.wait(max(0.1, deadline - time.monotonic() - 60))
-        except subprocess.TimeoutExpired:
-            self.say("the extension is still being built: plans are made by PyTorch")
-            return
-        self._build_log.seek(0)
-        lines = self._build_log.read().splitlines()
-        if code:
-            self._write(b"\n".join(lines[-20:]) + b"\n")
-        self.say(f"the extension was built: {'no, status ' + str(code) if code else 'yes'}")
-
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 
@@ -255,21 +242,26 @@ def command_of(part: Part, seconds: float, options: argparse.Namespace) -> list[
     """How a part is run within so many seconds; None if this version has no such part."""
     python, out, toy = sys.executable, Path(options.out), ["--toy"] * options.dry_run
     module = [python, "-m"]
+    commit = ["--commit", options.commit] if options.commit else []
     if part.name in _BENCHMARKS:
         peers = ["--peer-path", options.peer_path] if options.peer_path else []
         chosen = [part.name, "--out", str(out), "--seconds", f"{seconds:.0f}"]
-        return [*module, "bench.gpu_parts", *chosen, *peers, *toy]
+        return [*module, "bench.gpu_parts", *chosen, *peers, *commit, *toy]
     if part.name == "smoke":
         return [*module, "bench.smoke", "--out", str(out / "smoke.jsonl"), *toy]
     if part.name == "kernels":
-        return [*module, "bench.kernel_times", "--out", str(out), *toy]
+        return [*module, "bench.kernel_times", "--out", str(out), *commit, *toy]
     if part.name == "tests":
         report = [f"--junit-xml={out / 'tests.xml'}", "-rfE", "--tb=short", "--continue-on-collection-errors"]
         workers = ["--collect-only", "-q"] if options.dry_run else ["-n", "12", "--dist", "worksteal", "-v"]
-        which = options.tests.split() if options.tests else ["-m", "gpu and not slow"]
+        which = options.tests.split() if options.tests else ["-m", "gpu", *_DESELECTED]
         return [*module, "pytest", *report, *workers, *which]
     if part.name == "memcheck":
-        return [python, "tests/sanitize.py", "--cases" if options.dry_run else "memcheck"]
+        return [
+            python,
+            "tests/sanitize.py",
+            *(["--cases", "--interpreted"] if options.dry_run else ["memcheck"]),
+        ]
     if part.name == "counters":
         launched = [*module, "bench.kernel_times", "--once"]
         if options.dry_run:
@@ -295,20 +287,15 @@ def rehearse(parts: Sequence[Part], limit: float) -> list[Outcome]:
 
 
 def check_folder(out: Path) -> list[str]:
-    """A line for each file, with the figures that can be read from it, and what could not come back."""
-    from .results import read
-
+    """A line for each file that was left, and what could not come back."""
     files = sorted(path for path in out.rglob("*") if path.is_file())
     lines = []
     for path in files:
-        size, text = path.stat().st_size, ""
-        if path.match("*-*.jsonl"):
-            text = f", {len(read(path).rows)} figures"
-        elif path.suffix == ".jsonl":
-            text = f", {sum(1 for _ in path.open())} lines"
-        lines.append(f"{path.relative_to(out)}: {size / 1024:.0f} KiB{text}")
+        size, name = path.stat().st_size, path.relative_to(out)
+        count = f", {len(path.read_bytes().splitlines())} lines" if path.suffix == ".jsonl" else ""
+        lines.append(f"{name}: {size / 1024:.0f} KiB{count}")
         if size > MOST_BYTES:
-            lines.append(f"{path.name} is larger than {MOST_BYTES // 2**20} MiB")
+            lines.append(f"{name} is larger than {MOST_BYTES // 2**20} MiB: it does not come back")
     if len(files) > MOST_FILES:
         lines.append(f"{len(files)} files: no more than {MOST_FILES} come back")
     return lines
@@ -333,6 +320,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="seconds for the whole call (default 480, 240)")
     parser.add_argument("--tests", help="what pytest is to run in place of -m gpu")
     parser.add_argument("--peer-path", help="folder with the sources of triton_kernels and scattermoe")
+    parser.add_argument("--commit", help="of the checkout, to be recorded where there is no git")
     parser.add_argument("--dry-run", action="store_true", help="needs no GPU: tiny sizes on the CPU")
     options = parser.parse_args(arguments)
     only = [name for name in options.only.split(",") if name]
@@ -366,8 +354,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         host = Host(options, log)
         for outcome in planned:
             host.say(f"{outcome.part:10} ends by {outcome.ended_s:4.0f} of {options.limit} s")
-        if not options.dry_run and subprocess.run([sys.executable, "-c", _FIND_DEVICE]).returncode:
-            return 1
         outcomes = []
         for outcome in go_through(options.parts, options.limit, host):
             outcomes.append(outcome)
@@ -380,9 +366,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for line in check_folder(out):
             host.say(line)
     return 0 if all(outcome.became == "ok" for outcome in outcomes) else 1
-
-
-_FIND_DEVICE = "import torch; torch.cuda.is_available() or exit('torch finds no CUDA device; see --dry-run')"
 
 
 if __name__ == "__main__":

@@ -9,9 +9,12 @@ import argparse
 import shutil
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -34,9 +37,10 @@ _SHARE = 0.9  # of a part's time, after which nothing more is begun
 
 def machine(options: argparse.Namespace) -> None:
     """Versions, the card, its ceilings; meanwhile the layer's kernels are compiled."""
-    compiling = None
-    if not options.toy:
-        compiling = subprocess.Popen([sys.executable, "-m", "bench.ahead"])
+    device = torch.device("cpu" if options.toy else "cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        sys.exit("torch finds no CUDA device; --dry-run needs none")
+    compiling = {} if options.toy else {name: _start(command) for name, command in _COMPILED.items()}
     environment = describe_environment()
     versions = ", ".join(f"{name} {version}" for name, version in environment.versions.items() if version)
     print(
@@ -44,13 +48,11 @@ def machine(options: argparse.Namespace) -> None:
     )
     for backend in environment.backends:
         print(f"{backend.name}: {'yes' if backend.usable else 'no'}, {backend.detail}", flush=True)
-    device = torch.device("cpu" if options.toy else "cuda")
     if device.type == "cuda":
-        found = torch.cuda.get_device_properties(device)
+        card = torch.cuda.get_device_properties(device)
         print(
-            f"{found.name}: {found.total_memory / 2**30:.0f} GiB, {found.multi_processor_count} multiprocessors, "
-            f"{found.L2_cache_size / 2**20:.0f} MiB of L2, compute capability {found.major}.{found.minor}, "
-            f"CUDA {torch.version.cuda}"
+            f"{card.name}: {card.total_memory / 2**30:.0f} GiB, {card.multi_processor_count} processors, "
+            f"{card.L2_cache_size / 2**20:.0f} MiB of L2, CUDA {torch.version.cuda}"
         )
         if shutil.which("nvidia-smi"):
             wanted = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
@@ -61,8 +63,32 @@ def machine(options: argparse.Namespace) -> None:
         f"ceilings, {dtype}: {found.flops_per_s / 1e12:.4g} TFLOP/s, {found.bytes_per_s / 1e12:.3g} TB/s",
         flush=True,
     )
-    if compiling is not None and compiling.wait():
-        sys.exit("the kernels were not compiled ahead: each will be when it is first launched")
+    failed = [name for name, started in compiling.items() if not _finished(name, *started)]
+    if failed:
+        sys.exit(f"not compiled: {', '.join(failed)}")
+
+
+# Where one is missing, kernels are compiled when first launched, and PyTorch makes the plans.
+_COMPILED = {
+    "kernels": ["-m", "bench.ahead"],
+    "native extension": ["setup.py", "build_ext", "--inplace"],
+}
+
+
+def _start(command: list[str]) -> tuple[subprocess.Popen[bytes], IO[bytes], float]:
+    log = tempfile.TemporaryFile()  # noqa: SIM115 - read when the process has ended
+    process = subprocess.Popen([sys.executable, *command], stdout=log, stderr=subprocess.STDOUT)
+    return process, log, time.monotonic()
+
+
+def _finished(name: str, process: subprocess.Popen[bytes], log: IO[bytes], began: float) -> bool:
+    code = process.wait()
+    log.seek(0)
+    lines = log.read().decode(errors="replace").splitlines()
+    print(f"{name}: {'compiled' if code == 0 else f'failed ({code})'}, {time.monotonic() - began:.0f} s")
+    for line in lines[-1:] if code == 0 else lines[-20:]:
+        print(f"  {line[:300]}", flush=True)
+    return code == 0
 
 
 def settings_of(options: argparse.Namespace, **chosen) -> Settings:
@@ -92,33 +118,44 @@ def settings_of(options: argparse.Namespace, **chosen) -> Settings:
 def ffn(options: argparse.Namespace) -> None:
     """The layer in a graph on cold caches, beside what it replaces and the nearest peers."""
     only = (OURS, DENSE, BOUND, "GEMM per expert", "F.grouped_mm", "transformers grouped_mm")
-    measure(FFN, settings_of(options, request=Request(T=TOKENS), passes=_PASSES, only=only), options.out)
+    measure(
+        FFN,
+        settings_of(options, request=Request(T=TOKENS), passes=_PASSES, only=only),
+        options.out,
+        options.commit,
+    )
 
 
 def columns(options: argparse.Namespace) -> None:
     """The layer's other columns: eager calls, warm caches, other routings, the dispatch inside."""
-    passes = (*_PASSES, "dispatch+forward")
-    request = Request(T=(4096, 16384, 512, 64), routings=("balanced", "skewed"))
-    modes = {"launches": ("eager", "graph"), "caches": ("warm",)}
-    only = (OURS, DENSE, BOUND)
-    measure(
-        FFN,
-        settings_of(options, request=request, passes=passes, only=only, seconds=0.3, **modes),
-        options.out,
+    settings = settings_of(
+        options,
+        request=Request(T=(4096, 16384, 512, 64), routings=("balanced", "skewed")),
+        passes=(*_PASSES, "dispatch+forward"),
+        only=(OURS, DENSE, BOUND),
+        launches=("eager", "graph"),
+        caches=("warm",),
+        seconds=0.3,
     )
+    measure(FFN, settings, options.out, options.commit)
 
 
 def peers(options: argparse.Namespace) -> None:
     """Peers whose sources were brought along, in a folder of their own beside the layer's figures."""
     settings = settings_of(options, request=Request(T=TOKENS), passes=_PASSES, only=(OURS, *_PEERS))
-    measure(FFN, settings, Path(options.out) / "peers")
+    measure(FFN, settings, Path(options.out) / "peers", options.commit)
 
 
 def dispatch(options: argparse.Namespace) -> None:
     """From token ids to every layer's sorted order."""
     from .dispatch import DISPATCH
 
-    measure(DISPATCH, settings_of(options, launches=("eager", "graph"), caches=("warm",)), options.out)
+    measure(
+        DISPATCH,
+        settings_of(options, launches=("eager", "graph"), caches=("warm",)),
+        options.out,
+        options.commit,
+    )
 
 
 def model(options: argparse.Namespace) -> None:
@@ -127,10 +164,12 @@ def model(options: argparse.Namespace) -> None:
 
     modes = {"launches": ("eager", "graph"), "caches": ("warm",)}
     request = Request(dtypes=("bfloat16",))
-    measure(MODEL, settings_of(options, request=request, passes=_PASSES, **modes), options.out)
+    measure(
+        MODEL, settings_of(options, request=request, passes=_PASSES, **modes), options.out, options.commit
+    )
 
 
-def measure(op: Op, settings: Settings, out: str | Path) -> None:
+def measure(op: Op, settings: Settings, out: str | Path, commit: str | None) -> None:
     """Run a benchmark into its file and print each figure as it comes."""
     run, rows = start(op, settings)
 
@@ -139,7 +178,8 @@ def measure(op: Op, settings: Settings, out: str | Path) -> None:
             print(line(run, row), flush=True)
             yield row
 
-    print(f"{op.name} on {run.device}", flush=True)
+    if commit:
+        run = replace(run, environment=run.environment | {"commit": commit})
     print(write(out, run, told()))
 
 
@@ -170,6 +210,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="folder for result files")
     parser.add_argument("--seconds", type=float, required=True, help="after nine tenths, nothing is begun")
     parser.add_argument("--peer-path", help="folder with the sources of triton_kernels and scattermoe")
+    parser.add_argument("--commit", help="of the checkout, where there is no git")
     parser.add_argument("--toy", action="store_true", help="tiny, on the CPU")
     options = parser.parse_args()
     PARTS[options.part](options)

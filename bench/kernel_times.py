@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,6 @@ TOY_TOKENS = (24,)
 _SAMPLES = 9
 _REPLAYS = 10
 _PRODUCTS = ("gather_kernel", "gather_backward_kernel", "scatter_kernel", "weight_grad")
-FORWARD_AND_BACKWARD = "forward+backward"
 
 
 @dataclass(frozen=True)
@@ -58,13 +57,12 @@ def record(inputs: FFNInputs) -> Step:
     from moebert_kernels.kernels.launch import recorded
 
     plan = RoutingPlan.from_expert_ids(inputs.expert_ids_TK, inputs.case.E)
-    sort = (plan.order_S, plan.offsets_E1)
-    weights = (inputs.w1_EFD, inputs.b1_EF, inputs.w2_EDF, inputs.b2_ED)
-    options = (None, "gelu", inputs.case.K, False)
+    arguments: list[Any] = [plan.order_S, plan.offsets_E1, inputs.w1_EFD, inputs.b1_EF]
+    arguments += [inputs.w2_EDF, inputs.b2_ED, None, "gelu", inputs.case.K, False]
     with recorded() as launches:
-        _, preact_SF = kernels.expert_ffn_forward(inputs.x_TD, *sort, *weights, *options, True)
+        _, preact_SF = kernels.expert_ffn_forward(inputs.x_TD, *arguments, save_preact=True)
         needs = [True] * 5 + [False]
-        kernels.expert_ffn_backward(inputs.dy_TD, inputs.x_TD, preact_SF, *sort, *weights, *options, needs)
+        kernels.expert_ffn_backward(inputs.dy_TD, inputs.x_TD, preact_SF, *arguments, needs=needs)
     step = Step(tuple(launches))
     step.run()
     return step
@@ -132,49 +130,46 @@ def in_place(steps: list[Step]) -> list[Spread]:
     ]
 
 
-def rows(cases: list[FFNCase], device: torch.device, limits: dict[str, Ceiling]) -> Iterator[Row]:
-    """A row for every launch of every case, alone and in place."""
-    for case in cases:
-        copies = [make_inputs(case, device, 0)]
-        count = copies_past_cache(footprint(copies[0]), device) if device.type == "cuda" else 1
-        copies += [make_inputs(case, device, seed) for seed in range(1, count)]
-        steps = [record(inputs) for inputs in copies]
-        ceiling = limits[case.dtype]
+def rows(case: FFNCase, device: torch.device, ceiling: Ceiling) -> Iterator[Row]:
+    """A row for every launch of a pass, alone, and then in place."""
+    copies = [make_inputs(case, device, 0)]
+    count = copies_past_cache(footprint(copies[0]), device) if device.type == "cuda" else 1
+    copies += [make_inputs(case, device, seed) for seed in range(1, count)]
+    steps = [record(inputs) for inputs in copies]
+    launches = steps[0].launches
 
-        def row(index: int, cache: str, seconds: Spread | None, reason: str | None) -> Row:
-            launch = steps[0].launches[index]  # noqa: B023 - used before the next case
-            work = work_of(launch, case)  # noqa: B023
-            return Row(
-                case=asdict(case),  # noqa: B023
-                entry=name_of(index, launch),
-                work="kernel",
-                pass_=FORWARD_AND_BACKWARD,
-                launch="graph" if device.type == "cuda" else "eager",
-                cache=cache,
-                dispatch="apart",
-                seconds=seconds,
-                did_not_run=reason,
-                flops=work.flops,
-                bytes=work.bytes,
-                floor_s=ceiling.floor(work),  # noqa: B023
-            )
+    def row(index: int, cache: str, seconds: Spread | None, reason: str | None) -> Row:
+        work = work_of(launches[index], case)
+        return Row(
+            case=asdict(case),
+            entry=name_of(index, launches[index]),
+            work="kernel",
+            pass_="forward+backward",
+            launch="graph" if device.type == "cuda" else "eager",
+            cache=cache,
+            dispatch="apart",
+            seconds=seconds,
+            did_not_run=reason,
+            flops=work.flops,
+            bytes=work.bytes,
+            floor_s=ceiling.floor(work),
+        )
 
-        for index in range(len(steps[0].launches)):
-            try:
-                yield row(index, "cold", alone(steps, index, device), None)
-            except Exception as error:
-                yield row(index, "cold", None, first_line(error))
-        if device.type == "cuda":
-            try:
-                found: list[Spread | None] = list(in_place(steps))
-                reason = None
-            except Exception as error:
-                found, reason = [None] * len(steps[0].launches), first_line(error)
-            for index, seconds in enumerate(found):
-                yield row(index, "in place", seconds, reason)
-        del copies, steps
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+    for index in range(len(launches)):
+        try:
+            yield row(index, "cold", alone(steps, index, device), None)
+        except Exception as error:
+            yield row(index, "cold", None, first_line(error))
+    if device.type != "cuda":
+        return
+    try:
+        found = in_place(steps)
+    except Exception as error:
+        for index in range(len(launches)):
+            yield row(index, "in place", None, first_line(error))
+        return
+    for index, seconds in enumerate(found):
+        yield row(index, "in place", seconds, None)
 
 
 def line(row: Row, ceiling: Ceiling) -> str:
@@ -197,10 +192,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for the result file; default: print only")
     parser.add_argument("--tokens", help="T, with commas")
     parser.add_argument("--once", action="store_true", help="launch each kernel once, for a profiler")
+    parser.add_argument("--commit", help="of the checkout, where there is no git")
     parser.add_argument("--toy", action="store_true", help="tiny, in Triton's interpreter")
     options = parser.parse_args()
     sizes: dict[str, Any] = {"D": 16, "F": 16, "E": 2, "dtype": "float32"} if options.toy else {}
-    tokens = TOY_TOKENS if options.toy else TOKENS
+    tokens: tuple[int, ...] = TOY_TOKENS if options.toy else TOKENS
     if options.tokens:
         tokens = tuple(int(count) for count in options.tokens.split(","))
     cases = [FFNCase(count, **sizes) for count in tokens]
@@ -213,15 +209,17 @@ def main() -> None:
         Request(T=tokens), device=device.type, threads=1, probes=ceilings.TOY if options.toy else None
     )
     run = describe_run("kernels", (cases[0].dtype,), device, settings)
+    if options.commit:
+        run = replace(run, environment=run.environment | {"commit": options.commit})
     ceiling = run.ceilings[cases[0].dtype]
-    print(
-        f"{run.device}: at most {ceiling.flops_per_s / 1e12:.4g} TFLOP/s, {ceiling.bytes_per_s / 1e12:.3g} TB/s"
-    )
 
     def told() -> Iterator[Row]:
-        for row in rows(cases, device, run.ceilings):
-            print(line(row, ceiling), flush=True)
-            yield row
+        for case in cases:
+            for row in rows(case, device, ceiling):
+                print(f"{run.device}: {line(row, ceiling)}", flush=True)
+                yield row
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
 
     if options.out is None:
         for _ in told():

@@ -101,7 +101,7 @@ def slug(run: Run) -> str:
 
 
 def write(folder: str | Path, run: Run, rows: Iterable[Row]) -> Path:
-    """Write a file under its own name, each row the moment it arrives: whatever stops the run, they are there.
+    """Write a file under its own name, each row the moment it arrives: whatever stops the run, it has them.
 
     A file of that name is kept beside it, with ".before" added, until this one is complete.
     """

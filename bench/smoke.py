@@ -15,7 +15,8 @@ import dataclasses
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ CASES = (("balanced", False), ("skewed", True), ("dropped", True), ("first empty
 TOY_TOKENS = 13
 _PER_EXPERT = ("dw1", "db1", "dw2", "db2")
 _MOST_NAMED = 6
+Found = tuple[list[str], dict[str, float]]  # what is wrong; rms errors by output
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Verdict:
 
 def cases(tokens: int, toy: bool) -> list[FFNCase]:
     """What is checked for one token count."""
-    sizes = {"D": 16, "F": 24, "E": 3, "dtype": "float32"} if toy else {}
+    sizes: dict[str, Any] = {"D": 16, "F": 24, "E": 3, "dtype": "float32"} if toy else {}
     return [FFNCase(tokens, routing=routing, gate=gate, **sizes) for routing, gate in CASES]
 
 
@@ -73,10 +75,10 @@ def make_inputs(case: FFNCase, device: torch.device) -> dict[str, Tensor]:
 def step(t: dict[str, Tensor], plan: RoutingPlan) -> dict[str, Tensor]:
     """Inference, then forward and backward: every output by name."""
     leaves = {k: v.detach().requires_grad_() for k, v in t.items() if k != "dy"}
-    arguments = (leaves["x"], plan, *(leaves[k] for k in ("w1", "b1", "w2", "b2")))
+    weights = [leaves[k] for k in ("w1", "b1", "w2", "b2")]
     with torch.no_grad():
-        inference = moe_ffn(*arguments, gate_TK=leaves.get("gate"))
-    y = moe_ffn(*arguments, gate_TK=leaves.get("gate"))
+        inference = moe_ffn(leaves["x"], plan, *weights, gate_TK=leaves.get("gate"))
+    y = moe_ffn(leaves["x"], plan, *weights, gate_TK=leaves.get("gate"))
     grads = torch.autograd.grad(y, list(leaves.values()), t["dy"])
     names = (f"d{name}" for name in leaves)
     return {"y": y.detach(), "inference": inference} | dict(zip(names, grads, strict=True))
@@ -92,16 +94,16 @@ def reference(t: dict[str, Tensor], ids_TK: Tensor) -> dict[str, Tensor]:
     return {"y": y.detach(), "inference": y.detach()} | dict(zip(names, grads, strict=True))
 
 
-def compare(
-    outputs: dict[str, Tensor], exact: dict[str, Tensor], ids_TK: Tensor, case: FFNCase
-) -> tuple[list[str], dict[str, float]]:
+def compare(outputs: dict[str, Tensor], exact: dict[str, Tensor], ids_TK: Tensor, case: FFNCase) -> Found:
     """What is wrong, output by output and expert by expert, and the worst rms error of each output."""
-    wrong, errors = [], {}
+    wrong: list[str] = []
+    errors: dict[str, float] = {}
     rms_limit, max_limit = LIMITS[DTYPES[case.dtype]]
     for name, expected in exact.items():
         per_expert = name in _PER_EXPERT
         for expert in range(0 if per_expert else -1, case.E):
-            rows = expert if per_expert else (ids_TK[:, 0] == expert).nonzero().flatten()
+            mine = torch.tensor([expert]) if per_expert else (ids_TK[:, 0] == expert).nonzero().flatten()
+            rows = mine.to(expected.device)
             rms, largest = relative_errors(outputs[name][rows], expected[rows])
             errors[name] = max(errors.get(name, 0.0), rms)
             if rms <= rms_limit and largest <= max_limit:
@@ -137,9 +139,7 @@ def _different(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]
     return found
 
 
-def check_case(
-    case: FFNCase, t: dict[str, Tensor], kept: dict[str, Any]
-) -> tuple[list[str], dict[str, float]]:
+def check_case(case: FFNCase, t: dict[str, Tensor], kept: dict[str, Any]) -> Found:
     """Right twice over; leaves outputs and plan in `kept` for the graph."""
     ids_TK = expert_ids(case).to(t["x"].device)
     plan = RoutingPlan.from_expert_ids(ids_TK, case.E)
@@ -150,8 +150,10 @@ def check_case(
     return wrong, errors
 
 
-def check_graph(kept: dict[str, Any], captured: str, replayed: str) -> tuple[list[str], dict[str, float]]:
+def check_graph(kept: dict[str, Any], captured: str, replayed: str) -> Found:
     """A graph captured with one routing gives what plain launches gave, with another in the same buffers."""
+    if missing := [routing for routing in (captured, replayed) if routing not in kept]:
+        return [f"not checked: there is nothing of {missing[0]} to compare with"], {}
     t, plan, _ = kept[captured]
     _, other, expected = kept[replayed]
     plan = RoutingPlan(**{f.name: _copy(getattr(plan, f.name)) for f in dataclasses.fields(plan)})
@@ -175,41 +177,50 @@ def _copy(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
-def judge(check: str, run: Callable[[], tuple[list[str], dict[str, float]]]) -> Verdict:
-    """The verdict of one check; what it raises is what was wrong."""
-    try:
-        wrong, errors = run()
-        return Verdict(check, tuple(wrong), errors)
-    except Exception as error:
-        return Verdict(check, (first_line(error),), {})
+class Judge:
+    """Runs checks and reports their verdicts; on a device that is lost no more are run."""
+
+    def __init__(self, report: Callable[[Verdict], None]) -> None:
+        self._report = report
+        self._lost_in: str | None = None
+        self.all_right = True
+
+    def __call__(self, check: str, run: Callable[..., Found], *arguments: Any) -> None:
+        """Run one check; what it raises is what is wrong."""
+        wrong: Sequence[str] = [f"not checked: the device was lost in {self._lost_in}"]
+        errors: dict[str, float] = {}
+        if self._lost_in is None:
+            try:
+                wrong, errors = run(*arguments)
+            except Exception as error:
+                traceback.print_exc()
+                wrong = [first_line(error)]
+                if isinstance(error, torch.AcceleratorError):
+                    self._lost_in = check
+        self.all_right = self.all_right and not wrong
+        self._report(Verdict(check, tuple(wrong), errors))
 
 
 def run(tokens: int, toy: bool, report: Callable[[Verdict], None]) -> bool:
     """All checks of one token count; whether everything was right."""
     device = torch.device("cpu" if toy else "cuda")
-    # NaN in what no kernel has written, and no fallback that would pass in a kernel's place.
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # NaN in what no kernel has written
     kept: dict[str, Any] = {}
-    verdicts = []
-
-    def note(verdict: Verdict) -> None:
-        verdicts.append(verdict)
-        report(verdict)
-
+    judge = Judge(report)
     for case in cases(tokens, toy):
         t = make_inputs(case, device)
         if not toy and case.routing == CASES[0][0]:
-            note(judge(f"T={tokens} runs in our kernels", lambda t=t: _our_kernels(t["x"])))
+            judge(f"T={tokens} runs in our kernels", _our_kernels, t["x"])
         gate = ", gate" if case.gate else ""
-        note(judge(f"T={tokens}, {case.routing}{gate}", lambda case=case, t=t: check_case(case, t, kept)))
+        judge(f"T={tokens}, {case.routing}{gate}", check_case, case, t, kept)
     if not toy:
         for before, after in (("balanced", "first empty"), ("skewed", "dropped")):
-            name = f"T={tokens}, graph of {before} replayed as {after}"
-            note(judge(name, lambda pair=(before, after): check_graph(kept, *pair)))
-    return not any(verdict.wrong for verdict in verdicts)
+            judge(f"T={tokens}, graph of {before} replayed as {after}", check_graph, kept, before, after)
+    return judge.all_right
 
 
-def _our_kernels(x_TD: Tensor) -> tuple[list[str], dict[str, float]]:
+def _our_kernels(x_TD: Tensor) -> Found:
+    """A fallback in our kernels' place would pass every other check."""
     from moebert_kernels import kernels
 
     found = backends.for_ffn(x_TD, None, 1, False)

@@ -30,7 +30,7 @@ def _experts_class() -> type[nn.Module]:
 
     @use_experts_implementation(has_gate=False, has_bias=True)
     class _Experts(nn.Module):
-        """Non-gated experts with biases under the names that transformers reads; its own forward is "eager"."""
+        """Non-gated experts with biases, named as transformers reads them; its own forward is "eager"."""
 
         def __init__(self, config: SimpleNamespace, leaves: dict[str, Tensor]):
             super().__init__()

@@ -69,10 +69,10 @@ def launches(call: Call, device: str = "meta") -> list[Any]:
     arguments: list[Any] = [empty(T, dtype=torch.int32), empty(E + 1, dtype=torch.int32)]
     arguments += [empty(E, F, D), empty(E, F), empty(E, D, F), empty(E, D), gate_TK, "gelu", 1, False]
     with recorded() as record:
-        _, preact_SF = kernels.expert_ffn_forward(x_TD, *arguments, save_preact=call.training)
+        _, preact_SF = kernels.expert_ffn_forward(*[x_TD, *arguments, call.training])
         if call.training:
             needs = [True] * 5 + [call.gate]
-            kernels.expert_ffn_backward(empty(T, D), x_TD, preact_SF, *arguments, needs=needs)
+            kernels.expert_ffn_backward(*[empty(T, D), x_TD, preact_SF, *arguments, needs])
     return record
 
 

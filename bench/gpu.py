@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import IO, Protocol
 
 MOST_FILES, MOST_BYTES = 8, 2**24  # what may come back from a machine that is lent
-GRACE_S = 6  # from being told to stop to being killed
 RESERVE_S = 10  # of a call, for what is said at its end
 LOG, SESSION = "gpu.log", "session.jsonl"
 ALWAYS = (LOG, SESSION)
@@ -41,6 +40,7 @@ class Part:
         about: what it does.
         files: patterns of what it leaves in the folder, beside the log.
         stops: whether nothing may run once it has failed.
+        grace_s: of its share, from being told to stop to being killed.
         always: whether it runs whatever --only names: each call finds a bare machine.
     """
 
@@ -49,6 +49,7 @@ class Part:
     about: str
     files: tuple[str, ...] = ()
     stops: bool = False
+    grace_s: int = 4
     always: bool = False
 
 
@@ -60,13 +61,13 @@ FIRST = (
     Part("smoke", 40, "forward and backward against float64, twice, in graphs", ("smoke.jsonl",), stops=True),
     Part("ffn", 95, "the layer beside its peers, in a graph, on cold caches", ("ffn-*.jsonl",)),
     Part("kernels", 45, "the time of each kernel, alone and in place", ("kernels-*.jsonl",)),
-    Part("tests", 150, "pytest -m gpu by twelve workers", ("tests.xml",)),
+    Part("tests", 150, "pytest -m gpu by twelve workers", ("tests.xml",), grace_s=15),
     Part("tiles", 90, "candidates for the table of tile shapes", ("tiles.jsonl",)),
 )
 SECOND = (
     _MACHINE,
     Part("smoke", 30, "as in the first call", ("smoke.jsonl",), stops=True),
-    Part("tests", 60, "pytest -m gpu, or what --tests names", ("tests.xml",)),
+    Part("tests", 60, "pytest -m gpu, or what --tests names", ("tests.xml",), grace_s=15),
     Part("memcheck", 60, "compute-sanitizer's memcheck over small cases"),
     Part("counters", 50, "Nsight Compute over each kernel at T=16384", ("counters.csv",)),
     Part("ffn", 60, "as in the first call", ("ffn-*.jsonl",)),
@@ -144,10 +145,10 @@ def go_through(parts: Sequence[Part], limit: float, machine: Machine) -> Iterato
     for number, part in enumerate(parts, 1):
         end = usable if number == len(parts) else end + shares * part.seconds
         began = machine.now()
-        if stopped or end - began < GRACE_S + 1:
+        if stopped or end - began < part.grace_s + 1:
             yield Outcome(part.name, stopped or "no time left", began, began)
             continue
-        code = machine.run(part, end - began - GRACE_S)
+        code = machine.run(part, end - began - part.grace_s)
         became = "cut off" if code is None else "ok" if code == 0 else f"failed ({code})"
         if part.stops and code != 0:
             stopped = f"not run, since {part.name} {became}"
@@ -166,7 +167,7 @@ class StandIn:
 
     def run(self, part: Part, seconds: float) -> int | None:
         """See `Machine`; a part that stops the others passes at its last second."""
-        self._now += seconds if part.stops else seconds + GRACE_S
+        self._now += seconds if part.stops else seconds + part.grace_s
         return 0 if part.stops else None
 
 
@@ -211,7 +212,7 @@ class Host:
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGINT)  # pytest then writes what it has
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE_S - 1)
+                process.wait(part.grace_s - 1)
         finally:
             _kill_group(process)
             pump.join(1)
@@ -331,7 +332,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     options.limit = options.limit or CALLS[options.call][1]
-    least = RESERVE_S + len(options.parts) * (GRACE_S + 2)
+    least = RESERVE_S + sum(part.grace_s + 2 for part in options.parts)
     if options.limit < least:
         parser.error(f"--limit must be at least {least} s for these parts, got {options.limit}")
     if options.out is None:
@@ -350,6 +351,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = Path(options.out)
     planned = rehearse(options.parts, options.limit)
     out.mkdir(parents=True, exist_ok=True)
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background jobs, and theirs, ignore it
     with (out / LOG).open("ab") as log, (out / SESSION).open("a", encoding="utf-8") as session:
         host = Host(options, log)
         for outcome in planned:

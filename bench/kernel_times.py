@@ -60,9 +60,9 @@ def record(inputs: FFNInputs) -> Step:
     arguments: list[Any] = [plan.order_S, plan.offsets_E1, inputs.w1_EFD, inputs.b1_EF]
     arguments += [inputs.w2_EDF, inputs.b2_ED, None, "gelu", inputs.case.K, False]
     with recorded() as launches:
-        _, preact_SF = kernels.expert_ffn_forward(inputs.x_TD, *arguments, save_preact=True)
+        _, preact_SF = kernels.expert_ffn_forward(*[inputs.x_TD, *arguments, True])
         needs = [True] * 5 + [False]
-        kernels.expert_ffn_backward(inputs.dy_TD, inputs.x_TD, preact_SF, *arguments, needs=needs)
+        kernels.expert_ffn_backward(*[inputs.dy_TD, inputs.x_TD, preact_SF, *arguments, needs])
     step = Step(tuple(launches))
     step.run()
     return step

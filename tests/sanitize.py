@@ -1,10 +1,11 @@
 """Small cases for NVIDIA's compute-sanitizer, outside pytest so that its report is the process's own.
 
-    python tests/sanitize.py            run all four tools, each in a process of its own
-    python tests/sanitize.py --cases    run the cases only: what a tool wraps
+    python tests/sanitize.py [TOOL ...]    run all four tools or those named, each in a process of its own
+    python tests/sanitize.py --cases       run the cases only: what a tool wraps
 
-The exit status is that of the first tool that finds something. `--cases --interpreted`, with
-TRITON_INTERPRET=1 in the environment, runs the smallest case without a GPU: does the script start?
+Whatever one tool finds, the next one runs; the exit status is the first that is not 0. `--cases
+--interpreted`, with TRITON_INTERPRET=1 in the environment, runs the smallest case without a GPU: does the
+script start?
 """
 
 from __future__ import annotations
@@ -57,25 +58,26 @@ def run_cases(*, interpreted: bool = False) -> None:
         torch.cuda.synchronize()
 
 
-def main() -> int:
+def main(tools: list[str]) -> int:
+    if unknown := [tool for tool in tools if tool not in TOOLS]:
+        sys.exit(f"there is no tool {unknown[0]!r}; there are {', '.join(TOOLS)}")
     here = Path(__file__).resolve().parent
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]),
         "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",  # one allocation per tensor: overruns land outside
     }
-    for tool in TOOLS:
+    statuses = []
+    for tool in tools or TOOLS:
         pointers = ["--pointers"] if tool == "initcheck" else []
         command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, __file__, "--cases"]
         print(f"== {tool}", flush=True)
-        status = subprocess.run(command + pointers, env=environment).returncode
-        if status:
-            return status
-    return 0
+        statuses.append(subprocess.run(command + pointers, env=environment).returncode)
+    return next((status for status in statuses if status), 0)
 
 
 if __name__ == "__main__":
     if "--cases" in sys.argv:
         run_cases(interpreted="--interpreted" in sys.argv)
     else:
-        sys.exit(main())
+        sys.exit(main(sys.argv[1:]))

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import suite, tune
+from bench import suite
 from bench.cases import FFNCase, Request
 from bench.ceilings import Ceiling
-from bench.commands import main, make_parser
+from bench.commands import main
 from bench.ffn import OURS
 from bench.options import PARAMETERS, flag
 from bench.ratios import ratio_tables
@@ -333,66 +333,9 @@ def test_every_package_is_installed():
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
-def test_scripts_parse_and_explain_themselves():
-    for script in ("cpu.sh", "gpu.sh"):
-        subprocess.run(["bash", "-n", str(ROOT / "bench" / script)], check=True)
-    done = subprocess.run(
-        ["bash", "bench/gpu.sh", "--fast"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2
-    assert "unknown option: --fast" in done.stderr
-    assert "--dry-run    needs no GPU" in done.stderr
-
-
-@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        (["--only", "ffn"], "unknown part: ffn"),
-        (["--out"], "--out needs a value"),
-        (["--limit", "9m"], "--limit must be whole seconds, got 9m"),
-    ],
-)
-def test_the_gpu_script_refuses_what_it_does_not_know(wrong, message):
-    command = ["bash", "bench/gpu.sh", "--dry-run", *wrong]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr.strip().endswith(message)
-
-
-@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
-def test_the_gpu_script_calls_each_part(tmp_path):
-    """`echo` for Python and ncu shows the commands: an option that is gone would waste a GPU's time."""
-    parts = ["build", "test", "sanitize", "bench", "tune", "profile"]
-    (tmp_path / "ncu").write_text('#!/bin/sh\necho "$@"\n')
-    (tmp_path / "ncu").chmod(0o755)
-    options = ["--limit", "400", "--out", str(tmp_path / "out"), "--peer-path", str(tmp_path)]
-    command = ["bash", "bench/gpu.sh", "--only", ",".join(parts), *options]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=os.environ | {"PYTHON": "echo", "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert re.findall(r"^(\w+): ok, \d+ s$", done.stdout, re.MULTILINE) == parts
-    assert "setup.py build_ext --inplace" in done.stdout
-    assert "-m pytest -m gpu" in done.stdout
-    assert "tests/sanitize.py" in done.stdout
-    commands = re.findall(r"-m bench (\w+) (.*)$", done.stdout, re.MULTILINE)
-    assert [name for name, _ in commands] == ["dispatch", "model", "ffn", "ffn"]
-    for name, options in commands:
-        assert "--device cuda" in options
-        # Quotes are gone: a pass or an entry of several words would not come through.
-        make_parser("bench")[0].parse_args([name, *options.split()])
-    limits = [int(found) for found in re.findall(r"--limit (\d+)", done.stdout)]
-    assert len(limits) == 4
-    assert max(limits) <= 300
-    assert all(f"--peer-path {tmp_path}" in options for _, options in commands[:3])
-    tuning = re.search(r"-m bench\.tune (.*)$", done.stdout, re.MULTILINE)[1].split()
-    tune.parse(tuning)
-    assert (tmp_path / "out" / "gpu-tune.log").is_file()
+@pytest.mark.parametrize("script", ["cpu.sh", "gpu.sh"])
+def test_scripts_parse(script):
+    subprocess.run(["bash", "-n", str(ROOT / "bench" / script)], check=True)
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
@@ -444,22 +387,6 @@ def test_the_cpu_scripts_selections_exist():
         assert names.split(",") == [OURS, *OPS[op].baselines]
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
-def test_a_part_that_fails_is_reported_and_the_next_one_runs(tmp_path):
-    """With `false` for Python every part fails, but the one that has nothing to run."""
-    done = subprocess.run(
-        ["bash", "bench/gpu.sh", "--dry-run", "--only", "profile,tune", "--out", str(tmp_path)],
-        cwd=ROOT,
-        env=os.environ | {"PYTHON": "false"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert re.search(r"profile: FAILED \(1\)", done.stdout)
-    assert re.search(r"tune: FAILED \(1\)", done.stdout)
-
-
 def test_a_log_shows_whole_figures(monkeypatch):
     """A wide table's figures were cut short where there is no terminal."""
     monkeypatch.setenv("COLUMNS", "80")
@@ -498,10 +425,8 @@ def test_by_default_few_cases_of_the_layer_are_timed(device_type):
     assert len({case.dtype for case in cases}) * len(OPS["ffn"].default_passes) <= 4
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
-@pytest.mark.parametrize("script", ["cpu.sh", "gpu.sh"])
-def test_the_scripts_time_every_routing(script):
+def test_the_cpu_script_times_every_routing():
     """What README shows must not depend on what is timed by default."""
-    text = (ROOT / "bench" / script).read_text(encoding="utf-8")
+    text = (ROOT / "bench" / "cpu.sh").read_text(encoding="utf-8")
     assert "--skew balanced,zipf,skewed" in text
     assert "--passes forward,forward+backward,dispatch+forward" in text

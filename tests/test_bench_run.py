@@ -212,16 +212,21 @@ def test_nothing_is_started_after_the_limit():
     assert list(rows) == []
 
 
-def test_a_run_that_is_cut_off_leaves_no_file(tmp_path):
+def test_a_run_that_is_cut_off_keeps_what_it_has_and_the_run_before_it(tmp_path):
     run, rows = start(OPS["dispatch"], SETTINGS)
+    measured = list(rows)
+    path = write(tmp_path, run, measured)
 
     def interrupted():
-        yield next(rows)
+        yield measured[0]
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path, run, interrupted())
-    assert list(tmp_path.iterdir()) == []
+    assert read(path).rows == tuple(measured[:1])
+    assert read(path.with_name(f"{path.name}.before")).rows == tuple(measured)
+    write(tmp_path, run, measured)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_files_of_another_format_are_refused(tmp_path):

@@ -234,6 +234,8 @@ def environment_of(part: Part, options: argparse.Namespace) -> dict[str, str]:
     variables = {"PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
     if part.name == "tests":
         variables["OMP_NUM_THREADS"] = "1"  # twelve workers compute references on the CPU
+    if part.name == "memcheck":
+        variables["PYTHONPATH"] = os.pathsep.join(["tests", "."])
     if options.dry_run:
         variables |= {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
     return variables

@@ -82,6 +82,14 @@ def test_nothing_is_timed_of_a_layer_that_is_wrong():
     assert list(machine.given) == ["machine", "smoke"]
 
 
+def test_a_smoke_test_without_enough_time_stops_nothing():
+    """It has found nothing wrong, and the benchmarks verify what they time."""
+    machine = Scripted(seconds=100)
+    became = [outcome.became for outcome in go_through(FIRST, 480, machine)]
+    assert became[:2] == ["cut off", "cut off"]
+    assert not any(text.startswith("not run") for text in became)
+
+
 def test_no_more_files_than_come_back():
     assert len(files_of(FIRST)) <= gpu.MOST_FILES
     with pytest.raises(ValueError, match=r"these parts leave \d+ files, at most 8 come back"):

@@ -32,7 +32,7 @@ class GpuModule(pytest.Module):
 
 
 def pytest_pycollect_makemodule(module_path, parent):
-    if parent.config.getoption("-m") == "gpu":
+    if parent.config.getoption("-m").split()[:1] == ["gpu"]:
         return GpuModule.from_parent(parent, path=module_path)
     return None
 

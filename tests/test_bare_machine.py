@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.gpu import FIRST
+
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,14 +30,6 @@ NEVER_THERE = (
     "matplotlib",
     "hypothesis",
 )
-PROGRAM = """
-import runpy, sys
-_, hidden, module, *arguments = sys.argv
-for name in hidden.split(","):
-    sys.modules[name] = None
-sys.argv = [module, *arguments]
-runpy.run_module(module, run_name="__main__", alter_sys=True)
-"""
 
 
 def normal(name):
@@ -67,19 +61,36 @@ def hidden_from(names):
     return sorted(others | set(NEVER_THERE))
 
 
-def run(module, *arguments, packages=BARE):
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-        "PYTHONPATH": str(ROOT / "tests"),
-        "TRITON_INTERPRET": "1",
-    }
-    command = [sys.executable, "-c", PROGRAM, ",".join(hidden_from(packages)), module, *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    return done.returncode, done.stdout, done.stderr
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Start `python -m MODULE ...` as it is typed; it and its own processes see those packages alone."""
+
+    def run(module, *arguments, packages=BARE):
+        startup = tmp_path_factory.mktemp("startup")
+        hide = f"import sys\nsys.modules.update(dict.fromkeys({hidden_from(packages)!r}))\n"
+        (startup / "sitecustomize.py").write_text(hide)
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+            "PYTHONPATH": os.pathsep.join([str(startup), str(ROOT / "tests")]),
+            "TRITON_INTERPRET": "1",
+        }
+        command = [sys.executable, "-m", module, *arguments]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
+
+    return run
 
 
-def test_no_test_of_a_gpu_is_lost():
+def test_nothing_but_the_bare_packages_is_seen(run):
+    """Were nothing hidden, these tests could not fail."""
+    assert not {"torch", "triton", "numpy", "pytest", "_pytest", "sympy"} & set(hidden_from(BARE))
+    status, _, errors = run("transformers")
+    assert status == 1
+    assert "transformers" in errors
+
+
+def test_no_test_of_a_gpu_is_lost(run):
     """`pytest -m gpu` used to end at collection: most modules need a package that is not there."""
     status, out, errors = run("pytest", "--collect-only", "-m", "gpu", "-p", "no:cacheprovider")
     assert status == 0, out + errors
@@ -89,7 +100,7 @@ def test_no_test_of_a_gpu_is_lost():
     assert collected >= modules - {Path(__file__).name} >= {"test_gpu.py", "test_native_cuda.py"}
 
 
-def test_a_gpu_test_that_needs_more_is_left_out_with_the_reason(tmp_path):
+def test_a_gpu_test_that_needs_more_is_left_out_with_the_reason(run, tmp_path):
     """And only for want of an installed package: whatever else is wrong with a module is an error."""
     (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
     (tmp_path / "test_more.py").write_text("import matplotlib.pyplot\n")
@@ -104,12 +115,12 @@ def test_a_gpu_test_that_needs_more_is_left_out_with_the_reason(tmp_path):
     assert run("pytest", "-m", "gpu", *options)[0] == 2
 
 
-def test_the_layer_alone_needs_no_transformers():
+def test_the_layer_alone_needs_no_transformers(run):
     status, out, errors = run("bench.dispatch")
     assert (status, out, errors) == (0, "", "")
 
 
-def test_the_ffn_is_timed_and_written_without_a_plot(tmp_path):
+def test_the_ffn_is_timed_and_written_without_a_plot(run, tmp_path):
     options = ["--toy", "--device", "cpu", "--rounds", "1", "--passes", "forward,forward+backward"]
     status, out, errors = run("bench", "ffn", *options, "--out", str(tmp_path))
     assert status == 0, errors
@@ -119,13 +130,13 @@ def test_the_ffn_is_timed_and_written_without_a_plot(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["ffn-cpu.jsonl"]
 
 
-def test_dispatch_is_timed():
+def test_dispatch_is_timed(run):
     status, out, errors = run("bench", "dispatch", "--toy", "--device", "cpu", "--rounds", "1")
     assert status == 0, errors
     assert re.search(r"^moebert_kernels +[\d.]+ .?s", out, re.MULTILINE)
 
 
-def test_whole_models_need_transformers_and_no_more():
+def test_whole_models_need_transformers_and_no_more(run):
     options = ["bench", "model", "--toy", "--device", "cpu", "--rounds", "1", "--text", "README.md"]
     status, out, errors = run(*options)
     assert status == 2
@@ -135,12 +146,20 @@ def test_whole_models_need_transformers_and_no_more():
     assert re.search(r"^moebert_kernels +[\d.]+ .?s", out, re.MULTILINE)
 
 
-def test_tiles_are_tuned():
+def test_tiles_are_tuned(run):
     status, out, errors = run("bench.tune", "--toy", "--device", "cpu")
     assert status == 0, errors
     assert "Config(" in out
 
 
-def test_the_sanitizers_cases_run():
+def test_the_sanitizers_cases_run(run):
     status, _, errors = run("tests.sanitize", "--cases", "--interpreted")
     assert status == 0, errors
+
+
+@pytest.mark.slow
+def test_a_session_on_a_gpu_goes_through_its_parts(run, tmp_path):
+    status, out, errors = run("bench.gpu", "first", "--dry-run", "--out", str(tmp_path))
+    assert status == 0, out + errors
+    parts = [part.name for part in FIRST]
+    assert re.findall(r"^(\w+): ok, \d+ s$", out, re.MULTILINE) == parts

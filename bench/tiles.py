@@ -36,27 +36,28 @@ _SAMPLES = 5
 # m, n, warps and stages of the GEMMs whose rows are tokens, with so many parts of the epilogue; k is 64.
 _GEMMS = (
     (128, 128, 8, 3, (1, 2, 4)),
-    (128, 256, 8, 4, (2, 4)),
-    (256, 128, 8, 4, (4,)),
+    (128, 256, 8, 4, (4,)),
     (64, 128, 4, 3, (2, 4)),
-    (128, 64, 4, 3, (2,)),
+    (128, 64, 4, 3, (1, 2)),
     (64, 64, 4, 4, (1, 2)),
-    (64, 32, 4, 6, (1,)),
+    (64, 32, 4, 4, (1,)),
+    (32, 64, 4, 4, (1,)),
+    (32, 32, 4, 6, (1,)),
+    (16, 64, 4, 4, (1,)),
 )
-# m, n, warps, stages and programs per multiprocessor of the weight gradients; 0 for one program a tile. A third
-# of the stages holds indices.
+# m, n, warps, stages and programs per multiprocessor of the weight gradients; 0 for one program a tile. Some
+# of the stages hold indices only.
 _WEIGHTS = (
     (128, 256, 8, 5, 1),
     (128, 256, 8, 7, 1),
     (128, 128, 8, 5, 2),
-    (128, 128, 8, 5, 1),
+    (128, 128, 8, 4, 2),
     (128, 128, 8, 7, 1),
-    (128, 128, 8, 9, 1),
     (128, 128, 8, 5, 0),
-    (128, 128, 8, 7, 0),
     (128, 64, 4, 7, 0),
     (64, 128, 4, 7, 0),
     (64, 64, 4, 7, 0),
+    (64, 64, 4, 4, 0),
 )
 
 
@@ -68,25 +69,22 @@ class Role:
         field: of a `Config`.
         pass_: the pass it is launched in.
         kernels: which of the pass's launches it is, by a prefix of their kernels' names.
-        index: the first of these launches, among the launches of that name.
         outputs: the results of the pass that it decides.
     """
 
     field: str
     pass_: str
     kernels: tuple[str, ...]
-    index: int
     outputs: tuple[str, ...]
 
 
 ROLES = {
-    "up": Role("up", "inference", ("gather_kernel",), 0, ("y",)),
-    "up, training": Role("up", "forward", ("gather_kernel",), 0, ("y",)),
-    "down": Role("down", "inference", ("scatter_kernel",), 0, ("y",)),
-    "down_backward": Role("down_backward", "backward", ("gather_backward",), 0, ("dx", "dw1", "db1", "db2")),
-    "up_backward": Role("up_backward", "backward", ("scatter_kernel",), 0, ("dx",)),
-    "weight_grad, w1": Role("weight_grad", "backward", ("weight_grad", "join"), 0, ("dw1",)),
-    "weight_grad, w2": Role("weight_grad", "backward", ("weight_grad", "join"), 1, ("dw2",)),
+    "up": Role("up", "inference", ("gather_kernel",), ("y",)),
+    "up, training": Role("up", "forward", ("gather_kernel",), ("y",)),
+    "down": Role("down", "inference", ("scatter_kernel",), ("y",)),
+    "down_backward": Role("down_backward", "backward", ("gather_backward",), ("dx", "dw1", "db1", "db2")),
+    "up_backward": Role("up_backward", "backward", ("scatter_kernel",), ("dx",)),
+    "weight_grad": Role("weight_grad", "backward", ("weight_grad", "join"), ("dw1", "dw2")),
 }
 
 
@@ -131,10 +129,7 @@ class Pass:
 
     def of(self, role: Role) -> tuple[Any, ...]:
         """A role's launches."""
-        mine = [launch for launch in self.launches if launch.kernel.__name__.startswith(role.kernels)]
-        starts = [i for i, launch in enumerate(mine) if launch.kernel.__name__.startswith(role.kernels[0])]
-        starts.append(len(mine))
-        return tuple(mine[starts[role.index] : starts[role.index + 1]])
+        return tuple(one for one in self.launches if one.kernel.__name__.startswith(role.kernels))
 
 
 def record(
@@ -166,7 +161,7 @@ def _meta_launches(case: FFNCase, candidate: Candidate, base: Any) -> tuple[Any,
         return torch.empty(shape, dtype=dtype, device="meta")
 
     T, D, F, E = case.T, case.D, case.F, case.E
-    x_TD, dy_TD, preact_SF = empty(T, D), empty(T, D), empty(T, F)
+    x_TD, dy_TD, preact_SF = empty(T, D), empty(T, D), empty(2 * T, F)
     sort = (empty(T, dtype=torch.int32), empty(E + 1, dtype=torch.int32))
     arguments = (
         x_TD,
@@ -302,7 +297,6 @@ def main() -> None:
         if time.monotonic() > deadline:
             break
         bench = Bench(FFNCase(count, **sizes), device)
-        flops = 2.0 * count * bench.case.D * bench.case.F
         for candidate in wanted:
             if time.monotonic() > deadline:
                 print("no time left")
@@ -323,6 +317,13 @@ def main() -> None:
         for (T, role), found in best.items():
             if count == T:
                 print(f"T={T} {role}")
+                flops = (
+                    2.0
+                    * T
+                    * bench.case.D
+                    * bench.case.F
+                    * len(ROLES[role].outputs if role == "weight_grad" else [0])
+                )
                 for seconds, candidate in sorted(found, key=lambda one: one[0])[:4]:
                     t = candidate.tile
                     print(

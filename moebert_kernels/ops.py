@@ -158,7 +158,8 @@ def _(
     x_TD, order_S, offsets_E1, w1_EFD, b1_EF, w2_EDF, b2_ED, gate_TK, activation, top_k, per_slot, save_preact
 ):
     rows = order_S.shape[0] if per_slot else x_TD.shape[0]
-    preact_rows = cpu.preact_rows(x_TD, order_S.shape[0]) if save_preact else 0
+    saved = 2 * order_S.shape[0] if x_TD.is_cuda else cpu.preact_rows(x_TD, order_S.shape[0])
+    preact_rows = saved if save_preact else 0
     return x_TD.new_empty(rows, x_TD.shape[1]), x_TD.new_empty(preact_rows, w1_EFD.shape[1])
 
 

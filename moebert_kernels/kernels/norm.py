@@ -91,7 +91,7 @@ def expert_norm_backward(
     du_SD = residual_TD.new_empty(S, D, dtype=residual_TD.dtype if K == 1 else torch.float32)
     dgate_TK = mean_S.new_empty((T, K) if need_gate else 0)
     shares = mean_S.new_empty(2, tiles, D)
-    sorted_rows = {"offsets_ptr": offsets_E1.contiguous(), "num_slots": S, "E": E, "D": D}
+    offsets_E1 = offsets_E1.contiguous()
     with on_device_of(z_SD):
         launch(
             norm_backward_kernel,
@@ -117,10 +117,14 @@ def expert_norm_backward(
             TOP_K=K,
             BLOCK_M=block,
             GROUPS=groups_of(E),
-            **sorted_rows,
+            offsets_ptr=offsets_E1,
+            num_slots=S,
+            E=E,
+            D=D,
             **_row(D),
         )
-        dln_w_ED, dln_b_ED = over_tiles(*shares, sorted_rows["offsets_ptr"], ln_w_ED, ln_b_ED, block)
+        dln_w_ED, dln_b_ED = over_tiles((shares[0], ln_w_ED), (shares[1], ln_b_ED), offsets_E1, block)
+        assert dln_w_ED is not None and dln_b_ED is not None
         return dz_SD, over_experts(du_SD, K, residual_TD.dtype), dln_w_ED, dln_b_ED, dgate_TK
 
 

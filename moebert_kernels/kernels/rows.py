@@ -30,28 +30,29 @@ def over_experts(z_SD: Tensor, top_k: int, dtype: torch.dtype) -> Tensor:
 
 
 def over_tiles(
-    left_parts: Tensor | None,
-    right_parts: Tensor | None,
+    left: tuple[Tensor, Tensor] | None,
+    right: tuple[Tensor, Tensor] | None,
     offsets_E1: Tensor,
-    like_left: Tensor | None,
-    like_right: Tensor | None,
     tile_rows: int,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The sums [E, M] and [E, N] over each expert's row tiles of parts [row tiles, M] and [row tiles, N]."""
+    """The sums over each expert's row tiles, of two kinds of parts at once.
+
+    `left` and `right` each are parts [row tiles, N] in float32 and a tensor [E, N] whose dtype the sums get.
+    """
     E = offsets_E1.shape[0] - 1
-    left, right = (
-        None if parts is None else torch.empty_like(like, memory_format=torch.contiguous_format)
-        for parts, like in ((left_parts, like_left), (right_parts, like_right))
-    )
-    M, N = (0 if parts is None else parts.shape[1] for parts in (left_parts, right_parts))
+    out = [
+        None if pair is None else torch.empty_like(pair[1], memory_format=torch.contiguous_format)
+        for pair in (left, right)
+    ]
+    M, N = (0 if pair is None else pair[0].shape[1] for pair in (left, right))
     launch(
         sum_tiles_kernel,
         (E, ceil_div(max(M, N), 64), 2),
-        left_parts_ptr=left_parts,
-        right_parts_ptr=right_parts,
+        left_parts_ptr=left and left[0],
+        right_parts_ptr=right and right[0],
         offsets_ptr=offsets_E1,
-        left_ptr=left,
-        right_ptr=right,
+        left_ptr=out[0],
+        right_ptr=out[1],
         E=E,
         M=M,
         N=N,
@@ -60,7 +61,7 @@ def over_tiles(
         BLOCK_N=64,
         GROUPS=groups_of(E),
     )
-    return left, right
+    return out[0], out[1]
 
 
 @triton.jit

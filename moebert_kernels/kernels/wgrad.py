@@ -1,18 +1,23 @@
-"""The weight gradients: per expert dW_e = left^T right, summed over its rows.
+"""The weight gradients of both layers in one launch: sums over each expert's rows.
 
-    W1    left = dh (sorted rows)      right = x (gathered by token)
-    W2    left = dz (gathered)         right = gate * a (sorted rows)
+    dW1 [F, D] = dh^T x             dh in sorted order, x gathered by token
+    dW2 [D, F] = ((gate a)^T dz)^T  a in sorted order, dz gathered
 
-The work is a list: expert by expert, tile of dW by tile, one step per BLOCK_K rows. Plain, a program takes
-the steps of one tile. Streamed, a fixed number of programs take equal shares of the list, whatever the
-routing; a tile cut by a share's boundary goes to `partial` in pieces, which `join_kernel` adds in the order
-of the programs: bitwise the same for the same routing. A cut tile's steps are taken in rotated order, the
-first row at its first cut, so that programs that run side by side read the same rows at the same time. An
-expert without rows has one empty step, which writes its zeros. Invariant: every element of dW is written
-exactly once.
+Both are left^T right with a sorted left side of F columns and a gathered right side of D, so that one loop
+does for both; dW2 is turned round when it is stored.
+
+The work is a list: expert by expert, W1 then W2, tile of dW by tile, one step per BLOCK_K rows. Plain, a
+program takes the steps of one tile. Streamed, a fixed number of programs take equal shares of the list,
+whatever the routing; a tile cut by a share's boundary goes to `partial` in pieces, which `join_kernel` adds
+in the order of the programs: bitwise the same for the same routing. A cut tile's steps are taken in rotated
+order, the first row at its first cut, so that programs that run side by side read the same rows at the same
+time. An expert without rows has one empty step, which writes its zeros. Invariant: every element of dW1 and
+dW2 is written exactly once.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -24,108 +29,138 @@ from moebert_kernels.kernels.configs import Config
 from moebert_kernels.kernels.launch import ceil_div, launch, rows_are_aligned
 
 
-def weight_grad(
-    left: Tensor,
-    right: Tensor,
+class Factors(NamedTuple):
+    """One weight's gradient is `left`^T `right` * `scale`, over each expert's rows.
+
+    Attributes:
+        left: [S, F] in sorted order, contiguous.
+        right: [S / top_k, D], gathered by order // top_k.
+    """
+
+    left: Tensor
+    right: Tensor
+    top_k: int
+    scale: float = 1.0
+
+
+def weight_grads(
+    first: Factors | None,
+    second: Factors | None,
     order_S: Tensor,
     offsets_E1: Tensor,
-    top_k: int,
-    gather_left: bool,
     config: Config,
-) -> Tensor:
-    """dW [E, M, N] = left^T right over each expert's rows.
-
-    Of `left` [*, M] and `right` [*, N] one is in sorted order and the other is gathered by order // top_k.
-    """
-    E, M, N = offsets_E1.shape[0] - 1, left.shape[1], right.shape[1]
+) -> tuple[Tensor | None, Tensor | None]:
+    """dW1 [E, F, D] and dW2 [E, D, F] from their factors; None for one that is not wanted."""
+    wanted = [factors for factors in (first, second) if factors is not None]
+    if not wanted:
+        return None, None
+    E, F, D = offsets_E1.shape[0] - 1, wanted[0].left.shape[1], wanted[0].right.shape[1]
     tile = config.weight_grad
-    if config.weight_grad_unaligned and not (rows_are_aligned(left) and rows_are_aligned(right)):
+    if config.weight_grad_unaligned and not all(rows_are_aligned(t) for f in wanted for t in f[:2]):
         tile = config.weight_grad_unaligned
-    dw_EMN = left.new_empty(E, M, N)
-    sizes = {"E": E, "M": M, "N": N, "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
-    arguments = {
-        "left_ptr": left,
-        "left_stride": left.stride(0),
-        "right_ptr": right,
-        "right_stride": right.stride(0),
-        "order_ptr": order_S,
+    dw1 = None if first is None else first.left.new_empty(E, F, D)
+    dw2 = None if second is None else second.left.new_empty(E, D, F)
+    a, b = first or wanted[0], second or wanted[0]
+    tiles = len(wanted) * ceil_div(F, tile.m) * ceil_div(D, tile.n)
+    outputs: dict[str, object] = {
         "offsets_ptr": offsets_E1,
-        "dw_ptr": dw_EMN,
-        "TOP_K": top_k,
-        "GATHER_LEFT": gather_left,
-        "PRECISION": configs.precision(left.dtype),
+        "dw1_ptr": dw1,
+        "dw2_ptr": dw2,
+        "E": E,
+        "F": F,
+        "D": D,
+        "TILES": tiles,
+        "SCALE1": a.scale,
+        "SCALE2": b.scale,
+        "BLOCK_M": tile.m,
+        "BLOCK_N": tile.n,
+    }
+    arguments = outputs | {
+        "left1_ptr": a.left,
+        "right1_ptr": a.right,
+        "right1_stride": a.right.stride(0),
+        "left2_ptr": b.left,
+        "right2_ptr": b.right,
+        "right2_stride": b.right.stride(0),
+        "order_ptr": order_S,
+        "TOP_K1": a.top_k,
+        "TOP_K2": b.top_k,
+        "PRECISION": configs.precision(a.left.dtype),
+        "BLOCK_K": tile.k,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
     if not config.stream_k:
-        tiles = ceil_div(M, tile.m) * ceil_div(N, tile.n)
-        launch(weight_grad_kernel, (E * tiles,), **arguments, **sizes)
-        return dw_EMN
-    programs = configs.multiprocessors(left.device) * tile.per_multiprocessor
-    experts = triton.next_power_of_2(E)
-    partial = left.new_empty(programs, 2, tile.m, tile.n, dtype=torch.float32)
-    pieces = {"partial_ptr": partial, "EXPERTS": experts}
-    launch(weight_grad_stream_kernel, (programs,), **arguments, **pieces, **sizes)
-    launch(
-        join_kernel,
-        (programs, tile.m // 16),
-        offsets_ptr=offsets_E1,
-        dw_ptr=dw_EMN,
-        ROWS=16,
-        PROGRAMS=programs,
-        **pieces,
-        **sizes,
-    )
-    return dw_EMN
+        launch(weight_grad_kernel, (E * tiles,), **arguments)
+        return dw1, dw2
+    programs = configs.multiprocessors(order_S.device) * tile.per_multiprocessor
+    partial = order_S.new_empty(programs, 2, tile.m, tile.n, dtype=torch.float32)
+    pieces = {"partial_ptr": partial, "EXPERTS": triton.next_power_of_2(E)}
+    launch(weight_grad_stream_kernel, (programs,), **arguments, **pieces)
+    joined = {"BLOCK_K": tile.k, "ROWS": 16, "PROGRAMS": programs}
+    launch(join_kernel, (programs, tile.m // 16), **outputs, **pieces, **joined)
+    return dw1, dw2
 
 
 @triton.jit
 def weight_grad_kernel(
-    left_ptr,  # [*, M], rows left_stride apart
-    left_stride,
-    right_ptr,  # [*, N], rows right_stride apart
-    right_stride,
+    left1_ptr,  # [S, F] sorted
+    right1_ptr,  # [S / TOP_K1, D], rows right1_stride apart
+    right1_stride,
+    left2_ptr,  # as the first, for dW2
+    right2_ptr,
+    right2_stride,
     order_ptr,  # [S]
     offsets_ptr,  # [E + 1]
-    dw_ptr,  # out: [E, M, N]
+    dw1_ptr,  # out: [E, F, D], or None
+    dw2_ptr,  # out: [E, D, F], or None
     E: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    TOP_K: tl.constexpr,
-    GATHER_LEFT: tl.constexpr,
+    F: tl.constexpr,
+    D: tl.constexpr,
+    TILES: tl.constexpr,
+    TOP_K1: tl.constexpr,
+    TOP_K2: tl.constexpr,
+    SCALE1: tl.constexpr,
+    SCALE2: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One whole tile of dW per program. Grid: (E * tiles of dW). Rows are gathered by order // TOP_K."""
-    TILES: tl.constexpr = ((M + BLOCK_M - 1) // BLOCK_M) * ((N + BLOCK_N - 1) // BLOCK_N)
+    """One whole tile per program. Grid: (E * tiles of one expert's weights)."""
     expert = tl.program_id(0) // TILES
     tile = tl.program_id(0) % TILES
     begin = tl.load(offsets_ptr + expert)
     end = tl.load(offsets_ptr + expert + 1)
     dw_MN = _sum_rows(
-        left_ptr, left_stride, right_ptr, right_stride, order_ptr, begin, end, tile,
-        M, N, TOP_K, GATHER_LEFT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        left1_ptr, right1_ptr, right1_stride, left2_ptr, right2_ptr, right2_stride, order_ptr, dw1_ptr,
+        dw2_ptr, begin, end, end, tile,
+        F, D, TOP_K1, TOP_K2, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    _store_grad(dw_MN, dw_ptr, expert, tile, M, N)
+    _store_grad(dw_MN, 0, dw1_ptr, dw2_ptr, expert, tile, F, D, SCALE1, SCALE2, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
 def weight_grad_stream_kernel(
-    left_ptr,  # as in weight_grad_kernel, down to dw_ptr
-    left_stride,
-    right_ptr,
-    right_stride,
+    left1_ptr,  # as in weight_grad_kernel, down to dw2_ptr
+    right1_ptr,
+    right1_stride,
+    left2_ptr,
+    right2_ptr,
+    right2_stride,
     order_ptr,
     offsets_ptr,
-    dw_ptr,
+    dw1_ptr,
+    dw2_ptr,
     partial_ptr,  # out: [programs, 2, BLOCK_M, BLOCK_N] float32; 0 ends a tile begun elsewhere, 1 begins one
     E: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    TOP_K: tl.constexpr,
-    GATHER_LEFT: tl.constexpr,
+    F: tl.constexpr,
+    D: tl.constexpr,
+    TILES: tl.constexpr,
+    TOP_K1: tl.constexpr,
+    TOP_K2: tl.constexpr,
+    SCALE1: tl.constexpr,
+    SCALE2: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -133,7 +168,6 @@ def weight_grad_stream_kernel(
     EXPERTS: tl.constexpr,
 ):
     """An equal share of all steps per program. Grid: (multiprocessors, or a multiple of them)."""
-    TILES: tl.constexpr = ((M + BLOCK_M - 1) // BLOCK_M) * ((N + BLOCK_N - 1) // BLOCK_N)
     program = tl.program_id(0).to(tl.int64)
     total = _count_steps(offsets_ptr, E, TILES, BLOCK_K, EXPERTS)
     step = program * total // tl.num_programs(0)
@@ -145,11 +179,12 @@ def weight_grad_stream_kernel(
         first_row = begin + (tl.where(at < cut, at - cut + steps, at - cut) * BLOCK_K).to(tl.int32)
         last_row = tl.minimum(first_row + (until - at) * BLOCK_K, end).to(tl.int32)
         dw_MN = _sum_rows(
-            left_ptr, left_stride, right_ptr, right_stride, order_ptr, first_row, last_row, tile,
-            M, N, TOP_K, GATHER_LEFT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            left1_ptr, right1_ptr, right1_stride, left2_ptr, right2_ptr, right2_stride, order_ptr, dw1_ptr,
+            dw2_ptr, first_row, last_row, end, tile,
+            F, D, TOP_K1, TOP_K2, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         if until - at == steps:
-            _store_grad(dw_MN, dw_ptr, expert, tile, M, N)
+            _store_grad(dw_MN, 0, dw1_ptr, dw2_ptr, expert, tile, F, D, SCALE1, SCALE2, BLOCK_M, BLOCK_N)
         else:
             piece = program * 2 + (at == 0).to(tl.int64)
             m = tl.arange(0, BLOCK_M)
@@ -172,10 +207,14 @@ def _steps_before_cut(tile_first, steps, total):
 def join_kernel(
     partial_ptr,  # [PROGRAMS, 2, BLOCK_M, BLOCK_N] float32
     offsets_ptr,  # [E + 1]
-    dw_ptr,  # out: [E, M, N]
+    dw1_ptr,  # out: [E, F, D], or None
+    dw2_ptr,  # out: [E, D, F], or None
     E: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
+    F: tl.constexpr,
+    D: tl.constexpr,
+    TILES: tl.constexpr,
+    SCALE1: tl.constexpr,
+    SCALE2: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -184,7 +223,6 @@ def join_kernel(
     EXPERTS: tl.constexpr,
 ):
     """Add the pieces of the tile a program began and did not end. Grid: (PROGRAMS, BLOCK_M / ROWS)."""
-    TILES: tl.constexpr = ((M + BLOCK_M - 1) // BLOCK_M) * ((N + BLOCK_N - 1) // BLOCK_N)
     program = tl.program_id(0).to(tl.int64)
     total = _count_steps(offsets_ptr, E, TILES, BLOCK_K, EXPERTS)
     first = program * total // PROGRAMS
@@ -196,9 +234,9 @@ def join_kernel(
     tile_stop = tile_first + steps
     if tile_first < first or tile_stop <= stop:
         return
-    r = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(1) * ROWS
     n = tl.arange(0, BLOCK_N)
-    offset_RN = r[:, None] * BLOCK_N + n[None, :]
+    offset_RN = (row + tl.arange(0, ROWS))[:, None] * BLOCK_N + n[None, :]
     dw_RN = tl.load(partial_ptr + (program * 2 + 1) * (BLOCK_M * BLOCK_N) + offset_RN)
     other = program + 1
     while other * total // PROGRAMS < tile_stop:
@@ -206,9 +244,7 @@ def join_kernel(
         if (other + 1) * total // PROGRAMS > other * total // PROGRAMS:
             dw_RN += tl.load(partial_ptr + other * 2 * (BLOCK_M * BLOCK_N) + offset_RN)
         other += 1
-    COL_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    rows_R = tile // COL_TILES * BLOCK_M + r
-    _store_block(dw_RN, dw_ptr, expert, rows_R, tile % COL_TILES, M, N)
+    _store_grad(dw_RN, row, dw1_ptr, dw2_ptr, expert, tile, F, D, SCALE1, SCALE2, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
@@ -245,64 +281,100 @@ def _find_step(
 
 
 @triton.jit
+def _is_second(tile, dw1_ptr, dw2_ptr, EACH: tl.constexpr):
+    """Whether a tile is one of dW2; a weight has EACH tiles."""
+    if dw1_ptr is None:
+        second = True
+    elif dw2_ptr is None:
+        second = False
+    else:
+        second = tile >= EACH
+    return second
+
+
+@triton.jit
 def _sum_rows(
-    left_ptr,
-    left_stride,
-    right_ptr,
-    right_stride,
+    left1_ptr,
+    right1_ptr,
+    right1_stride,
+    left2_ptr,
+    right2_ptr,
+    right2_stride,
     order_ptr,
+    dw1_ptr,
+    dw2_ptr,
     begin,
+    last,
     end,
     tile,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    TOP_K: tl.constexpr,
-    GATHER_LEFT: tl.constexpr,
+    F: tl.constexpr,
+    D: tl.constexpr,
+    TOP_K1: tl.constexpr,
+    TOP_K2: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """left^T right over the rows from `begin` to `end`, for one tile of dW."""
-    COL_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    cols_M = tile // COL_TILES * BLOCK_M + tl.arange(0, BLOCK_M)
+    """left^T right over the rows from `begin` to `last`, for one tile of dW; the expert's rows end at `end`.
+
+    Few instructions a step: what the loop is bound by is not the products but their addresses. Rows past
+    the end are 0 on the left side; on the right they repeat the expert's last row, without a mask.
+    """
+    COL_TILES: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
+    EACH: tl.constexpr = ((F + BLOCK_M - 1) // BLOCK_M) * COL_TILES
+    second = _is_second(tile, dw1_ptr, dw2_ptr, EACH)
+    left_ptr = tl.where(second, left2_ptr, left1_ptr)
+    right_ptr = tl.where(second, right2_ptr, right1_ptr)
+    stride = tl.where(second, right2_stride, right1_stride)
+    cols_M = tile % EACH // COL_TILES * BLOCK_M + tl.arange(0, BLOCK_M)
     cols_N = tile % COL_TILES * BLOCK_N + tl.arange(0, BLOCK_N)
+    step_K = tl.arange(0, BLOCK_K)
+    left_offset_KM = step_K[:, None] * F + cols_M[None, :]
     dw_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for first in tl.range(begin, end, BLOCK_K):
-        row_K = first + tl.arange(0, BLOCK_K)
-        live_K = row_K < end
-        slot_K = tl.load(order_ptr + row_K, mask=live_K, other=0)
-        left_K = slot_K // TOP_K if GATHER_LEFT else row_K
-        right_K = row_K if GATHER_LEFT else slot_K // TOP_K
-        # Rows past the end must read as 0: here rows are what is summed over.
-        left_KM = tl.load(
-            left_ptr + left_K.to(tl.int64)[:, None] * left_stride + cols_M[None, :],
-            mask=live_K[:, None] & (cols_M < M)[None, :],
-            other=0.0,
-        )
-        right_KN = tl.load(
-            right_ptr + right_K.to(tl.int64)[:, None] * right_stride + cols_N[None, :],
-            mask=live_K[:, None] & (cols_N < N)[None, :],
-            other=0.0,
-        )
+    for row in tl.range(begin, last, BLOCK_K):
+        live_KM = (step_K < last - row)[:, None]
+        if F % BLOCK_M != 0:
+            live_KM = live_KM & (cols_M < F)[None, :]
+        left_KM = tl.load(left_ptr + tl.cast(row, tl.int64) * F + left_offset_KM, mask=live_KM, other=0.0)
+        slot_K = tl.load(order_ptr + tl.minimum(row + step_K, end - 1))
+        from_K = slot_K // TOP_K1 if TOP_K1 == TOP_K2 else slot_K // tl.where(second, TOP_K2, TOP_K1)
+        right_ptrs = right_ptr + from_K.to(tl.int64)[:, None] * stride + cols_N[None, :]
+        if D % BLOCK_N == 0:
+            right_KN = tl.load(right_ptrs)
+        else:
+            right_KN = tl.load(right_ptrs, mask=(cols_N < D)[None, :], other=0.0)
         dw_MN = tl.dot(left_KM.T, right_KN, dw_MN, input_precision=PRECISION)
     return dw_MN
 
 
 @triton.jit
-def _store_grad(dw_MN, dw_ptr, expert, tile, M: tl.constexpr, N: tl.constexpr):
-    """Write a whole tile of dW."""
-    BLOCK_M: tl.constexpr = dw_MN.shape[0]
-    BLOCK_N: tl.constexpr = dw_MN.shape[1]
-    COL_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    rows_M = tile // COL_TILES * BLOCK_M + tl.arange(0, BLOCK_M)
-    _store_block(dw_MN, dw_ptr, expert, rows_M, tile % COL_TILES, M, N)
-
-
-@triton.jit
-def _store_block(dw_RN, dw_ptr, expert, row_R, col_tile, M: tl.constexpr, N: tl.constexpr):
-    """Write some rows of a tile of dW."""
-    BLOCK_N: tl.constexpr = dw_RN.shape[1]
-    cols_N = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    ptrs = dw_ptr + expert.to(tl.int64) * (M * N) + row_R.to(tl.int64)[:, None] * N + cols_N[None, :]
-    tl.store(ptrs, dw_RN.to(dw_ptr.dtype.element_ty), mask=(row_R < M)[:, None] & (cols_N < N)[None, :])
+def _store_grad(
+    dw_RN,
+    row,
+    dw1_ptr,
+    dw2_ptr,
+    expert,
+    tile,
+    F: tl.constexpr,
+    D: tl.constexpr,
+    SCALE1: tl.constexpr,
+    SCALE2: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Write the rows of a tile from `row` on into the weight that it belongs to."""
+    COL_TILES: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
+    EACH: tl.constexpr = ((F + BLOCK_M - 1) // BLOCK_M) * COL_TILES
+    f_R = tile % EACH // COL_TILES * BLOCK_M + row + tl.arange(0, dw_RN.shape[0])
+    d_N = tile % COL_TILES * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = expert.to(tl.int64) * (F * D)
+    mask_RN = (f_R < F)[:, None] & (d_N < D)[None, :]
+    if _is_second(tile, dw1_ptr, dw2_ptr, EACH):
+        if dw2_ptr is not None:
+            ptrs_NR = dw2_ptr + first + d_N[:, None] * F + f_R[None, :]
+            tl.store(ptrs_NR, (dw_RN * SCALE2).T.to(dw2_ptr.dtype.element_ty), mask=mask_RN.T)
+    else:
+        if dw1_ptr is not None:
+            ptrs_RN = dw1_ptr + first + f_R[:, None] * D + d_N[None, :]
+            tl.store(ptrs_RN, (dw_RN * SCALE1).to(dw1_ptr.dtype.element_ty), mask=mask_RN)

@@ -57,6 +57,7 @@ class Config:
 
 FAMILIES = ("sm_80", "sm_90", "sm_100", "default")
 ARITHMETICS = ("half", "tf32", "ieee")
+REGISTERS = 65536  # of a multiprocessor, in all three generations
 SIZES = {"small": 128, "medium": 2048, "large": None}  # rows per expert, at most
 
 

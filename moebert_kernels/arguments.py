@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from moebert_kernels.activations import check_activation
@@ -66,6 +67,7 @@ def check_arguments(
         *((f"norm[{i}]", t, (E, D)) for i, t in enumerate(norm or ())),
     ]
     device = w1_EFD.device
+    _check_plan(plan, device)
     for name, tensor, shape in expected:
         if tensor is None:
             continue
@@ -89,3 +91,24 @@ def check_arguments(
         raise ValueError(f"dropout_p={dropout_p} needs norm; without it, apply dropout to the result")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
+
+
+def _check_plan(plan: RoutingPlan, device: torch.device) -> None:
+    """Refuse a plan whose tables would be read as something else, or somewhere else."""
+    T, K = plan.expert_ids_TK.shape
+    for name, shape in (
+        ("expert_ids_TK", (T, K)),
+        ("order_S", (T * K,)),
+        ("inverse_S", (T * K,)),
+        ("offsets_E1", plan.offsets_E1.shape),
+    ):
+        tensor = getattr(plan, name)
+        if tensor.device != device:
+            raise ValueError(f"plan is on {tensor.device}, but w1_EFD is on {device}")
+        if tensor.dtype != torch.int32:
+            raise ValueError(f"plan.{name} must be int32, got {tensor.dtype}")
+        if tensor.shape != shape:
+            raise ValueError(
+                f"plan.{name} must have shape {tuple(shape)} to fit plan.expert_ids_TK (T={T}, K={K}), "
+                f"got {tuple(tensor.shape)}"
+            )

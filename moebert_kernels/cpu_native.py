@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from moebert_kernels import cpu, cpu_rows, native
-from moebert_kernels.cpu_rows import DTYPES, SortedRows, address, contiguous, sort_rows
+from moebert_kernels.cpu_rows import DTYPES, SortedRows, contiguous, sort_rows
+from moebert_kernels.native import address
 
 
 def expert_ffn_forward(
@@ -84,7 +85,7 @@ def gather(rows: SortedRows, src: Tensor, sums_ED: Tensor | None, divisor: int) 
     """Rows of `src`, [S / divisor, D], in sorted order, and the sums of each expert's."""
     D = src.shape[1]
     to = rows.empty(src, D)
-    where = (src.data_ptr(), to.data_ptr(), address(sums_ED))
+    where = (address(src), address(to), address(sums_ED))
     rows.kernels.gather_rows(rows.native, DTYPES[src.dtype], *where, D, divisor, torch.get_num_threads())
     return to
 
@@ -93,7 +94,7 @@ def scatter(rows: SortedRows, src_PD: Tensor, bias_ED: Tensor | None, num_slots:
     """Sorted rows, plus their expert's bias, back to their slots, [S, D]; 0 where a slot has no expert."""
     D = src_PD.shape[-1]
     to_SD = src_PD.new_empty(num_slots, D)
-    where = (src_PD.data_ptr(), address(bias_ED), to_SD.data_ptr())
+    where = (address(src_PD), address(bias_ED), address(to_SD))
     sizes = (D, rows.native.routed, num_slots, False, torch.get_num_threads())
     rows.kernels.scatter_rows(rows.native, DTYPES[src_PD.dtype], *where, *sizes)
     return to_SD
@@ -208,7 +209,7 @@ class Norm:
     def forward(self, eps: float) -> Tensor:
         """y_TD; mean and rstd are written unless they are None."""
         y_TD = torch.empty_like(self.residual_TD)
-        self._kernels.norm_rows(*self._arguments(), y_TD.data_ptr(), eps, torch.get_num_threads())
+        self._kernels.norm_rows(*self._arguments(), address(y_TD), eps, torch.get_num_threads())
         return y_TD
 
     def backward(
@@ -221,6 +222,6 @@ class Norm:
         dgate_TK = dy_TD.new_empty(self.ids_TK.shape, dtype=torch.float32) if need_gate else None
         grads = (dz, dresidual_TD, dln_w_ED, dln_b_ED, dgate_TK)
         self._kernels.norm_backward_rows(
-            *self._arguments(), dy_TD.data_ptr(), *map(address, grads), torch.get_num_threads()
+            *self._arguments(), address(dy_TD), *map(address, grads), torch.get_num_threads()
         )
         return grads

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moebert_kernels import cpu
 from moebert_kernels.activations import ACTIVATIONS
+from moebert_kernels.native import address
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # Dtype in csrc/rows_cpu.h
 _ACTIVATIONS = {name: code for code, name in enumerate(ACTIVATIONS)}  # Activation there
@@ -71,11 +72,15 @@ def sort_rows(
     """Lay out the rows of a plan; `in_pieces` allows pieces, where many rows need not stay together."""
     order_S, offsets_E1 = order_S.contiguous(), offsets_E1.contiguous()
     E, F, D = w1_EFD.shape
-    order = order_S.data_ptr()
+    order = address(order_S)
     # float32 GEMMs are MKL's, which does not mind new row counts.
     bounded = w1_EFD.dtype != torch.float32
     max_fill = min(cpu.PREACT_SLACK, _MAX_BATCH_FILL // (F * D))
-    native = kernels.SortedRows(offsets_E1.data_ptr(), E, order, bounded, max_fill)
+    native = kernels.SortedRows(address(offsets_E1), E, order, bounded, max_fill)
+    if native.routed > order_S.shape[0]:
+        raise ValueError(
+            f"the plan's offsets_E1 end at {native.routed}, but order_S has {order_S.shape[0]} slots"
+        )
     sizes: list[int] = []
     pieces: list[tuple[Any, int, int]] = []
     batch = native.batch
@@ -113,21 +118,21 @@ def forward(
     code, (_, F, D) = _ACTIVATIONS[activation], w1_EFD.shape
     w1_EDF, w2_EFD = w1_EFD.transpose(1, 2), w2_EDF.transpose(1, 2)
     z_PD = rows.empty(x_TD, D)  # of x first
-    x, b1 = x_TD.data_ptr(), address(b1_EF)
+    x, b1 = address(x_TD), address(b1_EF)
     if not rows.pieces:
         a_PF = rows.empty(x_TD, F)
         h_PF = a_PF if preact_PF is None else preact_PF
-        kernels.gather_rows(rows.native, dtype, x, z_PD.data_ptr(), 0, D, top_k, threads)
+        kernels.gather_rows(rows.native, dtype, x, address(z_PD), 0, D, top_k, threads)
         _multiply(rows, z_PD, w1_EDF, h_PF)
-        kernels.activate_rows(rows.native, dtype, code, h_PF.data_ptr(), b1, a_PF.data_ptr(), F, threads)
+        kernels.activate_rows(rows.native, dtype, code, address(h_PF), b1, address(a_PF), F, threads)
         _multiply(rows, a_PF, w2_EFD, z_PD)
         return z_PD
     sizes = [size for _, _, size in rows.pieces]
     a_RF = x_TD.new_empty(max(sizes), F)
-    a, w1_DF, w2_FD = a_RF.data_ptr(), w1_EDF.unbind(), w2_EFD.unbind()
+    a, w1_DF, w2_FD = address(a_RF), w1_EDF.unbind(), w2_EFD.unbind()
     for (piece, expert, size), x_RD in zip(rows.pieces, z_PD.split(sizes), strict=True):
         h_RF = a_RF[:size]
-        kernels.gather_rows(piece, dtype, x, x_RD.data_ptr(), 0, D, top_k, threads)
+        kernels.gather_rows(piece, dtype, x, address(x_RD), 0, D, top_k, threads)
         torch.mm(x_RD, w1_DF[expert], out=h_RF)
         kernels.activate_rows(piece, dtype, code, a, b1, a, F, threads)
         torch.mm(h_RF, w2_FD[expert], out=x_RD)
@@ -153,19 +158,19 @@ def backward(
     kernels, dtype, threads = rows.kernels, DTYPES[x_TD.dtype], torch.get_num_threads()
     need_x, need_w1, need_b1, need_w2 = needs
     code, (_, F, D) = _ACTIVATIONS[activation], w1_EFD.shape
-    native, dz = rows.native, dz_PD.data_ptr()
+    native, dz = rows.native, address(dz_PD)
     a_PF, dh_PF = rows.empty(x_TD, F), rows.empty(x_TD, F)
     dw1_EFD = torch.empty_like(w1_EFD) if need_w1 else None
     dw2_EDF = torch.empty_like(w2_EDF) if need_w2 else None
     db1_EF = torch.empty_like(b1_EF) if need_b1 and b1_EF is not None else None
     if need_x or need_w1 or need_b1:
         _multiply(rows, dz_PD, w2_EDF, dh_PF)
-    h, a, dh = preact_PF.data_ptr(), a_PF.data_ptr(), dh_PF.data_ptr()
+    h, a, dh = address(preact_PF), address(a_PF), address(dh_PF)
     kernels.activate_backward_rows(native, dtype, code, h, address(b1_EF), a, dh, address(db1_EF), F, threads)
     if dw2_EDF is not None:
         _multiply_transposed(rows, dz_PD, a_PF, dw2_EDF)
     if dw1_EFD is not None:
-        kernels.gather_rows(native, dtype, x_TD.data_ptr(), dz, 0, D, top_k, threads)
+        kernels.gather_rows(native, dtype, address(x_TD), dz, 0, D, top_k, threads)
         _multiply_transposed(rows, dh_PF, dz_PD, dw1_EFD)
     if need_x:
         _multiply(rows, dh_PF, w1_EFD, dz_PD)
@@ -194,11 +199,6 @@ def _multiply_transposed(rows: SortedRows, a: Tensor, b: Tensor, out_EMN: Tensor
             torch.mm(a_MR, b_RN, out=out_MN)
         else:
             out_MN.zero_()
-
-
-def address(tensor: Tensor | None) -> int:
-    """Where the row kernels find a tensor; 0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:

@@ -205,3 +205,12 @@ def test_row_counts_are_bounded_and_little_more(rows):
     low = 1 << (rows.bit_length() - 1)
     octave = {bounded(n) for n in range(low, 2 * low, max(1, low // 512))}
     assert len(octave) <= 33
+
+
+def test_offsets_beyond_the_slots_are_refused():
+    """Stops a plan put together by hand from having memory behind its tables read."""
+    t, ids = make_inputs(9, 6, 5, 3, 1, dtype=torch.float32)
+    plan = RoutingPlan.from_expert_ids(ids, 3)
+    plan.offsets_E1[-1] += 100
+    with pytest.raises(ValueError, match=r"offsets_E1 end at .* but order_S has 9 slots"):
+        ours(t, plan, norm=False, gate=False)

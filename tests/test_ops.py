@@ -1,5 +1,6 @@
 """The operator contract on the CPU: float64 python_ref for values and gradients, PyTorch's rules."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -313,6 +314,24 @@ def test_wrong_arguments_are_named(case):
     t, ids = make_inputs(9, 6, 5, 3, 1, dtype=torch.float32)
     with pytest.raises(ValueError, match=words):
         ours(t | changes, RoutingPlan.from_expert_ids(ids, 3), norm=False, gate=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_plan_of_another_device_or_form_is_refused(dtype, norm):
+    """Stops its tables from being read through a null or a foreign pointer, which ends the process."""
+    t, ids = make_inputs(9, 6, 5, 3, 1, dtype=dtype)
+    plan = RoutingPlan.from_expert_ids(ids, 3)
+    with pytest.raises(ValueError, match="plan is on meta, but w1_EFD is on cpu"):
+        ours(t, RoutingPlan.from_expert_ids(ids.to("meta"), 3), norm=norm, gate=False)
+    for changes, words in (
+        ({"inverse_S": plan.inverse_S.to("meta")}, "plan is on meta, but w1_EFD is on cpu"),
+        ({"order_S": plan.order_S.long()}, r"plan\.order_S must be int32, got torch\.int64"),
+        ({"order_S": plan.order_S[:5]}, r"plan\.order_S must have shape \(9,\) .* got \(5,\)"),
+        ({"offsets_E1": plan.offsets_E1.float()}, r"plan\.offsets_E1 must be int32"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            ours(t, dataclasses.replace(plan, **changes), norm=norm, gate=False)
 
 
 def test_wrong_options_are_named():

@@ -30,10 +30,8 @@ Errors = dict[tuple[str, int], tuple[float, float]]  # by output and expert: rms
 
 
 def send_to(backend: ModuleType, patch: pytest.MonkeyPatch) -> None:
-    """Let one module run every operator, on every device."""
-    patch.setattr(backends, "runs_eagerly", lambda *_: False)
-    patch.setattr(backends, "for_ffn", lambda *_: backend)
-    patch.setattr(backends, "for_norm", lambda *_: backend)
+    """Let one backend run every call, on every device."""
+    patch.setattr(backends, "choose", lambda _: backend)
 
 
 def call(case: Case, t: dict[str, Tensor], plan: RoutingPlan, **options) -> Tensor:

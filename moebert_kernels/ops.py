@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, library
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from moebert_kernels import backends, cpu_rows
@@ -74,7 +73,7 @@ def moe_ffn(
     """
     check_kinds(x_TD, plan, w1_EFD, b1_EF, w2_EDF, b2_ED, gate_TK, norm, residual_TD, dropout_p)
     device = x_TD.device.type
-    if torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         residual_TD = x_TD if norm and residual_TD is None else residual_TD
         dtype = torch.get_autocast_dtype(device)
         x_TD, w1_EFD, w2_EDF = _cast(x_TD, dtype), _cast(w1_EFD, dtype), _cast(w2_EDF, dtype)
@@ -106,7 +105,8 @@ def moe_ffn(
     training = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
     if not backends.is_unwatched(tensors):
         _refuse_tangents(tensors)
-        return ffn(*call, training)[0]
+        # A trace holds for both, and is compared with one made without gradients.
+        return ffn(*call, training and not torch.jit.is_tracing())[0]
     if forward_ad._current_level >= 0:
         _refuse_tangents(tensors)
     return _DirectFFN.apply(*call) if training else backends.choose(call).forward(call, False)[0]
@@ -140,7 +140,7 @@ _GRADIENT_OF = [Call._fields.index(name) for name in Gradients._fields]
     schema=f"({_CALL}, bool training) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def ffn(*arguments: Any) -> tuple[Tensor, ...]:
-    """y_TD and the fields of `Saved`, for the arguments of a `Call` and whether backward will want them.
+    """y_TD and the fields of `Saved`, for the arguments of a `Call` and whether to keep them for backward.
 
     An operator returns no None, and its shapes follow from those of its arguments: a 0-element tensor stands
     for what is not wanted, and on the CPU, where experts' rows may be filled up, zeros come after the rows.
@@ -210,6 +210,13 @@ def _(*arguments):
     )
 
 
+def _refuse_second_derivative(ctx: Any, *_: Any) -> None:
+    raise NotImplementedError("moe_ffn has no second derivative")
+
+
+ffn_backward.register_autograd(_refuse_second_derivative)
+
+
 def _save(ctx: Any, arguments: Sequence[Any], saved: Sequence[Tensor | None]) -> None:
     ctx.save_for_backward(*arguments[:_NUM_TENSORS], *saved)
     ctx.options = arguments[_NUM_TENSORS:]
@@ -225,7 +232,10 @@ def _backward(ctx: Any, dy_TD: Tensor | None, directly: bool) -> list[Tensor | N
     *tensors, preact, z, mean_S, rstd_S = ctx.saved_tensors
     call = Call(*tensors, *ctx.options[:3])
     needs = Gradients(*[ctx.needs_input_grad[i] for i in _GRADIENT_OF])
-    if directly and backends.is_unwatched((dy_TD, *tensors)):
+    if ctx.options[3:] == (False,):
+        _, preact, z, mean_S, rstd_S = ffn(*call, True)
+    # With create_graph someone may ask for a second derivative: the operator says that it has none.
+    if directly and not torch.is_grad_enabled() and backends.is_unwatched((dy_TD, *tensors)):
         grads = backends.choose(call).backward(call, Saved(preact, z, mean_S, rstd_S), dy_TD, needs)
     else:
         grads = ffn_backward(*call, preact, z, mean_S, rstd_S, dy_TD, list(needs))
@@ -254,7 +264,6 @@ class _DirectFFN(torch.autograd.Function):
         return y_TD
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy_TD: Tensor | None) -> tuple[Tensor | None, ...]:
         return tuple(_backward(ctx, dy_TD, True))
 

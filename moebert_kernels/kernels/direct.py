@@ -1,0 +1,148 @@
+"""Starting a kernel that Triton has compiled, without Triton's own launcher.
+
+That binds, specialises and hashes the arguments anew at every launch, in Python, and encodes every descriptor:
+it takes longer than a small kernel runs. Here Triton starts a kernel once for each form it compiles; after
+that the C function it made for the form is called, whenever dtypes, alignments and constants are the same.
+
+Private names of Triton 3.6, of which `test_kernels_direct.py` says whether they are as they were, and without
+which Triton starts every kernel: `_BASE_ARGS_FORMAT`, `make_tensordesc_arg` and, in the closure of
+`wrap_handle_tensordesc`, `launcher` of `backends.nvidia.driver`; `launch`, the two flags and the two scratch
+sizes of its `CudaLauncher`; `run`, `function`, `packed_metadata` and `metadata` of `CompiledKernel`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton import knobs
+from triton.runtime import JITFunction, driver
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+current_device = torch.cuda.current_device
+
+
+class Described(NamedTuple):
+    """A contiguous tensor that a kernel reads through a TMA descriptor, in tiles of `block`."""
+
+    tensor: Tensor
+    block: tuple[int, ...]
+
+
+def for_triton(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments as Triton's own launcher takes them."""
+    return {
+        name: TensorDescriptor.from_tensor(a.tensor, list(a.block)) if isinstance(a, Described) else a
+        for name, a in arguments.items()
+    }
+
+
+def start(kernel: JITFunction, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+    """Start a kernel on the current device and stream. Its hooks, and changed globals, are not looked at."""
+    site = id(kernel), len(arguments)
+    if site not in _sites:
+        _sites[site] = _Site(kernel, arguments)
+    known = _sites[site]
+    key, values = _specialise(known.runtime(arguments), known.constants(arguments))
+    form = known.forms.get(key)
+    if form is None and key not in known.forms:
+        known.forms[key] = compile_and_start(kernel, grid, arguments)
+    elif form is None or knobs.runtime.launch_enter_hook.calls:  # a profiler's
+        kernel[grid](**for_triton(arguments))
+    else:
+        form(grid, values)
+
+
+Form = Callable[[tuple[int, ...], list[Any]], None]  # of the grid and the values of `_specialise`
+
+
+class _Site:
+    """A kernel called with the same names each time; None for a form that only Triton can start."""
+
+    def __init__(self, kernel: JITFunction, arguments: dict[str, Any]):
+        runtime = [p.name for p in kernel.params if not p.is_constexpr]
+        self.kernel = kernel  # kept, and so is its id
+        self.runtime = itemgetter(*runtime)
+        self.constants = itemgetter(*(name for name in arguments if name not in runtime))
+        self.forms: dict[tuple[Any, ...], Form | None] = {}
+
+
+_sites: dict[tuple[int, int], _Site] = {}
+
+
+def _specialise(runtime: tuple[Any, ...], constants: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[Any]]:
+    """What a form is compiled for, at least as finely as Triton has it, and the values to start it with."""
+    key: list[Any] = [current_device(), constants]
+    values: list[Any] = []
+    for value in runtime:
+        if isinstance(value, Tensor):
+            address = value.data_ptr()
+            key.append(value.dtype if address % 16 == 0 else (value.dtype, "unaligned"))
+            values.append(address)
+            continue
+        values.append(value)
+        if isinstance(value, int):
+            key.append((value == 1, value % 16 == 0, value.bit_length() > 31))
+        else:
+            key.append((value.tensor.dtype, value.block) if isinstance(value, Described) else type(value))
+    return tuple(key), values
+
+
+def compile_and_start(kernel: JITFunction, grid: tuple[int, ...], arguments: dict[str, Any]) -> Form | None:
+    """Let Triton do both; how to start the kernel from then on, or None."""
+    return direct_form(kernel[grid](**for_triton(arguments)), [p.is_constexpr for p in kernel.params])
+
+
+def direct_form(compiled: Any, constexpr: list[bool]) -> Form | None:
+    """Start a compiled kernel by its C function; None if it is not one that is known here."""
+    from triton.backends.nvidia import driver as nvidia
+
+    launcher = compiled.run
+    descriptors = getattr(compiled.metadata, "tensordesc_meta", None) or []
+    if (
+        type(launcher) is not nvidia.CudaLauncher
+        # grid, stream, function, two flags, six objects; then the kernel's own
+        or getattr(nvidia, "_BASE_ARGS_FORMAT", "") != "iiiKKppOOOOOO"
+        or launcher.global_scratch_size
+        or launcher.profile_scratch_size
+        or constexpr != sorted(constexpr)
+        or None in descriptors
+    ):
+        return None
+    function = launcher.launch
+    if inspect.isfunction(function):  # it encodes descriptors first
+        function = inspect.getclosurevars(function).nonlocals["launcher"]
+    fixed = (compiled.function, launcher.launch_cooperative_grid, launcher.launch_pdl, None, None)
+    fixed += (compiled.packed_metadata, None, None, None)
+    placeholders = (None,) * sum(constexpr)
+    device, stream = current_device(), driver.active.get_current_stream
+    maps: dict[tuple[Any, ...], list[Any]] = {}
+
+    def encoded(values: list[Any]) -> list[Any]:
+        found: list[Any] = []
+        of_kernel = iter(descriptors)
+        for value in values:
+            if not isinstance(value, Described):
+                found.append(value)
+                continue
+            how = next(of_kernel)
+            # All that a descriptor of a contiguous tensor holds: the tensor itself is not kept.
+            place = (id(how), value.tensor.data_ptr(), value.tensor.shape)
+            if place not in maps:
+                if len(maps) > 256:  # of activations, which come and go
+                    maps.clear()
+                descriptor = TensorDescriptor.from_tensor(value.tensor, list(value.block))
+                maps[place] = nvidia.make_tensordesc_arg(descriptor, how)
+            found += maps[place]
+        return found
+
+    def form(grid: tuple[int, ...], values: list[Any]) -> None:
+        x, y, z = (*grid, 1, 1)[:3]
+        values = encoded(values) if descriptors else values
+        function(x, y, z, stream(device), *fixed, *values, *placeholders)
+
+    return form

@@ -113,11 +113,11 @@ def check_call(call: Call) -> None:
     E, F, D = w1_EFD.shape
     if call.offsets_E1.shape != (E + 1,):
         raise ValueError(f"plan is for {call.offsets_E1.shape[0] - 1} experts, but w1_EFD has {E}")
-    device, dtype = w1_EFD.device, call.x_TD.dtype
+    device, dtype, one_per_slot = w1_EFD.device, call.x_TD.dtype, (T * K,)
     for name, tensor, shape in (
         ("expert_ids_TK", call.expert_ids_TK, (T, K)),
-        ("order_S", call.order_S, (T * K,)),
-        ("inverse_S", call.inverse_S, (T * K,)),
+        ("order_S", call.order_S, one_per_slot),
+        ("inverse_S", call.inverse_S, one_per_slot),
         ("offsets_E1", call.offsets_E1, (E + 1,)),
     ):
         if tensor.device != device:
@@ -129,16 +129,16 @@ def check_call(call: Call) -> None:
                 f"plan.{name} must have shape {tuple(shape)} to fit plan.expert_ids_TK (T={T}, K={K}), "
                 f"got {tuple(tensor.shape)}"
             )
-    for name, tensor, shape, of_x in (
-        ("x_TD", call.x_TD, (T, D), True),
-        ("w1_EFD", w1_EFD, (E, F, D), True),
-        ("w2_EDF", call.w2_EDF, (E, D, F), True),
-        ("b1_EF", call.b1_EF, (E, F), True),
-        ("b2_ED", call.b2_ED, (E, D), True),
-        ("gate_TK", call.gate_TK, (T, K), False),
-        ("residual_TD", call.residual_TD, (T, D), False),
-        ("norm[0]", call.ln_w_ED, (E, D), False),
-        ("norm[1]", call.ln_b_ED, (E, D), False),
+    for name, tensor, shape, expected in (
+        ("x_TD", call.x_TD, (T, D), dtype),
+        ("w1_EFD", w1_EFD, (E, F, D), dtype),
+        ("w2_EDF", call.w2_EDF, (E, D, F), dtype),
+        ("b1_EF", call.b1_EF, (E, F), dtype),
+        ("b2_ED", call.b2_ED, (E, D), dtype),
+        ("gate_TK", call.gate_TK, (T, K), None),
+        ("residual_TD", call.residual_TD, (T, D), None),
+        ("norm[0]", call.ln_w_ED, (E, D), None),
+        ("norm[1]", call.ln_b_ED, (E, D), None),
     ):
         if tensor is None:
             continue
@@ -147,11 +147,11 @@ def check_call(call: Call) -> None:
                 f"{name} must have shape {shape} to fit the plan (T={T}, K={K}) and w1_EFD "
                 f"(E={E}, F={F}, D={D}), got {tuple(tensor.shape)}"
             )
-        if not tensor.is_floating_point():
+        if not tensor.dtype.is_floating_point:
             raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}, but w1_EFD is on {device}")
-        if of_x and tensor.dtype != dtype:
+        if expected is not None and tensor.dtype != expected:
             raise ValueError(
                 f"{name} must have x_TD's dtype {dtype}, got {tensor.dtype}: cast one, or use autocast"
             )

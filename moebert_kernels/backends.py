@@ -33,15 +33,15 @@ def is_unwatched(tensors: Iterable[Tensor | None]) -> bool:
     """
     return (
         not torch.compiler.is_compiling()
+        and {type(t) for t in tensors} <= _PLAIN
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._len_torch_function_stack()
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch.jit.is_tracing()
-        and all(t is None or (type(t) in _PLAIN and (t.is_cpu or t.is_cuda)) for t in tensors)
     )
 
 
-_PLAIN = (Tensor, nn.Parameter)
+_PLAIN = {Tensor, nn.Parameter, type(None)}
 
 
 def _cuda_backend(x: Tensor) -> ModuleType:

@@ -116,7 +116,7 @@ def forward(rows: SortedRows, call: Call, x_TD: Tensor, preact_PF: Tensor | None
     """
     kernels, dtype, threads, top_k = rows.kernels, DTYPES[x_TD.dtype], torch.get_num_threads(), call.top_k
     code, (_, F, D) = _ACTIVATIONS[call.activation], call.w1_EFD.shape
-    b1_EF, w1_EDF, w2_EFD = contiguous(call.b1_EF), call.w1_EFD.transpose(1, 2), call.w2_EDF.transpose(1, 2)
+    b1_EF, w1_EDF, w2_EFD = contiguous(call.b1_EF), call.w1_EFD.mT, call.w2_EDF.mT
     z_PD = rows.empty(x_TD, D)  # of x first
     x, b1 = address(x_TD), address(b1_EF)
     if not rows.pieces:

@@ -106,7 +106,7 @@ def address(tensor: Tensor | None, device: torch.device = _CPU) -> int:
     """
     if tensor is None:
         return 0
-    if tensor.device != device:
+    if not (tensor.is_cpu if device is _CPU else tensor.device == device):
         raise ValueError(f"a tensor on {tensor.device} goes to native code that works on {device}")
     if not tensor.is_contiguous():
         raise ValueError(

@@ -102,14 +102,17 @@ def moe_ffn(
     )
     check_call(call)
     tensors = call[:_NUM_TENSORS]
-    training = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
-    if not backends.is_unwatched(tensors):
+    differentiable = [call[i] for i in _GRADIENT_OF]
+    training = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in differentiable])
+    if not ((x_TD.is_cpu or x_TD.is_cuda) and backends.is_unwatched(tensors)):
         _refuse_tangents(tensors)
         # A trace holds for both, and is compared with one made without gradients.
         return ffn(*call, training and not torch.jit.is_tracing())[0]
     if forward_ad._current_level >= 0:
         _refuse_tangents(tensors)
-    return _DirectFFN.apply(*call) if training else backends.choose(call).forward(call, False)[0]
+    if training:
+        return _DirectFFN.apply(call, *differentiable)
+    return backends.choose(call).forward(call, False)[0]
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -217,55 +220,62 @@ def _refuse_second_derivative(ctx: Any, *_: Any) -> None:
 ffn_backward.register_autograd(_refuse_second_derivative)
 
 
-def _save(ctx: Any, arguments: Sequence[Any], saved: Sequence[Tensor | None]) -> None:
-    ctx.save_for_backward(*arguments[:_NUM_TENSORS], *saved)
-    ctx.options = arguments[_NUM_TENSORS:]
+def _save(ctx: Any, call: Sequence[Any], saved: Sequence[Tensor | None]) -> None:
+    ctx.save_for_backward(*call[:_NUM_TENSORS], *saved)
+    ctx.options = call[_NUM_TENSORS:]
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dy_TD: Tensor | None, directly: bool) -> list[Tensor | None]:
-    """The gradients of all arguments of `ffn`."""
-    found: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-    if dy_TD is None:
-        return found
-    # Once: checkpointing refuses to unpack a tensor a second time.
-    *tensors, preact, z, mean_S, rstd_S = ctx.saved_tensors
-    call = Call(*tensors, *ctx.options[:3])
-    needs = Gradients(*[ctx.needs_input_grad[i] for i in _GRADIENT_OF])
-    if ctx.options[3:] == (False,):
-        _, preact, z, mean_S, rstd_S = ffn(*call, True)
-    # With create_graph someone may ask for a second derivative: the operator says that it has none.
-    if directly and not torch.is_grad_enabled() and backends.is_unwatched((dy_TD, *tensors)):
-        grads = backends.choose(call).backward(call, Saved(preact, z, mean_S, rstd_S), dy_TD, needs)
-    else:
-        grads = ffn_backward(*call, preact, z, mean_S, rstd_S, dy_TD, list(needs))
-    for i, grad, need in zip(_GRADIENT_OF, grads, needs, strict=True):
-        found[i] = grad if need else None
-    return found
-
-
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _save(ctx, inputs, output[1:])
+    *call, ctx.training = inputs
+    _save(ctx, call, output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
 
-ffn.register_autograd(lambda ctx, dy_TD, *_: tuple(_backward(ctx, dy_TD, False)), setup_context=_setup)
+def _gradients(ctx: Any, dy_TD: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    """Of all arguments of `ffn`."""
+    found: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+    if dy_TD is not None:
+        # Once: checkpointing refuses to unpack a tensor a second time.
+        saved, wanted = ctx.saved_tensors, ctx.needs_input_grad
+        needs = [wanted[i] for i in _GRADIENT_OF]
+        call, of_forward = (*saved[:_NUM_TENSORS], *ctx.options), saved[_NUM_TENSORS:]
+        if not ctx.training:
+            _, *of_forward = ffn(*call, True)
+        for i, grad, need in zip(
+            _GRADIENT_OF, ffn_backward(*call, *of_forward, dy_TD, needs), needs, strict=True
+        ):
+            found[i] = grad if need else None
+    return tuple(found)
+
+
+ffn.register_autograd(_gradients, setup_context=_setup)
 
 
 class _DirectFFN(torch.autograd.Function):
     """`ffn` and its backward past the dispatcher."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
+    def forward(ctx: Any, call: Call, *_differentiable: Tensor | None) -> Tensor:
         # With setup_context apart, apply() would look up this function's signature in every call.
-        call = Call(*arguments)
         y_TD, saved = backends.choose(call).forward(call, True)
-        _save(ctx, arguments, saved)
+        _save(ctx, call, saved)
         return y_TD
 
     @staticmethod
     def backward(ctx: Any, dy_TD: Tensor | None) -> tuple[Tensor | None, ...]:
-        return tuple(_backward(ctx, dy_TD, True))
+        needs = Gradients(*ctx.needs_input_grad[1:])
+        if dy_TD is None:
+            return None, *[None] * len(needs)
+        saved = ctx.saved_tensors
+        call = Call(*saved[:_NUM_TENSORS], *ctx.options)
+        # With create_graph someone may ask for a second derivative: the operator says that it has none.
+        if torch.is_grad_enabled() or not backends.is_unwatched((dy_TD,)):
+            grads: Any = ffn_backward(*call, *saved[_NUM_TENSORS:], dy_TD, list(needs))
+        else:
+            of_forward = Saved(*saved[_NUM_TENSORS:])
+            grads = backends.choose(call).backward(call, of_forward, dy_TD, needs)
+        return None, *[grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
 
 @register_flop_formula(torch.ops.moebert_kernels.ffn)

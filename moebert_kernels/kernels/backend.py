@@ -1,54 +1,75 @@
-"""The operator on CUDA: the experts' kernels and then the norm's, under the signature that backends share."""
+"""The operator on CUDA: the experts' kernels and the norm's together, under the signature of all backends."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from moebert_kernels.arguments import Call, Gradients, Saved
+from moebert_kernels.kernels import configs
+from moebert_kernels.kernels.configs import Config
 from moebert_kernels.kernels.ffn import expert_ffn_backward, expert_ffn_forward
 from moebert_kernels.kernels.norm import expert_norm_backward, expert_norm_forward
+from moebert_kernels.kernels.replay import Results, repeated
+
+_TENSORS = 14  # of a `Call`, before its options
 
 
 def forward(call: Call, training: bool) -> tuple[Tensor, Saved]:
     """y_TD, and what `backward` needs if `training`; pre-activations in sorted order, z by slot."""
-    with_norm = call.ln_w_ED is not None
-    preact_SF: Tensor | None
-    y, preact_SF = expert_ffn_forward(call.x_TD, *_experts(call), with_norm, training)
-    preact_SF = preact_SF if training else None
-    if not with_norm:
-        return y, Saved(preact_SF, None, None, None)
-    y_TD, mean_S, rstd_S = expert_norm_forward(
-        y, call.residual, *_norm(call), call.seed, call.norm_eps, call.dropout_p
-    )
-    return y_TD, Saved(preact_SF, y, mean_S, rstd_S) if training else Saved(None, None, None, None)
+    y_TD, *saved = repeated(_forward, call[:_TENSORS], (training, *call[_TENSORS:]), _config(call))
+    return y_TD, Saved(*saved)  # type: ignore[return-value]
 
 
 def backward(call: Call, saved: Saved, dy_TD: Tensor, needs: Gradients) -> Gradients:
     """The gradients, at least those that `needs` says."""
+    tensors = (*call[:_TENSORS], *saved, dy_TD)
+    grads = Gradients(*repeated(_backward, tensors, (needs, *call[_TENSORS:]), _config(call)))
+    if call.residual_TD is not None or grads.residual_TD is None:
+        return grads
+    if grads.x_TD is not None:
+        grads.x_TD.add_(grads.residual_TD)
+    return grads._replace(residual_TD=None)
+
+
+def _config(call: Call) -> Config:
+    return configs.select(call.x_TD.device, call.x_TD.dtype, call.order_S.shape[0], call.w1_EFD.shape[0])
+
+
+def _forward(tensors: Sequence, options: tuple, config: Config) -> Results:
+    training, *rest = options
+    call = Call(*tensors, *rest)
+    with_norm = call.ln_w_ED is not None
+    y, preact_SF = expert_ffn_forward(call.x_TD, *_experts(call), with_norm, training, config)
+    kept = preact_SF if training else None
+    if not with_norm:
+        return y, kept, None, None, None
+    of_norm = (*_norm(call), call.seed, call.norm_eps, call.dropout_p)
+    y_TD, mean_S, rstd_S = expert_norm_forward(y, call.residual, *of_norm)
+    return (y_TD, kept, y, mean_S, rstd_S) if training else (y_TD, None, None, None, None)
+
+
+def _backward(tensors: Sequence, options: tuple, config: Config) -> Results:
+    needs, *rest = options
+    call, saved, dy = Call(*tensors[:_TENSORS], *rest), Saved(*tensors[_TENSORS:-1]), tensors[-1]
+    with_norm = call.ln_w_ED is not None
     dresidual_TD = dln_w_ED = dln_b_ED = dgate_TK = None
-    dy, with_norm = dy_TD, call.ln_w_ED is not None
     if with_norm:
-        of_forward = (saved.z, call.residual, saved.mean_S, saved.rstd_S, *_norm(call), call.seed)
-        dy, dresidual_TD, dln_w_ED, dln_b_ED, dgate_TK = expert_norm_backward(
-            dy_TD, *of_forward, call.dropout_p, needs.gate_TK
-        )
+        of_norm = (saved.z, call.residual, saved.mean_S, saved.rstd_S, *_norm(call), call.seed)
+        grads = expert_norm_backward(dy, *of_norm, call.dropout_p, needs.gate_TK)
+        dy, dresidual_TD, dln_w_ED, dln_b_ED, dgate_TK = grads
     of_experts = [*needs[:5], needs.gate_TK and not with_norm]
-    experts: list[Tensor | None] = [None] * 6
+    experts: Sequence[Tensor | None] = [None] * 6
     if any(of_experts):
-        experts = [
-            grad if need else None
-            for grad, need in zip(
-                expert_ffn_backward(dy, call.x_TD, saved.preact, *_experts(call), with_norm, of_experts),
-                of_experts,
-                strict=True,
-            )
-        ]
-    dx_TD, *weights, dgate_of_z = experts
-    if dx_TD is not None and dresidual_TD is not None and call.residual_TD is None:
-        dx_TD += dresidual_TD
-    dresidual_TD = None if call.residual_TD is None else dresidual_TD
-    dgate_TK = dgate_TK if with_norm else dgate_of_z
-    return Gradients(dx_TD, *weights, dgate_TK, dln_w_ED, dln_b_ED, dresidual_TD)
+        experts = expert_ffn_backward(
+            dy, call.x_TD, saved.preact, *_experts(call), with_norm, of_experts, config
+        )
+    *of_weights, dgate_of_z = (
+        grad if need else None for grad, need in zip(experts, of_experts, strict=True)
+    )
+    dgate_TK = dgate_TK if with_norm and needs.gate_TK else dgate_of_z
+    return *of_weights, dgate_TK, dln_w_ED, dln_b_ED, dresidual_TD
 
 
 def _experts(call: Call) -> tuple:

@@ -13,15 +13,21 @@ sizes of its `CudaLauncher`; `run`, `function`, `packed_metadata` and `metadata`
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from operator import itemgetter
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from operator import itemgetter, mul
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from triton import knobs
+from triton.backends.nvidia import driver as nvidia
 from triton.runtime import JITFunction, driver
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+# Starts one compiled form of a kernel: of three axes of a grid and the run-time arguments, addresses for tensors.
+Form = Callable[[tuple[int, ...], Sequence[Any]], None]
 
 current_device = torch.cuda.current_device
 
@@ -32,6 +38,23 @@ class Described(NamedTuple):
     tensor: Tensor
     block: tuple[int, ...]
 
+
+class Place(NamedTuple):
+    """All that a descriptor of such a tensor holds, for a compiled kernel: the tensor itself is not kept."""
+
+    address: int
+    shape: tuple[int, ...]
+
+    def argument(self, how: dict[str, Any]) -> list[Any]:
+        """As the C function takes it."""
+        strides = [*accumulate(reversed(self.shape[1:]), mul, initial=1)][::-1]
+        base = SimpleNamespace(data_ptr=lambda: self.address)
+        made = SimpleNamespace(base=base, shape=self.shape, strides=strides, padding="zero")
+        return nvidia.make_tensordesc_arg(made, how)
+
+
+# Where it is a list, `start` notes there what it starts: form, grid and run-time arguments.
+tape: list[tuple[Form | None, tuple[int, ...], tuple[Any, ...]]] | None = None
 
 def for_triton(arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments as Triton's own launcher takes them."""
@@ -47,17 +70,17 @@ def start(kernel: JITFunction, grid: tuple[int, ...], arguments: dict[str, Any])
     if site not in _sites:
         _sites[site] = _Site(kernel, arguments)
     known = _sites[site]
-    key, values = _specialise(known.runtime(arguments), known.constants(arguments))
+    runtime = known.runtime(arguments)
+    key, values = _specialise(runtime, known.constants(arguments))
     form = known.forms.get(key)
+    if tape is not None:
+        tape.append((form, grid, runtime))
     if form is None and key not in known.forms:
         known.forms[key] = compile_and_start(kernel, grid, arguments)
     elif form is None or knobs.runtime.launch_enter_hook.calls:  # a profiler's
         kernel[grid](**for_triton(arguments))
     else:
-        form(grid, values)
-
-
-Form = Callable[[tuple[int, ...], list[Any]], None]  # of the grid and the values of `_specialise`
+        form((*grid, 1, 1)[:3], values)
 
 
 class _Site:
@@ -83,12 +106,13 @@ def _specialise(runtime: tuple[Any, ...], constants: tuple[Any, ...]) -> tuple[t
             address = value.data_ptr()
             key.append(value.dtype if address % 16 == 0 else (value.dtype, "unaligned"))
             values.append(address)
-            continue
-        values.append(value)
-        if isinstance(value, int):
-            key.append((value == 1, value % 16 == 0, value.bit_length() > 31))
+        elif isinstance(value, Described):
+            key.append((value.tensor.dtype, value.block))
+            values.append(Place(value.tensor.data_ptr(), value.tensor.shape))
         else:
-            key.append((value.tensor.dtype, value.block) if isinstance(value, Described) else type(value))
+            is_int = isinstance(value, int)
+            key.append((value == 1, value % 16 == 0, value.bit_length() > 31) if is_int else type(value))
+            values.append(value)
     return tuple(key), values
 
 
@@ -99,8 +123,6 @@ def compile_and_start(kernel: JITFunction, grid: tuple[int, ...], arguments: dic
 
 def direct_form(compiled: Any, constexpr: list[bool]) -> Form | None:
     """Start a compiled kernel by its C function; None if it is not one that is known here."""
-    from triton.backends.nvidia import driver as nvidia
-
     launcher = compiled.run
     descriptors = getattr(compiled.metadata, "tensordesc_meta", None) or []
     if (
@@ -120,29 +142,25 @@ def direct_form(compiled: Any, constexpr: list[bool]) -> Form | None:
     fixed += (compiled.packed_metadata, None, None, None)
     placeholders = (None,) * sum(constexpr)
     device, stream = current_device(), driver.active.get_current_stream
-    maps: dict[tuple[Any, ...], list[Any]] = {}
+    maps: dict[tuple[int, Place], list[Any]] = {}
 
-    def encoded(values: list[Any]) -> list[Any]:
+    def encoded(values: Sequence[Any]) -> list[Any]:
         found: list[Any] = []
         of_kernel = iter(descriptors)
         for value in values:
-            if not isinstance(value, Described):
+            if not isinstance(value, Place):
                 found.append(value)
                 continue
             how = next(of_kernel)
-            # All that a descriptor of a contiguous tensor holds: the tensor itself is not kept.
-            place = (id(how), value.tensor.data_ptr(), value.tensor.shape)
-            if place not in maps:
+            if (id(how), value) not in maps:
                 if len(maps) > 256:  # of activations, which come and go
                     maps.clear()
-                descriptor = TensorDescriptor.from_tensor(value.tensor, list(value.block))
-                maps[place] = nvidia.make_tensordesc_arg(descriptor, how)
-            found += maps[place]
+                maps[id(how), value] = value.argument(how)
+            found += maps[id(how), value]
         return found
 
-    def form(grid: tuple[int, ...], values: list[Any]) -> None:
-        x, y, z = (*grid, 1, 1)[:3]
+    def form(grid: tuple[int, ...], values: Sequence[Any]) -> None:
         values = encoded(values) if descriptors else values
-        function(x, y, z, stream(device), *fixed, *values, *placeholders)
+        function(*grid, stream(device), *fixed, *values, *placeholders)
 
     return form

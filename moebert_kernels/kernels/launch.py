@@ -38,6 +38,11 @@ def recorded() -> Iterator[list[Launch]]:
         _record = before
 
 
+def is_recording() -> bool:
+    """Whether kernels are noted in the place of being run."""
+    return _record is not None
+
+
 def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
     """Start `kernel` on the current stream unless its grid is empty."""
     if 0 in grid:

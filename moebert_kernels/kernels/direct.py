@@ -47,7 +47,7 @@ class Place(NamedTuple):
 
     def argument(self, how: dict[str, Any]) -> list[Any]:
         """As the C function takes it."""
-        strides = [*accumulate(reversed(self.shape[1:]), mul, initial=1)][::-1]
+        strides = tuple(accumulate(reversed(self.shape[1:]), mul, initial=1))[::-1]
         base = SimpleNamespace(data_ptr=lambda: self.address)
         made = SimpleNamespace(base=base, shape=self.shape, strides=strides, padding="zero")
         return nvidia.make_tensordesc_arg(made, how)
@@ -136,7 +136,7 @@ def direct_form(compiled: Any, constexpr: list[bool]) -> Form | None:
     ):
         return None
     function = launcher.launch
-    if inspect.isfunction(function):  # it encodes descriptors first
+    if descriptors:  # it encodes them before it calls the C function
         function = inspect.getclosurevars(function).nonlocals["launcher"]
     fixed = (compiled.function, launcher.launch_cooperative_grid, launcher.launch_pdl, None, None)
     fixed += (compiled.packed_metadata, None, None, None)

@@ -9,9 +9,8 @@ launch: whatever else it does, such as a copy, is seen when it is noted, and the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import reduce
 from itertools import accumulate
-from operator import itemgetter, or_
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -39,15 +38,15 @@ def repeated(
     assert x_TD is not None
     addresses = [0 if t is None else t.data_ptr() for t in tensors]
     if (
-        reduce(or_, addresses) % 16
-        or not all([t is None or t.is_contiguous() for t in tensors])
+        not all([t is None or t.is_contiguous() for t in tensors])
         or not 0 < x_TD.shape[0] <= _MOST_TOKENS
         or launch.is_recording()
         or knobs.runtime.launch_enter_hook.calls
     ):
         return pass_(tensors, options, config)
     metadata = [None if t is None else (t.shape, t.dtype) for t in tensors]
-    key = (pass_, options, id(config), x_TD.device, configs.arithmetic(x_TD.dtype), *metadata)
+    alignment = [address % 16 for address in addresses]
+    key = (pass_, options, id(config), x_TD.device, configs.arithmetic(x_TD.dtype), *metadata, *alignment)
     _, kept = _kept.get(key, (None, None))
     if isinstance(kept, _Pass):
         with launch.on_device_of(x_TD):

@@ -10,15 +10,15 @@ is a bug, however fast. With --toy and TRITON_INTERPRET=1 everything runs withou
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from torch import Tensor
 
 from moebert_kernels import RoutingPlan
@@ -34,6 +34,7 @@ from .verify import check_close
 
 _FORWARD = ("up", "down", "tma")
 _BACKWARD = ("down_backward", "up_backward", "weight_grad", "stream_k")
+ARITHMETIC = ("half", "tf32", "ieee")
 _WORTH_IT = 0.98  # of the time so far
 
 
@@ -229,30 +230,74 @@ def _source(config: Any) -> str:
     return f"Config({', '.join(parts)})"
 
 
-def main(
-    arithmetic: Annotated[str, typer.Option(help="Some of half, tf32, ieee.")] = "half",
-    device: Annotated[str, typer.Option(help="cuda, or cpu with TRITON_INTERPRET=1.")] = "cuda",
-    limit: Annotated[float, typer.Option(help="Seconds after which no candidate is started.")] = 400.0,
-    toy: Annotated[bool, typer.Option("--toy", help="Tiny sizes, two candidates.")] = False,
-    out: Annotated[Path | None, typer.Option(help="File for the lines, beside the terminal.")] = None,
+def tune(
+    arithmetic: Sequence[str],
+    device: torch.device,
+    *,
+    limit: float,
+    toy: bool = False,
+    out: Path | None = None,
 ) -> None:
-    """Time candidate tiles and print the table that follows from them."""
+    """Time candidate tiles and print the table that follows from them.
+
+    Args:
+        arithmetic: some of `ARITHMETIC`.
+        device: where the candidates run.
+        limit: seconds after which none is started.
+        toy: tiny sizes, few candidates.
+        out: file for the lines, beside stdout.
+    """
     deadline = time.monotonic() + limit
-    chosen = arithmetic.split(",")
-    if unknown := [name for name in chosen if name not in ("half", "tf32", "ieee")]:
-        raise typer.BadParameter(f"--arithmetic must be some of half, tf32, ieee, got {', '.join(unknown)}")
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text("", encoding="utf-8")
-    for name in chosen:
+    for name in arithmetic:
         torch.backends.cuda.matmul.fp32_precision = "tf32" if name == "tf32" else "ieee"
         scale = replace(FULL, case=replace(FULL.case, dtype="bfloat16" if name == "half" else "float32"))
-        for line in table_lines(TOY if toy else scale, torch.device(device), deadline):
-            typer.echo(line)
+        for line in table_lines(TOY if toy else scale, device, deadline):
+            print(line, flush=True)
             if out is not None:  # line by line: what is cut off keeps what it has
                 with out.open("a", encoding="utf-8") as file:
                     file.write(line + "\n")
 
 
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of a command line, by default this process's; wrong ones end the process with status 2."""
+    parser = argparse.ArgumentParser(
+        "python -m bench.tune",
+        description="Time candidate tiles and print the table that follows from them.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--arithmetic",
+        default="half",
+        metavar="NAME,...",
+        help=f"some of {', '.join(ARITHMETIC)} (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--device", default="cuda", help="cuda, or cpu with TRITON_INTERPRET=1 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--limit",
+        type=float,
+        default=400.0,
+        metavar="S",
+        help="seconds after which no candidate is started (default: %(default)s)",
+    )
+    parser.add_argument("--toy", action="store_true", help="tiny sizes, two candidates")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="for the lines, beside the terminal")
+    given = parser.parse_args(arguments)
+    given.arithmetic = given.arithmetic.split(",")
+    if unknown := [name for name in given.arithmetic if name not in ARITHMETIC]:
+        parser.error(f"--arithmetic must be some of {', '.join(ARITHMETIC)}, got {', '.join(unknown)}")
+    return given
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command line, by default this process's."""
+    given = parse(arguments)
+    tune(given.arithmetic, torch.device(given.device), limit=given.limit, toy=given.toy, out=given.out)
+
+
 if __name__ == "__main__":
-    typer.run(main)
+    main()

@@ -1,6 +1,7 @@
 """MoEBERT: fine-tuned encoders whose feed-forward networks become fast, importance-guided experts."""
 
-from moebert_kernels import models  # registers the models with transformers' Auto classes
+import importlib.util
+
 from moebert_kernels.layer import MoEFFN
 from moebert_kernels.ops import moe_ffn
 from moebert_kernels.routing import (
@@ -12,6 +13,9 @@ from moebert_kernels.routing import (
     hash_balance_tables,
     hash_random_tables,
 )
+
+if importlib.util.find_spec("transformers") is not None:  # without it, the layer and its kernels remain
+    from moebert_kernels import models  # registers the models with transformers' Auto classes
 
 __version__ = "0.1.0"
 

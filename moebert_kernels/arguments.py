@@ -51,11 +51,11 @@ class Call(NamedTuple):
 class Saved(NamedTuple):
     """What a backend's forward leaves for its own backward, in rows of its own order; None where unused.
 
-    `preact` [*, F] are the pre-activations; with norm `z` [*, D] the experts' outputs, `mean_S` and `rstd_S`
-    the statistics of each slot, float32 or wider.
+    `hidden` [*, F] are pre-activations, or activations and slopes; with norm `z` [*, D] the experts' outputs,
+    `mean_S` and `rstd_S` the statistics of each slot, float32 or wider.
     """
 
-    preact: Tensor | None
+    hidden: Tensor | None
     z: Tensor | None
     mean_S: Tensor | None
     rstd_S: Tensor | None

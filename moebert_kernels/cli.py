@@ -29,13 +29,7 @@ from moebert_kernels.cli_options import (
     Teacher,
     compress_settings,
 )
-
-try:
-    from moebert_kernels.bench.commands import app as _bench
-    from moebert_kernels.bench.usage import PlainGroup
-except ModuleNotFoundError:  # a checkout that is not installed, where bench/ is a folder of its own
-    from bench.commands import app as _bench
-    from bench.usage import PlainGroup
+from moebert_kernels.cli_usage import PlainGroup
 
 app = typer.Typer(
     name="moebert",
@@ -373,7 +367,24 @@ def env(
         Console(highlight=False).print(environment_table(environment))
 
 
-app.add_typer(_bench, name="bench")
+@app.command(
+    "bench",
+    # Its options are its own, so that the benchmarks run where there is little more than PyTorch.
+    add_help_option=False,
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "allow_interspersed_args": False,
+    },
+)
+def bench(context: typer.Context) -> None:
+    """Measure the expert FFN, its dispatch, whole models and importance, the peers beside them."""
+    try:
+        from moebert_kernels.bench.commands import main
+    except ModuleNotFoundError:  # a checkout that is not installed, where bench/ is a folder of its own
+        from bench.commands import main
+
+    main(context.args, prog="moebert bench")
 
 
 if __name__ == "__main__":

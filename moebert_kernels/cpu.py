@@ -56,8 +56,8 @@ def backward(call: Call, saved: Saved, dy_TD: Tensor, needs: Gradients) -> Gradi
     dgate_S = _zeros((S,), dy_TD, need_gate)
     gate_S = _gate_of_slots(call)
     for expert, slots_R, rows in _experts(call):
-        assert saved.preact is not None
-        h_RF, w2_DF = saved.preact[rows], call.w2_EDF[expert]
+        assert saved.hidden is not None
+        h_RF, w2_DF = saved.hidden[rows], call.w2_EDF[expert]
         dz_RD = dz.index_select(0, slots_R // slots_per_row)
         a_RF = activate(call.activation, h_RF)
         if dgate_S is not None:

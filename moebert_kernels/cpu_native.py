@@ -45,7 +45,7 @@ def forward(call: Call, training: bool) -> tuple[Tensor, Saved]:
 
 def backward(call: Call, saved: Saved, dy_TD: Tensor, needs: Gradients) -> Gradients:
     """The gradients, at least those that `needs` says."""
-    assert saved.preact is not None
+    assert saved.hidden is not None
     rows, threads = sort_rows(call, in_pieces=False), torch.get_num_threads()
     D, top_k = call.x_TD.shape[1], call.top_k
     db2_ED = None if call.b2_ED is None or not needs.b2_ED else call.b2_ED.new_empty(call.b2_ED.shape)
@@ -66,7 +66,7 @@ def backward(call: Call, saved: Saved, dy_TD: Tensor, needs: Gradients) -> Gradi
     rows.kernels.gather_rows(rows.native, DTYPES[dz_PD.dtype], *where, D, 1, threads)
     dx_TD = dw1_EFD = db1_EF = dw2_EDF = None
     if any(needs[:4]):
-        dx_PD, dw1_EFD, db1_EF, dw2_EDF = cpu_rows.backward(rows, call, dz_PD, rows.view(saved.preact), needs)
+        dx_PD, dw1_EFD, db1_EF, dw2_EDF = cpu_rows.backward(rows, call, dz_PD, rows.view(saved.hidden), needs)
         if dx_PD is not None:
             to_TD = dresidual_TD if call.residual_TD is None and top_k == 1 else None
             dx_TD = _scatter(rows, dx_PD, None, call.order_S.shape[0], to_TD)

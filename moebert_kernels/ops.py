@@ -146,7 +146,7 @@ def ffn(*arguments: Any) -> tuple[Tensor, ...]:
     """y_TD and the fields of `Saved`, for the arguments of a `Call` and whether to keep them for backward.
 
     An operator returns no None, and its shapes follow from those of its arguments: a 0-element tensor stands
-    for what is not wanted, and on the CPU, where experts' rows may be filled up, zeros come after the rows.
+    for what is not wanted, and zeros follow what a backend saves up to the most that one of this device may.
     """
     call, training = Call(*arguments[:-1]), arguments[-1]
     y_TD, saved = backends.choose(call).forward(call, training)
@@ -164,12 +164,14 @@ def _(*arguments):
 def _saved_shapes(call: Call, training: bool) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """Shapes and dtypes of the fields of `Saved` as the operator returns them."""
     S, F, D = call.order_S.shape[0], call.w1_EFD.shape[1], call.x_TD.shape[1]
-    rows = cpu_rows.most_rows(S) if call.x_TD.device.type == "cpu" else S
+    # On CUDA activations and slopes, where backends are kernels; on the CPU pre-activations of filled-up rows.
+    rows = cpu_rows.most_rows(S) if call.x_TD.device.type == "cpu" else 2 * S
+    rows_of_z = rows if call.x_TD.device.type == "cpu" else S
     with_norm = training and call.ln_w_ED is not None
     stats = torch.promote_types(call.residual.dtype, torch.float32)
     return [
         ((rows if training else 0, F), call.x_TD.dtype),
-        ((rows if with_norm else 0, D), call.x_TD.dtype),
+        ((rows_of_z if with_norm else 0, D), call.x_TD.dtype),
         *[((S if with_norm else 0,), stats)] * 2,
     ]
 
@@ -189,15 +191,15 @@ def _filled_up(tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype
     "moebert_kernels::ffn_backward",
     mutates_args=(),
     schema=(
-        f"({_CALL}, Tensor preact, Tensor z, Tensor mean_S, Tensor rstd_S, Tensor dy_TD, bool[] needs) "
+        f"({_CALL}, Tensor hidden, Tensor z, Tensor mean_S, Tensor rstd_S, Tensor dy_TD, bool[] needs) "
         f"-> ({', '.join(['Tensor'] * len(_GRADIENT_OF))})"
     ),
 )
 def ffn_backward(*arguments: Any) -> tuple[Tensor, ...]:
     """The gradients of `ffn`, by the fields of `Gradients`; a 0-element tensor for each that `needs` omits."""
-    *of_call, preact, z, mean_S, rstd_S, dy_TD, needs = arguments
+    *of_call, hidden, z, mean_S, rstd_S, dy_TD, needs = arguments
     call = Call(*of_call)
-    grads = backends.choose(call).backward(call, Saved(preact, z, mean_S, rstd_S), dy_TD, Gradients(*needs))
+    grads = backends.choose(call).backward(call, Saved(hidden, z, mean_S, rstd_S), dy_TD, Gradients(*needs))
     return tuple(
         grad.to(call[i].dtype) if need and grad is not None else call.x_TD.new_empty(0)
         for i, grad, need in zip(_GRADIENT_OF, grads, needs, strict=True)
@@ -206,7 +208,7 @@ def ffn_backward(*arguments: Any) -> tuple[Tensor, ...]:
 
 @ffn_backward.register_fake
 def _(*arguments):
-    *of_call, _preact, _z, _mean_S, _rstd_S, _dy_TD, needs = arguments
+    *of_call, _hidden, _z, _mean_S, _rstd_S, _dy_TD, needs = arguments
     return tuple(
         of_call[i].new_empty(of_call[i].shape) if need else of_call[0].new_empty(0)
         for i, need in zip(_GRADIENT_OF, needs, strict=True)

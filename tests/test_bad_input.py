@@ -274,7 +274,7 @@ def test_a_label_unseen_in_training_is_named_with_its_place(tmp_path, name, text
         ),
         ("bench ffn --device tpu --toy", "device must be cpu or cuda, got 'tpu'"),
         ("bench plot rows.csv", "rows.csv is not a result file"),
-        ("bench readme nowhere.md", "'nowhere.md' does not exist"),
+        ("bench readme nowhere.md", "there is no file 'nowhere.md'"),
     ],
 )
 def test_the_command_line_names_the_option(tmp_path, monkeypatch, arguments, message):

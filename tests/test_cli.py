@@ -343,7 +343,7 @@ def test_wrong_input_gets_one_sentence(call, folder, command, words):
         ("compress --output o", ["--teacher"]),
         ("compress --task sst --teacher t --output o", ["Invalid value for '--task': 'sst' is not one of"]),
         ("compress --epochs many --teacher t --output o", ["--epochs", "valid number", "many"]),
-        ("bench ffn --tokens x", ["'--tokens'", "'x'"]),
+        ("bench ffn --tokens x", ["--tokens", "'x'"]),
         ("squeeze", ["squeeze"]),
     ],
 )

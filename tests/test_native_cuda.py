@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_native import assert_same_plans, looked_up, random_ids, sorted_plans
+from plan_checks import assert_same_plans, looked_up, random_ids, sorted_plans
 
 from moebert_kernels import native
 

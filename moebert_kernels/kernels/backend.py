@@ -17,7 +17,7 @@ _TENSORS = 14  # of a `Call`, before its options
 
 
 def forward(call: Call, training: bool) -> tuple[Tensor, Saved]:
-    """y_TD, and what `backward` needs if `training`; pre-activations in sorted order, z by slot."""
+    """y_TD, and what `backward` needs if `training`; activations and slopes in sorted order, z by slot."""
     y_TD, *saved = repeated(_forward, call[:_TENSORS], (training, *call[_TENSORS:]), _config(call))
     return y_TD, Saved(*saved)  # type: ignore[return-value]
 
@@ -41,8 +41,8 @@ def _forward(tensors: Sequence, options: tuple, config: Config) -> Results:
     training, *rest = options
     call = Call(*tensors, *rest)
     with_norm = call.ln_w_ED is not None
-    y, preact_SF = expert_ffn_forward(call.x_TD, *_experts(call), with_norm, training, config)
-    kept = preact_SF if training else None
+    y, hidden = expert_ffn_forward(call.x_TD, *_experts(call), with_norm, training, config)
+    kept = hidden if training else None
     if not with_norm:
         return y, kept, None, None, None
     of_norm = (*_norm(call), call.seed, call.norm_eps, call.dropout_p)
@@ -63,7 +63,7 @@ def _backward(tensors: Sequence, options: tuple, config: Config) -> Results:
     experts: Sequence[Tensor | None] = [None] * 6
     if any(of_experts):
         experts = expert_ffn_backward(
-            dy, call.x_TD, saved.preact, *_experts(call), with_norm, of_experts, config
+            dy, call.x_TD, saved.hidden, *_experts(call), with_norm, of_experts, config
         )
     *of_weights, dgate_of_z = (
         grad if need else None for grad, need in zip(experts, of_experts, strict=True)

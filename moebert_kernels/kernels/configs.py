@@ -13,7 +13,10 @@ import torch
 
 @dataclass(frozen=True)
 class Tile:
-    """One GEMM's tile and how it is compiled; the epilogue takes its columns in `parts`."""
+    """One GEMM's tile and how it is compiled.
+
+    The epilogue takes its columns in `parts`; a streamed kernel has so many programs `per_multiprocessor`.
+    """
 
     m: int
     n: int
@@ -21,6 +24,7 @@ class Tile:
     warps: int
     stages: int
     parts: int = 1
+    per_multiprocessor: int = 1
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moebert_kernels.kernels import configs
-from moebert_kernels.kernels.blocks import activate, load_weight, multiply
+from moebert_kernels.kernels.blocks import activate, load_weight, multiply, rounds_to_half
 from moebert_kernels.kernels.configs import Config
 from moebert_kernels.kernels.launch import ceil_div, launch, weight
 
@@ -146,7 +146,8 @@ def dense_up_kernel(
     if n == 0:
         tl.store(weight_ptr + expert * num_tokens + token_M, weight_M, mask=live_M)
 
-    am_MN = tl.where((uses_M > 0)[:, None], activate(h_MN, ACTIVATION) * weight_M[:, None], 0.0)
+    a_MN = activate(h_MN, ACTIVATION, rounds_to_half(am_ptr))
+    am_MN = tl.where((uses_M > 0)[:, None], a_MN * weight_M[:, None], 0.0)
     ptrs = am_ptr + (token_M.to(tl.int64) * E + expert)[:, None] * F + cols_N[None, :]
     tl.store(ptrs, am_MN.to(am_ptr.dtype.element_ty), mask=live_M[:, None] & (cols_N < F)[None, :])
 

@@ -1,4 +1,4 @@
-"""Which backend computes a call, and whether PyTorch's dispatcher has to know of it.
+"""Which backend computes a call.
 
 A backend is a module with `forward(call, training)` and `backward(call, saved, dy, needs)`: `kernels` (Triton)
 on CUDA, `cpu_native` (C++ between torch's GEMMs) on the CPU, `cpu` (plain PyTorch) for everything else.
@@ -7,12 +7,11 @@ on CUDA, `cpu_native` (C++ between torch's GEMMs) on the CPU, `cpu` (plain PyTor
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
 from functools import cache
 from types import ModuleType
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moebert_kernels import cpu, cpu_native, native
 from moebert_kernels.arguments import Call
@@ -23,25 +22,6 @@ def choose(call: Call) -> ModuleType:
     if call.x_TD.is_cuda:
         return _cuda_backend(call.x_TD)
     return cpu_native if cpu_native.serves(call) and native.row_kernels() is not None else cpu
-
-
-def is_unwatched(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether nobody but autograd would notice the operator: no compiler, tracer, mode, subclass, transform.
-
-    Only then may a backend be called directly, past the dispatcher, whose Python layers cost an eager call
-    more than all else that happens on the host.
-    """
-    return (
-        not torch.compiler.is_compiling()
-        and {type(t) for t in tensors} <= _PLAIN
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._len_torch_function_stack()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and not torch.jit.is_tracing()
-    )
-
-
-_PLAIN = {Tensor, nn.Parameter, type(None)}
 
 
 def _cuda_backend(x: Tensor) -> ModuleType:

@@ -155,7 +155,8 @@ class MoEFFN(nn.Module):
             _check_routing(routing, input_ids=input_ids, mask=mask)
         plan, gate_TK = (routing, None) if isinstance(routing, RoutingPlan) else routing[:2]
         dropout_p = self.dropout if self.training else 0.0
-        norm = None if self.ln_w_ED is None or self.ln_b_ED is None else (self.ln_w_ED, self.ln_b_ED)
+        ln_w_ED, ln_b_ED = self.ln_w_ED, self.ln_b_ED
+        norm = None if ln_w_ED is None or ln_b_ED is None else (ln_w_ED, ln_b_ED)
         y_TD = moe_ffn(
             x.reshape(-1, self.hidden_size),
             plan,

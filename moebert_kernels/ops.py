@@ -21,6 +21,7 @@ from torch.utils.flop_counter import register_flop_formula
 from moebert_kernels import backends, cpu_rows
 from moebert_kernels.arguments import Call, Gradients, Saved, check_call, check_kinds
 from moebert_kernels.routing.plan import RoutingPlan
+from moebert_kernels.watchers import unwatched
 
 
 def moe_ffn(
@@ -104,7 +105,7 @@ def moe_ffn(
     tensors = call[:_NUM_TENSORS]
     differentiable = [call[i] for i in _GRADIENT_OF]
     training = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in differentiable])
-    if not ((x_TD.is_cpu or x_TD.is_cuda) and backends.is_unwatched(tensors)):
+    if not ((x_TD.is_cpu or x_TD.is_cuda) and unwatched(tensors)):
         _refuse_tangents(tensors)
         # A trace holds for both, and is compared with one made without gradients.
         return ffn(*call, training and not torch.jit.is_tracing())[0]
@@ -272,7 +273,7 @@ class _DirectFFN(torch.autograd.Function):
         saved = ctx.saved_tensors
         call = Call(*saved[:_NUM_TENSORS], *ctx.options)
         # With create_graph someone may ask for a second derivative: the operator says that it has none.
-        if torch.is_grad_enabled() or not backends.is_unwatched((dy_TD,)):
+        if torch.is_grad_enabled() or not unwatched((dy_TD,)):
             grads: Any = ffn_backward(*call, *saved[_NUM_TENSORS:], dy_TD, list(needs))
         else:
             of_forward = Saved(*saved[_NUM_TENSORS:])

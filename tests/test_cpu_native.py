@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_ops import FORMS, arguments, make_inputs, ours, reference, used
 
-from moebert_kernels import RoutingPlan, backends, cpu, cpu_native, cpu_rows, native
+from moebert_kernels import RoutingPlan, backends, cpu, cpu_native, cpu_rows, native, ops
 from moebert_kernels.arguments import Gradients
 
 pytestmark = pytest.mark.skipif(not native.status().cpu, reason=native.status().cpu_detail)
@@ -156,7 +156,7 @@ def test_dropout_drops_its_share_without_a_pattern():
 def test_eager_calls_equal_those_through_the_dispatcher(norm, monkeypatch):
     t, ids = make_inputs(20, 16, 24, 3, 1, dtype=torch.float32)
     direct, _ = run(t, ids, 3, norm=norm, gate=False)
-    monkeypatch.setattr(backends, "is_unwatched", lambda _: False)
+    monkeypatch.setattr(ops, "unwatched", lambda _: False)
     dispatched, _ = run(t, ids, 3, norm=norm, gate=False)
     for name, value in direct.items():
         assert torch.equal(value, dispatched[name]), name

@@ -4,7 +4,7 @@
 
 "CUDA path": the layer as on an H100, but what would start a compiled kernel does nothing. Arguments are
 checked, memory is allocated, launches are found and their arguments laid out as ever; without a GPU, tensors
-on the CPU stand in. "CPU": the layer on one token, so small that it is all host, and dense networks beside it.
+on the CPU stand in. "CPU": the layer on one token, so small that it is all host, and a dense network.
 "Encoder": MiniLM on 1 x 16 tokens, without the time that its matrix products take, and its twin whose dense
 network has one expert's size.
 
@@ -185,7 +185,7 @@ def encoders(scale: Scale) -> dict[str, Call]:
         raise DidNotRun("transformers is not installed")
     from .encoders import build
 
-    sizes = SHAPES[scale.shape] | ({"L": scale.layers} if scale.layers else {})
+    sizes: dict[str, Any] = SHAPES[scale.shape] | ({"L": scale.layers} if scale.layers else {})
     case = ModelCase(T=16, sequence=16, **sizes)
     ids_BS = token_ids(1, 16, case.V, 0)
     mask_BS = torch.ones_like(ids_BS)
@@ -210,7 +210,12 @@ def rows(scale: Scale, device: torch.device) -> Iterator[Row]:
         return make_timer(torch.device("cpu"), "eager", [call])
 
     forward, backward = ("CUDA path", "forward"), ("CUDA path", "forward+backward")
-    case = {"T": scale.tokens, "D": scale.side, "F": scale.side, "stands in": device.type == "cpu"}
+    case: dict[str, Any] = {
+        "T": scale.tokens,
+        "D": scale.side,
+        "F": scale.side,
+        "stands in": device.type == "cpu",
+    }
     try:
         with launching_nothing():
             call, leaves = layer(scale.tokens, scale.side, torch.bfloat16, device)
@@ -264,14 +269,15 @@ def lines(measured: list[Row]) -> Iterator[str]:
         times = (f"{1e6 * s:6.1f} µs" for s in (row.seconds.median, row.seconds.low))
         yield f"{row.entry:24} {row.pass_:18} {' '.join(f'{t:>8}' for t in times)} {aim:>8}".rstrip()
     if {"encoder", _TWIN} <= medians.keys():
-        ratio = medians["encoder"] / medians[_TWIN]
-        yield f"{'encoder / its twin':24} {'forward':18} {ratio:8.3f} {'':8} {AIMS['encoder', 'forward']:8.2f}"
+        ratio, aim = medians["encoder"] / medians[_TWIN], f"{AIMS['encoder', 'forward']:.2f}"
+        yield f"{'encoder / its twin':24} {'forward':18} {ratio:8.3f} {'':8} {aim:>8}"
 
 
 def measure(device: str, *, toy: bool = False, out: Path | None = None) -> None:
     """Print the table; with `out`, also write a result file of the "host" benchmark there."""
     scale = TOY if toy else FULL
-    settings = Settings(Request(T=(scale.tokens,)), device=device, threads=1, probes=TOY_PROBES if toy else None)
+    probes = TOY_PROBES if toy else None
+    settings = Settings(Request(T=(scale.tokens,)), device=device, threads=1, probes=probes)
     run = describe_run("host", ("float32",), torch.device(device), settings)
     measured = list(rows(scale, torch.device(device)))
     print("\n".join(lines(measured)))

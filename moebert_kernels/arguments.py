@@ -38,6 +38,11 @@ class Call(NamedTuple):
     dropout_p: float
 
     @property
+    def tensors(self) -> tuple[Any, ...]:
+        """Those that come first, None for each that there is not."""
+        return self[:NUM_TENSORS]
+
+    @property
     def top_k(self) -> int:
         """K, the experts a token may use."""
         return self.expert_ids_TK.shape[1]
@@ -46,6 +51,9 @@ class Call(NamedTuple):
     def residual(self) -> Tensor:
         """What the norm adds to the experts' output."""
         return self.x_TD if self.residual_TD is None else self.residual_TD
+
+
+NUM_TENSORS = Call._fields.index("activation")
 
 
 class Saved(NamedTuple):
@@ -114,6 +122,8 @@ def check_call(call: Call) -> None:
     if call.offsets_E1.shape != (E + 1,):
         raise ValueError(f"plan is for {call.offsets_E1.shape[0] - 1} experts, but w1_EFD has {E}")
     device, dtype, one_per_slot = w1_EFD.device, call.x_TD.dtype, (T * K,)
+    tensor: Tensor | None
+    shape: tuple[int, ...]
     for name, tensor, shape in (
         ("expert_ids_TK", call.expert_ids_TK, (T, K)),
         ("order_S", call.order_S, one_per_slot),

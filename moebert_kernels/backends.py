@@ -1,7 +1,7 @@
 """Which backend computes a call.
 
-A backend is a module with `forward(call, training)` and `backward(call, saved, dy, needs)`: `kernels` (Triton)
-on CUDA, `cpu_native` (C++ between torch's GEMMs) on the CPU, `cpu` (plain PyTorch) for everything else.
+A backend is a module with `forward(call, training)` and `backward(call, saved, dy_TD, needs)`: `kernels`
+(Triton) on CUDA, `cpu_native` (C++ between torch's GEMMs) on the CPU, `cpu` (plain PyTorch) for all else.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from moebert_kernels.arguments import Call
 def choose(call: Call) -> ModuleType:
     """The backend of a call."""
     if call.x_TD.is_cuda:
-        return _cuda_backend(call.x_TD)
+        return on_cuda(call.x_TD)
     return cpu_native if cpu_native.serves(call) and native.row_kernels() is not None else cpu
 
 
-def _cuda_backend(x: Tensor) -> ModuleType:
+def on_cuda(x: Tensor) -> ModuleType:
     """Where CUDA tensors go: the Triton kernels, which do not do float64, or the PyTorch path."""
     return cpu if x.dtype == torch.float64 else _triton_backend()
 

@@ -7,6 +7,7 @@ synchronises an accelerator; on the CPU they are at hand.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -141,7 +142,7 @@ def _norm_backward(
 def _experts(call: Call) -> Iterator[tuple[int, Tensor, slice]]:
     """Every expert that has rows: its number, their slots, where they lie in sorted order."""
     offsets, order_S = call.offsets_E1.tolist(), call.order_S.long()
-    for expert, (begin, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
+    for expert, (begin, end) in enumerate(pairwise(offsets)):
         if end > begin:
             yield expert, order_S[begin:end], slice(begin, end)
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moebert_kernels import cpu_rows, native
+from moebert_kernels import cpu_rows
 from moebert_kernels.arguments import Call, Gradients, Saved
 from moebert_kernels.cpu_rows import DTYPES, SortedRows, contiguous, sort_rows
 from moebert_kernels.native import address
@@ -28,7 +28,7 @@ def serves(call: Call) -> bool:
 
 
 def forward(call: Call, training: bool) -> tuple[Tensor, Saved]:
-    """y_TD, and what `backward` needs if `training`; pre-activations, without b1, and z, without b2, sorted."""
+    """y_TD, and what `backward` needs if `training`: sorted pre-activations and z, both without biases."""
     x_TD, S = call.x_TD.contiguous(), call.order_S.shape[0]
     rows = sort_rows(call, in_pieces=not training)
     h_PF = rows.empty(x_TD, call.w1_EFD.shape[1]) if training else None
@@ -75,9 +75,7 @@ def backward(call: Call, saved: Saved, dy_TD: Tensor, needs: Gradients) -> Gradi
                 if call.residual_TD is None and dresidual_TD is not None:
                     dx_TD += dresidual_TD
     dresidual_TD = None if call.residual_TD is None else dresidual_TD
-    return Gradients(
-        dx_TD, dw1_EFD, db1_EF, dw2_EDF, db2_ED, dgate_TK, dln_w_ED, dln_b_ED, dresidual_TD
-    )
+    return Gradients(dx_TD, dw1_EFD, db1_EF, dw2_EDF, db2_ED, dgate_TK, dln_w_ED, dln_b_ED, dresidual_TD)
 
 
 def _norm(

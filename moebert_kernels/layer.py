@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -199,13 +201,13 @@ class MoEFFN(nn.Module):
         return self.router(x, input_ids, mask)
 
     def keep_casts(self, dtype: torch.dtype | None) -> None:
-        """Cast the experts' weights and biases once, for all calls without gradients under autocast to `dtype`.
+        """Cast the experts' weights and biases once, for calls without gradients under autocast to `dtype`.
 
-        Autocast casts them in every call, as it does for `nn.Linear`; with few tokens that costs more than the
-        layer, and a CUDA graph does it again at every replay. The casts take memory beside the parameters. A
-        parameter that is replaced or written to later is cast in every call again; a write through `.data`
-        and one between replays of a graph cannot be seen: call this after it, and capture the graph anew.
-        Compiled code does not use the casts.
+        Autocast casts them in every call, as it does for `nn.Linear`; with few tokens that costs more than
+        the layer, and a CUDA graph does it again at every replay. The casts take memory beside the
+        parameters. A parameter that is replaced or written to later is cast in every call again; a write
+        through `.data`, and any between replays of a graph, cannot be seen: call this after it, and capture
+        the graph anew. Compiled code does not use the casts.
 
         Args:
             dtype: torch.bfloat16 or torch.float16; None gives the casts up.
@@ -225,7 +227,7 @@ class MoEFFN(nn.Module):
         ]
         self._kept = (dtype, casts)
 
-    def _experts(self, device: str) -> list[Tensor | None]:
+    def _experts(self, device: str) -> list[Any]:
         """w1, b1, w2 and b2, each by its kept cast where that can be used."""
         parameters = [self.w1_EFD, self.b1_EF, self.w2_EDF, self.b2_ED]
         if self._kept is None or torch.is_grad_enabled() or torch.compiler.is_compiling():

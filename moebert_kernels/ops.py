@@ -1,8 +1,8 @@
 """`moe_ffn`: the expert feed-forward network as one operator of PyTorch and its backward.
 
-The two grouped GEMMs and, with `norm`, the residual sum and each expert's own LayerNorm. `backends` picks what
-computes them. An eager call goes straight to that backend, under an `autograd.Function`; where a compiler, a
-tracer, a mode or a transform watches, the same two steps go through `torch.library`, with the same formula.
+The two grouped GEMMs and, with `norm`, the residual sum and each expert's own LayerNorm. `backends` picks
+what computes them. An eager call goes straight to that backend, under an `autograd.Function`; where a
+compiler, tracer, mode or transform watches, the same two steps go through `torch.library`.
 
 Notation: T tokens, K experts per token, S = T*K slots (slot s = t*K + k), D hidden size, F neurons of one
 expert, E experts.
@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from moebert_kernels import backends, cpu_rows
-from moebert_kernels.arguments import Call, Gradients, Saved, check_call, check_kinds
+from moebert_kernels.arguments import NUM_TENSORS, Call, Gradients, Saved, check_call, check_kinds
 from moebert_kernels.routing.plan import RoutingPlan
 from moebert_kernels.watchers import unwatched
 
@@ -102,8 +102,8 @@ def moe_ffn(
         float(dropout_p),
     )
     check_call(call)
-    tensors = call[:_NUM_TENSORS]
-    differentiable = [call[i] for i in _GRADIENT_OF]
+    tensors = call.tensors
+    differentiable: list[Any] = [call[i] for i in _GRADIENT_OF]
     training = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in differentiable])
     if not ((x_TD.is_cpu or x_TD.is_cuda) and unwatched(tensors)):
         _refuse_tangents(tensors)
@@ -134,7 +134,6 @@ _TENSORS = (
     "Tensor? ln_w_ED, Tensor? ln_b_ED, Tensor? residual_TD, Tensor? seed"
 )
 _CALL = f"{_TENSORS}, str activation, float norm_eps, float dropout_p"
-_NUM_TENSORS = len(_TENSORS.split(","))
 _GRADIENT_OF = [Call._fields.index(name) for name in Gradients._fields]
 
 
@@ -165,7 +164,7 @@ def _(*arguments):
 def _saved_shapes(call: Call, training: bool) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """Shapes and dtypes of the fields of `Saved` as the operator returns them."""
     S, F, D = call.order_S.shape[0], call.w1_EFD.shape[1], call.x_TD.shape[1]
-    # On CUDA activations and slopes, where backends are kernels; on the CPU pre-activations of filled-up rows.
+    # On the CPU experts' rows are filled up; on CUDA the kernels keep activations and slopes.
     rows = cpu_rows.most_rows(S) if call.x_TD.device.type == "cpu" else 2 * S
     rows_of_z = rows if call.x_TD.device.type == "cpu" else S
     with_norm = training and call.ln_w_ED is not None
@@ -197,12 +196,12 @@ def _filled_up(tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype
     ),
 )
 def ffn_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    """The gradients of `ffn`, by the fields of `Gradients`; a 0-element tensor for each that `needs` omits."""
+    """The fields of `Gradients` for a call of `ffn`; a 0-element tensor for each that `needs` omits."""
     *of_call, hidden, z, mean_S, rstd_S, dy_TD, needs = arguments
     call = Call(*of_call)
     grads = backends.choose(call).backward(call, Saved(hidden, z, mean_S, rstd_S), dy_TD, Gradients(*needs))
     return tuple(
-        grad.to(call[i].dtype) if need and grad is not None else call.x_TD.new_empty(0)
+        grad.to(of_call[i].dtype) if need and grad is not None else call.x_TD.new_empty(0)
         for i, grad, need in zip(_GRADIENT_OF, grads, needs, strict=True)
     )
 
@@ -224,8 +223,8 @@ ffn_backward.register_autograd(_refuse_second_derivative)
 
 
 def _save(ctx: Any, call: Sequence[Any], saved: Sequence[Tensor | None]) -> None:
-    ctx.save_for_backward(*call[:_NUM_TENSORS], *saved)
-    ctx.options = call[_NUM_TENSORS:]
+    ctx.save_for_backward(*call[:NUM_TENSORS], *saved)
+    ctx.options = call[NUM_TENSORS:]
     ctx.set_materialize_grads(False)
 
 
@@ -242,7 +241,7 @@ def _gradients(ctx: Any, dy_TD: Tensor | None, *_: None) -> tuple[Tensor | None,
         # Once: checkpointing refuses to unpack a tensor a second time.
         saved, wanted = ctx.saved_tensors, ctx.needs_input_grad
         needs = [wanted[i] for i in _GRADIENT_OF]
-        call, of_forward = (*saved[:_NUM_TENSORS], *ctx.options), saved[_NUM_TENSORS:]
+        call, of_forward = (*saved[:NUM_TENSORS], *ctx.options), saved[NUM_TENSORS:]
         if not ctx.training:
             _, *of_forward = ffn(*call, True)
         for i, grad, need in zip(
@@ -271,12 +270,12 @@ class _DirectFFN(torch.autograd.Function):
         if dy_TD is None:
             return None, *[None] * len(needs)
         saved = ctx.saved_tensors
-        call = Call(*saved[:_NUM_TENSORS], *ctx.options)
+        call = Call(*saved[:NUM_TENSORS], *ctx.options)
         # With create_graph someone may ask for a second derivative: the operator says that it has none.
         if torch.is_grad_enabled() or not unwatched((dy_TD,)):
-            grads: Any = ffn_backward(*call, *saved[_NUM_TENSORS:], dy_TD, list(needs))
+            grads: Any = ffn_backward(*call, *saved[NUM_TENSORS:], dy_TD, list(needs))
         else:
-            of_forward = Saved(*saved[_NUM_TENSORS:])
+            of_forward = Saved(*saved[NUM_TENSORS:])
             grads = backends.choose(call).backward(call, of_forward, dy_TD, needs)
         return None, *[grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
@@ -289,7 +288,12 @@ def _(*shapes, out_shape=None) -> int:
 @register_flop_formula(torch.ops.moebert_kernels.ffn_backward)
 def _(*shapes, out_shape=None) -> int:
     needs = Gradients(*shapes[-1])
-    da = needs.x_TD or needs.w1_EFD or needs.b1_EF or (needs.gate_TK and shapes[Call._fields.index("ln_w_ED")] is None)
+    da = (
+        needs.x_TD
+        or needs.w1_EFD
+        or needs.b1_EF
+        or (needs.gate_TK and shapes[Call._fields.index("ln_w_ED")] is None)
+    )
     return _gemm_flops(shapes) * (da + needs.x_TD + needs.w1_EFD + needs.w2_EDF)
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_ops import FORMS, arguments, make_inputs, ours, reference, used
+from kernel_checks import FORMS, arguments
+from test_ops import make_inputs, ours, reference, used
 
 from moebert_kernels import RoutingPlan, backends, cpu, cpu_native, cpu_rows, native, ops
 from moebert_kernels.arguments import Gradients
@@ -112,7 +113,9 @@ def test_mixed_dtypes_equal_plain_pytorch(residual_dtype):
     torch.testing.assert_close(y, plain_y, rtol=2e-2, atol=2e-2)
     for name, a, b in zip(Gradients._fields, grads, plain_grads, strict=True):
         assert a.dtype == b.dtype or name == "gate_TK"
-        torch.testing.assert_close(a.float(), b.float(), rtol=5e-2, atol=5e-2, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            a.float(), b.float(), rtol=5e-2, atol=5e-2, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

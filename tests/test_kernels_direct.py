@@ -62,7 +62,7 @@ def no_device(monkeypatch):
 
 
 def compiled(described):
-    """A `CompiledKernel` with three run-time arguments and two constants; its C function notes its arguments."""
+    """A `CompiledKernel` of three run-time arguments and two constants, and what its C function was given."""
     calls = []
     how = {"swizzle": 3, "elem_size": 2, "elem_type": 9, "block_size": [1, 64, 32], "fp4_padded": False}
     signature = {"x": "*bf16", "w": "tensordesc<bf16[1,64,32]>" if described else "*bf16", "n": "i32"}

@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_checks import FORMS, arguments
 from torch import library
 
 from moebert_kernels import RoutingPlan, moe_ffn, ops
-from moebert_kernels.arguments import Call
 from python_ref import ffn as ref
 
 INPUTS = ("x", "w1", "b1", "w2", "b2", "gate", "ln_w", "ln_b", "residual")
@@ -232,36 +232,6 @@ def test_autocast_casts_as_linear_does(device_dtype):
     assert all(g.dtype == torch.float32 for g in grads)
     low = {k: v.detach().to(device_dtype) for k, v in t.items()}
     assert torch.equal(plain, ours(low | {"gate": t["gate"].detach()}, plan, norm=False, gate=True))
-
-
-def arguments(t, plan, *, norm, gate, dropout_p=0.0, residual=True):
-    """Those of the operator, but for the last."""
-    norms = (t["ln_w"], t["ln_b"], t["residual"] if residual else None) if norm else (None, None, None)
-    return Call(
-        t["x"],
-        plan.expert_ids_TK,
-        plan.order_S,
-        plan.inverse_S,
-        plan.offsets_E1,
-        t["w1"],
-        t["b1"],
-        t["w2"],
-        t["b2"],
-        t["gate"] if gate else None,
-        *norms,
-        torch.tensor([3], device=t["x"].device) if dropout_p else None,
-        "gelu",
-        1e-12,
-        dropout_p,
-    )
-
-
-FORMS = [
-    {"norm": False, "gate": False},
-    {"norm": False, "gate": True},
-    {"norm": True, "gate": False},
-    {"norm": True, "gate": True, "dropout_p": 0.1, "residual": False},
-]
 
 
 @pytest.mark.parametrize("form", FORMS)

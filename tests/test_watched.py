@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from kernel_checks import arguments
 from test_ops import make_inputs
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -51,7 +52,9 @@ def test_a_trace_computes_and_learns_as_the_layer(layer, dtype, norm, grad):
     assert any("moebert_kernels::ffn" in str(node) for node in traced.graph.nodes())
     for tensors in (inputs, others):
         assert torch.equal(traced(*tensors), layer(*tensors))
-        for a, b in zip(gradients(traced(*tensors), tensors), gradients(layer(*tensors), tensors), strict=True):
+        for a, b in zip(
+            gradients(traced(*tensors), tensors), gradients(layer(*tensors), tensors), strict=True
+        ):
             torch.testing.assert_close(a, b)
 
 
@@ -182,7 +185,9 @@ def test_a_second_derivative_is_refused(layer, dtype, loss):
 
 def test_meta_tensors_have_shapes(layer):
     """Backward as well; nothing is computed."""
-    plan = RoutingPlan(*(torch.empty(s, dtype=torch.int32, device="meta") for s in ((T, K), T * K, T * K, E + 1)))
+    plan = RoutingPlan(
+        *(torch.empty(s, dtype=torch.int32, device="meta") for s in ((T, K), T * K, T * K, E + 1))
+    )
     t = dict(zip(NAMES, (v.detach().to("meta").requires_grad_() for v in leaves(torch.float32)), strict=True))
     y = moe_ffn(t["x"], plan, t["w1"], t["b1"], t["w2"], t["b2"], norm=(t["ln_w"], t["ln_b"]))
     grads = torch.autograd.grad(y.sum(), list(t.values()))
@@ -191,8 +196,6 @@ def test_meta_tensors_have_shapes(layer):
 
 def test_an_untraced_forward_can_be_differentiated_later():
     """The operator called for inference keeps nothing: its backward computes the pre-activations again."""
-    from test_ops import arguments
-
     t, ids = make_inputs(T, D, F, E, K, dtype=torch.float32)
     call = arguments(t, RoutingPlan.from_expert_ids(ids, E), norm=True, gate=True)
     wanted = list(t.values())

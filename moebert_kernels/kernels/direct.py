@@ -1,8 +1,9 @@
 """Starting a kernel that Triton has compiled, without Triton's own launcher.
 
-That binds, specialises and hashes the arguments anew at every launch, in Python, and encodes every descriptor:
-it takes longer than a small kernel runs. Here Triton starts a kernel once for each form it compiles; after
-that the C function it made for the form is called, whenever dtypes, alignments and constants are the same.
+That binds, specialises and hashes the arguments anew at every launch, in Python, and encodes every
+descriptor: it takes longer than a small kernel runs. Here Triton starts a kernel once for each form it
+compiles; after that the C function it made for the form is called, whenever dtypes, alignments and constants
+are the same.
 
 Private names of Triton 3.6, of which `test_kernels_direct.py` says whether they are as they were, and without
 which Triton starts every kernel: `_BASE_ARGS_FORMAT`, `make_tensordesc_arg` and, in the closure of
@@ -13,7 +14,9 @@ sizes of its `CudaLauncher`; `run`, `function`, `packed_metadata` and `metadata`
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from operator import itemgetter, mul
 from types import SimpleNamespace
@@ -26,7 +29,7 @@ from triton.backends.nvidia import driver as nvidia
 from triton.runtime import JITFunction, driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# Starts one compiled form of a kernel: of three axes of a grid and the run-time arguments, addresses for tensors.
+# Starts one compiled form of a kernel: a grid of three axes, run-time arguments with addresses for tensors.
 Form = Callable[[tuple[int, ...], Sequence[Any]], None]
 
 current_device = torch.cuda.current_device
@@ -53,8 +56,27 @@ class Place(NamedTuple):
         return nvidia.make_tensordesc_arg(made, how)
 
 
-# Where it is a list, `start` notes there what it starts: form, grid and run-time arguments.
-tape: list[tuple[Form | None, tuple[int, ...], tuple[Any, ...]]] | None = None
+Started = tuple[Form | None, tuple[int, ...], tuple[Any, ...]]  # form, grid and run-time arguments
+
+
+class _Tape(threading.local):
+    """What this thread starts, where somebody wants to know."""
+
+    started: list[Started] | None = None
+
+
+_tape = _Tape()
+
+
+@contextmanager
+def taped() -> Iterator[list[Started]]:
+    """The list of what this thread starts meanwhile."""
+    _tape.started = started = []
+    try:
+        yield started
+    finally:
+        _tape.started = None
+
 
 def for_triton(arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments as Triton's own launcher takes them."""
@@ -73,8 +95,8 @@ def start(kernel: JITFunction, grid: tuple[int, ...], arguments: dict[str, Any])
     runtime = known.runtime(arguments)
     key, values = _specialise(runtime, known.constants(arguments))
     form = known.forms.get(key)
-    if tape is not None:
-        tape.append((form, grid, runtime))
+    if _tape.started is not None:
+        _tape.started.append((form, grid, runtime))
     if form is None and key not in known.forms:
         known.forms[key] = compile_and_start(kernel, grid, arguments)
     elif form is None or knobs.runtime.launch_enter_hook.calls:  # a profiler's
@@ -138,8 +160,8 @@ def direct_form(compiled: Any, constexpr: list[bool]) -> Form | None:
     function = launcher.launch
     if descriptors:  # it encodes them before it calls the C function
         function = inspect.getclosurevars(function).nonlocals["launcher"]
-    fixed = (compiled.function, launcher.launch_cooperative_grid, launcher.launch_pdl, None, None)
-    fixed += (compiled.packed_metadata, None, None, None)
+    flags = (launcher.launch_cooperative_grid, launcher.launch_pdl)
+    fixed = (compiled.function, *flags, None, None, compiled.packed_metadata, None, None, None)
     placeholders = (None,) * sum(constexpr)
     device, stream = current_device(), driver.active.get_current_stream
     maps: dict[tuple[int, Place], list[Any]] = {}

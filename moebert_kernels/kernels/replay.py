@@ -1,9 +1,10 @@
 """A call whose shapes come again: its launches are kept, and only addresses are filled in.
 
-What a pass allocates and launches follows from shapes, dtypes and options alone, and finding it out anew takes
-several times as long as launching it. So the second time that a combination comes, it is noted what becomes of
-each argument, and from the third on nothing but that is done. A pass must do nothing but allocate, view and
-launch: whatever else it does, such as a copy, is seen when it is noted, and the pass then runs as written.
+What a pass allocates and launches follows from shapes, dtypes and options alone, and finding it out anew
+takes several times as long as launching it. So the second time that a combination comes, it is noted what
+becomes of each argument, and from the third on nothing but that is done. A pass must do nothing but allocate,
+view and launch: whatever else it does, such as a copy, is seen when it is noted, and the pass then always
+runs as written.
 """
 
 from __future__ import annotations
@@ -69,14 +70,14 @@ _kept: dict[tuple[Any, ...], tuple[Config, Any]] = {}
 class _Pass(NamedTuple):
     """What a pass does, in terms of one list of values that its launches pick their arguments from.
 
-    First come the addresses of arguments, results and the workspace; then places behind these (which, how far),
-    TMA descriptors (of which value, what shape), and constants.
+    First come the addresses of arguments, results and the workspace; then places behind these (which, how
+    far), TMA descriptors (of which value, what shape), and constants.
 
     Attributes:
         results: for each the number of an argument of its form, or shape and dtype, or None.
     """
 
-    results: list[int | tuple[tuple[int, ...], torch.dtype] | None]
+    results: list[Any]
     workspace_bytes: int
     behind: list[tuple[int, int]]
     described: list[tuple[int, tuple[int, ...]]]
@@ -84,17 +85,16 @@ class _Pass(NamedTuple):
     steps: list[tuple[Form, tuple[int, ...], Callable[[list[Any]], tuple[Any, ...]]]]
 
     def again(self, tensors: Sequence[Tensor | None], values: list[Any]) -> Results:
-        x_TD, results = tensors[0], []
-        assert x_TD is not None
+        x_TD: Any = tensors[0]
+        results: list[Tensor | None] = []
         for kind in self.results:
-            if kind is None:
-                results.append(None)
-                values.append(0)
-                continue
-            like = kind.__class__ is int
-            made = torch.empty_like(tensors[kind]) if like else x_TD.new_empty(kind[0], dtype=kind[1])
+            made: Any = None
+            if isinstance(kind, int):
+                made = torch.empty_like(tensors[kind])  # type: ignore[arg-type]
+            elif kind is not None:
+                made = x_TD.new_empty(kind[0], dtype=kind[1])
             results.append(made)
-            values.append(made.data_ptr())
+            values.append(0 if made is None else made.data_ptr())
         workspace = x_TD.new_empty(self.workspace_bytes, dtype=torch.uint8)
         values.append(workspace.data_ptr())
         values += [values[base] + offset for base, offset in self.behind]
@@ -119,13 +119,8 @@ def _note(
     pass_: Callable[..., Results], tensors: Sequence[Tensor | None], options: tuple[Any, ...], config: Config
 ) -> tuple[Results, _Pass | None]:
     """Run a pass and note what it does; None if it cannot be repeated by addresses alone."""
-    direct.tape = []
-    try:
-        with _OnlyAllocates() as mode:
-            results = pass_(tensors, options, config)
-        steps = direct.tape
-    finally:
-        direct.tape = None
+    with direct.taped() as steps, _OnlyAllocates() as mode:
+        results = pass_(tensors, options, config)
     if not mode.holds:
         return results, None
     try:
@@ -155,7 +150,7 @@ class _Note:
         names = [[self._name(argument) for argument in arguments] for _, _, arguments in steps]
         sizes = (self.workspace + 1, len(self.behind), len(self.described))
         starts = [*accumulate(sizes, initial=0)]
-        made = []
+        made: list[Any] = []
         for (form, grid, _), arguments in zip(steps, names, strict=True):
             if form is None:
                 raise LookupError("only Triton can start this kernel")

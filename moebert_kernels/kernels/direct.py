@@ -71,7 +71,8 @@ _tape = _Tape()
 @contextmanager
 def taped() -> Iterator[list[Started]]:
     """The list of what this thread starts meanwhile."""
-    _tape.started = started = []
+    started: list[Started] = []
+    _tape.started = started
     try:
         yield started
     finally:
@@ -84,6 +85,12 @@ def for_triton(arguments: dict[str, Any]) -> dict[str, Any]:
         name: TensorDescriptor.from_tensor(a.tensor, list(a.block)) if isinstance(a, Described) else a
         for name, a in arguments.items()
     }
+
+
+def hooked() -> bool:
+    """Whether somebody, such as a profiler, wants Triton to tell of every launch."""
+    hook: Any = knobs.runtime.launch_enter_hook
+    return bool(getattr(hook, "calls", hook))
 
 
 def start(kernel: JITFunction, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
@@ -99,7 +106,7 @@ def start(kernel: JITFunction, grid: tuple[int, ...], arguments: dict[str, Any])
         _tape.started.append((form, grid, runtime))
     if form is None and key not in known.forms:
         known.forms[key] = compile_and_start(kernel, grid, arguments)
-    elif form is None or knobs.runtime.launch_enter_hook.calls:  # a profiler's
+    elif form is None or hooked():
         kernel[grid](**for_triton(arguments))
     else:
         form((*grid, 1, 1)[:3], values)

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton import knobs
 
 from moebert_kernels.kernels import configs, direct, launch
 from moebert_kernels.kernels.configs import Config
@@ -42,7 +41,7 @@ def repeated(
         not all([t is None or t.is_contiguous() for t in tensors])
         or not 0 < x_TD.shape[0] <= _MOST_TOKENS
         or launch.is_recording()
-        or knobs.runtime.launch_enter_hook.calls
+        or direct.hooked()
     ):
         return pass_(tensors, options, config)
     metadata = [None if t is None else (t.shape, t.dtype) for t in tensors]

@@ -45,7 +45,7 @@ ARCHITECTURES = {
 }
 _INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma.sync": "mma.sync"}
 # Of one multiprocessor, the same in all three generations; tensor memory is Blackwell's.
-_REGISTERS, _WARPS, _PROGRAMS, _TENSOR_COLUMNS = 65536, 64, 32, 512
+_WARPS, _PROGRAMS, _TENSOR_COLUMNS = 64, 32, 512
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def read(launch: Launch, arch: str) -> Reading:
     per_thread = -(-registers // 8) * 8
     columns = binary.metadata.tmem_size
     programs = min(
-        _REGISTERS // (per_thread * 32 * warps),
+        configs.REGISTERS // (per_thread * 32 * warps),
         limits.shared_per_multiprocessor // (shared + 1024),
         _WARPS // warps,
         _TENSOR_COLUMNS // columns if columns else _PROGRAMS,

@@ -124,7 +124,8 @@ def expert_norm_backward(
             **_row(D),
         )
         dln_w_ED, dln_b_ED = over_tiles((shares[0], ln_w_ED), (shares[1], ln_b_ED), offsets_E1, block)
-        assert dln_w_ED is not None and dln_b_ED is not None
+        assert dln_w_ED is not None
+        assert dln_b_ED is not None
         return dz_SD, over_experts(du_SD, K, residual_TD.dtype), dln_w_ED, dln_b_ED, dgate_TK
 
 

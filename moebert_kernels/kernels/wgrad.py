@@ -96,7 +96,8 @@ def weight_grads(
     programs = configs.multiprocessors(order_S.device) * tile.per_multiprocessor
     partial = order_S.new_empty(programs, 2, tile.m, tile.n, dtype=torch.float32)
     pieces = {"partial_ptr": partial, "EXPERTS": triton.next_power_of_2(E)}
-    launch(weight_grad_stream_kernel, (programs,), **arguments, **pieces)
+    registers = configs.REGISTERS // (32 * tile.warps * tile.per_multiprocessor)
+    launch(weight_grad_stream_kernel, (programs,), **arguments, **pieces, maxnreg=min(registers, 255))
     joined = {"BLOCK_K": tile.k, "ROWS": 16, "PROGRAMS": programs}
     launch(join_kernel, (programs, tile.m // 16), **outputs, **pieces, **joined)
     return dw1, dw2
@@ -168,16 +169,16 @@ def weight_grad_stream_kernel(
     EXPERTS: tl.constexpr,
 ):
     """An equal share of all steps per program. Grid: (multiprocessors, or a multiple of them)."""
-    program = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0)
     total = _count_steps(offsets_ptr, E, TILES, BLOCK_K, EXPERTS)
-    step = program * total // tl.num_programs(0)
-    last = (program + 1) * total // tl.num_programs(0)
+    step = _share_begin(program, total, tl.num_programs(0))
+    last = _share_begin(program + 1, total, tl.num_programs(0))
     while step < last:
         expert, tile, at, steps, begin, end = _find_step(step, offsets_ptr, E, TILES, BLOCK_K, EXPERTS)
         until = tl.minimum(at + last - step, steps)
         cut = _steps_before_cut(step - at, steps, total)
-        first_row = begin + (tl.where(at < cut, at - cut + steps, at - cut) * BLOCK_K).to(tl.int32)
-        last_row = tl.minimum(first_row + (until - at) * BLOCK_K, end).to(tl.int32)
+        first_row = begin + tl.where(at < cut, at - cut + steps, at - cut) * BLOCK_K
+        last_row = tl.minimum(first_row + (until - at) * BLOCK_K, end)
         dw_MN = _sum_rows(
             left1_ptr, right1_ptr, right1_stride, left2_ptr, right2_ptr, right2_stride, order_ptr, dw1_ptr,
             dw2_ptr, first_row, last_row, end, tile,
@@ -186,7 +187,7 @@ def weight_grad_stream_kernel(
         if until - at == steps:
             _store_grad(dw_MN, 0, dw1_ptr, dw2_ptr, expert, tile, F, D, SCALE1, SCALE2, BLOCK_M, BLOCK_N)
         else:
-            piece = program * 2 + (at == 0).to(tl.int64)
+            piece = program.to(tl.int64) * 2 + (at == 0)
             m = tl.arange(0, BLOCK_M)
             n = tl.arange(0, BLOCK_N)
             ptrs = partial_ptr + piece * (BLOCK_M * BLOCK_N) + m[:, None] * BLOCK_N + n[None, :]
@@ -195,12 +196,26 @@ def weight_grad_stream_kernel(
 
 
 @triton.jit
+def _share_begin(program, total, programs):
+    """The first step of a program's share; the first shares have a step more where they cannot be equal."""
+    return program * (total // programs) + tl.minimum(program, total % programs)
+
+
+@triton.jit
+def _share_of(step, total, programs):
+    """The program whose share has a step."""
+    each = total // programs
+    longer = total % programs
+    within_longer = step // (each + 1)
+    return tl.where(within_longer < longer, within_longer, (step - longer) // tl.maximum(each, 1))
+
+
+@triton.jit
 def _steps_before_cut(tile_first, steps, total):
     """How many steps of the tile from step `tile_first` on a program takes that began before the tile."""
-    programs = tl.num_programs(0)
-    program = ((tile_first + 1) * programs - 1) // total
-    taken = tl.minimum((program + 1) * total // programs - tile_first, steps)
-    return tl.where(program * total // programs < tile_first, taken, 0)
+    program = _share_of(tile_first, total, tl.num_programs(0))
+    taken = tl.minimum(_share_begin(program + 1, total, tl.num_programs(0)) - tile_first, steps)
+    return tl.where(_share_begin(program, total, tl.num_programs(0)) < tile_first, taken, 0)
 
 
 @triton.jit
@@ -223,10 +238,10 @@ def join_kernel(
     EXPERTS: tl.constexpr,
 ):
     """Add the pieces of the tile a program began and did not end. Grid: (PROGRAMS, BLOCK_M / ROWS)."""
-    program = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0)
     total = _count_steps(offsets_ptr, E, TILES, BLOCK_K, EXPERTS)
-    first = program * total // PROGRAMS
-    stop = (program + 1) * total // PROGRAMS
+    first = _share_begin(program, total, PROGRAMS)
+    stop = _share_begin(program + 1, total, PROGRAMS)
     if stop == first:
         return
     expert, tile, at, steps, _, _ = _find_step(stop - 1, offsets_ptr, E, TILES, BLOCK_K, EXPERTS)
@@ -237,13 +252,11 @@ def join_kernel(
     row = tl.program_id(1) * ROWS
     n = tl.arange(0, BLOCK_N)
     offset_RN = (row + tl.arange(0, ROWS))[:, None] * BLOCK_N + n[None, :]
-    dw_RN = tl.load(partial_ptr + (program * 2 + 1) * (BLOCK_M * BLOCK_N) + offset_RN)
-    other = program + 1
-    while other * total // PROGRAMS < tile_stop:
-        # A share may be empty when there are fewer steps than programs.
-        if (other + 1) * total // PROGRAMS > other * total // PROGRAMS:
-            dw_RN += tl.load(partial_ptr + other * 2 * (BLOCK_M * BLOCK_N) + offset_RN)
-        other += 1
+    mine_ptr = partial_ptr + program.to(tl.int64) * (2 * BLOCK_M * BLOCK_N)
+    dw_RN = tl.load(mine_ptr + BLOCK_M * BLOCK_N + offset_RN)
+    # Shares that follow on one that has steps have steps until the list ends.
+    for other in tl.range(1, _share_of(tile_stop - 1, total, PROGRAMS) - program + 1):
+        dw_RN += tl.load(mine_ptr + tl.cast(other, tl.int64) * (2 * BLOCK_M * BLOCK_N) + offset_RN)
     _store_grad(dw_RN, row, dw1_ptr, dw2_ptr, expert, tile, F, D, SCALE1, SCALE2, BLOCK_M, BLOCK_N)
 
 
@@ -251,12 +264,12 @@ def join_kernel(
 def _count_steps(
     offsets_ptr, E: tl.constexpr, TILES: tl.constexpr, BLOCK_K: tl.constexpr, EXPERTS: tl.constexpr
 ):
-    """The length of the list of steps."""
+    """The length of the list of steps, below 2^31 up to 2^31 rows of a few hundred tiles."""
     e = tl.arange(0, EXPERTS)
     count_E = tl.load(offsets_ptr + e + 1, mask=e < E, other=0) - tl.load(
         offsets_ptr + e, mask=e < E, other=0
     )
-    steps_E = tl.maximum((count_E + BLOCK_K - 1) // BLOCK_K, 1).to(tl.int64)
+    steps_E = tl.maximum((count_E + BLOCK_K - 1) // BLOCK_K, 1)
     return tl.sum(tl.where(e < E, steps_E, 0), 0) * TILES
 
 
@@ -268,7 +281,7 @@ def _find_step(
     e = tl.arange(0, EXPERTS)
     begin_E = tl.load(offsets_ptr + e, mask=e < E, other=0)
     end_E = tl.load(offsets_ptr + e + 1, mask=e < E, other=0)
-    steps_E = tl.maximum((end_E - begin_E + BLOCK_K - 1) // BLOCK_K, 1).to(tl.int64)
+    steps_E = tl.maximum((end_E - begin_E + BLOCK_K - 1) // BLOCK_K, 1)
     steps_E = tl.where(e < E, steps_E, 0)
     until_E = tl.cumsum(steps_E, 0) * TILES
     expert = tl.sum(((until_E <= step) & (e < E)).to(tl.int32), 0)
@@ -277,7 +290,7 @@ def _find_step(
     within = step - tl.sum(tl.where(mine_E, until_E - steps_E * TILES, 0), 0)
     begin = tl.sum(tl.where(mine_E, begin_E, 0), 0)
     end = tl.sum(tl.where(mine_E, end_E, 0), 0)
-    return expert, (within // steps).to(tl.int32), within % steps, steps, begin, end
+    return expert, within // steps, within % steps, steps, begin, end
 
 
 @triton.jit

@@ -86,7 +86,7 @@ def _norm(
     residual_TD, ids_TK = call.residual, call.expert_ids_TK
     gate_TK = None if call.gate_TK is None else call.gate_TK.float()
     parameters = (ids_TK, call.ln_w_ED, call.ln_b_ED, gate_TK, mean_S, rstd_S, call.b2_ED, call.inverse_S)
-    alive = [*map(contiguous, (z_PD, residual_TD, *parameters))]
+    alive = [None if t is None else t.contiguous() for t in (z_PD, residual_TD, *parameters)]
     dtypes = [DTYPES[z_PD.dtype], DTYPES[residual_TD.dtype], DTYPES[call.ln_w_ED.dtype]]
     sizes = [*ids_TK.shape, residual_TD.shape[1], call.ln_w_ED.shape[0]]
     dropout = (0, 0.0) if call.seed is None else (int(call.seed), call.dropout_p)

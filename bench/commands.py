@@ -57,6 +57,7 @@ def make_parser(prog: str) -> tuple[argparse.ArgumentParser, dict[str, argparse.
         _add_general(benchmark)
         _add_shapes(benchmark, TAKES.get(name, PARAMETERS))
         _add_method(benchmark)
+    _add_general(command("host", "Microseconds of the host per call: no GPU is needed.", measure_host))
     readme = command("readme", "Write the measured tables into a README.", update_readme)
     readme.add_argument(
         "file", type=_file, help="a markdown file with <!-- bench:NAME:begin/end --> markers", metavar="FILE"
@@ -255,6 +256,16 @@ def measure(given: argparse.Namespace) -> None:
     if given.out is not None:
         given.out.mkdir(parents=True, exist_ok=True)
     run_benchmarks([op.name for op in ops], settings, given.out)
+
+
+def measure_host(given: argparse.Namespace) -> None:
+    """Time what Python and PyTorch do around the kernels."""
+    import torch
+
+    from .host import measure
+
+    device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    measure(device, toy=given.toy, out=given.out)
 
 
 def update_readme(given: argparse.Namespace) -> None:

@@ -175,7 +175,7 @@ def _kernels() -> Any:
 
 
 def _arguments(inputs: FFNInputs) -> tuple[Any, ...]:
-    """Of `ops.expert_ffn`, up to `top_k`."""
+    """Of `kernels.expert_ffn_forward`, up to `top_k`."""
     plan = RoutingPlan.from_expert_ids(inputs.expert_ids_TK, inputs.case.E)
     weights = (inputs.w1_EFD, inputs.b1_EF, inputs.w2_EDF, inputs.b2_ED)
     return (inputs.x_TD, plan.order_S, plan.offsets_E1, *weights, None, "gelu", inputs.case.K)

@@ -42,6 +42,6 @@ def no_triton(monkeypatch):
 def test_cuda_without_triton_warns_once_and_takes_the_pytorch_path(no_triton):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        chosen = [backends._cuda_backend(torch.empty(0)) for _ in range(2)]
+        chosen = [backends.on_cuda(torch.empty(0)) for _ in range(2)]
     assert chosen == [cpu, cpu]
     assert [str(w.message).count("Triton cannot be imported") for w in caught] == [1]

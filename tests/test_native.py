@@ -183,6 +183,22 @@ def test_expert_ids_must_have_a_row_per_layer():
         native.build_plans_from_expert_ids(torch.zeros(4, dtype=torch.int64), 2)
 
 
+def test_every_address_is_checked():
+    """Stops native code from reading through the pointer of a tensor that lies elsewhere."""
+    whole = torch.zeros(4, 6)
+    assert native.address(None) == 0
+    assert native.address(whole) == whole.data_ptr()
+    assert native.address(whole[2:]) == whole.data_ptr() + 12 * 4
+    with pytest.raises(ValueError, match="a tensor on meta goes to native code that works on cpu"):
+        native.address(torch.zeros(2, device="meta"))
+    with pytest.raises(ValueError, match=r"contiguous tensors: shape \(6, 4\), strides \(1, 6\)"):
+        native.address(whole.t())
+    whole.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=r"shape \(4, 6\) has no memory"):
+        native.address(whole)
+    assert native.address(torch.empty(0, 6)) == 0
+
+
 @pytest.fixture
 def extension_import(monkeypatch):
     """Lets a test decide how importing the extension ends."""

@@ -58,6 +58,7 @@ class Config:
 
 FAMILIES = ("sm_80", "sm_90", "sm_100", "default")
 ARITHMETICS = ("half", "tf32", "ieee")
+DEPENDENT_LAUNCHES = True  # from Hopper on
 REGISTERS = 65536  # of a multiprocessor, in all three generations
 SIZES = {"tiny": 32, "small": 128, "medium": 2048, "large": None}  # rows per expert, at most
 
@@ -157,6 +158,13 @@ def arithmetic(dtype: torch.dtype) -> str:
 def precision(dtype: torch.dtype) -> str:
     """How `tl.dot` is to multiply."""
     return "tf32" if arithmetic(dtype) == "tf32" else "ieee"
+
+
+@cache
+def capability(index: int) -> int:
+    """Of a CUDA device, as 90 for 9.0."""
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
 
 
 @cache

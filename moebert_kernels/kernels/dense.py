@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moebert_kernels.kernels import configs
-from moebert_kernels.kernels.blocks import activate, load_weight, multiply, rounds_to_half
+from moebert_kernels.kernels.blocks import activate, follow, load_weight, multiply, rounds_to_half
 from moebert_kernels.kernels.configs import Config
 from moebert_kernels.kernels.launch import ceil_div, launch, weight
 
@@ -113,8 +113,10 @@ def dense_up_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Grid: (row tiles x column tiles of one expert, E)."""
+    follow(DEPENDENT)
     col_tiles: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
     n = tl.program_id(0) % col_tiles * BLOCK_N
     expert = tl.program_id(1)
@@ -168,8 +170,10 @@ def dense_down_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """One loop over the neurons of all experts. Grid: (row tiles x column tiles)."""
+    follow(DEPENDENT)
     col_tiles: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
     steps: tl.constexpr = (F + BLOCK_K - 1) // BLOCK_K
     n = tl.program_id(0) % col_tiles * BLOCK_N

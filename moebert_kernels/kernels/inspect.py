@@ -28,7 +28,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from moebert_kernels.kernels import configs, ffn, norm
 from moebert_kernels.kernels.configs import Config
-from moebert_kernels.kernels.launch import Launch, recorded
+from moebert_kernels.kernels.launch import Launch, dependence, recorded
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,8 @@ def read(launch: Launch, arch: str) -> Reading:
     backend = make_backend(target)
     binder = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
     options = {"debug": False, "instrumentation_mode": ""}
-    bound, specialization, extra = binder(**launch.arguments, **options)
+    arguments = launch.arguments | dependence(limits.capability)
+    bound, specialization, extra = binder(**arguments, **options)
     parsed, signature, constants, attributes = launch.kernel._pack_args(
         backend, {**extra, **options}, bound, specialization, extra
     )

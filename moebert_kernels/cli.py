@@ -122,9 +122,11 @@ def finetune(
     moebert finetune --model bert-base-uncased --task sst2 --data SST-2 --output runs/teacher
     """
     from moebert_kernels.compress.finetune import finetune
+    from moebert_kernels.compress.tasks import describe_labels
     from moebert_kernels.compress.terminal import StageBars
 
     rows = data.load()
+    typer.echo(describe_labels(rows))
     with StageBars(Console(highlight=False)) as progress:
         metrics = finetune(
             model,
@@ -179,6 +181,7 @@ def compress(
     """
     from moebert_kernels.compress import embedding_pipeline, pipeline, processes, report
     from moebert_kernels.compress.summary import busy_warning
+    from moebert_kernels.compress.tasks import describe_labels
     from moebert_kernels.compress.terminal import StageBars, results_table
     from moebert_kernels.errors import UserError
 
@@ -201,6 +204,7 @@ def compress(
             make, rows = embedding_pipeline.compress_embeddings, data.load_sentences(pairs)
         else:
             make, rows = pipeline.compress, data.load()
+            console.print(describe_labels(rows), soft_wrap=True, markup=False)
         results = make(settings, rows, teacher, output, progress=progress, say=console.print)
     processes.on_main(lambda: report.write_report(results, output / "report.html"))
     console.print(results_table(results))

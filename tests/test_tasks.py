@@ -8,6 +8,7 @@ from moebert_kernels.compress.tasks import (
     CsvOptions,
     Task,
     TaskData,
+    describe_labels,
     load_task,
     match_labels,
     task_names,
@@ -202,7 +203,7 @@ def test_csv_keeps_the_names_of_labels_and_the_text_inside_quotes(tmp_path):
 
 
 def test_jsonl_is_read_as_it_is_written(tmp_path):
-    """Stops labels 1.0 and 1 from becoming one, and lists that nobody asks for from being refused."""
+    """Stops a class 1.0 from being called 1, and lists that nobody asks for from being refused."""
     text = (
         '{"body": "a\\n\\"b\\"", "stars": 1.0, "meta": {"id": 7}}\n\n{"stars": 2, "body": null, "meta": 0}\n'
     )
@@ -221,6 +222,9 @@ def test_jsonl_is_read_as_it_is_written(tmp_path):
         (("1", "2", "3"), "regression", "regression", ()),
         (("1.5", "2.5", "1.5"), "classification", "classification", ("1.5", "2.5")),
         (("1.5", "b", "c"), None, "classification", ("1.5", "b", "c")),
+        (("0", "1", "0.0", "1.0"), None, "classification", ("0", "1")),
+        (("pos", " pos", "neg ", "neg"), None, "classification", ("neg", "pos")),
+        (("1", "1.0", "b"), None, "classification", ("1", "1.0", "b")),
     ],
 )
 def test_the_kind_of_a_csv_task_is_inferred_or_given(tmp_path, labels, kind, expected_kind, names):
@@ -318,6 +322,31 @@ def test_empty_texts_and_few_rows_are_told(tmp_path):
 def test_wrong_csv_input_gets_a_sentence(tmp_path, name, text, options, message):
     with pytest.raises(UserError, match=message):
         load_task("csv", write(tmp_path / name, text), csv=CsvOptions(**options))
+
+
+def test_labels_that_are_spelled_otherwise_are_found(tmp_path):
+    """Stops 1.0, or a 1 with a space around it, from being another class than 1."""
+    table = write(tmp_path / "t.csv", "text,label\na,0\nb, 1\nc,1.0\n")
+    other = write(tmp_path / "v.csv", "text,label\na,1.00 \nb,0e0\n")
+    data = load_task("csv", table, csv=CsvOptions(validation_file=other))
+    assert (data.train["label"][:], data.validation["label"][:]) == ([0, 1, 1], [1, 0])
+    assert describe_labels(data) == "3 training rows, 2 to validate; 2 classes: 0 (1), 1 (2)"
+
+
+def test_the_labels_of_every_kind_are_told():
+    """Stops a column of the wrong labels from being trained on with nobody told what was found."""
+
+    def told(kind, labels, names=()):
+        rows = Dataset.from_dict({"answers" if kind == "question_answering" else "label": labels})
+        return describe_labels(TaskData(Task("t", kind, names, (), ""), rows, rows)).partition("; ")[2]
+
+    names = tuple(f"c{i}" for i in range(12))
+    assert told("classification", [11, 0, 0], names).startswith("12 classes: c0 (2), c1 (0), c2 (0),")
+    assert told("classification", [11, 0, 0], names).endswith("c9 (0), and 2 more")
+    assert told("regression", [0.5, 5.0, -1.0]) == "labels from -1 to 5"
+    assert told("token_classification", [[0, 1], [0]], ("O", "B-X")) == "2 classes: O (2), B-X (1)"
+    assert told("question_answering", [["a"], []]) == "1 questions without an answer"
+    assert told("question_answering", [["a"], ["b"]]) == ""
 
 
 def test_a_validation_label_that_training_lacks_is_named(tmp_path):

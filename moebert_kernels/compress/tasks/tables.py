@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,8 @@ def load_table(data: HubName | Path, options: CsvOptions) -> TaskData:
         data: a `.csv`, `.tsv` or `.jsonl` file, see `read_table`; or a data set of the hub with a split
             "train" and, unless part of it is to be held out, "validation".
         options: columns, and rows to validate on.
+
+    Spaces around a label do not count, and numbers that are equal, 1 and 1.0, are one class.
 
     Returns:
         The rows; the task bears the name of the file or data set. Texts that are empty are kept, and warned
@@ -213,25 +215,39 @@ def _infer_kind(table: Table, column: str) -> str:
 
 
 def _sorted_labels(table: Table, column: str) -> tuple[str, ...]:
-    labels = table.column(column)
-    names = set(labels)
-    if "" in names:
+    labels = [label.strip() for label in table.column(column)]
+    if "" in labels:
         raise UserError(f"{table.place(labels.index(''))}: the label in column {column!r} is empty")
+    names = _names_of(labels)
     if len(names) < 2:
-        raise UserError(f"{table.source} has one label in column {column!r}, {names.pop()!r}; two are needed")
-    if all(_parse_number(name) is not None for name in names):
-        return tuple(sorted(names, key=lambda name: (float(name), name)))
-    return tuple(sorted(names))
+        raise UserError(f"{table.source} has one label in column {column!r}, {names[0]!r}; two are needed")
+    return names
+
+
+def _names_of(labels: Collection[str]) -> tuple[str, ...]:
+    """The classes in order. Numbers that are equal are one class, called as its shortest spelling."""
+    numbers = {label: _parse_number(label) for label in labels}
+    if None in numbers.values():
+        return tuple(sorted(numbers))
+    by_number: dict[float | None, str] = {}
+    for label in sorted(numbers, key=lambda label: (len(label), label)):
+        by_number.setdefault(numbers[label], label)
+    return tuple(sorted(by_number.values(), key=float))
 
 
 def _class_ids(table: Table, column: str, label_ids: dict[str, int]) -> list[int]:
-    labels = table.column(column)
-    for row, label in enumerate(labels):
-        if label not in label_ids:
-            known = list(label_ids)
-            listed = ", ".join(map(repr, known[:10])) + (", ..." if len(known) > 10 else "")
-            raise UserError(f"{table.place(row)}: label {label!r} is unknown, expected one of {listed}")
-    return [label_ids[label] for label in labels]
+    return [_class_id(label, label_ids, table.place(row)) for row, label in enumerate(table.column(column))]
+
+
+def _class_id(label: str, label_ids: dict[str, int], place: str) -> int:
+    found = label_ids.get(label.strip())
+    if found is None and (number := _parse_number(label)) is not None:
+        found = next((i for name, i in label_ids.items() if _parse_number(name) == number), None)
+    if found is None:
+        known = list(label_ids)
+        listed = ", ".join(map(repr, known[:10])) + (", ..." if len(known) > 10 else "")
+        raise UserError(f"{place}: label {label!r} is unknown, expected one of {listed}")
+    return found
 
 
 def _numbers(table: Table, column: str) -> list[float]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 GlueName = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
 TaskName = Literal[GlueName, "squad", "squad_v2", "conll", "csv", "embed"]
-Kind = Literal["classification", "regression"]
+Kind = Literal["classification", "multi_label_classification", "regression"]
 Routing = Literal["hash-random", "hash-balance", "hash-affinity", "gate-token", "gate-sentence"]
 
 _TASKS = "With official metrics: GLUE's, SQuAD's, or conll, words with BIO tags. csv: a table of your own."
@@ -68,7 +68,11 @@ class DataOptions:
         _table(help="Of the rows held out. A teacher and its student must have the same.", show_default="0"),
     ] = None
     kind: Annotated[
-        Kind | None, _table(help="By default regression if labels are numbers and not all of them whole.")
+        Kind | None,
+        _table(
+            help="By default regression if labels are numbers and not all of them whole. Several labels to a "
+            'row have "|" between them, or are a list in a .jsonl.'
+        ),
     ] = None
     doc_stride: Annotated[
         int | None,

@@ -312,7 +312,7 @@ def test_empty_texts_and_few_rows_are_told(tmp_path):
             "t.jsonl",
             '{"text": [], "label": 1}\n{"text": [], "label": 2}',
             {},
-            "no column 'text'; its columns are label",
+            "line 1: 'text' is a list, expected text or a number",
         ),
         ("t.jsonl", '{"text": "a", "label": 1}\n{"text": [], "label": 2}\n', {}, "line 2: 'text' is a list"),
         ("t.jsonl", "[" * 100000, {}, "line 1: not json"),
@@ -331,6 +331,52 @@ def test_labels_that_are_spelled_otherwise_are_found(tmp_path):
     data = load_task("csv", table, csv=CsvOptions(validation_file=other))
     assert (data.train["label"][:], data.validation["label"][:]) == ([0, 1, 1], [1, 0])
     assert describe_labels(data) == "3 training rows, 2 to validate; 2 classes: 0 (1), 1 (2)"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "kind"),
+    [
+        ("t.csv", "text,label\na,red|round\nb,\nc, round |red|red\nd,round\n", "multi_label_classification"),
+        ("t.csv", 'text,label\na,"red, round"\nb,\nc,"round,red"\nd,round\n', "multi_label_classification"),
+        (
+            "t.jsonl",
+            '{"text": "a", "label": ["red", "round"]}\n{"text": "b"}\n'
+            '{"text": "c", "label": ["round", "red"]}\n{"text": "d", "label": "round"}\n',
+            None,
+        ),
+    ],
+)
+def test_several_labels_to_a_text(tmp_path, name, text, kind):
+    """Stops tables of a common kind of task, and its data sets' lists, from being read as odd classes."""
+    options = CsvOptions(kind=kind, validation_file=write(tmp_path / name, text))
+    data = load_task("csv", tmp_path / name, csv=options)
+    metrics = ("micro_f1", "macro_f1", "accuracy")
+    assert data.task == Task("t", "multi_label_classification", ("red", "round"), metrics, "micro_f1")
+    assert data.train["label"][:] == [[0, 1], [], [0, 1], [1]]
+    assert describe_labels(data).endswith("; 2 classes: red (2), round (3)")
+
+
+def test_what_several_labels_do_not_allow(tmp_path):
+    """Stops a model of several labels from failing after minutes, or of one label from being taken for it."""
+    table = write(tmp_path / "t.csv", "text,label\n" + "a,red|round\nb,round\nc,red\n" * 4)
+    several = load_task("csv", table, csv=CsvOptions(kind="multi_label_classification"))
+    one = load_task("csv", table)
+    config = BertConfig(
+        num_labels=2, id2label={0: "round", 1: "red"}, architectures=["BertForSequenceClassification"]
+    )
+    with pytest.raises(
+        UserError, match=r"task t gives .* any number .* has problem_type None, expected 'multi_"
+    ):
+        match_labels(several, config)
+    config.problem_type = "multi_label_classification"
+    with pytest.raises(UserError, match=r"the model gives a text any number of labels .* task t has one"):
+        match_labels(one, config)
+    found = match_labels(several, config)
+    assert found.task.label_names == ("round", "red")
+    assert {tuple(row) for row in found.train["label"]} == {(0,), (1,), (1, 0)}
+    empty = write(tmp_path / "e.csv", "text,label\na,\nb,\n")
+    with pytest.raises(UserError, match="has no label in column 'label': it is empty"):
+        load_task("csv", empty, csv=CsvOptions(kind="multi_label_classification"))
 
 
 def test_the_labels_of_every_kind_are_told():

@@ -11,7 +11,7 @@ from typing import Any
 
 from moebert_kernels.errors import UserError
 
-Records = list[tuple[int, list[str]]]
+Records = list[tuple[int, list[Any]]]
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 
@@ -23,19 +23,31 @@ class Table:
     Attributes:
         source: the file's path, or the data set's name.
         columns: names of the columns.
-        rows: the fields of every row, as many as columns.
+        rows: the fields of every row, as many as columns: text, or where the source has them lists of texts.
         lines: the line of the file, from 1, at which each row begins; of a data set the row's number.
         unit: what `lines` counts.
     """
 
     source: str
     columns: tuple[str, ...]
-    rows: list[list[str]]
+    rows: list[list[Any]]
     lines: list[int]
     unit: str = "line"
 
     def column(self, name: str) -> list[str]:
         """Return the fields under `name`.
+
+        Raises:
+            UserError: no column, or more than one, has this name, or a field is a list.
+        """
+        fields = self.fields(name)
+        for row, field in enumerate(fields):
+            if not isinstance(field, str):
+                raise UserError(f"{self.place(row)}: {name!r} is a list, expected text or a number")
+        return fields
+
+    def fields(self, name: str) -> list[Any]:
+        """Return the fields under `name`, texts or lists of texts.
 
         Raises:
             UserError: no column, or more than one, has this name.
@@ -58,8 +70,8 @@ def read_table(path: Path, columns: tuple[str, ...] | None = None, *, join_broke
 
     In a `.tsv`, as in the GLUE files, a quotation mark is text like any other. A byte-order mark and carriage
     returns at line ends are dropped, empty lines skipped; a carriage return within a line is text. A `.jsonl`
-    has an object per line; its columns are the first object's names, but for those that hold lists or
-    objects; null is an empty field.
+    has an object per line; its columns are the first object's names, but for those that hold objects or lists
+    of more than texts and numbers; null is an empty field, and so is a list that a line lacks.
 
     Args:
         path: the file, its kind known by its suffix.
@@ -168,6 +180,7 @@ def _split_csv(path: Path, text: str) -> Records:
 
 def _split_jsonl(path: Path, text: str) -> tuple[tuple[str, ...], Records]:
     columns: tuple[str, ...] = ()
+    lists: set[str] = set()
     records: Records = []
     for number, line in enumerate(split_lines(text), 1):
         if not line.strip():
@@ -180,19 +193,31 @@ def _split_jsonl(path: Path, text: str) -> tuple[tuple[str, ...], Records]:
         if not isinstance(fields, dict):
             raise UserError(f"{path}, line {number}: a {type(fields).__name__}, expected an object in braces")
         if not records:
-            columns = tuple(name for name, value in fields.items() if not isinstance(value, (list, dict)))
+            columns = tuple(name for name, value in fields.items() if _is_field(value))
+            lists = {name for name in columns if isinstance(fields[name], list)}
+        fields = {**{name: [] for name in lists}, **fields}
         missing = [name for name in columns if name not in fields]
         if missing:
             raise UserError(f"{path}, line {number}: no {missing[0]!r}, which line {records[0][0]} has")
-        records.append((number, [_scalar(path, number, name, fields[name]) for name in columns]))
+        records.append((number, [_field(path, number, name, fields[name]) for name in columns]))
     return columns, records
 
 
-def _scalar(path: Path, line: int, name: str, value: Any) -> str:
-    if isinstance(value, (list, dict)):
+def _is_field(value: Any) -> bool:
+    if isinstance(value, list):
+        return not any(isinstance(part, (list, dict)) for part in value)
+    return not isinstance(value, dict)
+
+
+def _field(path: Path, line: int, name: str, value: Any) -> str | list[str]:
+    if not _is_field(value):
         raise UserError(
             f"{path}, line {line}: {name!r} is a {type(value).__name__}, expected text or a number"
         )
+    return [_scalar(part) for part in value] if isinstance(value, list) else _scalar(value)
+
+
+def _scalar(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return "" if value is None else value

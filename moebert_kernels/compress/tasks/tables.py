@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from moebert_kernels.errors import ArgumentError, ColumnsError, UserError, namin
 
 _FEW_ROWS = 8  # too few to tell classes from labels that are all different
 _FEW_VALIDATION_ROWS = 30  # one row more or less that is right moves the score by three points and more
-_KINDS = ("classification", "regression")
+_KINDS = ("classification", "multi_label_classification", "regression")
+_SEPARATORS = "|;,"  # of the labels of a row: the first of these that a column has
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,8 @@ class CsvOptions:
         label: column of the label.
         validation_file: a second table with the same columns, or None to hold out part of the first.
         validation_fraction: the part to hold out, drawn at random, each label in its due share.
-        kind: "classification" or "regression"; None to infer it: regression if all labels are numbers and
-            not all of them whole.
+        kind: "classification", "multi_label_classification" or "regression"; None to infer it: of several
+            labels if they are lists, regression if all are numbers and not all of them whole.
         seed: of the draw.
     """
 
@@ -65,7 +67,7 @@ def load_table(data: HubName | Path, options: CsvOptions) -> TaskData:
             or no row of some label is left to train on.
     """
     if options.kind not in (None, *_KINDS):
-        raise ArgumentError("kind", f"is {options.kind!r}, expected {' or '.join(_KINDS)}")
+        raise ArgumentError("kind", f"is {options.kind!r}, expected one of {', '.join(_KINDS)}")
     if options.validation_file is None and not 0 < options.validation_fraction < 1:
         raise ArgumentError(
             "validation_fraction", f"must be between 0 and 1, got {options.validation_fraction}"
@@ -80,6 +82,14 @@ def load_table(data: HubName | Path, options: CsvOptions) -> TaskData:
     label_ids = None
     if kind == "regression":
         task = Task(name, kind, (), ("pearson", "spearman"), "pearson")
+    elif kind == "multi_label_classification":
+        label_names = _names_of({label for labels in _label_sets(table, options.label) for label in labels})
+        if not label_names:
+            raise UserError(
+                f"{table.source} has no label in column {options.label!r}: it is empty in every row"
+            )
+        task = Task(name, kind, label_names, ("micro_f1", "macro_f1", "accuracy"), "micro_f1")
+        label_ids = {label: i for i, label in enumerate(label_names)}
     else:
         label_names = _sorted_labels(table, options.label)
         if options.kind is None and 2 * len(label_names) > len(table.rows) > _FEW_ROWS:
@@ -92,7 +102,14 @@ def load_table(data: HubName | Path, options: CsvOptions) -> TaskData:
         label_ids = {label: i for i, label in enumerate(label_names)}
 
     def load(table: Table) -> Dataset:
-        rows = labelled_rows(table, options.text, options.text_pair, options.label, label_ids)
+        rows = labelled_rows(
+            table,
+            options.text,
+            options.text_pair,
+            options.label,
+            label_ids,
+            several=kind == "multi_label_classification",
+        )
         _warn_of_empty_texts(table, options.text)
         return rows
 
@@ -105,7 +122,11 @@ def load_table(data: HubName | Path, options: CsvOptions) -> TaskData:
         if len(rows) < 2:
             raise UserError(f"{table.source} has one row, too few to hold any out for validation")
         held_out = min(max(round(len(rows) * options.validation_fraction), 1), len(rows) - 1)
-        out = _spread_over_labels(rows["label"], held_out, options.seed)
+        # Of several labels, the first that a row has.
+        labels = [
+            (label[0] if label else -1) if isinstance(label, list) else label for label in rows["label"]
+        ]
+        out = _spread_over_labels(labels, held_out, options.seed)
         kept = np.setdiff1d(np.arange(len(rows)), out)
         data_of_task = TaskData(task, rows.select(kept), rows.select(out))
     _check_numbers_of_rows(data_of_task, table.source)
@@ -134,7 +155,9 @@ def _warn_of_empty_texts(table: Table, column: str) -> None:
 
 def _check_numbers_of_rows(data: TaskData, source: str) -> None:
     labels = data.task.label_names
-    missing = sorted(set(range(len(labels))) - set(data.train["label"]))
+    several = data.task.kind == "multi_label_classification"
+    there = set(chain.from_iterable(data.train["label"]) if several else data.train["label"])
+    missing = sorted(set(range(len(labels))) - there)
     if missing:
         raise UserError(
             f"{source} has too few rows: of the {len(data.train)} to train on, none has the label "
@@ -156,7 +179,13 @@ def _spread_over_labels(labels: Sequence[float], count: int, seed: int) -> np.nd
 
 
 def labelled_rows(
-    table: Table, text: str, text_pair: str | None, label: str, label_ids: dict[str, int] | None
+    table: Table,
+    text: str,
+    text_pair: str | None,
+    label: str,
+    label_ids: dict[str, int] | None,
+    *,
+    several: bool = False,
 ) -> Dataset:
     """Make the rows of a classification or regression task.
 
@@ -166,6 +195,7 @@ def labelled_rows(
         text_pair: column of the second text, or None.
         label: column of the label.
         label_ids: the classes' ids by what is written in the table; None if labels are numbers.
+        several: whether a row has any number of labels: a list, or in one text with "|", ";" or "," between.
 
     Returns:
         "text", "text_pair" if there are pairs, and "label".
@@ -176,7 +206,15 @@ def labelled_rows(
     columns: dict[str, Sequence[Any]] = {"text": table.column(text)}
     if text_pair is not None:
         columns["text_pair"] = table.column(text_pair)
-    columns["label"] = _numbers(table, label) if label_ids is None else _class_ids(table, label, label_ids)
+    if label_ids is None:
+        columns["label"] = _numbers(table, label)
+    elif several:
+        columns["label"] = [
+            sorted({_class_id(name, label_ids, table.place(row)) for name in names})
+            for row, names in enumerate(_label_sets(table, label))
+        ]
+    else:
+        columns["label"] = _class_ids(table, label, label_ids)
     return Dataset.from_dict(dict(columns))
 
 
@@ -197,7 +235,18 @@ def _read(data: HubName | Path, options: CsvOptions) -> tuple[Table, Table | Non
     return as_table(found["train"], f"{data} (train)"), second
 
 
+def _label_sets(table: Table, column: str) -> list[list[str]]:
+    """The labels of every row, without spaces around them; none where the field is empty."""
+    fields = table.fields(column)
+    texts = [field for field in fields if isinstance(field, str)]
+    separator = next((sign for sign in _SEPARATORS if any(sign in text for text in texts)), None)
+    parts = (field if isinstance(field, list) else field.split(separator) for field in fields)
+    return [[label.strip() for label in labels if label.strip()] for labels in parts]
+
+
 def _infer_kind(table: Table, column: str) -> str:
+    if any(isinstance(field, list) for field in table.fields(column)):
+        return "multi_label_classification"
     labels = table.column(column)
     numbers = [_parse_number(label) for label in labels]
     known = [number for number in numbers if number is not None]

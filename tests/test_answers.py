@@ -143,7 +143,7 @@ def test_an_answer_is_found_where_it_stands(tmp_path, answer, start, found):
     """Stops a wrong span, as of "Anna" for "Quito", from being trained on in silence."""
     train, validation, told = located(tmp_path, CAPITALS, [(answer, start)])
     assert train == validation == [([found[0]], [found[1]])]
-    moved = "answers of 1 questions do not stand at their answer_start, and were found near by: q1"
+    moved = "answers of 1 questions do not stand at their answer_start, and were found near by: question q1"
     assert told == ([] if found == (answer, start) else [moved, moved])
 
 
@@ -153,8 +153,8 @@ def test_a_question_whose_answer_is_nowhere_is_not_trained_on(tmp_path, answer, 
     train, validation, told = located(tmp_path, CAPITALS, [(answer, start)])
     assert (train, validation) == ([], [([answer], [start])])
     assert [text.partition(", and ")[2] for text in told] == [
-        "are not trained on: q1",
-        "count all the same, though no model can find them: q1",
+        "are not trained on: question q1",
+        "count all the same, though no model can find them: question q1",
     ]
     train, validation, told = located(tmp_path, CAPITALS, [(answer, start), ("Anna", 0)])
     assert train == [(["Anna"], [0])]

@@ -30,7 +30,7 @@ _NEAR = 64  # characters: by so much and little more, counting in bytes or UTF-1
 
 class _Question(NamedTuple):
     source: str
-    id: str
+    name: str
     question: str
     context: str
     answers: list[str]
@@ -82,8 +82,8 @@ def _rows(questions: Iterable[_Question], may_be_absent: bool, *, to_train: bool
     columns: dict[str, list[Any]] = {"question": [], "context": [], "answers": [], "starts": []}
     moved: list[str] = []
     lost: list[str] = []
-    for source, id_, question, context, answers, starts in questions:
-        place = f"{source}, question {id_}"
+    for source, name, question, context, answers, starts in questions:
+        place = f"{source}, {name}"
         if not answers and not may_be_absent:
             raise UserError(f"{place}: no answer, which task {_V1} needs; task {_V2} is for such questions")
         if len(answers) != len(starts):
@@ -91,9 +91,9 @@ def _rows(questions: Iterable[_Question], may_be_absent: bool, *, to_train: bool
         pairs = list(zip(answers, starts, strict=True))
         found = [_locate(context, *pair) for pair in pairs]
         if None in found:
-            lost.append(id_)
+            lost.append(name)
         elif found != pairs:
-            moved.append(id_)
+            moved.append(name)
         if to_train:
             kept = [pair for pair in found if pair is not None]
             if answers and not kept:
@@ -173,7 +173,7 @@ def _walk(path: Path, articles: Sequence[dict[str, Any]]) -> Iterator[_Question]
                 answers = question["answers"]
                 yield _Question(
                     str(path),
-                    str(question["id"]),
+                    f"question {question['id']}",
                     _text(question["question"]),
                     context,
                     [_text(answer["text"]) for answer in answers],
@@ -192,7 +192,7 @@ def _from_hub(rows: Dataset, source: str) -> Iterator[_Question]:
                 answers = {name: [one[name] for one in answers] for name in ("text", "answer_start")}
             yield _Question(
                 source,
-                str(row.get("id", number)),
+                f"row {number}",
                 _text(row["question"]),
                 _text(row["context"]),
                 [_text(text) for text in answers["text"]],

@@ -123,6 +123,26 @@ def test_a_configuration_that_its_weights_contradict_is_refused(tmp_path, values
         load_model(folder)
 
 
+def test_notes_of_the_user_in_a_configuration_are_nobodys_business(tmp_path):
+    """Stops a time stamp, or whatever else sizes nothing, from making a model be refused as hostile."""
+    folder = make_model(tmp_path / "model")
+    notes = {"trained_at": 1764000000, "notes": {"rows": 10**12, "loss": float("inf")}, "task_id": [10**9]}
+    change_config(folder, **notes)
+    assert load_model(folder)[0].config.trained_at == 1764000000
+    moe = to_moe(load_model(folder)[0], torch.arange(16).view(1, 4, 4), num_shared_neurons=0)
+    loaded, _ = load_model(make_model(tmp_path / "moe", moe))
+    assert loaded.config.notes["rows"] == 10**12
+
+
+@pytest.mark.parametrize("key", ["position_buckets", "conv_kernel_size", "attention_head_size"])
+def test_what_is_read_without_being_declared_is_held_against_the_weights(tmp_path, key):
+    """Stops a key that DeBERTa's code asks for, and its configuration's class lacks, from any size."""
+    folder = make_model(tmp_path / "model")
+    change_config(folder, model_type="deberta-v2", **{key: 10**9})
+    with pytest.raises(UserError, match=f"{key} is 1000000000, expected no more than"):
+        load_model(folder)
+
+
 def test_weights_in_several_files_are_read_and_checked(tmp_path):
     folder = make_model(tmp_path / "model")
     weights = load_file(folder / "model.safetensors")

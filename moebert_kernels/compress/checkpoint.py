@@ -26,6 +26,9 @@ from moebert_kernels.errors import UserError
 _CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model.pt", "model.pt")
 _MAX_JSON_BYTES = 64 << 20
+# What the families' code reads of a configuration although its class does not declare it.
+_UNDECLARED = {"attention_head_size", "conv_groups", "conv_kernel_size", "embedding_size", "num_labels"}
+_UNDECLARED |= {"max_relative_positions", "position_buckets"}
 _LAYER_COUNTS = ("num_hidden_layers", "n_layers", "num_layers")
 
 # What transformers raises, from deep inside, over values that it has not looked at.
@@ -220,7 +223,9 @@ def _check_values(path: Path, content: dict[str, Any], headers: dict[str, Stored
     most = sum(prod(tensor.shape) for tensor in headers.values())
     widest = max((max(tensor.shape, default=0) for tensor in headers.values()), default=0)
     limits = dict.fromkeys(_LAYER_COUNTS, len(headers)) | {"num_labels": widest}
-    for key, number in _whole_numbers(content):
+    known = _known_keys(content["model_type"])
+    read = {key: value for key, value in content.items() if known is None or key in known}
+    for key, number in _numbers(read):
         limit = limits.get(key, most)
         if not number <= limit and not key.endswith(("seed", "_token_id")):  # NaN is not
             raise UserError(
@@ -229,7 +234,16 @@ def _check_values(path: Path, content: dict[str, Any], headers: dict[str, Stored
             )
 
 
-def _whole_numbers(content: Any) -> Iterator[tuple[str, float]]:
+def _known_keys(model_type: str) -> set[str] | None:
+    """What transformers reads of such a configuration; all else are notes. None if the type is unknown."""
+    try:
+        default = AutoConfig.for_model(model_type)
+    except TRANSFORMERS_ERRORS:
+        return None
+    return {*vars(default), *default.attribute_map, *_UNDECLARED}
+
+
+def _numbers(content: Any) -> Iterator[tuple[str, float]]:
     """Every number in a json value with the key it is under."""
     waiting = [("", content)]
     while waiting:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shlex
 import shutil
 from pathlib import Path
 
@@ -74,6 +75,26 @@ def test_pickled_weights_are_never_read(tmp_path):
             with pytest.raises(UserError, match=rf"{name} is a pickle, which can run any code"):
                 load(folder)
         (folder / name).unlink()
+    assert not (tmp_path / "read").exists()
+
+
+def test_the_way_from_a_pickle_to_safetensors_is_told_and_leads_there(tmp_path, monkeypatch):
+    """Stops a user whose teacher is a pytorch_model.bin from being sent away to whoever made it."""
+    folder = make_model(tmp_path / "a model")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="is a pickle.* python -c") as told:
+        load_model(folder)
+    python, option, script = shlex.split(str(told.value).partition("nothing: ")[2])
+    assert (python, option) == ("python", "-c")
+    exec(script, {})
+    assert len((folder / "model.safetensors").read_bytes()) == len(weights)
+    load_model(folder)
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Marker(tmp_path / "read")))
+    with pytest.raises(Exception, match=r"[Ww]eights.only"):
+        exec(script, {})
     assert not (tmp_path / "read").exists()
 
 

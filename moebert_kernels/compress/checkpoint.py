@@ -8,6 +8,7 @@ alone: a pickle (`.bin`, `.pt`) is a program.
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
@@ -173,10 +174,8 @@ def _read_headers(folder: Path) -> dict[str, StoredTensor]:
     if not (folder / _INDEX).is_file():
         for name in _PICKLES:
             if (folder / name).is_file():
-                raise UserError(
-                    f"{folder / name} is a pickle, which can run any code when it is read: have whoever made "
-                    "it save the model again as safetensors (save_pretrained)"
-                )
+                problem = f"{folder / name} is a pickle, which can run any code when it is read"
+                raise UserError(f"{problem}. {_remedy(folder, name)}")
         raise UserError(f"there are no weights {folder / _WEIGHTS}: {describe_folder(folder)}")
     index = _read_object(folder / _INDEX).get("weight_map")
     if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
@@ -190,6 +189,19 @@ def _read_headers(folder: Path) -> dict[str, StoredTensor]:
         if tensor not in headers or headers[tensor].path.name != name:
             raise UserError(f"{folder / _INDEX} says that {tensor} is in {name}, and it is not")
     return headers
+
+
+def _remedy(folder: Path, pickle: str) -> str:
+    """How to have safetensors of a pickle: transformers reads its own without running what they hold."""
+    if not pickle.startswith("pytorch_model.bin"):
+        return "Save the model again by its save_pretrained, which writes model.safetensors"
+    names, path = _read_object(folder / _CONFIG).get("architectures"), str(folder)
+    name = names[0] if isinstance(names, list) and names and str(names[0]).isidentifier() else "AutoModel"
+    script = f"from transformers import {name} as M; M.from_pretrained({path!r}).save_pretrained({path!r})"
+    return (
+        "This puts model.safetensors beside it, by way of torch's unpickler for weights alone, which runs "
+        f"nothing: python -c {shlex.quote(script)}"
+    )
 
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:

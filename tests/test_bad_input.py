@@ -84,7 +84,7 @@ def test_the_way_from_a_pickle_to_safetensors_is_told_and_leads_there(tmp_path, 
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="is a pickle.* python -c") as told:
+    with pytest.raises(UserError, match=r"is a pickle.* python -c") as told:
         load_model(folder)
     python, option, script = shlex.split(str(told.value).partition("nothing: ")[2])
     assert (python, option) == ("python", "-c")

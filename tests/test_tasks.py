@@ -1,3 +1,5 @@
+import csv
+
 import numpy as np
 import pytest
 from datasets import Dataset
@@ -185,7 +187,7 @@ def test_text_that_is_not_utf8_is_named_with_its_line(tmp_path):
 
 
 def write(path, text):
-    path.write_bytes(text.encode())
+    path.write_bytes(text.encode(errors="surrogateescape"))
     return path
 
 
@@ -304,6 +306,9 @@ def test_empty_texts_and_few_rows_are_told(tmp_path):
             "validation_fraction must be between 0 and 1, got 1.0",
         ),
         ("t.csv", "text,label\na,1.5\n", {}, "too few to hold any out"),
+        ("t.csv.gz", "text,label\na,1\n", {}, r"t\.csv\.gz is compressed: unpack it first \(gunzip\)"),
+        ("t.csv", "\x1f\udc8bx", {}, r"t\.csv is compressed: unpack it first"),
+        ("t.tsv", "text,label\na,1\n", {}, r"no tab in its first line, 'text,label': name it \.csv"),
         ("t.txt", "text,label\na,1\n", {}, r"must be named \.csv .* \.tsv .* or \.jsonl"),
         ("t.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}\n', {}, "line 2: no 'label', which line 1 has"),
         ("t.jsonl", '{"text": "a", "label": 1}\n{"text": "b", }\n', {}, "line 2: not json"),
@@ -322,6 +327,32 @@ def test_empty_texts_and_few_rows_are_told(tmp_path):
 def test_wrong_csv_input_gets_a_sentence(tmp_path, name, text, options, message):
     with pytest.raises(UserError, match=message):
         load_task("csv", write(tmp_path / name, text), csv=CsvOptions(**options))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("t.csv", 'text;label\n"a; b, c";1\nd,e;0\n'),
+        ("t.csv", 'text\tlabel\r\n"a; b, c"\t1\r\nd,e\t0\r\n'),
+        ("t.csv", '"text"|label\n"a; b, c"|1\nd,e|0\n'),
+        ("t.csv", '"text",label\n"a; b, c",1\n"d,e",0\n'),
+        ("t.csv", 'text,label\r"a; b, c",1\r"d,e",0\r'),
+        ("t.tsv", "text\tlabel\ra; b, c\t1\rd,e\t0\r"),
+    ],
+)
+def test_a_table_is_read_however_it_is_separated(tmp_path, name, text):
+    """Stops tables as spreadsheets write them from being refused without a cause."""
+    data = load_task("csv", write(tmp_path / name, text))
+    found = sorted(rows(data.train) + rows(data.validation), key=lambda row: row["label"])
+    assert found == [{"text": "d,e", "label": 0}, {"text": "a; b, c", "label": 1}]
+
+
+def test_a_text_may_be_of_any_length(tmp_path):
+    """Stops a .csv from being refused for a field that a .tsv may have."""
+    long = "a " * 100_000
+    data = load_task("csv", write(tmp_path / "t.csv", f"text,label\n{long},1\nb,0\n"))
+    assert long in data.train["text"][:] + data.validation["text"][:]
+    assert csv.field_size_limit() == 131072
 
 
 def test_labels_that_are_spelled_otherwise_are_found(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from typing import Any
 from moebert_kernels.errors import UserError
 
 Records = list[tuple[int, list[Any]]]
+
+_DELIMITERS = ",;\t|"
+_PACKED = {".gz": "gunzip", ".bz2": "bunzip2", ".xz": "unxz", ".zst": "unzstd", ".zip": "unzip"}
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 
@@ -66,8 +70,9 @@ class Table:
 
 
 def read_table(path: Path, columns: tuple[str, ...] | None = None, *, join_broken: bool = False) -> Table:
-    """Read a UTF-8 table: `.csv` with commas and quoting (RFC 4180), `.tsv` with tabs and none, `.jsonl`.
+    """Read a UTF-8 table: `.csv` with quoting (RFC 4180), `.tsv` with tabs and none, `.jsonl`.
 
+    The fields of a `.csv` are apart by commas or, if its first line has none, by semicolons, tabs or bars.
     In a `.tsv`, as in the GLUE files, a quotation mark is text like any other. A byte-order mark and carriage
     returns at line ends are dropped, empty lines skipped; a carriage return within a line is text. A `.jsonl`
     has an object per line; its columns are the first object's names, but for those that hold objects or lists
@@ -84,14 +89,18 @@ def read_table(path: Path, columns: tuple[str, ...] | None = None, *, join_broke
             fewer fields than columns.
     """
     check_file(path, TABLE_SUFFIXES)
-    text = read_text(path)
     suffix = path.suffix.lower()
+    if suffix in _PACKED:
+        raise UserError(f"{path} is compressed: unpack it first ({_PACKED[suffix]})")
+    text = read_text(path)
     if suffix == ".jsonl":
         columns, records = _split_jsonl(path, text)
     elif suffix in (".tsv", ".csv"):
         records = _split_tsv(text) if suffix == ".tsv" else _split_csv(path, text)
         if columns is None and records:
             columns = tuple(name.strip() for name in records.pop(0)[1])
+            if suffix == ".tsv" and len(columns) == 1 and re.search("[,;]", columns[0]):
+                raise UserError(f"{path} has no tab in its first line, {columns[0]!r}: name it .csv")
     else:
         raise UserError(f"{path} must be named .csv (commas), .tsv (tabs) or .jsonl (an object per line)")
     if not columns or not records:
@@ -120,6 +129,8 @@ def read_text(path: Path) -> str:
     """
     check_file(path, (path.suffix,))
     data = path.read_bytes()
+    if data.startswith(b"\x1f\x8b"):
+        raise UserError(f"{path} is compressed: unpack it first (gunzip)")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -140,11 +151,12 @@ def read_json(path: Path) -> Any:
 
 
 def split_lines(text: str) -> list[str]:
-    """Split at line feeds, and drop carriage returns before them.
+    """Split at line feeds, and drop carriage returns before them; without any, at carriage returns.
 
     Not `str.splitlines`: it would also break a line at U+2028, U+0085 or a form feed inside the text.
     """
-    return [line.removesuffix("\r") for line in text.split("\n")]
+    end = "\n" if "\n" in text else "\r"
+    return [line.removesuffix("\r") for line in text.split(end)]
 
 
 def describe_folder(folder: Path, *, first: tuple[str, ...] = ()) -> str:
@@ -165,9 +177,13 @@ def _split_tsv(text: str) -> Records:
 
 
 def _split_csv(path: Path, text: str) -> Records:
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    header = re.sub(r'"[^"]*"', "", re.split("[\r\n]", text.lstrip("\r\n"), maxsplit=1)[0])
+    delimiter = next((sign for sign in _DELIMITERS if sign in header), _DELIMITERS[0])
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
     records = []
     line = 1
+    limit = csv.field_size_limit()
+    csv.field_size_limit(max(limit, len(text)))  # of the module, not of a reader
     try:
         for fields in reader:
             if fields:
@@ -175,6 +191,8 @@ def _split_csv(path: Path, text: str) -> Records:
             line = reader.line_num + 1
     except csv.Error as error:
         raise UserError(f"{path}, line {line}: {error}") from None
+    finally:
+        csv.field_size_limit(limit)
     return records
 
 

@@ -164,4 +164,5 @@ def test_output_that_is_not_utf8_is_no_error():
     )
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "\\xfc \\udcfc\n\\u2192\n"), done.stderr
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("\\u2192\n")

@@ -29,6 +29,7 @@ from moebert_kernels.cli_options import (
     Teacher,
     compress_settings,
 )
+from moebert_kernels.compress import defaults
 
 try:
     from moebert_kernels.bench.commands import app as _bench
@@ -152,8 +153,8 @@ def compress(
     experts: ExpertOptions,
     training: DistillOptions,
     pairs: ScoredPairs = None,
-    importance_rows: ScoredRows = 4096,
-    compare: Comparisons = "",
+    importance_rows: ScoredRows = defaults.IMPORTANCE_ROWS,
+    compare: Comparisons = None,
     seeds: Seeds = 1,
     no_measure: Annotated[
         bool, typer.Option("--no-measure", help="Leave out measuring speed, which takes up to a minute.")
@@ -187,7 +188,9 @@ def compress(
 
     if pairs is not None and data.task != "embed":
         raise UserError("--pairs judges models that embed sentences, and belongs to --task embed")
-    comparisons = tuple(name.strip() for name in compare.split(",") if name.strip())
+    comparisons = defaults.COMPARISONS
+    if compare is not None:
+        comparisons = tuple(name.strip() for name in compare.split(",") if name.strip())
     settings = compress_settings(
         run,
         experts,
@@ -223,7 +226,7 @@ def importance(
         Path | None,
         typer.Option("--convert", help="Instead: a .pkl that the paper's authors published, to convert."),
     ] = None,
-    importance_rows: ScoredRows = 4096,
+    importance_rows: ScoredRows = defaults.IMPORTANCE_ROWS,
     per_token: Annotated[
         bool,
         typer.Option(
@@ -290,8 +293,7 @@ def adapt(
 
     if (importance is None) != random_split:
         raise UserError("give --importance with the scores, or --random-split: one of the two")
-    # The default of `compress` needs scores that were taken per token.
-    settings = compress_settings(run, experts, routing="hash-random")
+    settings = compress_settings(run, experts, routing=defaults.ROUTING_WITHOUT_DATA)
     rows = data.load() if settings.routing in COUNTING_ROUTINGS else None
     with StageBars(Console(highlight=False)) as progress:
         student = steps.split_teacher(settings, teacher, importance, output, data=rows, progress=progress)

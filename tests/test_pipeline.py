@@ -32,7 +32,9 @@ from moebert_kernels.errors import UserError
 from moebert_kernels.models import MoEBertForSequenceClassification
 
 WORDS = [f"w{i}" for i in range(40)]
-SETTINGS = CompressSettings(epochs=2, batch_size=8, max_length=16, measure_length=16, learning_rate=1e-3)
+SETTINGS = CompressSettings(
+    epochs=2, batch_size=8, max_length=16, measure_length=16, learning_rate=1e-3, comparisons=("random",)
+)
 
 
 def make_teacher(folder, head=BertForSequenceClassification, **options):

@@ -1,4 +1,4 @@
-"""What is taken where nobody says otherwise, by the library and by the command line, which only reads this."""
+"""What is taken where nobody says otherwise, by the library and by the command line, which reads it alone."""
 
 ROUTING = "hash-affinity"
 # Needs neither scores per token, as ROUTING does, nor rows: for experts cut without a look at the data.

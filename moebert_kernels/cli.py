@@ -123,7 +123,7 @@ def finetune(
     moebert finetune --model bert-base-uncased --task sst2 --data SST-2 --output runs/teacher
     """
     from moebert_kernels.compress.finetune import finetune
-    from moebert_kernels.compress.tasks import describe_labels
+    from moebert_kernels.compress.tasks import constant_score, describe_labels
     from moebert_kernels.compress.terminal import StageBars
 
     rows = data.load()
@@ -140,6 +140,13 @@ def finetune(
         )
     scores = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
     typer.echo(f"{output}: {scores} on {len(rows.validation):,} validation rows")
+    constant, metric = constant_score(rows), rows.task.main_metric
+    if constant is not None and metrics[metric] <= constant:
+        typer.secho(
+            f"It is no better than one answer to all rows would be ({metric} {constant:.4f}): see that the "
+            "labels are the right ones, and try more epochs or another learning rate",
+            fg="yellow",
+        )
 
 
 @_command("compress", by_many=True)
@@ -181,7 +188,7 @@ def compress(
     a stage whose inputs are unchanged is reused.
     """
     from moebert_kernels.compress import embedding_pipeline, pipeline, processes, report
-    from moebert_kernels.compress.summary import busy_warning
+    from moebert_kernels.compress.summary import warnings_of
     from moebert_kernels.compress.tasks import describe_labels
     from moebert_kernels.compress.terminal import StageBars, results_table
     from moebert_kernels.errors import UserError
@@ -211,7 +218,7 @@ def compress(
         results = make(settings, rows, teacher, output, progress=progress, say=console.print)
     processes.on_main(lambda: report.write_report(results, output / "report.html"))
     console.print(results_table(results))
-    if warning := busy_warning(results):
+    for warning in warnings_of(results):
         console.print(warning, style="yellow")
     console.print(f"student: {output / 'student'}\nreport: {output / 'report.html'}", soft_wrap=True)
 

@@ -76,7 +76,7 @@ def test_reads_encodes_and_saves_as_sentence_transformers_does(name, pooling, no
 
 
 def test_a_default_prompt_is_put_before_every_text(tmp_path):
-    """Stops a prompt that the folder keeps, and its users get, from being ignored in distilling and scoring."""
+    """Stops a prompt that the folder keeps, and users get, from being ignored in distilling and scoring."""
     folder = make_folder(tmp_path / "dense")
     without = load_sentence_encoder(folder).encode(TEXTS)
     options = {"prompts": {"query": "w3 w4 ", "text": ""}, "default_prompt_name": "query"}

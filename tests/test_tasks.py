@@ -10,6 +10,7 @@ from moebert_kernels.compress.tasks import (
     CsvOptions,
     Task,
     TaskData,
+    constant_score,
     describe_labels,
     load_task,
     match_labels,
@@ -408,6 +409,23 @@ def test_what_several_labels_do_not_allow(tmp_path):
     empty = write(tmp_path / "e.csv", "text,label\na,\nb,\n")
     with pytest.raises(UserError, match="has no label in column 'label': it is empty"):
         load_task("csv", empty, csv=CsvOptions(kind="multi_label_classification"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels", "metric", "expected"),
+    [
+        ("classification", [0, 1, 1, 1], "accuracy", 0.75),
+        ("classification", [0, 1, 1, 1], "matthews", 0.0),
+        ("multi_label_classification", [[0], [0, 1], [], [0]], "micro_f1", 0.75),
+        ("regression", [0.5, 2.0], "pearson", 0.0),
+        ("token_classification", [[0, 0], [1]], "f1", 0.0),
+    ],
+)
+def test_what_an_answer_scores_that_is_always_the_same(kind, labels, metric, expected):
+    """Stops a teacher that has learned nothing from passing for one that has."""
+    rows = Dataset.from_dict({"label": labels})
+    data = TaskData(Task("t", kind, ("a", "b"), (metric,), metric), rows, rows)
+    assert constant_score(data) == pytest.approx(expected)
 
 
 def test_the_labels_of_every_kind_are_told():

@@ -33,7 +33,7 @@ class _SequenceKind(Kind):
 
         def score(outputs: Outputs) -> dict[str, float]:
             predicted = self.predict(np.stack(outputs))
-            return {name: float(_METRICS[name](labels, predicted)) for name in task.metric_names}
+            return {name: float(METRICS[name](labels, predicted)) for name in task.metric_names}
 
         return EncodedRows(to_rows(rows, encode), score)
 
@@ -109,7 +109,7 @@ def _correlation(statistic: Callable[..., Any]) -> Callable[[np.ndarray, np.ndar
     return correlate
 
 
-_METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
+METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "accuracy": metrics.accuracy_score,
     "f1": metrics.f1_score,
     # 0 / 0 of a class that nobody has and nobody predicts counts as 0, as everywhere.

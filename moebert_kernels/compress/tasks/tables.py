@@ -19,7 +19,7 @@ from moebert_kernels.compress.tasks.task import Task, TaskData
 from moebert_kernels.errors import ArgumentError, ColumnsError, UserError, naming
 
 _FEW_ROWS = 8  # too few to tell classes from labels that are all different
-_FEW_VALIDATION_ROWS = 30  # one row more or less that is right moves the score by three points and more
+FEW_VALIDATION_ROWS = 30  # one row more or less that is right moves the score by three points and more
 _KINDS = ("classification", "multi_label_classification", "regression")
 _SEPARATORS = "|;,"  # of the labels of a row: the first of these that a column has
 
@@ -163,10 +163,10 @@ def _check_numbers_of_rows(data: TaskData, source: str) -> None:
             f"{source} has too few rows: of the {len(data.train)} to train on, none has the label "
             f"{labels[missing[0]]!r}; add rows of that label, or take it out"
         )
-    if len(data.validation) < _FEW_VALIDATION_ROWS:
+    if len(data.validation) < FEW_VALIDATION_ROWS:
         warnings.warn(
             f"scores will say little: rows to validate on are {len(data.validation)}, fewer than "
-            f"{_FEW_VALIDATION_ROWS}",
+            f"{FEW_VALIDATION_ROWS}",
             stacklevel=3,
         )
 

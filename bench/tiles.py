@@ -142,10 +142,12 @@ def record(
     with recorded() as launches:
         if pass_ == "backward":
             needs = [True] * 5 + [False]
-            grads = kernels.expert_ffn_backward(dy_TD, arguments[0], preact_SF, *arguments[1:], needs, config)
+            grads = kernels.expert_ffn_backward(
+                *[dy_TD, arguments[0], preact_SF, *arguments[1:], needs, config]
+            )
             outputs = dict(zip(("dx", "dw1", "db1", "dw2", "db2"), grads, strict=False))
         else:
-            y_TD, preact = kernels.expert_ffn_forward(*arguments, pass_ == "forward", config)
+            y_TD, preact = kernels.expert_ffn_forward(*[*arguments, pass_ == "forward", config])
             outputs = {"y": y_TD, "preact": preact}
     return Pass(tuple(launches), outputs)
 
@@ -217,7 +219,9 @@ class Bench:
         ]
         self.case, self.device = case, device
         self.base = replace(configs.select(device, copies[0].x_TD.dtype, case.T, case.E), dense_slots=0)
-        self.arguments, self.dy, self.preact = [], [], []
+        self.arguments: list[tuple[Any, ...]] = []
+        self.dy: list[Tensor] = []
+        self.preact: list[Tensor] = []
         for inputs in copies:
             plan = RoutingPlan.from_expert_ids(inputs.expert_ids_TK, case.E)
             weights = (inputs.w1_EFD, inputs.b1_EF, inputs.w2_EDF, inputs.b2_ED)

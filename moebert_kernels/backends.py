@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moebert_kernels import cpu, cpu_native, native
 from moebert_kernels.arguments import Call
+from moebert_kernels.environment import why_not_triton
 
 
 def choose(call: Call) -> ModuleType:
@@ -26,18 +27,22 @@ def choose(call: Call) -> ModuleType:
 
 def on_cuda(x: Tensor) -> ModuleType:
     """Where CUDA tensors go: the Triton kernels, which do not do float64, or the PyTorch path."""
-    return cpu if x.dtype == torch.float64 else _triton_backend()
+    return cpu if x.dtype == torch.float64 else _triton_backend(x.device)
 
 
 @cache
-def _triton_backend() -> ModuleType:
-    try:
-        from moebert_kernels import kernels
-    except ImportError as error:
-        warnings.warn(
-            f"moebert_kernels runs its slower PyTorch path on CUDA, with a host synchronisation per call: "
-            f"Triton cannot be imported ({error})",
-            stacklevel=2,
-        )
-        return cpu
-    return kernels
+def _triton_backend(device: torch.device) -> ModuleType:
+    problem = why_not_triton(device)
+    if problem is None:
+        try:
+            from moebert_kernels import kernels
+        except ImportError as error:
+            problem = f"Triton cannot be imported ({error})"
+        else:
+            return kernels
+    warnings.warn(
+        f"moebert_kernels runs its slower PyTorch path on {device}, with a host synchronisation per call: "
+        f"{problem}",
+        stacklevel=2,
+    )
+    return cpu

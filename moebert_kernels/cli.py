@@ -30,6 +30,7 @@ from moebert_kernels.cli_options import (
     compress_settings,
 )
 from moebert_kernels.cli_usage import PlainGroup
+from moebert_kernels.compress import defaults
 
 app = typer.Typer(
     name="moebert",
@@ -116,9 +117,11 @@ def finetune(
     moebert finetune --model bert-base-uncased --task sst2 --data SST-2 --output runs/teacher
     """
     from moebert_kernels.compress.finetune import finetune
+    from moebert_kernels.compress.tasks import constant_score, describe_labels
     from moebert_kernels.compress.terminal import StageBars
 
     rows = data.load()
+    typer.echo(describe_labels(rows))
     with StageBars(Console(highlight=False)) as progress:
         metrics = finetune(
             model,
@@ -131,6 +134,13 @@ def finetune(
         )
     scores = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
     typer.echo(f"{output}: {scores} on {len(rows.validation):,} validation rows")
+    constant, metric = constant_score(rows), rows.task.main_metric
+    if constant is not None and metrics[metric] <= constant:
+        typer.secho(
+            f"It is no better than one answer to all rows would be ({metric} {constant:.4f}): see that the "
+            "labels are the right ones, and try more epochs or another learning rate",
+            fg="yellow",
+        )
 
 
 @_command("compress", by_many=True)
@@ -144,8 +154,8 @@ def compress(
     experts: ExpertOptions,
     training: DistillOptions,
     pairs: ScoredPairs = None,
-    importance_rows: ScoredRows = 4096,
-    compare: Comparisons = "",
+    importance_rows: ScoredRows = defaults.IMPORTANCE_ROWS,
+    compare: Comparisons = None,
     seeds: Seeds = 1,
     no_measure: Annotated[
         bool, typer.Option("--no-measure", help="Leave out measuring speed, which takes up to a minute.")
@@ -172,13 +182,16 @@ def compress(
     a stage whose inputs are unchanged is reused.
     """
     from moebert_kernels.compress import embedding_pipeline, pipeline, processes, report
-    from moebert_kernels.compress.summary import busy_warning
+    from moebert_kernels.compress.summary import warnings_of
+    from moebert_kernels.compress.tasks import describe_labels
     from moebert_kernels.compress.terminal import StageBars, results_table
     from moebert_kernels.errors import UserError
 
     if pairs is not None and data.task != "embed":
         raise UserError("--pairs judges models that embed sentences, and belongs to --task embed")
-    comparisons = tuple(name.strip() for name in compare.split(",") if name.strip())
+    comparisons = defaults.COMPARISONS
+    if compare is not None:
+        comparisons = tuple(name.strip() for name in compare.split(",") if name.strip())
     settings = compress_settings(
         run,
         experts,
@@ -195,10 +208,11 @@ def compress(
             make, rows = embedding_pipeline.compress_embeddings, data.load_sentences(pairs)
         else:
             make, rows = pipeline.compress, data.load()
+            console.print(describe_labels(rows), soft_wrap=True, markup=False)
         results = make(settings, rows, teacher, output, progress=progress, say=console.print)
     processes.on_main(lambda: report.write_report(results, output / "report.html"))
     console.print(results_table(results))
-    if warning := busy_warning(results):
+    for warning in warnings_of(results):
         console.print(warning, style="yellow")
     console.print(f"student: {output / 'student'}\nreport: {output / 'report.html'}", soft_wrap=True)
 
@@ -213,7 +227,7 @@ def importance(
         Path | None,
         typer.Option("--convert", help="Instead: a .pkl that the paper's authors published, to convert."),
     ] = None,
-    importance_rows: ScoredRows = 4096,
+    importance_rows: ScoredRows = defaults.IMPORTANCE_ROWS,
     per_token: Annotated[
         bool,
         typer.Option(
@@ -280,8 +294,7 @@ def adapt(
 
     if (importance is None) != random_split:
         raise UserError("give --importance with the scores, or --random-split: one of the two")
-    # The default of `compress` needs scores that were taken per token.
-    settings = compress_settings(run, experts, routing="hash-random")
+    settings = compress_settings(run, experts, routing=defaults.ROUTING_WITHOUT_DATA)
     rows = data.load() if settings.routing in COUNTING_ROUTINGS else None
     with StageBars(Console(highlight=False)) as progress:
         student = steps.split_teacher(settings, teacher, importance, output, data=rows, progress=progress)

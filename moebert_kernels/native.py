@@ -106,6 +106,7 @@ def address(tensor: Tensor | None, device: torch.device = _CPU) -> int:
     """
     if tensor is None:
         return 0
+    # On the CPU, where it is asked for each row kernel, without making a torch.device.
     if not (tensor.is_cpu if device is _CPU else tensor.device == device):
         raise ValueError(f"a tensor on {tensor.device} goes to native code that works on {device}")
     if not tensor.is_contiguous():
@@ -113,7 +114,7 @@ def address(tensor: Tensor | None, device: torch.device = _CPU) -> int:
             f"native code needs contiguous tensors: shape {tuple(tensor.shape)}, strides {tensor.stride()}"
         )
     place = tensor.data_ptr()
-    if place == 0 and tensor.numel():
+    if not place and tensor.numel():
         raise ValueError(f"a tensor of shape {tuple(tensor.shape)} has no memory: its storage was freed")
     return place
 

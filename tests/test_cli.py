@@ -24,6 +24,7 @@ from moebert_kernels import cli_command, cli_options
 from moebert_kernels.cli import app
 from moebert_kernels.cli_command import INTERRUPTED, USER_ERROR
 from moebert_kernels.compress import pipeline
+from moebert_kernels.compress.distill import DistillSettings
 from moebert_kernels.compress.finetune import finetune
 from moebert_kernels.compress.importance import Importance
 from moebert_kernels.compress.settings import CompressSettings
@@ -475,6 +476,8 @@ def test_the_options_are_those_of_the_library():
         cli_options.RunOptions(), cli_options.ExpertOptions(), cli_options.DistillOptions()
     )
     assert dataclasses.asdict(mine) == theirs
+    assert theirs["comparisons"] == ()  # each costs as much as the student
+    assert DistillSettings().epochs == theirs["epochs"]
     signature = inspect.signature(finetune).parameters
     for field in dataclasses.fields(cli_options.FinetuneOptions):
         assert signature[field.name].default == field.default, field.name

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -197,6 +199,23 @@ def test_every_address_is_checked():
     with pytest.raises(ValueError, match=r"shape \(4, 6\) has no memory"):
         native.address(whole)
     assert native.address(torch.empty(0, 6)) == 0
+
+
+@needs_extension
+def test_a_failed_allocation_is_an_error():
+    """Stops a buffer that cannot be had from aborting the process."""
+    script = (
+        "import array, moebert_kernels._native as kernels\n"
+        "numbers = array.array('i', [0, 1, 0, 0])\n"
+        "place = numbers.buffer_info()[0]\n"
+        "rows = kernels.SortedRows(place, 1, place, False, 0)\n"
+        "try:\n"
+        "    kernels.gather_rows(rows, 0, 0, place, place, 2**45, 1, 1)\n"
+        "except MemoryError:\n"
+        "    print('told')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "told\n"), done.stderr
 
 
 @pytest.fixture

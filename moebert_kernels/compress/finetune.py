@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from moebert_kernels import __version__
-from moebert_kernels.compress import processes
+from moebert_kernels.compress import defaults, processes
 from moebert_kernels.compress.artifacts import (
     check_workroom,
     fingerprint,
@@ -43,11 +43,11 @@ def finetune(
     data: TaskData,
     output_dir: str | Path,
     *,
-    epochs: float = 3,
-    lr: float = 3e-5,
-    batch_size: int = 32,
+    epochs: float = defaults.FINETUNE_EPOCHS,
+    lr: float = defaults.FINETUNE_LEARNING_RATE,
+    batch_size: int = defaults.BATCH_SIZE,
     max_length: int | None = None,
-    weight_decay: float = 0.01,
+    weight_decay: float = defaults.FINETUNE_WEIGHT_DECAY,
     bf16: bool = False,
     seed: int = 0,
     training_arguments: Mapping[str, Any] | None = None,

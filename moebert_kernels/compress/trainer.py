@@ -54,8 +54,8 @@ class DistillationTrainer(Trainer):
     require gradients), put into eval mode and moved to the training device.
 
     Args:
-        model: the student: sequence classification or regression, token classification, masked LM or
-            question answering.
+        model: the student: sequence classification, by one label or several, or regression, token
+            classification, masked LM or question answering.
         teacher: a model with the same head and as many layers of the same hidden size.
         args: as for `Trainer`.
         distill_weight: lambda, the weight of the distillation terms.
@@ -69,7 +69,7 @@ class DistillationTrainer(Trainer):
 
     Raises:
         ValueError: the models do not fit each other, `distill_weight` is negative, or an option asks for a
-            loss of its own (`compute_loss_func`, multi-label classification).
+            loss of its own (`compute_loss_func`).
     """
 
     def __init__(
@@ -228,10 +228,9 @@ class DistillationTrainer(Trainer):
         if outputs.logits.dim() == 3:
             return "token_classification"
         config = self._student_config
-        regression = config.problem_type == "regression" or (
-            config.problem_type is None and config.num_labels == 1
-        )
-        return "regression" if regression else "classification"
+        if config.problem_type in ("regression", "multi_label_classification"):
+            return config.problem_type
+        return "regression" if config.problem_type is None and config.num_labels == 1 else "classification"
 
     def _label_loss(self, outputs: Any, labels: dict[str, Tensor]) -> Tensor:
         values = (
@@ -297,7 +296,7 @@ def _check_models(
         ours, theirs = getattr(student.config, name), getattr(teacher.config, name)
         if ours != theirs:
             raise ValueError(f"model and teacher must have the same {name}, got {ours} and {theirs}")
-    if student.config.problem_type == "multi_label_classification":
-        raise ValueError(
-            "multi-label classification is not supported: the paper has no distillation loss for it"
-        )
+    several = "multi_label_classification"
+    ours, theirs = student.config.problem_type, teacher.config.problem_type
+    if (ours == several) != (theirs == several):
+        raise ValueError(f"model and teacher must have the same problem_type, got {ours!r} and {theirs!r}")

@@ -62,6 +62,11 @@ def repeated(
     return pass_(tensors, options, config)
 
 
+def forget() -> None:
+    """Note every pass anew."""
+    _kept.clear()
+
+
 # The config is kept, and so is its id: its hash would be made anew at each call.
 _kept: dict[tuple[Any, ...], tuple[Config, Any]] = {}
 

@@ -147,7 +147,7 @@ def _device(name: str) -> torch.device:
             raise ValueError(
                 f"device is {name!r}, but torch finds {count or 'no'} CUDA device{'s'[: count > 1]}"
             )
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)
     return device
 
 

@@ -58,7 +58,7 @@ class Config:
 
 FAMILIES = ("sm_80", "sm_90", "sm_100", "default")
 ARITHMETICS = ("half", "tf32", "ieee")
-DEPENDENT_LAUNCHES = True  # from Hopper on
+DEPENDENT_LAUNCHES = False
 REGISTERS = 65536  # of a multiprocessor, in all three generations
 SIZES = {"tiny": 32, "small": 128, "medium": 2048, "large": None}  # rows per expert, at most
 

@@ -34,7 +34,7 @@ class Call:
     E: int = 4
 
 
-# What `smoke`, `ffn` and `kernel_times` launch: one T for each size class of the table, and few tokens.
+# What `smoke`, `ffn` and `kernel_times` launch: one T for each size class of the table, and one below.
 CALLS = tuple(
     Call(tokens, gate, training)
     for training in (True, False)

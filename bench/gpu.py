@@ -276,9 +276,7 @@ def command_of(part: Part, seconds: float, options: argparse.Namespace) -> list[
         kernels = ["--kernel-name", "regex:gather|scatter|weight_grad|join|sum_tiles"]
         ncu = ["ncu", "--set", "full", "--clock-control", "none", "--csv", "--page", "raw", *kernels]
         return [*ncu, "--log-file", str(out / "counters.csv"), *launched, "--tokens", "16384"]
-    if not Path(__file__).with_name("tiles.py").exists():
-        return None
-    return [*module, "bench.tiles", "--limit", f"{seconds:.0f}", "--out", str(out / "tiles.jsonl"), *toy]
+    return [*module, "bench.tune", "--limit", f"{seconds:.0f}", "--out", str(out / "tiles.jsonl"), *toy]
 
 
 def rehearse(parts: Sequence[Part], limit: float) -> list[Outcome]:

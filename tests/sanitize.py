@@ -25,7 +25,7 @@ def run_cases(*, interpreted: bool = False) -> None:
     import pytest
     import torch
     from cases import Case
-    from kernel_checks import call, inputs, plan_of, run, send_to
+    from kernel_checks import inputs, run, send_to
 
     from moebert_kernels import kernels
     from moebert_kernels.kernels import configs
@@ -36,10 +36,9 @@ def run_cases(*, interpreted: bool = False) -> None:
         Case(200, D=72, F=136, routing="dropped", gate=True),
         Case(150, D=40, F=88, K=2, routing="skewed", gate=True, norm=True),
     )
-    few = Case(33, D=72, F=136, gate=True)
     if interpreted:
         send_to(kernels, pytest.MonkeyPatch())
-        cases, few = cases[:1], Case(7)
+        cases = cases[:1]
     key = (configs.family(torch.device(device)), "half", "large")
     large = configs.TABLE.get(key, configs.SAFE)
     # Descriptor loads bring in whole tiles, unwritten rows included, which nothing uses: initcheck would
@@ -50,10 +49,6 @@ def run_cases(*, interpreted: bool = False) -> None:
         configs.select = lambda *_, config=config: config
         for case in cases:
             run(case, inputs(case, dtype, device), **({"dropout_p": 0.1} if case.norm else {}))
-        dense = dataclasses.replace(config, dense_slots=64)
-        configs.select = lambda *_, dense=dense: dense
-        with torch.no_grad():
-            call(few, inputs(few, dtype, device), plan_of(few, device))
     if not interpreted:
         torch.cuda.synchronize()
 

@@ -1,6 +1,8 @@
 """What only a device can show: `pytest -m gpu`. Skipped, with the reason, where there is none."""
 
 import dataclasses
+import gc
+import weakref
 
 import pytest
 import torch
@@ -280,6 +282,26 @@ def test_autocast_equals_explicit_casts():
         assert torch.equal(y, expected)
     y.sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in layer.parameters())
+
+
+def test_a_timed_graph_keeps_what_it_reads():
+    """Benchmarks' graphs read plans that were freed once they were captured: an illegal access, or luck."""
+    from bench.timing import make_timer
+
+    class Call:
+        def __init__(self):
+            self.x = torch.ones(8, device="cuda")
+
+        def __call__(self):
+            return {"y": self.x + 1}
+
+    one = Call()
+    kept = weakref.ref(one)
+    timer = make_timer(torch.device("cuda"), "graph", [one])
+    del one
+    gc.collect()
+    assert kept() is not None
+    assert timer() > 0
 
 
 def test_any_stream_will_do():

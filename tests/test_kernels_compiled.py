@@ -31,8 +31,6 @@ GEMMS = {
     "gather_backward_kernel",
     "weight_grad_kernel",
     "weight_grad_stream_kernel",
-    "dense_up_kernel",
-    "dense_down_kernel",
 }
 
 

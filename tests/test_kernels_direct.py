@@ -28,7 +28,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 from moebert_kernels import kernels  # noqa: E402
 from moebert_kernels.kernels import (  # noqa: E402
     configs,
-    dense,
     direct,
     grouped,
     launch,
@@ -118,7 +117,7 @@ def test_what_is_not_known_is_left_to_triton(change, no_device):
 
 KERNELS = [
     value
-    for module in (dense, grouped, norm, rows, wgrad)
+    for module in (grouped, norm, rows, wgrad)
     for name, value in vars(module).items()
     if name.endswith("_kernel") and value.fn.__module__ == module.__name__
 ]
@@ -177,7 +176,6 @@ def test_numbers_are_specialised_as_by_triton(no_device):
 SQUARE = Tile(16, 16, 16, 4, 2)
 PLAIN = Config(SQUARE, SQUARE, SQUARE, SQUARE, SQUARE)
 STREAMED = dataclasses.replace(PLAIN, stream_k=True, tma=True)
-DENSE = dataclasses.replace(PLAIN, dense_slots=64, dense=SQUARE, tma=True)
 
 
 def at(address, shape, dtype):
@@ -232,7 +230,6 @@ REPEATED = {
     "norm, streamed": (dataclasses.replace(WITH_NORM, K=2, routing="dropped"), STREAMED, True),
     "gate, streamed": (Case(7, D=16, F=24, E=2, K=2, gate=True), STREAMED, True),
     "inference": (WITH_NORM, PLAIN, False),
-    "few tokens": (Case(5, D=16, F=24, E=2), DENSE, False),
 }
 
 

@@ -3,7 +3,6 @@
     blocks.py    which rows a tile has, the K loop, the activation: what all GEMMs share
     grouped.py   gather-and-multiply, multiply-and-scatter: forward and data gradients
     wgrad.py     weight gradients
-    dense.py     all experts on all tokens, masked: few tokens
     norm.py      residual sum and per-expert LayerNorm
     rows.py      the sum over a token's experts, the gate's gradient
     ffn.py       what the experts' passes launch

@@ -12,18 +12,6 @@ import triton.language as tl
 
 
 @triton.jit
-def follow(DEPENDENT: tl.constexpr):
-    """Wait until what the kernel before wrote can be read, and let the next one be started.
-
-    Every program of every kernel comes by here before it writes anything, or reads what the kernel before
-    writes. With dependent launches a kernel's programs are then set up while the last ones before it run.
-    """
-    if DEPENDENT:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit
 def find_rows(tile, offsets_ptr, num_slots, E: tl.constexpr, BLOCK_M: tl.constexpr, GROUPS: tl.constexpr):
     """The group of row tile `tile`, its first row and the end of the group.
 

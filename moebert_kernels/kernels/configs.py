@@ -1,6 +1,6 @@
 """The committed tuning table: tile shapes by device family, arithmetic and rows per expert.
 
-Nothing is tuned at run time. `python -m bench.tune` measures the candidates on a GPU and prints this table.
+Nothing is tuned at run time. `python -m bench.tune` measures the candidates on a GPU.
 """
 
 from __future__ import annotations
@@ -40,8 +40,6 @@ class Config:
         stream_k: split the weight gradients' token loops evenly over the multiprocessors.
         tma: load what is not gathered through TMA descriptors where the rows are sorted already; where they
             are gathered, pointers were as fast or faster.
-        dense_slots: with at most this many slots, inference runs all experts on all tokens and masks.
-        dense: the tile of both GEMMs then.
     """
 
     up: Tile
@@ -52,13 +50,10 @@ class Config:
     weight_grad_unaligned: Tile | None = None
     stream_k: bool = False
     tma: bool = False
-    dense_slots: int = 0
-    dense: Tile = Tile(64, 32, 64, 4, 4)
 
 
 FAMILIES = ("sm_80", "sm_90", "sm_100", "default")
 ARITHMETICS = ("half", "tf32", "ieee")
-DEPENDENT_LAUNCHES = False
 REGISTERS = 65536  # of a multiprocessor, in all three generations
 SIZES = {"tiny": 32, "small": 128, "medium": 2048, "large": None}  # rows per expert, at most
 
@@ -78,9 +73,7 @@ _IEEE = _config(Tile(64, 64, 32, 4, 3, parts=2), Tile(64, 64, 32, 8, 5))
 
 TABLE: dict[tuple[str, str, str], Config] = {
     # Ampere and Ada. 99 KiB of shared memory is what 8.6 and 8.9 have.
-    ("sm_80", "half", "small"): _config(
-        Tile(64, 64, 64, 4, 4, parts=2), Tile(64, 128, 32, 4, 7), dense_slots=32
-    ),
+    ("sm_80", "half", "small"): _config(Tile(64, 64, 64, 4, 4, parts=2), Tile(64, 128, 32, 4, 7)),
     ("sm_80", "half", "medium"): _config(Tile(64, 128, 64, 4, 4, parts=4), Tile(64, 128, 32, 4, 7)),
     ("sm_80", "half", "large"): _config(
         Tile(128, 128, 64, 8, 3, parts=4), Tile(128, 128, 32, 8, 7), stream_k=True
@@ -91,9 +84,7 @@ TABLE: dict[tuple[str, str, str], Config] = {
         Tile(128, 128, 32, 8, 3, parts=4), Tile(64, 128, 32, 8, 4), stream_k=True
     ),
     # Hopper: half measured on an H200 (bench/results/tiles-nvidia-h200.jsonl)
-    ("sm_90", "half", "tiny"): _config(
-        Tile(32, 32, 64, 4, 6), Tile(128, 128, 64, 8, 5), tma=True, dense_slots=32
-    ),
+    ("sm_90", "half", "tiny"): _config(Tile(32, 32, 64, 4, 6), Tile(128, 128, 64, 8, 5), tma=True),
     ("sm_90", "half", "small"): _config(Tile(64, 64, 64, 4, 4), Tile(128, 128, 64, 8, 5), tma=True),
     ("sm_90", "half", "medium"): _config(
         Tile(128, 64, 64, 4, 3, parts=2),
@@ -116,9 +107,7 @@ TABLE: dict[tuple[str, str, str], Config] = {
         Tile(128, 128, 32, 8, 4, parts=4), Tile(128, 128, 32, 8, 4), stream_k=True
     ),
     # Blackwell
-    ("sm_100", "half", "small"): _config(
-        Tile(64, 64, 64, 4, 5, parts=4), Tile(128, 128, 64, 8, 3), tma=True, dense_slots=32
-    ),
+    ("sm_100", "half", "small"): _config(Tile(64, 64, 64, 4, 5, parts=4), Tile(128, 128, 64, 8, 3), tma=True),
     ("sm_100", "half", "medium"): _config(
         Tile(128, 128, 64, 8, 3, parts=4), Tile(128, 128, 64, 8, 3), tma=True
     ),
@@ -158,13 +147,6 @@ def arithmetic(dtype: torch.dtype) -> str:
 def precision(dtype: torch.dtype) -> str:
     """How `tl.dot` is to multiply."""
     return "tf32" if arithmetic(dtype) == "tf32" else "ieee"
-
-
-@cache
-def capability(index: int) -> int:
-    """Of a CUDA device, as 90 for 9.0."""
-    major, minor = torch.cuda.get_device_capability(index)
-    return 10 * major + minor
 
 
 @cache

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from moebert_kernels.kernels import configs
 from moebert_kernels.kernels.configs import Config, Tile
-from moebert_kernels.kernels.dense import dense_forward
 from moebert_kernels.kernels.grouped import gather_backward_kernel, gather_kernel, scatter_kernel
 from moebert_kernels.kernels.launch import (
     ceil_div,
@@ -50,24 +49,6 @@ def expert_ffn_forward(
     order_S, offsets_E1 = order_S.contiguous(), offsets_E1.contiguous()
     b1_EF, b2_ED = _contiguous(b1_EF), _contiguous(b2_ED)
     gate_S, scale = _gate(gate_TK, top_k, per_slot)
-    one_row_per_token = top_k == 1 or not per_slot
-    if 0 < S <= config.dense_slots and one_row_per_token and not save_preact:
-        with on_device_of(x_TD):
-            y_TD = dense_forward(
-                x_TD,
-                order_S,
-                offsets_E1,
-                w1_EFD,
-                b1_EF,
-                w2_EDF,
-                b2_ED,
-                gate_S,
-                scale,
-                activation,
-                top_k,
-                config,
-            )
-        return y_TD, x_TD.new_empty(0, F)
     saved = x_TD.new_empty(2 * S if save_preact else 0, F)
     a_SF = saved[:S] if save_preact else x_TD.new_empty(S, F)
     z_SD = x_TD.new_empty(S, D)

@@ -20,7 +20,6 @@ from moebert_kernels.kernels.blocks import (
     activate,
     activate_with_slope,
     find_rows,
-    follow,
     multiply,
     rounds_to_half,
     split_columns,
@@ -49,10 +48,8 @@ def gather_kernel(
     BLOCK_K: tl.constexpr,
     PARTS: tl.constexpr,
     GROUPS: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
     """a = act(x[order // TOP_K] W1_e^T + b1_e), and act' of the same if there is room for it."""
-    follow(DEPENDENT)
     col_tiles: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
     n = tl.program_id(0) % col_tiles * BLOCK_N
     group, begin, end = find_rows(tl.program_id(0) // col_tiles, offsets_ptr, num_slots, E, BLOCK_M, GROUPS)
@@ -127,11 +124,9 @@ def gather_backward_kernel(
     BLOCK_K: tl.constexpr,
     PARTS: tl.constexpr,
     GROUPS: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
     """dh = (dy[order // DY_TOP_K] W2_e) * slope * gate; what dW2 and the gate's gradient need of a; and the
     row tile's parts of the bias gradients, which `rows.sum_tiles_kernel` adds up."""
-    follow(DEPENDENT)
     col_tiles: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
     row_tile = tl.program_id(0) // col_tiles
     col_tile = tl.program_id(0) % col_tiles
@@ -238,13 +233,11 @@ def scatter_kernel(
     BLOCK_K: tl.constexpr,
     PARTS: tl.constexpr,
     GROUPS: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
     """out[order] = (a W_e + b_e) * gate, and 0 in the slots that have no expert."""
     col_tiles: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     n = tl.program_id(0) % col_tiles * BLOCK_N
     group, begin, end = find_rows(tl.program_id(0) // col_tiles, offsets_ptr, num_slots, E, BLOCK_M, GROUPS)
-    follow(DEPENDENT)
     if group > E:
         return
     rows_M = begin + tl.arange(0, BLOCK_M)

@@ -28,7 +28,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from moebert_kernels.kernels import configs, ffn, norm
 from moebert_kernels.kernels.configs import Config
-from moebert_kernels.kernels.launch import Launch, dependence, recorded
+from moebert_kernels.kernels.launch import Launch, recorded
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,7 @@ def read(launch: Launch, arch: str) -> Reading:
     backend = make_backend(target)
     binder = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
     options = {"debug": False, "instrumentation_mode": ""}
-    arguments = launch.arguments | dependence(limits.capability)
-    bound, specialization, extra = binder(**arguments, **options)
+    bound, specialization, extra = binder(**launch.arguments, **options)
     parsed, signature, constants, attributes = launch.kernel._pack_args(
         backend, {**extra, **options}, bound, specialization, extra
     )
@@ -179,7 +178,7 @@ def launches(
     E: int = 4,
     K: int = 1,
 ) -> list[Launch]:
-    """What a training step with norm and dropout launches, or inference, on many tokens and on few."""
+    """What a training step with norm and dropout launches, or inference."""
 
     def meta(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -203,9 +202,6 @@ def launches(
             needs = [True, True, variant.bias, True, variant.bias, variant.gate]
             ffn.expert_ffn_backward(x, x, hidden, *[*of_call, needs, config])
             norm.expert_norm_backward(x, z, x, mean, rstd, *norm_call, 0.1, variant.gate)
-        few = config.dense_slots // K
-        if few:
-            ffn.expert_ffn_forward(meta(few, D), *[*call(few), False, config])
     return record
 
 

@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 from triton.runtime import JITFunction
 
-from moebert_kernels.kernels import configs, direct
+from moebert_kernels.kernels import direct
 from moebert_kernels.kernels.direct import Described, for_triton
 
 
@@ -44,30 +44,15 @@ def is_recording() -> bool:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
-    """Start `kernel` on the current stream unless its grid is empty.
-
-    It begins with `blocks.follow`: where the device can, it is set up before the kernel before it has ended.
-    """
+    """Start `kernel` on the current stream unless its grid is empty."""
     if 0 in grid:
         return
-    arguments |= dependence(configs.capability(direct.current_device()) if _has_cuda() else 0)
     if _record is not None:
         _record.append(Launch(kernel, grid, for_triton(arguments)))
     elif isinstance(kernel, JITFunction):
         direct.start(kernel, grid, arguments)
     else:  # interpreted
         kernel[grid](**for_triton(arguments))
-
-
-_has_cuda = cache(torch.cuda.is_available)
-
-
-@cache
-def dependence(capability: int) -> dict[str, bool]:
-    """The arguments of a launch that decide whether it is a dependent one."""
-    if capability >= 90 and configs.DEPENDENT_LAUNCHES:
-        return {"DEPENDENT": True, "launch_pdl": True}
-    return {"DEPENDENT": False}
 
 
 _HERE: AbstractContextManager[None] = nullcontext()

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moebert_kernels.kernels import configs
-from moebert_kernels.kernels.blocks import find_rows, follow
+from moebert_kernels.kernels.blocks import find_rows
 from moebert_kernels.kernels.launch import ceil_div, groups_of, launch, on_device_of
 from moebert_kernels.kernels.launch import rows as with_contiguous_rows
 from moebert_kernels.kernels.rows import over_experts, over_tiles
@@ -158,10 +158,8 @@ def norm_kernel(
     D: tl.constexpr,
     TOP_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
     """One token per program. A token without any expert keeps its residual; such slots have statistics 0."""
-    follow(DEPENDENT)
     token = tl.program_id(0).to(tl.int64)
     cols_D = tl.arange(0, BLOCK_D)
     live_D = cols_D < D
@@ -216,10 +214,8 @@ def norm_backward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     GROUPS: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
     """du = rstd * (g - mean(g) - xhat * mean(g * xhat)) with g = dy * gate * ln_w. Grid: (row tiles)."""
-    follow(DEPENDENT)
     group, begin, end = find_rows(tl.program_id(0), offsets_ptr, num_slots, E, BLOCK_M, GROUPS)
     if group > E:
         return

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moebert_kernels.kernels.blocks import find_rows, follow
+from moebert_kernels.kernels.blocks import find_rows
 from moebert_kernels.kernels.launch import ceil_div, groups_of, launch
 
 
@@ -71,10 +71,8 @@ def sum_slots_kernel(
     D: tl.constexpr,
     TOP_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
     """y[t] = sum over k of z[t * TOP_K + k], in the order of k. Grid: (T, column tiles)."""
-    follow(DEPENDENT)
     token = tl.program_id(0).to(tl.int64)
     cols_D = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     sum_D = tl.zeros((BLOCK_D,), tl.float32)
@@ -97,13 +95,11 @@ def sum_tiles_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     GROUPS: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
     """Two arrays' sums over each expert's row tiles, in the order of the tiles.
 
     Grid: (E, the larger number of column tiles, 2).
     """
-    follow(DEPENDENT)
     expert = tl.program_id(0)
     e = tl.arange(0, GROUPS)
     begin_E = tl.load(offsets_ptr + e, mask=e < E, other=0)
@@ -153,10 +149,8 @@ def gate_grad_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     GROUPS: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
     """dgate = <W2^T dy, a> + <dy, b2>, which is <dy, z> without z; 0 without an expert. Grid: (row tiles)."""
-    follow(DEPENDENT)
     group, begin, end = find_rows(tl.program_id(0), offsets_ptr, num_slots, E, BLOCK_M, GROUPS)
     if group > E:
         return

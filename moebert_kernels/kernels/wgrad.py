@@ -25,7 +25,6 @@ import triton.language as tl
 from torch import Tensor
 
 from moebert_kernels.kernels import configs
-from moebert_kernels.kernels.blocks import follow
 from moebert_kernels.kernels.configs import Config
 from moebert_kernels.kernels.launch import ceil_div, launch, rows_are_aligned
 
@@ -128,10 +127,8 @@ def weight_grad_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
     """One whole tile per program. Grid: (E * tiles of one expert's weights)."""
-    follow(DEPENDENT)
     expert = tl.program_id(0) // TILES
     tile = tl.program_id(0) % TILES
     begin = tl.load(offsets_ptr + expert)
@@ -170,10 +167,8 @@ def weight_grad_stream_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EXPERTS: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
     """An equal share of all steps per program. Grid: (multiprocessors, or a multiple of them)."""
-    follow(DEPENDENT)
     program = tl.program_id(0)
     total = _count_steps(offsets_ptr, E, TILES, BLOCK_K, EXPERTS)
     step = _share_begin(program, total, tl.num_programs(0))
@@ -241,10 +236,8 @@ def join_kernel(
     ROWS: tl.constexpr,
     PROGRAMS: tl.constexpr,
     EXPERTS: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
     """Add the pieces of the tile a program began and did not end. Grid: (PROGRAMS, BLOCK_M / ROWS)."""
-    follow(DEPENDENT)
     program = tl.program_id(0)
     total = _count_steps(offsets_ptr, E, TILES, BLOCK_K, EXPERTS)
     first = _share_begin(program, total, PROGRAMS)

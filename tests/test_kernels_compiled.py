@@ -60,8 +60,8 @@ def check(readings):
         if r["kernel"] in GEMMS and not r["config"].startswith("ieee"):
             serialised = [number for number in r["warnings"] if number.startswith("C75")]
             assert not serialised, f"{where}: ptxas serialises its products ({serialised})"
-            if r["matrix"] == "wgmma" and r["instructions"]:
-                assert r["waits"] == 2, f"{where} waits {r['waits']} times for its products"
+            if r["matrix"] in r["instructions"]:
+                assert r["waits"] <= 2, f"{where} waits {r['waits']} times for its products"
 
 
 @pytest.mark.parametrize("family", ["sm_80", "sm_100"])
@@ -88,6 +88,7 @@ def test_half_precision_on_hopper_in_every_variant():
     for r in readings:
         if r["kernel"] in GEMMS and r["config"] != "half/tiny":  # whose tiles are too small for wgmma
             assert r["instructions"] == ["wgmma"], r
+            assert r["waits"] == 2, r  # one in the loop, for the products before the last; one after it
         if r["config"] in ("half/medium", "half/large"):
             assert (r["epilogue"] or 0) <= EPILOGUES.get(r["kernel"], 100), r
 

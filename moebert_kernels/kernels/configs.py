@@ -68,15 +68,24 @@ def _config(
     return Config(gemm, gemm, down_backward or gemm, up_backward or gemm, weight_grad, **options)
 
 
-SAFE = _config(Tile(64, 64, 32, 4, 2, parts=4), Tile(64, 64, 32, 4, 3))
-_IEEE = _config(Tile(64, 64, 32, 4, 3, parts=2), Tile(64, 64, 32, 8, 5))
+SAFE = _config(Tile(64, 64, 32, 4, 2, parts=4), Tile(64, 64, 32, 8, 3))
+_IEEE = _config(
+    Tile(64, 64, 32, 4, 3, parts=2), Tile(64, 64, 32, 8, 5), down_backward=Tile(64, 64, 32, 4, 3, parts=4)
+)
 
 TABLE: dict[tuple[str, str, str], Config] = {
     # Ampere and Ada. 99 KiB of shared memory is what 8.6 and 8.9 have.
     ("sm_80", "half", "small"): _config(Tile(64, 64, 64, 4, 4, parts=2), Tile(64, 128, 32, 4, 7)),
-    ("sm_80", "half", "medium"): _config(Tile(64, 128, 64, 4, 4, parts=4), Tile(64, 128, 32, 4, 7)),
+    ("sm_80", "half", "medium"): _config(
+        Tile(64, 128, 64, 4, 4, parts=4),
+        Tile(64, 128, 32, 4, 7),
+        down_backward=Tile(64, 64, 64, 4, 4, parts=2),
+    ),
     ("sm_80", "half", "large"): _config(
-        Tile(128, 128, 64, 8, 3, parts=4), Tile(128, 128, 32, 8, 7), stream_k=True
+        Tile(128, 128, 64, 8, 3, parts=4),
+        Tile(128, 128, 32, 8, 7),
+        down_backward=Tile(64, 64, 64, 4, 4, parts=2),
+        stream_k=True,
     ),
     ("sm_80", "tf32", "small"): _config(Tile(64, 64, 32, 4, 4, parts=2), Tile(64, 64, 32, 4, 5)),
     ("sm_80", "tf32", "medium"): _config(Tile(64, 128, 32, 4, 4, parts=4), Tile(64, 64, 32, 4, 5)),

@@ -51,6 +51,14 @@ class Fitted(NamedTuple):
     cut_L: list[float]
     fitted_L: list[float]
 
+    def told(self, num_rows: int) -> str:
+        """What the fit has brought, in a sentence."""
+        cut, fitted = (sum(error_L) / len(error_L) for error_L in (self.cut_L, self.fitted_L))
+        return (
+            f"fitted to {self.num_tokens:,} tokens of {num_rows:,} rows: of what a layer puts out, "
+            f"{fitted:.1%} is wrong, and {cut:.1%} was as the experts were cut"
+        )
+
 
 def rows_to_fit(
     rows: Dataset, count: int, seed: int, hidden_size: int, limit_bytes: int = DEFAULT_LIMIT_BYTES
@@ -107,7 +115,7 @@ def fit_experts(
         progress: called with (batches done, batches in all), a batch counted once for every layer.
 
     Raises:
-        ValueError: student and teacher do not fit each other, there are no tokens, or a number is no strength.
+        ValueError: the student does not fit the teacher, there are no tokens, or a number is negative or 0.
     """
     for name, value in (("ridge", ridge), ("rare", rare)):
         check_number(name, value)
@@ -222,6 +230,11 @@ class _Inputs(NamedTuple):
 class _Experts:
     """A student's layer as experts; a narrow dense network is the one expert of every token."""
 
+    w1_EFD: Tensor
+    b1_EF: Tensor
+    w2_EDF: Tensor
+    b2_ED: Tensor
+
     def __init__(self, layer: nn.Module, part: MoEFFN | DenseFFN):
         self.layer = layer
         self._part = part
@@ -299,12 +312,16 @@ class _Sums:
     def __init__(self, experts: _Experts, norm_eps: float):
         E, D, F_ = experts.w2_EDF.shape
         self._experts, self._norm_eps = experts, norm_eps
-        like = {"dtype": torch.float64, "device": experts.w2_EDF.device}
-        self._products_EGG = torch.zeros(E, F_ + 1, F_ + 1, **like)
-        self._lacking_EDG = torch.zeros(E, D, F_ + 1, **like)
-        self._counts_E = torch.zeros(E, **like)  # of tokens
-        self._error_E = torch.zeros(E, **like)  # of the experts as they are
-        self._whole = torch.zeros(1, **like)  # what an output that is wrong altogether would have
+        device = experts.w2_EDF.device
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        self._products_EGG = zeros(E, F_ + 1, F_ + 1)
+        self._lacking_EDG = zeros(E, D, F_ + 1)
+        self._counts_E = zeros(E)  # of tokens
+        self._error_E = zeros(E)  # of the experts as they are
+        self._whole = zeros(1)  # what an output that is wrong altogether would have
 
     def add(self, batches: list[tuple[_Inputs, Tensor, Tensor | None]]) -> None:
         """Add a block: of each of its batches the student's inputs, the teacher's sum [B, S, D], the mask."""

@@ -175,10 +175,12 @@ def prediction_kind(outputs: Any, config: Any) -> str:
         return "question_answering"
     if outputs.logits.dim() == 3:
         return "token_classification"
-    regression = config.problem_type == "regression" or (
-        config.problem_type is None and config.num_labels == 1
-    )
-    return "regression" if regression else "classification"
+    return "regression" if is_regression(config) else "classification"
+
+
+def is_regression(config: Any) -> bool:
+    """Whether a model of sequences with this configuration puts out numbers, and not classes."""
+    return config.problem_type == "regression" or (config.problem_type is None and config.num_labels == 1)
 
 
 def _wrong_kind(kind: str, first: Prediction, second: Prediction) -> ValueError:

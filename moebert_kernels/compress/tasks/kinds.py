@@ -10,6 +10,8 @@ from typing import Any
 from datasets import Dataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from moebert_kernels.compress.losses import is_regression
+from moebert_kernels.compress.tasks import texts
 from moebert_kernels.compress.tasks.answers import QuestionAnswering
 from moebert_kernels.compress.tasks.sequences import Classification, Regression
 from moebert_kernels.compress.tasks.task import EncodedData, Kind, TaskData
@@ -22,6 +24,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "regression": Regression(),
         "token_classification": TokenClassification(),
         "question_answering": QuestionAnswering(),
+        texts.KIND: texts.Texts(),
     }
 )
 
@@ -32,6 +35,14 @@ def auto_model_of(architectures: list[str] | None) -> Any | None:
         if any(name.endswith(kind.head) for name in architectures or ()):
             return kind.auto_model
     return None
+
+
+def kind_of_model(config: PretrainedConfig) -> str:
+    """The kind of task that a model with a head was fine-tuned on, a key of `KINDS`."""
+    for name in ("token_classification", "question_answering"):
+        if any(architecture.endswith(KINDS[name].head) for architecture in config.architectures or ()):
+            return name
+    return "regression" if is_regression(config) else "classification"
 
 
 def match_labels(data: TaskData, config: PretrainedConfig) -> TaskData:
@@ -45,12 +56,14 @@ def match_labels(data: TaskData, config: PretrainedConfig) -> TaskData:
         config: of the model.
 
     Returns:
-        `data`, or the same rows and label names in the model's order.
+        `data`, or the same rows and label names in the model's order; of texts without labels, `data`.
 
     Raises:
         UserError: the model has another head than the task needs, another number of outputs, or other labels.
     """
     task, kind = data.task, KINDS[data.task.kind]
+    if task.kind == texts.KIND:
+        return data
     if config.architectures and not any(name.endswith(kind.head) for name in config.architectures):
         raise UserError(
             f"the model is a {' or '.join(config.architectures)}, but task {task.name} needs a model "

@@ -138,8 +138,9 @@ def fit_experts(
         for index, (dense, experts) in enumerate(zip(theirs, ours, strict=True)):
 
             def report(done: int, index: int = index) -> None:
-                if progress is not None:
-                    progress(index * len(mine) + done, len(theirs) * len(mine))
+                if progress is not None:  # of what all processes do alike
+                    done = min(done * processes.count(), len(batches))
+                    progress(index * len(batches) + done, len(theirs) * len(batches))
 
             layers.append(
                 _fit_layer(index, dense, experts, teacher_run, student_run, mine, ridge, rare, report)

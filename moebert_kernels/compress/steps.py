@@ -35,7 +35,7 @@ from moebert_kernels.compress.loading import (
 from moebert_kernels.compress.settings import CompressSettings, resolve
 from moebert_kernels.compress.stages import Progress
 from moebert_kernels.compress.tasks import KINDS, EncodedData, TaskData, match_labels, texts, tokenize
-from moebert_kernels.compress.teacher_loss import drawn_label_loss
+from moebert_kernels.compress.teacher_loss import prediction_shift_loss
 from moebert_kernels.compress.token_scores import token_groups
 from moebert_kernels.compress.writing import check_writable
 from moebert_kernels.errors import ArgumentError, UserError, naming
@@ -55,7 +55,7 @@ def score_teacher(
 
     Args:
         settings: `importance_rows`, `max_length` and `seed` are read.
-        data: raw rows. Without labels, the teacher draws them: see `drawn_label_loss`.
+        data: raw rows. Without labels, by the teacher's own predictions: see `prediction_shift_loss`.
         teacher_dir: of the fine-tuned model.
         output: safetensors file to write.
         per_token: take token scores too, which "hash-affinity" needs.
@@ -69,7 +69,7 @@ def score_teacher(
         teacher, tokenizer = load_teacher(teacher_dir)
     loss: str | LossFunction = "labels"
     if data.task.kind == texts.KIND:
-        loss = drawn_label_loss(teacher.config, seed=settings.seed)
+        loss = prediction_shift_loss(teacher.config, seed=settings.seed)
     encoded = _encode(match_labels(data, teacher.config), teacher, tokenizer, settings.max_length)
     rows = sample_rows(encoded.train, settings.importance_rows, settings.seed)
     group_V = token_groups(teacher, token_counts(rows, teacher.config.vocab_size)) if per_token else None

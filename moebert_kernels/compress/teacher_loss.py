@@ -1,4 +1,4 @@
-"""Losses of a teacher's own, for importance without labels."""
+"""A loss of the teacher's own, for importance without labels: how far its predictions move."""
 
 from __future__ import annotations
 
@@ -10,59 +10,72 @@ from torch import Tensor
 
 from moebert_kernels.compress.losses import prediction_kind
 
-_NUM_DRAWS = 1021  # a prime: sums of token ids fall on all of them
+NUM_DIRECTIONS = 1021  # a prime: sums of token ids fall on all of them
+_NEXT_PLACE = 31  # from one token's direction to the next one's
 
 
-def drawn_label_loss(config: Any, *, seed: int = 0) -> Callable[[Any, Mapping[str, Tensor]], Tensor]:
-    """The loss of a label that is drawn from the teacher's own prediction, as `compute_importance` takes it.
+def sample_numbers(input_ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
+    """A number for every sample [B], from its token ids alone: how samples are batched changes nothing."""
+    return (input_ids_BS * (mask_BS != 0)).sum(1)
 
-    In the mean over draws, the squares of its gradients are what the divergence from the teacher's prediction
-    grows by (Fisher information); that has itself no gradient where it is 0. What is drawn for a sample
-    depends on the seed and its token ids alone: how samples are batched changes nothing.
 
-    * Classes: the cross entropy of a drawn class; of tokens, one for each real token.
-    * Spans: the mean of the two cross entropies of a drawn start and end, among real positions.
-    * Numbers: their sum, each with a sign that is drawn, since any number is as good a label as the other.
+def drawn_directions(width: int, seed: int) -> Tensor:
+    """Directions [NUM_DIRECTIONS, width] to take components along; normal, float32."""
+    return torch.randn((NUM_DIRECTIONS, width), generator=torch.Generator().manual_seed(seed))
+
+
+def prediction_shift_loss(config: Any, *, seed: int = 0) -> Callable[[Any, Mapping[str, Tensor]], Tensor]:
+    """The component of the teacher's prediction along a direction that is drawn for every sample.
+
+    A divergence from the teacher's own prediction has no gradient where it is 0. But twice the roots of
+    probabilities, 2 sqrt(p), are coordinates in which it is half a squared distance, to second order (Fisher
+    information); and along a random direction, the square of a move is the squared distance in the mean. So
+    importance by this loss says how far predictions move without a neuron. Real positions alone count.
+
+    * Classes: of their probabilities; of tokens, a direction for each.
+    * Spans: of the probabilities of start and end among the positions; the mean of the two.
+    * Numbers: of the numbers themselves.
 
     Args:
         config: the teacher's.
-        seed: of the draws.
+        seed: of the directions.
+
+    Returns:
+        A loss for `compute_importance`: of a model's output and its batch, the sum over samples.
     """
-    draws_N = torch.rand(_NUM_DRAWS, generator=torch.Generator().manual_seed(seed))
+    directions_NC = drawn_directions(config.num_labels, seed)
+    places_N1 = drawn_directions(1, seed)
 
     def loss(output: Any, batch: Mapping[str, Tensor]) -> Tensor:
         ids_BS = batch["input_ids"]
-        mask_BS = batch.get("attention_mask", torch.ones_like(ids_BS)) != 0
-        number_B = (ids_BS * mask_BS).sum(1)
+        mask_BS = batch.get("attention_mask", torch.ones_like(ids_BS))
+        number_B = sample_numbers(ids_BS, mask_BS)
+        number_BS = number_B.unsqueeze(1) + _NEXT_PLACE * (mask_BS != 0).cumsum(1)
 
-        def draw(number: Tensor) -> Tensor:
-            return draws_N.to(number.device)[number % _NUM_DRAWS]
+        def along(directions: Tensor, number: Tensor) -> Tensor:
+            return directions.to(number.device)[number % NUM_DIRECTIONS]
 
         kind = prediction_kind(output, config)
         if kind == "question_answering":
-            logits = torch.stack([output.start_logits, output.end_logits], 1)  # [B, 2, S]
-            logits = logits.masked_fill(~mask_BS.unsqueeze(1), torch.finfo(logits.dtype).min)
-            places = torch.arange(2, device=ids_BS.device)
-            return _drawn_cross_entropy(logits, draw(number_B.unsqueeze(1) + 512 * places)).sum() / 2
+            total = torch.zeros((), device=ids_BS.device)
+            for which, logits_BS in enumerate((output.start_logits, output.end_logits)):
+                lowest = torch.finfo(logits_BS.dtype).min
+                root_BS = _roots(logits_BS.masked_fill(mask_BS == 0, lowest))
+                direction_BS = along(places_N1, number_BS + which * NUM_DIRECTIONS // 2).squeeze(-1)
+                total = total + (root_BS * direction_BS).sum() / 2
+            return total
         if kind == "token_classification":
-            places = torch.arange(ids_BS.shape[1], device=ids_BS.device)
-            drawn_BS = draw(number_B.unsqueeze(1) + 31 * places)
-            return _drawn_cross_entropy(output.logits, drawn_BS).masked_fill(~mask_BS, 0).sum()
-        if kind == "regression":
-            places = torch.arange(output.logits.shape[1], device=ids_BS.device)
-            sign_BC = torch.where(draw(number_B.unsqueeze(1) + 31 * places) < 0.5, -1.0, 1.0)
-            return (_wide(output.logits) * sign_BC).sum()
-        return _drawn_cross_entropy(output.logits, draw(number_B)).sum()
+            component_BS = (_roots(output.logits) * along(directions_NC, number_BS)).sum(-1)
+            return component_BS.masked_fill(mask_BS == 0, 0).sum()
+        moved_BC = _wide(output.logits) if kind == "regression" else _roots(output.logits)
+        return (moved_BC * along(directions_NC, number_B)).sum()
 
     return loss
 
 
-def _drawn_cross_entropy(logits: Tensor, draw: Tensor) -> Tensor:
-    """That of the class [...] of logits [..., C] that a number from 0 to 1 falls on."""
-    log_p = _wide(logits).log_softmax(-1)
-    below = log_p.detach().double().exp().cumsum(-1) <= draw.unsqueeze(-1)
-    label = below.sum(-1, keepdim=True).clamp(max=logits.shape[-1] - 1)
-    return -log_p.gather(-1, label).squeeze(-1)
+def _roots(logits: Tensor) -> Tensor:
+    """2 sqrt(p), by way of log p: where p is 0 its root has no gradient, and no infinite one."""
+    return 2 * (_wide(logits).log_softmax(-1) / 2).exp()
 
 
 def _wide(logits: Tensor) -> Tensor:

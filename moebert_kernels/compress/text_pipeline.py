@@ -27,7 +27,7 @@ from moebert_kernels.compress.settings import CompressSettings
 from moebert_kernels.compress.stages import Progress
 from moebert_kernels.compress.tasks import EncodedData, EncodedRows, TaskData, kind_of_model, tokenize
 from moebert_kernels.compress.tasks.task import Outputs
-from moebert_kernels.compress.teacher_loss import drawn_label_loss
+from moebert_kernels.compress.teacher_loss import prediction_shift_loss
 
 
 def compress_texts(
@@ -81,11 +81,11 @@ class _TextRun(Run):
         return replace(encoded, validation_sets={"": rows})
 
     def scores(self, rows: Dataset, group_V: Tensor | None, progress: Callable[[int], None]) -> Importance:
-        """Score neurons by labels that the teacher draws."""
+        """Score neurons by how far predictions move without them."""
         return compute_importance(
             self.teacher,
             batches(rows, self.tokenizer, device=self.device),
-            loss=drawn_label_loss(self.teacher.config, seed=self.settings.seed),
+            loss=prediction_shift_loss(self.teacher.config, seed=self.settings.seed),
             task=self.raw.task.name,
             model_name=self.teacher_dir.resolve().name,
             group_V=group_V,

@@ -151,8 +151,10 @@ def warn_of_other_rows(teacher_dir: Path, data: TaskData) -> None:
     """Warn if a model that `save_encoder` made notes of was trained on other rows than those of `data`.
 
     Rows held out by another draw are in part those that the teacher has learned by heart: its own score and
-    its student's would be too good.
+    its student's would be too good. Of rows without labels nothing is said: none are scored by.
     """
+    if "label" not in data.train.column_names:
+        return
     try:
         noted = json.loads((teacher_dir / _NOTES).read_text())["train_rows"]
     except (OSError, ValueError, KeyError, TypeError):

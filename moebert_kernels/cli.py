@@ -302,7 +302,13 @@ def adapt(
         raise UserError("give --importance with the scores, or --random-split: one of the two")
     # The default of `compress` needs scores that were taken per token.
     settings = compress_settings(run, experts, routing="hash-random")
-    needed = settings.fit or settings.routing in COUNTING_ROUTINGS
+    is_counted = settings.routing in COUNTING_ROUTINGS
+    if settings.fit and not is_counted and data.task is data.data is None:
+        raise UserError(
+            "--data must be given: experts are fitted to text, which needs no labels; --no-fit leaves them "
+            "as they are cut"
+        )
+    needed = settings.fit or is_counted
     rows = data.load(needs_labels=False) if needed else None
     console = Console(highlight=False)
     with StageBars(console) as progress:

@@ -254,7 +254,7 @@ def test_published_importance_converts(call, folder):
             "compress --teacher teacher --data reviews.csv --label-column stars --output x",
             ["--label-column does not apply to text without labels; for labelled rows, name a --task"],
         ),
-        ("adapt --teacher teacher --random-split --output x", ["--data must be given"]),
+        ("adapt --teacher teacher --random-split --output x", ["--data must be given", "--no-fit"]),
         (
             "compress --teacher teacher --task csv --data reviews.csv --output x",
             [

@@ -301,3 +301,18 @@ def test_what_does_not_fit_is_said():
         fit_experts(student, teacher, [])
     with pytest.raises(ValueError, match="ridge must be more than 0, got 0"):
         fit_experts(student, teacher, batches(), ridge=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("routing", ["hash-random", "gate-token"])
+def test_a_gpu_fits_the_same(routing):
+    teacher = tiny_bert.build(BertForSequenceClassification)
+    fitted = []
+    for device in ("cpu", "cuda"):
+        student = to_moe(teacher.to(device), tiny_bert.quarters(), num_shared_neurons=0, routing=routing)
+        found = fit_experts(student, teacher, batches())
+        fitted.append((found, student.to("cpu")))
+    (ours, there), (theirs, here) = fitted
+    assert ours.fitted_L == pytest.approx(theirs.fitted_L, rel=1e-3)
+    for one, other in zip(there.parameters(), here.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-3)

@@ -41,7 +41,6 @@ SETTINGS = CompressSettings(
 STUDENTS = {
     "affinity-4": SETTINGS,
     "random-4": replace(SETTINGS, routing="hash-random", comparisons=()),
-    "affinity-16": replace(SETTINGS, num_experts=16, expert_size=384, comparisons=()),
 }
 
 

@@ -1,4 +1,4 @@
-"""The `moebert` command from its first instant: outside the package, whose import takes seconds."""
+"""The `moebert` command from its first instant: outside the package, so that Ctrl-C is quiet at once."""
 
 import os
 import signal

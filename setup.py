@@ -2,7 +2,11 @@
 
 What the machine offers decides what is built: C++ and CUDA, C++ alone, or nothing. A missing tool never fails
 an install, and neither does an error of a tool that is there, unless MOEBERT_REQUIRE_NATIVE is set: "cpu"
-demands the C++ part, "cuda" both. CXX and CUDA_HOME choose the tools, MAX_JOBS bounds parallel compilations.
+demands the C++ part, "cuda" both; warnings are errors then.
+
+CXX, a command with its options, or else the C++ compiler beside CC, and CUDA_HOME choose the tools; CPPFLAGS,
+CFLAGS, CXXFLAGS and LDFLAGS are added to their options, NVCC_PREPEND_FLAGS and NVCC_APPEND_FLAGS by nvcc
+itself, whose host compiler CUDAHOSTCXX or NVCC_CCBIN may choose. MAX_JOBS bounds parallel compilations.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +28,11 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
-CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
-NVCC_FLAGS = ["-std=c++17", "-O3", "--Werror", "all-warnings", "-Xptxas=-warn-spills"]
+CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+NVCC_FLAGS = ["-std=c++17", "-O3", "-Xptxas=-warn-spills"]
+CXX_STRICT, NVCC_STRICT = ["-Werror"], ["--Werror", "all-warnings", "-Xcompiler=-Werror"]
+PLUS_PLUS = {"cc": "c++", "gcc": "g++", "clang": "clang++"}
+LAUNCHERS = ("ccache", "sccache", "distcc", "icecc")  # before a compiler in CXX
 SASS_ARCHS = ("80", "90a", "100a")
 RECORD = (
     "_native_missing.txt"  # beside moebert_kernels._native, in its place; moebert_kernels.native reads it
@@ -41,9 +49,11 @@ class Missing:
 
 @dataclass(frozen=True)
 class Cxx:
-    """A C++ compiler, ninja, and the headers they need."""
+    """A C++ compiler's command, the user's options for it, ninja, and the headers they need."""
 
-    compiler: str
+    command: tuple[str, ...]
+    options: tuple[str, ...]
+    link_options: tuple[str, ...]
     ninja: str
     includes: tuple[str, ...]
 
@@ -59,12 +69,45 @@ class Cuda:
     archs: tuple[str, ...]
 
 
+def words(variable: str) -> list[str]:
+    """The words of a command, or of its options, that an environment variable holds; none if it is not set.
+
+    Raises:
+        ValueError: a quotation mark is not closed.
+    """
+    try:
+        return shlex.split(os.environ.get(variable, ""))
+    except ValueError as error:
+        raise ValueError(f"{variable}={os.environ[variable]} is no command line: {error}") from None
+
+
+def beside_cc() -> list[list[str]]:
+    """The C++ compiler that belongs to CC, such as clang++-18 to clang-18, with CC's options."""
+    if not words("CC"):
+        return []
+    launcher, (compiler, *options) = split_launcher(words("CC"))
+    folder, name = os.path.split(compiler)
+    sibling = re.sub(r"(?:(?<=-)|^)(gcc|clang|cc)(?=-|$)", lambda match: PLUS_PLUS[match[1]], name)
+    return [] if sibling == name else [[*launcher, os.path.join(folder, sibling), *options]]
+
+
+def split_launcher(command: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What stands before the compiler in a command, such as ccache, and the rest."""
+    begin = 1 if len(command) > 1 and Path(command[0]).name in LAUNCHERS else 0
+    return list(command[:begin]), list(command[begin:])
+
+
 def find_cxx() -> Cxx | Missing:
     """What the C++ part needs, or the first thing that is missing."""
-    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    compiler = next((path for name in candidates if (path := shutil.which(name))), None)
-    if compiler is None:
-        return Missing(f"no C++ compiler found (looked for {', '.join(candidates)})")
+    try:
+        candidates = [words("CXX")] if words("CXX") else [*beside_cc(), ["c++"], ["g++"], ["clang++"]]
+        options = [*words("CPPFLAGS"), *words("CFLAGS"), *words("CXXFLAGS")]
+        link_options = words("LDFLAGS")
+    except ValueError as error:
+        return Missing(str(error))
+    command = next(((path, *rest) for name, *rest in candidates if (path := shutil.which(name))), None)
+    if command is None:
+        return Missing(f"no C++ compiler found (looked for {', '.join(name for name, *_ in candidates)})")
     python_include = sysconfig.get_paths()["include"]
     if not Path(python_include, "Python.h").exists():
         return Missing(f"Python.h is not in {python_include} (install Python's development headers)")
@@ -73,7 +116,8 @@ def find_cxx() -> Cxx | Missing:
         import pybind11
     except ImportError as error:
         return Missing(f"the build requirement {error.name} is not installed")
-    return Cxx(compiler, str(Path(ninja.BIN_DIR, "ninja")), (python_include, pybind11.get_include()))
+    includes = (python_include, pybind11.get_include())
+    return Cxx(command, tuple(options), tuple(link_options), str(Path(ninja.BIN_DIR, "ninja")), includes)
 
 
 def find_cuda() -> Cuda | Missing:
@@ -125,9 +169,20 @@ def ninja_command(*words: str) -> str:
     return " ".join(w if w in ("$in", "$out", "$out.d") else shlex.quote(w).replace("$", "$$") for w in words)
 
 
+def host_compiler(cxx: Cxx) -> list[str]:
+    """The options by which nvcc knows its host compiler: CUDAHOSTCXX, or the C++ compiler."""
+    if os.environ.get("NVCC_CCBIN"):  # nvcc reads it itself
+        return []
+    if chosen := os.environ.get("CUDAHOSTCXX"):
+        return [f"-ccbin={chosen}"]
+    _, (compiler, *options) = split_launcher(cxx.command)
+    return [f"-ccbin={compiler}", *(f"-Xcompiler={option}" for option in options)]
+
+
 def ninja_file(cxx: Cxx, cuda: Cuda | Missing, target: Path) -> str:
     """The build of `target`, objects beside the file itself."""
     info = {"MOEBERT_CUDA_VERSION": "", "MOEBERT_CUDA_ARCHS": "", "MOEBERT_NO_CUDA_REASON": ""}
+    strict = bool(required_parts())  # elsewhere a compiler newer than this file may warn of what it likes
     defines = []
     sources = ["bindings.cpp", "parallel.cpp", "plan_cpu.cpp", "rows_cpu.cpp"]
     sources += ["rows_baseline.cpp", "rows_avx2.cpp", "rows_avx512.cpp"]
@@ -139,11 +194,12 @@ def ninja_file(cxx: Cxx, cuda: Cuda | Missing, target: Path) -> str:
         sources.append("plan_cuda.cu")
         # The static runtime opens the driver when first used: importing needs neither driver nor toolkit.
         link += [f"-L{cuda.libraries}", "-lcudart_static", "-ldl", "-lrt"]
-        host_flags = "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Werror"
+        host_flags = "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"
         nvcc = ninja_command(
             cuda.nvcc,
-            f"-ccbin={cxx.compiler}",
+            *host_compiler(cxx),
             *NVCC_FLAGS,
+            *(NVCC_STRICT if strict else ()),
             host_flags,
             *cuda.gencode,
             "-MMD",
@@ -155,11 +211,12 @@ def ninja_file(cxx: Cxx, cuda: Cuda | Missing, target: Path) -> str:
         info["MOEBERT_NO_CUDA_REASON"] = f"built without CUDA: {cuda.reason}"
     defines += [f'-D{name}="{value}"' for name, value in info.items()]
     includes = [word for path in cxx.includes for word in ("-isystem", path)]
-    compile_cxx = ninja_command(cxx.compiler, *CXX_FLAGS, *defines, *includes, "-MMD", "-MF", "$out.d")
+    flags = [*CXX_FLAGS, *(CXX_STRICT if strict else ()), *defines, *includes, *cxx.options]
+    compile_cxx = ninja_command(*cxx.command, *flags, "-MMD", "-MF", "$out.d")
     rules += ["rule cxx", f"  command = {compile_cxx} -c $in -o $out", "  depfile = $out.d", ""]
     rules += [
         "rule link",
-        f"  command = {ninja_command(cxx.compiler)} $in -o $out {ninja_command(*link)}",
+        f"  command = {ninja_command(*cxx.command)} $in -o $out {ninja_command(*link, *cxx.link_options)}",
         "",
     ]
     objects = [source.replace(".", "_") + ".o" for source in sources]
@@ -212,14 +269,14 @@ class BuildNative(build_ext):
         if isinstance(cuda, Missing) and "cuda" in required_parts():
             raise SystemExit(f"moebert_kernels: MOEBERT_REQUIRE_NATIVE=cuda, but {cuda.reason}")
         if isinstance(cuda, Cuda):
-            say(f"building C++ ({cxx.compiler}) and CUDA {cuda.version} ({' '.join(cuda.archs)})")
+            say(f"building C++ ({shlex.join(cxx.command)}) and CUDA {cuda.version} ({' '.join(cuda.archs)})")
             if self.run_ninja(ext, cxx, cuda):
                 return
             if "cuda" in required_parts():
                 raise SystemExit("moebert_kernels: the CUDA build failed; its output is above")
             say("WARNING: the CUDA build FAILED (its output is above); going on with C++ alone")
             cuda = Missing("its build failed")
-        say(f"building C++ alone ({cxx.compiler}); {cuda.reason}")
+        say(f"building C++ alone ({shlex.join(cxx.command)}); {cuda.reason}")
         if self.run_ninja(ext, cxx, cuda):
             return
         if "cpu" in required_parts():
@@ -227,7 +284,7 @@ class BuildNative(build_ext):
         say(
             "WARNING: the C++ build FAILED (its output is above); installing pure Python: correct, but slower"
         )
-        self.missing = f"its build with {cxx.compiler} failed; `pip install -v` shows the errors"
+        self.missing = f"its build with {shlex.join(cxx.command)} failed; `pip install -v` shows the errors"
 
     def run_ninja(self, ext: Extension, cxx: Cxx, cuda: Cuda | Missing) -> bool:
         """Build the module with these parts; its output goes to the log."""

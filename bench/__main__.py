@@ -1,5 +1,5 @@
 """`python -m bench`."""
 
-from .commands import app
+from .commands import main
 
-app(prog_name="python -m bench")
+main()

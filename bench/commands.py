@@ -1,33 +1,24 @@
-"""The command line of the benchmarks: `python -m bench`, and `moebert bench`."""
+"""The command line of the benchmarks: `python -m bench`, and `moebert bench`.
+
+It is made of the standard library alone: a borrowed GPU machine rarely has more than PyTorch and Triton.
+"""
 
 from __future__ import annotations
 
-import copy
-import functools
-import inspect
+import argparse
 import re
-from collections.abc import Callable, Collection
+import sys
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
-
-import typer
+from typing import TYPE_CHECKING
 
 from .options import PARAMETERS, TAKES, flag
-from .usage import PlainGroup
 
 if TYPE_CHECKING:
     from .cases import Request
     from .registry import Op
 
-app = typer.Typer(
-    name="bench",
-    cls=PlainGroup,
-    no_args_is_help=True,
-    add_completion=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    help="Measure the expert FFN, its dispatch, whole models and importance, the peers beside them.",
-)
-_SHAPES, _METHOD = "Shapes (default: a range that suits the device)", "Method"
+SUMMARY = "Measure the expert FFN, its dispatch, whole models and importance, the peers beside them."
 _HELP = {
     "ffn": "The expert FFN against the dense FFN it replaces, loops, and other grouped GEMMs.",
     "dispatch": "From token ids to every layer's sorted order.",
@@ -37,33 +28,179 @@ _HELP = {
 }
 
 
-def _words(option: str, text: str | None) -> tuple[str, ...] | None:
-    if text is None:
-        return None
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m bench") -> None:
+    """Run a command line, by default this process's; wrong options end the process with status 2."""
+    parser, commands = make_parser(prog)
+    given = parser.parse_args(arguments)
+    if given.command is None:
+        parser.print_help(sys.stderr)
+        sys.exit(2)
+    try:
+        given.run(given)
+    except (ValueError, OSError) as error:
+        commands[given.command].error(str(error))
+
+
+def make_parser(prog: str) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser of all commands, and each command's own by name."""
+    parser = argparse.ArgumentParser(prog, description=SUMMARY, allow_abbrev=False)
+    subparsers = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
+
+    def command(name: str, text: str, run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+        made = subparsers.add_parser(name, help=text, description=text, allow_abbrev=False)
+        made.set_defaults(run=run)
+        return made
+
+    for name, text in _HELP.items():
+        benchmark = command(name, text, measure)
+        benchmark.usage = f"{prog} {name} [options]"
+        _add_general(benchmark)
+        _add_shapes(benchmark, TAKES.get(name, PARAMETERS))
+        _add_method(benchmark)
+    _add_general(command("host", "Microseconds of the host per call: no GPU is needed.", measure_host))
+    readme = command("readme", "Write the measured tables into a README.", update_readme)
+    readme.add_argument(
+        "file", type=_file, help="a markdown file with <!-- bench:NAME:begin/end --> markers", metavar="FILE"
+    )
+    readme.add_argument(
+        "--results",
+        type=_folder,
+        default=Path("bench/results"),
+        help="folder of result files (default: %(default)s)",
+    )
+    readme.add_argument(
+        "--check",
+        action="store_true",
+        help="change nothing; if the tables are old, show what would change and fail",
+    )
+    plot = command("plot", "Draw a result file: time against tokens, and the roofline.", draw)
+    plot.add_argument("file", type=_file, help="a result file", metavar="FILE")
+    plot.add_argument("--out", type=Path, help="picture to write (default: beside the file, .svg)")
+    return parser, subparsers.choices
+
+
+def _add_general(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--toy", action="store_true", help="tiny shapes: does everything run?")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="for a .jsonl and a plot of each (default: print only)"
+    )
+
+
+def _add_shapes(parser: argparse.ArgumentParser, taken: Collection[str]) -> None:
+    """Sizes that are not taken are left out of the help; who gives one is still told why it is refused."""
+    group = parser.add_argument_group("shapes (default: a range that suits the device)")
+
+    def option(field: str, text: str, **more: object) -> None:
+        shown = text if field in taken else argparse.SUPPRESS
+        group.add_argument(flag(field), help=shown, **more)  # type: ignore[arg-type]
+
+    option("T", "T, e.g. 64,512,4096", type=_numbers, metavar="N,...")
+    option("D", "D", type=_count, metavar="N")
+    option("F", "F, neurons of one expert", type=_count, metavar="N")
+    option("E", "E", type=_count, metavar="N")
+    option("K", "K, experts of one token", type=_count, metavar="N")
+    option("L", "L", type=_count, metavar="N")
+    option("sequence", "sequence length", type=_count, metavar="N")
+    option("dtypes", "float32, bfloat16, float16", type=_words, metavar="NAME,...")
+    option(
+        "routings",
+        "balanced (alone by default), zipf, skewed (one expert has 70 %%)",
+        type=_words,
+        metavar="NAME,...",
+    )
+    option("shapes", "encoders' sizes: bert-base, minilm", type=_words, metavar="NAME,...")
+    option("norm", "the form that encoders use: residual and each expert's LayerNorm", action="store_true")
+    option("text", "sentences, a line each or a .tsv's column: a padded batch of 32", metavar="FILE")
+
+
+def _add_method(parser: argparse.ArgumentParser) -> None:
+    option = parser.add_argument_group("method").add_argument
+    option("--threads", type=_count, metavar="N", help="on the CPU, pinned (default: all)")
+    option(
+        "--passes",
+        type=_words,
+        metavar="NAME,...",
+        help="e.g. forward,forward+backward; of ffn also dispatch+forward, dispatch+forward+backward",
+    )
+    option("--launch", type=_words, metavar="NAME,...", help="eager, graph")
+    option("--cache", type=_words, metavar="NAME,...", help="warm, cold (data rotated past the last cache)")
+    option(
+        "--rounds",
+        type=_count,
+        metavar="N",
+        default=30,
+        help="interleaved samples of each entry (default: %(default)s)",
+    )
+    option(
+        "--seconds",
+        type=_seconds,
+        metavar="S",
+        default=10.0,
+        help="stop the rounds of one table column after this (default: %(default)s)",
+    )
+    option("--limit", type=_seconds, metavar="S", help="start nothing more after so many seconds")
+    option("--only", type=_words, metavar="NAME,...", help="entries to run (default: all)")
+    option(
+        "--peer-path",
+        type=_folder,
+        metavar="FOLDER",
+        help="with triton_kernels' and scattermoe's sources",
+    )
+
+
+def _words(text: str) -> tuple[str, ...]:
     words = tuple(word.strip() for word in text.split(","))
     if not all(words):
-        raise typer.BadParameter(
-            f"expected words with commas between them, got {text!r}", param_hint=f"'{option}'"
-        )
+        raise argparse.ArgumentTypeError(f"expected words with commas between them, got {text!r}")
     return words
 
 
-def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
+def _numbers(text: str) -> tuple[int, ...]:
     words = text.split(",")
-    if not all(re.fullmatch(r"\s*0*[1-9]\d*\s*", word) for word in words):
-        raise typer.BadParameter(
-            f"expected whole numbers from 1 with commas between them, got {text!r}", param_hint=f"'{option}'"
+    if not all(map(_is_count, words)):
+        raise argparse.ArgumentTypeError(
+            f"expected whole numbers from 1 with commas between them, got {text!r}"
         )
     return tuple(int(word) for word in words)
 
 
-def _among(option: str, text: str | None, known: tuple[str, ...]) -> tuple[str, ...] | None:
-    words = _words(option, text)
+def _count(text: str) -> int:
+    if not _is_count(text):
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
+    return int(text)
+
+
+def _is_count(text: str) -> bool:
+    return re.fullmatch(r"\s*0*[1-9]\d*\s*", text) is not None
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not seconds >= 0:
+        raise argparse.ArgumentTypeError(f"expected seconds, 0 or more, got {text!r}")
+    return seconds
+
+
+def _file(text: str) -> Path:
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {text!r}")
+    return Path(text)
+
+
+def _folder(text: str) -> Path:
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {text!r}")
+    return Path(text)
+
+
+def _among(option: str, words: tuple[str, ...] | None, known: tuple[str, ...]) -> tuple[str, ...] | None:
     unknown = [word for word in words or () if word not in known]
     if unknown:
-        raise typer.BadParameter(f"{option} must be among {', '.join(known)}, got {', '.join(unknown)}")
+        raise ValueError(f"{option} must be among {', '.join(known)}, got {', '.join(unknown)}")
     return words
 
 
@@ -72,98 +209,10 @@ def _check_taken(op: Op, asked: Request) -> None:
     for field in PARAMETERS:
         if getattr(asked, field) is not None and field not in op.takes:
             taken = ", ".join(flag(known) for known in PARAMETERS if known in op.takes)
-            raise typer.BadParameter(f"{op.name} has no {flag(field)}; its shapes are chosen by {taken}")
+            raise ValueError(f"{op.name} has no {flag(field)}; its shapes are chosen by {taken}")
 
 
-def measure(
-    context: typer.Context,
-    tokens: Annotated[str | None, typer.Option(help="T, e.g. 64,512,4096.", rich_help_panel=_SHAPES)] = None,
-    hidden: Annotated[int | None, typer.Option(min=1, help="D.", rich_help_panel=_SHAPES)] = None,
-    expert_size: Annotated[
-        int | None, typer.Option(min=1, help="F, neurons of one expert.", rich_help_panel=_SHAPES)
-    ] = None,
-    experts: Annotated[int | None, typer.Option(min=1, help="E.", rich_help_panel=_SHAPES)] = None,
-    top_k: Annotated[
-        int | None, typer.Option(min=1, help="K, experts of one token.", rich_help_panel=_SHAPES)
-    ] = None,
-    layers: Annotated[int | None, typer.Option(min=1, help="L.", rich_help_panel=_SHAPES)] = None,
-    sequence: Annotated[
-        int | None, typer.Option(min=1, help="Sequence length.", rich_help_panel=_SHAPES)
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16, float16.", rich_help_panel=_SHAPES)
-    ] = None,
-    skew: Annotated[
-        str | None,
-        typer.Option(
-            help="Routings: balanced (alone by default), zipf, skewed (one expert has 70 %).",
-            rich_help_panel=_SHAPES,
-        ),
-    ] = None,
-    shape: Annotated[
-        str | None,
-        typer.Option(help="Encoders' sizes: bert-base, minilm.", rich_help_panel=_SHAPES),
-    ] = None,
-    norm: Annotated[
-        bool,
-        typer.Option(
-            "--norm",
-            help="The form that encoders use: residual and each expert's LayerNorm.",
-            rich_help_panel=_SHAPES,
-        ),
-    ] = False,
-    text: Annotated[
-        Path | None,
-        typer.Option(
-            help="Sentences, a line each or a .tsv's column: a padded batch of 32.",
-            rich_help_panel=_SHAPES,
-        ),
-    ] = None,
-    toy: Annotated[bool, typer.Option("--toy", help="Tiny shapes: does everything run?")] = False,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if there is one.")] = None,
-    threads: Annotated[
-        int | None,
-        typer.Option(min=1, help="Threads on the CPU, pinned; default: all.", rich_help_panel=_METHOD),
-    ] = None,
-    passes: Annotated[
-        str | None,
-        typer.Option(
-            help="E.g. forward,forward+backward; of ffn also dispatch+forward, dispatch+forward+backward.",
-            rich_help_panel=_METHOD,
-        ),
-    ] = None,
-    launch: Annotated[str | None, typer.Option(help="eager, graph.", rich_help_panel=_METHOD)] = None,
-    cache: Annotated[
-        str | None,
-        typer.Option(help="warm, cold (data rotated past the last cache).", rich_help_panel=_METHOD),
-    ] = None,
-    rounds: Annotated[
-        int, typer.Option(min=1, help="Interleaved samples of each entry.", rich_help_panel=_METHOD)
-    ] = 30,
-    seconds: Annotated[
-        float,
-        typer.Option(min=0, help="Stop the rounds of one table column after this.", rich_help_panel=_METHOD),
-    ] = 10.0,
-    limit: Annotated[
-        float | None,
-        typer.Option(min=0, help="Seconds after which nothing more is started.", rich_help_panel=_METHOD),
-    ] = None,
-    only: Annotated[
-        str | None, typer.Option(help="Entries to run, by name; default: all.", rich_help_panel=_METHOD)
-    ] = None,
-    peer_path: Annotated[
-        Path | None,
-        typer.Option(
-            exists=True,
-            file_okay=False,
-            help="Folder with triton_kernels' and scattermoe's sources.",
-            rich_help_panel=_METHOD,
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for a .jsonl and a plot of each; default: print only.")
-    ] = None,
-) -> None:
+def measure(given: argparse.Namespace) -> None:
     """Verify every entry against a float64 reference, then time them all in turn."""
     import torch
 
@@ -173,125 +222,75 @@ def measure(
     from .suite import OPS, run_benchmarks
     from .timing import CACHES, LAUNCHES
 
-    if not seconds >= 0:
-        raise typer.BadParameter(f"--seconds must not be negative, got {seconds}")
     asked = Request(
-        T=_numbers("--tokens", tokens),
-        D=hidden,
-        F=expert_size,
-        E=experts,
-        K=top_k,
-        L=layers,
-        sequence=sequence,
-        dtypes=_among("--dtype", dtype, tuple(DTYPES)),
-        routings=_among("--skew", skew, TIMED_ROUTINGS),
-        shapes=_among("--shape", shape, tuple(SHAPES)),
-        norm=norm or None,
-        text=None if text is None else str(text),
+        T=given.tokens,
+        D=given.hidden,
+        F=given.expert_size,
+        E=given.experts,
+        K=given.top_k,
+        L=given.layers,
+        sequence=given.sequence,
+        dtypes=_among("--dtype", given.dtype, tuple(DTYPES)),
+        routings=_among("--skew", given.skew, TIMED_ROUTINGS),
+        shapes=_among("--shape", given.shape, tuple(SHAPES)),
+        norm=given.norm or None,
+        text=given.text,
     )
-    name = context.info_name or "all"
-    ops = list(OPS.values()) if name == "all" else [OPS[name]]
+    ops = list(OPS.values()) if given.command == "all" else [OPS[given.command]]
     settings = Settings(
-        request=asked.over(TOY) if toy else asked,
-        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        threads=threads,
-        passes=_among("--passes", passes, tuple(dict.fromkeys(p for op in ops for p in op.passes))),
-        launches=_among("--launch", launch, LAUNCHES),
-        caches=_among("--cache", cache, CACHES),
-        rounds=min(rounds, 3) if toy else rounds,
-        seconds=seconds,
-        limit=limit,
-        peer_path=None if peer_path is None else str(peer_path),
-        only=_words("--only", only),
-        probes=ceilings.TOY if toy else None,
+        request=asked.over(TOY) if given.toy else asked,
+        device=given.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        threads=given.threads,
+        passes=_among("--passes", given.passes, tuple(dict.fromkeys(p for op in ops for p in op.passes))),
+        launches=_among("--launch", given.launch, LAUNCHES),
+        caches=_among("--cache", given.cache, CACHES),
+        rounds=min(given.rounds, 3) if given.toy else given.rounds,
+        seconds=given.seconds,
+        limit=given.limit,
+        peer_path=None if given.peer_path is None else str(given.peer_path),
+        only=given.only,
+        probes=ceilings.TOY if given.toy else None,
     )
-    if name != "all":
-        _check_taken(OPS[name], asked)
-    try:
-        if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
-        run_benchmarks([op.name for op in ops], settings, out)
-    except (ValueError, OSError) as error:
-        raise typer.BadParameter(str(error)) from None
+    if given.command != "all":
+        _check_taken(ops[0], asked)
+    if given.out is not None:
+        given.out.mkdir(parents=True, exist_ok=True)
+    run_benchmarks([op.name for op in ops], settings, given.out)
 
 
-def _showing(function: Callable[..., None], taken: Collection[str]) -> Callable[..., None]:
-    """The function, its help without the options of shapes that are not taken; they are still explained."""
-    hints = get_type_hints(function, include_extras=True)
-    for field, name in PARAMETERS.items():
-        if field not in taken:
-            kind, option = get_args(hints[name])
-            option = copy.copy(option)
-            option.hidden = True
-            hints[name] = Annotated[kind, option]
+def measure_host(given: argparse.Namespace) -> None:
+    """Time what Python and PyTorch do around the kernels."""
+    import torch
 
-    @functools.wraps(function)
-    def command(*arguments: Any, **options: Any) -> None:
-        function(*arguments, **options)
+    from .host import measure
 
-    signature = inspect.signature(function)
-    parameters = [p.replace(annotation=hints[name]) for name, p in signature.parameters.items()]
-    command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = hints
-    return command
+    device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    measure(device, toy=given.toy, out=given.out)
 
 
-for _name, _text in _HELP.items():
-    app.command(_name, help=_text)(_showing(measure, TAKES.get(_name, PARAMETERS)))
-
-
-@app.command()
-def readme(
-    file: Annotated[
-        Path,
-        typer.Argument(
-            exists=True, dir_okay=False, help="A markdown file with <!-- bench:NAME:begin/end --> markers."
-        ),
-    ],
-    results: Annotated[
-        Path, typer.Option(exists=True, file_okay=False, help="Folder of result files.")
-    ] = Path("bench/results"),
-    check: Annotated[
-        bool,
-        typer.Option(
-            "--check", help="Change nothing; if the tables are old, show what would change and fail."
-        ),
-    ] = False,
-) -> None:
-    """Write the measured tables into a README."""
+def update_readme(given: argparse.Namespace) -> None:
+    """Write the tables, or show that they are old."""
     import difflib
 
     from .readme import update
 
-    text = file.read_text(encoding="utf-8")
-    try:
-        fresh = update(text, results)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    if check and fresh != text:
-        lines, new = text.splitlines(), fresh.splitlines()
-        for line in difflib.unified_diff(lines, new, str(file), f"{file}, by {results}", lineterm=""):
-            typer.echo(line)
-        typer.echo(
-            f"{file} does not show the results in {results}: run python -m bench readme {file}", err=True
+    text = given.file.read_text(encoding="utf-8")
+    fresh = update(text, given.results)
+    if not given.check:
+        given.file.write_text(fresh, encoding="utf-8")
+    elif fresh != text:
+        names = (str(given.file), f"{given.file}, by {given.results}")
+        for line in difflib.unified_diff(text.splitlines(), fresh.splitlines(), *names, lineterm=""):
+            print(line)
+        sys.exit(
+            f"{given.file} does not show the results in {given.results}: "
+            f"run python -m bench readme {given.file}"
         )
-        raise typer.Exit(1)
-    if not check:
-        file.write_text(fresh, encoding="utf-8")
 
 
-@app.command("plot")
-def plot_command(
-    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A result file.")],
-    out: Annotated[
-        Path | None, typer.Option(help="Picture to write; default: beside the file, .svg.")
-    ] = None,
-) -> None:
-    """Draw a result file: time against tokens, and the roofline."""
+def draw(given: argparse.Namespace) -> None:
+    """Draw a result file."""
     from .plot import plot
     from .results import read
 
-    try:
-        typer.echo(plot(read(file), out or file.with_suffix(".svg")))
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+    print(plot(read(given.file), given.out or given.file.with_suffix(".svg")))

@@ -166,4 +166,5 @@ IMPORTANCE = Op(
     work=work,
     footprint=footprint,
     baselines=(AUTHORS,),
+    needs=("transformers", "datasets"),
 )

@@ -201,4 +201,5 @@ MODEL = Op(
     work=work,
     footprint=footprint,
     baselines=(DENSE, BOUND),
+    needs=("transformers",),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,20 @@ from .results import Results, Row
 from .tables import Group, grouped
 
 
+class NotDrawn(ValueError):  # noqa: N818 - the figures are there all the same
+    """Why there is no picture."""
+
+
 def plot(results: Results, path: str | Path) -> Path:
     """Draw the passes side by side: time above, roofline below. The format is the path's ending.
 
     Of the launch modes and cache states one each is drawn: graphs and cold caches where there are any.
+
+    Raises:
+        NotDrawn: matplotlib is not installed.
     """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise NotDrawn("matplotlib is not installed")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -17,9 +17,9 @@ from moebert_kernels.environment import BUSY
 
 from .cases import FFNCase
 from .ratios import RATIO_LEGEND, networks, ratio_tables
-from .results import Results, read_folder, subject
+from .results import Results, Row, read_folder, subject
 from .suite import OPS
-from .tables import LEGEND, markdown, table, telling
+from .tables import LEGEND, duration, markdown, table, telling
 from .targets import TARGETS, Target
 
 NOT_MEASURED = "not measured yet"
@@ -173,26 +173,41 @@ def provenance(result: Results, legend: str) -> str:
 
 
 def _targets(results: list[Results]) -> str:
-    head = [
-        "| H200, bfloat16, CUDA graph, cold caches | T | floor | aim | reached |",
+    """What was aimed at and reached, card by card: floors, and with them the aims, are each card's own."""
+    if not results:
+        lines = [_target_line(target, target.floor_us * 1e-6, NOT_MEASURED) for target in TARGETS]
+        return "\n".join([*_targets_head("H200"), *lines])
+    tables = []
+    for result in results:
+        lines = []
+        for target in TARGETS:
+            row = _reached(target, result)
+            if row is None or row.seconds is None:
+                lines.append(f"| {target.pass_} | {target.tokens} | – | – | {NOT_MEASURED} |")
+            else:
+                lines.append(_target_line(target, row.floor_s, duration(row.seconds.median)))
+        tables.append("\n".join([*_targets_head(result.run.device), *lines]))
+    return "\n\n".join(tables)
+
+
+def _targets_head(card: str) -> list[str]:
+    return [
+        f"| {card}, bfloat16, CUDA graph, cold caches | T | floor | aim | reached |",
         "|---|--:|--:|--:|--:|",
     ]
-    lines = [
-        f"| {target.pass_} | {target.tokens} | {target.floor_us:g} µs | "
-        f"{'–' if target.aim_us is None else f'{target.aim_us:g} µs'} | {_reached(target, results)} |"
-        for target in TARGETS
-    ]
-    return "\n".join(head + lines)
 
 
-def _reached(target: Target, results: list[Results]) -> str:
-    wanted = asdict(FFNCase(target.tokens))
-    for result in results:
-        if "H200" not in result.run.device:
-            continue
-        ours = OPS["ffn"].entries(None)[0].name
-        for row in result.rows:
-            mode = (row.entry, row.pass_, row.launch, row.cache)
-            if mode == (ours, target.pass_, "graph", "cold") and row.case == wanted and row.seconds:
-                return f"{row.seconds.median * 1e6:.1f} µs"
-    return NOT_MEASURED
+def _target_line(target: Target, floor_s: float, reached: str) -> str:
+    aim_s = target.aim_s(floor_s)
+    aim = "–" if aim_s is None else duration(aim_s)
+    return f"| {target.pass_} | {target.tokens} | {duration(floor_s)} | {aim} | {reached} |"
+
+
+def _reached(target: Target, result: Results) -> Row | None:
+    """The figure of ours that the target is about."""
+    wanted, ours = asdict(FFNCase(target.tokens)), OPS["ffn"].entries(None)[0].name
+    for row in result.rows:
+        mode = (row.entry, row.pass_, row.launch, row.cache)
+        if mode == (ours, target.pass_, "graph", "cold") and row.case == wanted and row.seconds:
+            return row
+    return None

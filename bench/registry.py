@@ -74,6 +74,7 @@ class Op:
         footprint: inputs -> bytes one call reads, of which several copies defeat the caches.
         baselines: names of entries that ours is set in ratio to.
         default_passes: those timed unless others are asked for; empty for all.
+        needs: packages, by the names they are imported by, without which none of its entries runs.
     """
 
     name: str
@@ -88,3 +89,4 @@ class Op:
     footprint: Callable[[Any], int]
     baselines: tuple[str, ...] = ()
     default_passes: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()

@@ -101,29 +101,33 @@ def slug(run: Run) -> str:
 
 
 def write(folder: str | Path, run: Run, rows: Iterable[Row]) -> Path:
-    """Write a file line by line as rows arrive; it takes its name when it is complete."""
+    """Write a file under its own name, each row the moment it arrives: whatever stops the run, it has them.
+
+    A file of that name is kept beside it, with ".before" added, until this one is complete.
+    """
     path = Path(folder) / f"{slug(run)}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with unfinished.open("w", encoding="utf-8") as file:
-            file.write(json.dumps({"format": FORMAT, **asdict(run)}) + "\n")
-            for row in rows:
-                file.write(json.dumps(asdict(row)) + "\n")
-                file.flush()
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    before = path.with_name(f"{path.name}.before")
+    if path.exists():
+        os.replace(path, before)
+    with path.open("w", encoding="utf-8") as file:
+        file.write(json.dumps({"format": FORMAT, **asdict(run)}) + "\n")
+        file.flush()
+        for row in rows:
+            file.write(json.dumps(asdict(row)) + "\n")
+            file.flush()
+    before.unlink(missing_ok=True)
     return path
 
 
 def read(path: str | Path) -> Results:
-    """Read a file that `write` wrote.
+    """Read a file that `write` wrote, or as much as it had written when it was stopped.
 
     Raises:
         ValueError: it is empty or of another format.
     """
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    text = Path(path).read_text(encoding="utf-8")
+    lines = text[: text.rfind("\n") + 1].splitlines()  # a line without its end was cut off
     try:
         header = json.loads(lines[0]) if lines else {}
     except json.JSONDecodeError:

@@ -69,14 +69,20 @@ def start(op: Op, settings: Settings) -> tuple[Run, Iterator[Row]]:
         ValueError: an entry, a pass or the device that was asked for does not exist.
     """
     device = _device(settings.device)
-    busy = busy_cpus()
     cases = op.cases(settings.request, device.type)
     entries = _chosen("entry", [entry.name for entry in op.entries(settings.peer_path)], settings.only)
     passes = _chosen("pass", list(op.passes), settings.passes or op.default_passes or None)
-    cpus = pin_threads(settings.threads) if device.type == "cpu" else ()
     dtypes = tuple(dict.fromkeys(getattr(case, "dtype", "float32") for case in cases))
-    run = Run(
-        op=op.name,
+    run = describe_run(op.name, dtypes, device, settings)
+    return run, _rows(op, cases, entries, passes, device, settings, run.ceilings)
+
+
+def describe_run(name: str, dtypes: tuple[str, ...], device: torch.device, settings: Settings) -> Run:
+    """Pin the threads and measure the ceilings of dtypes: the head of a result file."""
+    busy = busy_cpus()
+    cpus = pin_threads(settings.threads) if device.type == "cpu" else ()
+    return Run(
+        op=name,
         device_type=device.type,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         threads=torch.get_num_threads(),
@@ -86,7 +92,6 @@ def start(op: Op, settings: Settings) -> tuple[Run, Iterator[Row]]:
         ceilings=measure_ceilings(dtypes, device, settings.probes),
         busy_cpus=busy,
     )
-    return run, _rows(op, cases, entries, passes, device, settings, run.ceilings)
 
 
 def _recorded(item: Any) -> dict[str, Any]:
@@ -142,7 +147,7 @@ def _device(name: str) -> torch.device:
             raise ValueError(
                 f"device is {name!r}, but torch finds {count or 'no'} CUDA device{'s'[: count > 1]}"
             )
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)
     return device
 
 

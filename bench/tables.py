@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
-
-from rich.table import Table as RichTable
 
 from .cases import DTYPES, SHAPES
 from .results import Results, Row
@@ -48,7 +46,7 @@ def shape_name(case: dict[str, Any]) -> str | None:
 
 @dataclass(frozen=True)
 class Line:
-    """One line: a name and a cell for each column. Emphasised lines are ours."""
+    """One line: a name and a cell for each column. Strong lines are ours."""
 
     name: str
     cells: tuple[str, ...]
@@ -193,16 +191,18 @@ LEGEND = (
 )
 
 
-def rich_table(content: Table) -> RichTable:
-    """For the terminal."""
-    drawn = RichTable(title=content.title, caption="\n".join(content.notes) or None, title_justify="left")
-    drawn.caption_justify = "left"
-    drawn.add_column("", min_width=12)
-    for column in content.columns:
-        drawn.add_column(column, justify="right", no_wrap=True)
-    for line in content.lines:
-        drawn.add_row(line.name, *line.cells, style="bold" if line.strong else None)
-    return drawn
+def plain_text(content: Table) -> str:
+    """For terminals and logs: columns below each other, no figure wrapped or cut short."""
+    rows = [("", *content.columns), *((line.name, *line.cells) for line in content.lines)]
+    names, *columns = ([row[index] for row in rows] for index in range(len(rows[0])))
+    aligned = [_aligned(names, str.ljust), *(_aligned(column, str.rjust) for column in columns)]
+    head, *body = ("   ".join(cells).rstrip() for cells in zip(*aligned, strict=True))
+    return "\n".join([content.title, head, "─" * len(head), *body, *content.notes])
+
+
+def _aligned(cells: list[str], justify: Callable[[str, int], str]) -> list[str]:
+    width = max(map(len, cells))
+    return [justify(cell, width) for cell in cells]
 
 
 def markdown(content: Table) -> str:

@@ -1,4 +1,7 @@
-"""What the kernels aim at on an H200: BERT-base MoEBERT's layer, bfloat16, a CUDA graph, cold caches."""
+"""What the kernels aim at: BERT-base MoEBERT's layer, bfloat16, a CUDA graph, cold caches.
+
+Stated for an H200. What is kept on another card is the ratio of aim and floor, the floor by its own ceilings.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,10 @@ class Target:
     floor_us: float
     aim_us: float | None
 
+    def aim_s(self, floor_s: float) -> float | None:
+        """The aim in seconds on a card whose own measured ceilings give this floor."""
+        return None if self.aim_us is None else floor_s * self.aim_us / self.floor_us
+
 
 TARGETS = (
     Target(64, "forward", 2.2, 8),
@@ -34,3 +41,8 @@ TARGETS = (
     Target(16384, "forward+backward", 147, 210),
     Target(65536, "forward+backward", 587, 800),
 )
+
+
+def target_of(tokens: int, pass_: str) -> Target | None:
+    """The line of the table for so many tokens and that pass, if it has one."""
+    return next((line for line in TARGETS if (line.tokens, line.pass_) == (tokens, pass_)), None)

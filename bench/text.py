@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moebert_kernels.compress.demo import find_base_model
+from moebert_kernels.compress.minilm import find_base_model
 from moebert_kernels.errors import UserError
 
 BATCH = 32

@@ -1,258 +1,347 @@
-"""The tuning pass: times candidate tiles of every GEMM and prints the lines of `kernels/configs.py`'s table.
+"""Candidate tiles of every GEMM of the layer, each kernel timed alone: what the tuning table is chosen from.
 
-    python -m bench.tune [--arithmetic half,tf32,ieee] [--limit 400] [--out FILE]
+    python -m bench.tune --out tiles.jsonl [--tokens 16384,4096,65536,512,64] [--roles up,down] [--limit 120]
 
-One choice is varied at a time, the others as they stand, in a CUDA graph on cold caches, at BERT-base sizes.
-A candidate that does not compile, does not fit the device or gives other results is passed over. Paste what
-is printed into the table and read it with `python -m moebert_kernels.kernels.inspect`: an entry that spills
-is a bug, however fast. With --toy and TRITON_INTERPRET=1 everything runs without a GPU, and says nothing.
+All candidates are compiled by a pool of processes first. A candidate is then one GEMM of a pass with another
+tile; the pass runs once, so that the GEMM finds real data, and its result is held against that of the table's
+own tile. Its time is that of its launches in a CUDA graph over copies of the inputs that no cache holds. Each
+figure is appended to the file at once; the fastest of each role and T are printed. With --toy everything runs
+without a GPU, in Triton's interpreter, and says nothing. What is put into the table is read with `python -m
+moebert_kernels.kernels.inspect`: an entry that spills is a bug, however fast.
 """
 
 from __future__ import annotations
 
-import statistics
+import argparse
+import json
+import multiprocessing
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from torch import Tensor
 
-from moebert_kernels import RoutingPlan
-
-from .baselines.implementation import FFNInputs
+from .ahead import as_on, compile_launch
 from .cases import FFNCase
-from .ffn import make_inputs
-from .registry import Outputs, Thunk
+from .ffn import footprint, make_inputs
 from .run import copies_past_cache
-from .tables import duration
-from .timing import make_timer
+from .timing import first_line, make_timer, spread
 from .verify import check_close
 
-_FORWARD = ("up", "down", "tma")
-_BACKWARD = ("down_backward", "up_backward", "weight_grad", "stream_k")
-_WORTH_IT = 0.98  # of the time so far
+TOKENS = (16384, 4096, 65536, 512, 64)
+_SAMPLES = 5
+
+# m, n, warps and stages of the GEMMs whose rows are tokens, with so many parts of the epilogue; k is 64.
+_GEMMS = (
+    (128, 128, 8, 3, (1, 2, 4)),
+    (128, 256, 8, 4, (4,)),
+    (64, 128, 4, 3, (2, 4)),
+    (128, 64, 4, 3, (1, 2)),
+    (64, 64, 4, 4, (1, 2)),
+    (64, 32, 4, 4, (1,)),
+    (32, 64, 4, 4, (1,)),
+    (32, 32, 4, 6, (1,)),
+    (16, 64, 4, 4, (1,)),
+)
+# m, n, warps, stages and programs per multiprocessor of the weight gradients; 0 for one program a tile. Some
+# of the stages hold indices only.
+_WEIGHTS = (
+    (128, 256, 8, 5, 1),
+    (128, 256, 8, 7, 1),
+    (128, 128, 8, 5, 2),
+    (128, 128, 8, 4, 2),
+    (128, 128, 8, 7, 1),
+    (128, 128, 8, 5, 0),
+    (128, 64, 4, 7, 0),
+    (64, 128, 4, 7, 0),
+    (64, 64, 4, 7, 0),
+    (64, 64, 4, 4, 0),
+)
 
 
 @dataclass(frozen=True)
-class Scale:
-    """What is tried, on what.
+class Role:
+    """One GEMM of the layer.
 
     Attributes:
-        case: sizes of the layer.
-        tokens: T that stands for each size class of the table.
-        shapes: m, n, warps and parts of the GEMMs' tiles.
-        weight_shapes: m, n and warps of the weight gradients' tiles.
-        stages: of the pipelines.
-        dense_tokens: T at which all experts on all tokens are tried.
-        samples: of each time, of which the median counts.
+        field: of a `Config`.
+        pass_: the pass it is launched in.
+        kernels: which of the pass's launches it is, by a prefix of their kernels' names.
+        outputs: the results of the pass that it decides.
     """
 
-    case: FFNCase
-    tokens: dict[str, int]
-    shapes: tuple[tuple[int, int, int, int], ...]
-    weight_shapes: tuple[tuple[int, int, int], ...]
-    stages: tuple[int, ...]
-    dense_tokens: tuple[int, ...]
-    samples: int = 9
+    field: str
+    pass_: str
+    kernels: tuple[str, ...]
+    outputs: tuple[str, ...]
 
 
-FULL = Scale(
-    case=FFNCase(0),
-    tokens={"small": 256, "medium": 4096, "large": 32768},
-    shapes=(
-        (64, 64, 4, 2),
-        (64, 128, 4, 4),
-        (128, 64, 4, 2),
-        (128, 128, 8, 4),
-        (64, 256, 8, 4),
-        (128, 256, 8, 4),
-    ),
-    weight_shapes=((64, 64, 4), (64, 128, 4), (128, 128, 8), (128, 256, 8)),
-    stages=(3, 4, 5),
-    dense_tokens=(16, 32, 64, 128, 256, 512, 1024),
-)
-TOY = Scale(
-    case=FFNCase(0, D=16, F=16, E=2, dtype="float32"),
-    tokens={"small": 8},
-    shapes=((16, 16, 4, 1),),
-    weight_shapes=((16, 16, 4),),
-    stages=(2,),
-    dense_tokens=(8,),
-    samples=1,
-)
+ROLES = {
+    "up": Role("up", "inference", ("gather_kernel",), ("y",)),
+    "up_training": Role("up", "forward", ("gather_kernel",), ("y",)),
+    "down": Role("down", "inference", ("scatter_kernel",), ("y",)),
+    "down_backward": Role("down_backward", "backward", ("gather_backward",), ("dx", "dw1", "db1", "db2")),
+    "up_backward": Role("up_backward", "backward", ("scatter_kernel",), ("dx",)),
+    "weight_grad": Role("weight_grad", "backward", ("weight_grad", "join"), ("dw1", "dw2")),
+}
 
 
-def candidates(field: str, scale: Scale, k: int) -> list[Any]:
-    """Values to try for one field of a `Config`."""
+@dataclass(frozen=True)
+class Candidate:
+    """A role's tile; for weight gradients streamed over the multiprocessors or not."""
+
+    role: str
+    tile: Any
+    stream_k: bool = False
+    tma: bool = True
+
+    def config(self, config: Any) -> Any:
+        """The config with this in it."""
+        changed = {ROLES[self.role].field: self.tile, "tma": self.tma}
+        if ROLES[self.role].field == "weight_grad":
+            changed["stream_k"] = self.stream_k
+        return replace(config, **changed)
+
+
+def candidates(role: str, k: int = 64) -> Iterator[Candidate]:
+    """What is tried for a role."""
     from moebert_kernels.kernels.configs import Tile
 
-    if field in ("tma", "stream_k"):
-        return [False, True]
-    if field == "weight_grad":
-        return [
-            Tile(m, n, k, warps, stages) for m, n, warps in scale.weight_shapes for stages in scale.stages
-        ]
-    return [Tile(m, n, k, warps, s, parts) for m, n, warps, parts in scale.shapes for s in scale.stages]
+    if ROLES[role].field == "weight_grad":
+        for m, n, warps, stages, programs in _WEIGHTS:
+            tile = Tile(m, n, k, warps, stages, per_multiprocessor=max(programs, 1))
+            yield Candidate(role, tile, stream_k=programs > 0)
+        return
+    for m, n, warps, stages, choices in _GEMMS:
+        for parts in choices:
+            yield Candidate(role, Tile(m, n, k, warps, stages, parts))
+    yield Candidate(role, Tile(128, 128, k, 8, 3, 2), tma=False)
 
 
 @dataclass(frozen=True)
-class Tuner:
-    """One device, one dtype, one token count.
+class Pass:
+    """A recorded pass: what it launches and the tensors it leaves."""
 
-    Attributes:
-        copies: inputs, so many that they are cold when their turn comes.
-        deadline: when no further candidate is started.
-        samples: of each time.
-    """
+    launches: tuple[Any, ...]
+    outputs: dict[str, Tensor]
 
-    copies: tuple[FFNInputs, ...]
-    deadline: float
-    samples: int
-
-    @property
-    def device(self) -> torch.device:
-        return self.copies[0].x_TD.device
-
-    def forward(self, inputs: FFNInputs, config: Any) -> Thunk:
-        """Inference, the plan given."""
-        arguments = _arguments(inputs)
-        return lambda: {"y": _kernels().expert_ffn_forward(*arguments, False, False, config)[0]}
-
-    def backward(self, inputs: FFNInputs, config: Any) -> Thunk:
-        """All gradients, from saved pre-activations."""
-        x_TD, *rest = _arguments(inputs)
-        _, preact_SF = _kernels().expert_ffn_forward(x_TD, *rest, False, True, config)
-        needs = [True, True, True, True, True, False]
-
-        def thunk() -> Outputs:
-            grads = _kernels().expert_ffn_backward(inputs.dy_TD, x_TD, preact_SF, *rest, False, needs, config)
-            return dict(zip(("dx", "dw1", "db1", "dw2", "db2"), grads, strict=False))
-
-        return thunk
-
-    def seconds(self, pass_: str, config: Any, expected: dict[str, Tensor] | None = None) -> float:
-        """Median time of a pass; infinite if it does not run or its results are others than `expected`."""
-        try:
-            thunks = [getattr(self, pass_)(inputs, config) for inputs in self.copies]
-            if expected is not None:
-                check_close(thunks[0](), expected, self.copies[0].x_TD.dtype, slack=2.0)
-            timer = make_timer(self.device, "graph" if self.device.type == "cuda" else "eager", thunks)
-            return statistics.median(timer() for _ in range(self.samples))
-        except torch.AcceleratorError:
-            raise  # the device is lost: every further figure would be wrong
-        except Exception:
-            return float("inf")
-
-    def tune(self, config: Any, pass_: str, names: tuple[str, ...], scale: Scale) -> tuple[Any, float, float]:
-        """Vary each field in turn; the config found, its time, and the time before."""
-        k = 32 if self.copies[0].x_TD.dtype == torch.float32 else 64
-        k = min(k, scale.case.D, scale.case.F)
-        expected = {
-            name: value.double() for name, value in getattr(self, pass_)(self.copies[0], config)().items()
-        }
-        before = best = self.seconds(pass_, config)
-        for name in names:
-            for value in candidates(name, scale, k):
-                if time.monotonic() > self.deadline:
-                    return config, best, before
-                if value != getattr(config, name):
-                    tried = replace(config, **{name: value})
-                    seconds = self.seconds(pass_, tried, expected)
-                    if seconds < _WORTH_IT * best:
-                        config, best = tried, seconds
-        return config, best, before
+    def of(self, role: Role) -> tuple[Any, ...]:
+        """A role's launches."""
+        return tuple(one for one in self.launches if one.kernel.__name__.startswith(role.kernels))
 
 
-def _kernels() -> Any:
+def record(arguments: tuple[Any, ...], dy_TD: Tensor, hidden: Tensor | None, pass_: str, config: Any) -> Pass:
+    """Record one pass; `arguments` are those of `expert_ffn_forward` up to `per_slot`."""
     from moebert_kernels import kernels
+    from moebert_kernels.kernels.launch import recorded
 
-    return kernels
-
-
-def _arguments(inputs: FFNInputs) -> tuple[Any, ...]:
-    """Of `ops.expert_ffn`, up to `top_k`."""
-    plan = RoutingPlan.from_expert_ids(inputs.expert_ids_TK, inputs.case.E)
-    weights = (inputs.w1_EFD, inputs.b1_EF, inputs.w2_EDF, inputs.b2_ED)
-    return (inputs.x_TD, plan.order_S, plan.offsets_E1, *weights, None, "gelu", inputs.case.K)
-
-
-def _copies(case: FFNCase, device: torch.device) -> tuple[FFNInputs, ...]:
-    first = make_inputs(case, device, 0)
-    size = sum(tensor.numel() * tensor.element_size() for tensor in (first.x_TD, first.w1_EFD, first.w2_EDF))
-    count = copies_past_cache(size, device) if device.type == "cuda" else 1
-    return (first, *(make_inputs(case, device, seed) for seed in range(1, count)))
+    with recorded() as launches:
+        if pass_ == "backward":
+            needs = [True] * 5 + [False]
+            grads = kernels.expert_ffn_backward(*[dy_TD, arguments[0], hidden, *arguments[1:], needs, config])
+            outputs = dict(zip(("dx", "dw1", "db1", "dw2", "db2"), grads, strict=False))
+        else:
+            y_TD, hidden = kernels.expert_ffn_forward(*[*arguments, pass_ == "forward", config])
+            outputs = {"y": y_TD, "hidden": hidden}
+    return Pass(tuple(launches), outputs)
 
 
-def table_lines(scale: Scale, device: torch.device, deadline: float) -> Iterator[str]:
-    """The table's lines, one per size class, each after the times it rests on."""
+def run(launches: tuple[Any, ...]) -> None:
+    """Launch what was recorded, in order."""
+    for launch in launches:
+        launch.kernel[launch.grid](**launch.arguments)
+
+
+def _meta_launches(case: FFNCase, candidate: Candidate, base: Any) -> tuple[Any, ...]:
+    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    T, D, F, E = case.T, case.D, case.F, case.E
+    x_TD, dy_TD, hidden = empty(T, D), empty(T, D), empty(2 * T, F)
+    sort = (empty(T, dtype=torch.int32), empty(E + 1, dtype=torch.int32))
+    arguments = (
+        x_TD,
+        *sort,
+        empty(E, F, D),
+        empty(E, F),
+        empty(E, D, F),
+        empty(E, D),
+        None,
+        "gelu",
+        1,
+        False,
+    )
+    role = ROLES[candidate.role]
+    return record(arguments, dy_TD, hidden, role.pass_, candidate.config(base)).of(role)
+
+
+def _compile(family: str, multiprocessors: int, case: FFNCase, candidate: Candidate, base: Any) -> str:
+    """What is wrong with a candidate, or nothing."""
+    try:
+        with as_on(family, multiprocessors):
+            for launch in _meta_launches(case, candidate, base):
+                compile_launch(launch)
+    except Exception as error:
+        return first_line(error)
+    return ""
+
+
+def compile_all(case: FFNCase, wanted: list[Candidate], base: Any, jobs: int) -> dict[Candidate, str]:
+    """Compile every candidate for the current device, and tell which failed and why."""
     from moebert_kernels.kernels import configs
 
-    for size, tokens in scale.tokens.items():
-        tuner = Tuner(_copies(replace(scale.case, T=tokens), device), deadline, scale.samples)
-        dtype = tuner.copies[0].x_TD.dtype
-        config = replace(configs.select(device, dtype, tokens, scale.case.E), dense_slots=0)
-        config, forward, forward_before = tuner.tune(config, "forward", _FORWARD, scale)
-        config, backward, backward_before = tuner.tune(config, "backward", _BACKWARD, scale)
-        if size == "small":
-            config = replace(config, dense_slots=_dense_reach(config, scale, device, deadline))
-        key = (configs.family(device), configs.arithmetic(dtype), size)
+    here = torch.device("cuda", torch.cuda.current_device())
+    device = (configs.family(here), configs.multiprocessors(here))
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        tasks = {c: pool.submit(_compile, *device, case, c, base) for c in wanted}
+        return {c: reason for c, task in tasks.items() if (reason := task.result())}
+
+
+class Bench:
+    """The copies of one T's inputs, and the times of candidates on them."""
+
+    def __init__(self, case: FFNCase, device: torch.device) -> None:
+        from moebert_kernels import RoutingPlan
+        from moebert_kernels.kernels import configs
+
+        copies = [make_inputs(case, device, 0)]
+        copies += [
+            make_inputs(case, device, seed)
+            for seed in range(
+                1, copies_past_cache(footprint(copies[0]), device) if device.type == "cuda" else 1
+            )
+        ]
+        self.case, self.device = case, device
+        self.name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        self.base = configs.select(device, copies[0].x_TD.dtype, case.T, case.E)
+        self.arguments: list[tuple[Any, ...]] = []
+        self.dy: list[Tensor] = []
+        self.hidden: list[Tensor] = []
+        for inputs in copies:
+            plan = RoutingPlan.from_expert_ids(inputs.expert_ids_TK, case.E)
+            weights = (inputs.w1_EFD, inputs.b1_EF, inputs.w2_EDF, inputs.b2_ED)
+            sort = (plan.order_S, plan.offsets_E1)
+            self.arguments.append((inputs.x_TD, *sort, *weights, None, "gelu", case.K, False))
+            self.dy.append(inputs.dy_TD)
+            forward = self._pass(len(self.hidden), "forward", self.base, None)
+            run(forward.launches)
+            self.hidden.append(forward.outputs["hidden"])
+        self.expected = {
+            pass_: self._ran(0, pass_, self.base).outputs for pass_ in ("inference", "forward", "backward")
+        }
+
+    def _pass(self, copy: int, pass_: str, config: Any, hidden: Tensor | None) -> Pass:
+        return record(self.arguments[copy], self.dy[copy], hidden, pass_, config)
+
+    def _ran(self, copy: int, pass_: str, config: Any) -> Pass:
+        found = self._pass(copy, pass_, config, self.hidden[copy])
+        run(found.launches)
+        return found
+
+    def seconds(self, candidate: Candidate) -> float:
+        """Median time of a candidate's launches.
+
+        Raises:
+            ValueError: its results are not those of the table's tile.
+        """
+        role = ROLES[candidate.role]
+        passes = [self._ran(copy, role.pass_, candidate.config(self.base)) for copy in range(len(self.dy))]
+        got = {name: passes[0].outputs[name] for name in role.outputs}
+        expected = {name: self.expected[role.pass_][name].double() for name in role.outputs}
+        check_close(got, expected, self.arguments[0][0].dtype, slack=2.0)
+
+        def thunk(launches: tuple[Any, ...]) -> Any:
+            def call() -> dict[str, Tensor]:
+                run(launches)
+                return {}
+
+            return call
+
+        launch = "graph" if self.device.type == "cuda" else "eager"
+        timer = make_timer(self.device, launch, [thunk(found.of(role)) for found in passes])
+        return spread([timer() for _ in range(_SAMPLES)]).median
+
+
+def _told(T: int, role: str, found: list[tuple[float, Candidate]], case: FFNCase) -> Iterator[str]:
+    """The fastest candidates of a role, one to a line."""
+    flops = 2.0 * T * case.D * case.F * len(ROLES[role].outputs if role == "weight_grad" else (role,))
+    yield f"T={T} {role}"
+    for seconds, candidate in sorted(found, key=lambda one: one[0])[:4]:
+        t = candidate.tile
+        notes = (" stream" if candidate.stream_k else "") + ("" if candidate.tma else " pointers")
         yield (
-            f"    # T={tokens}: forward {duration(forward)} (before {duration(forward_before)}), "
-            f"backward {duration(backward)} (before {duration(backward_before)})"
+            f"  {seconds * 1e6:8.2f} us {flops / seconds / 1e12:5.0f} TFLOP/s  {t.m}x{t.n}x{t.k} w{t.warps} "
+            f"s{t.stages} p{t.parts} x{t.per_multiprocessor}{notes}"
         )
-        yield f"    {key!r}: {_source(config)},"
 
 
-def _dense_reach(config: Any, scale: Scale, device: torch.device, deadline: float) -> int:
-    """The most tokens, of those tried, up to which all experts on all tokens are faster than sorted ones."""
-    reach = 0
-    for tokens in scale.dense_tokens:
-        tuner = Tuner(_copies(replace(scale.case, T=tokens), device), deadline, scale.samples)
-        dense = tuner.seconds("forward", replace(config, dense_slots=tokens))
-        if time.monotonic() > deadline or dense >= tuner.seconds("forward", config):
+def measure(
+    bench: Bench, wanted: list[Candidate], deadline: float, out: Path | None
+) -> dict[str, list[tuple[float, Candidate]]]:
+    """Seconds of the candidates by role; what does not run or is wrong goes into the file with its reason."""
+    found: dict[str, list[tuple[float, Candidate]]] = {}
+    for candidate in wanted:
+        if time.monotonic() > deadline:
+            print("no time left")
             break
-        reach = tokens
-    return reach
+        row: dict[str, Any] = {"device": bench.name, "T": bench.case.T, **asdict(candidate)}
+        try:
+            row["seconds"] = bench.seconds(candidate)
+            found.setdefault(candidate.role, []).append((row["seconds"], candidate))
+        except torch.AcceleratorError:
+            raise  # the device is lost: every further figure would be wrong
+        except Exception as error:
+            row["failed"] = first_line(error)
+        if out is not None:
+            with out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+    return found
 
 
-def _source(config: Any) -> str:
-    defaults = type(config)(*(None for _ in range(5)))
-    parts = [
-        f"{field.name}={getattr(config, field.name)!r}"
-        for field in fields(config)
-        if getattr(config, field.name) != getattr(defaults, field.name)
-    ]
-    return f"Config({', '.join(parts)})"
+def main() -> None:
+    """Time the candidates of each role and T."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.tune", description="Time candidate tiles of each GEMM, each alone."
+    )
+    parser.add_argument("--out", type=Path, help="file for the figures, as JSON lines")
+    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)), help="T, with commas")
+    parser.add_argument("--roles", default=",".join(ROLES), help=f"some of {', '.join(ROLES)}")
+    parser.add_argument("--limit", type=float, default=400.0, help="seconds after which nothing is started")
+    parser.add_argument("--jobs", type=int, default=14, help="processes that compile")
+    parser.add_argument("--toy", action="store_true", help="tiny, in Triton's interpreter")
+    options = parser.parse_args()
+    if unknown := [role for role in options.roles.split(",") if role not in ROLES]:
+        parser.error(f"--roles must be some of {', '.join(ROLES)}, got {', '.join(unknown)}")
+    from moebert_kernels.kernels import configs
+    from moebert_kernels.kernels.configs import Tile
 
-
-def main(
-    arithmetic: Annotated[str, typer.Option(help="Some of half, tf32, ieee.")] = "half",
-    device: Annotated[str, typer.Option(help="cuda, or cpu with TRITON_INTERPRET=1.")] = "cuda",
-    limit: Annotated[float, typer.Option(help="Seconds after which no candidate is started.")] = 400.0,
-    toy: Annotated[bool, typer.Option("--toy", help="Tiny sizes, two candidates.")] = False,
-    out: Annotated[Path | None, typer.Option(help="File for the lines, beside the terminal.")] = None,
-) -> None:
-    """Time candidate tiles and print the table that follows from them."""
-    deadline = time.monotonic() + limit
-    chosen = arithmetic.split(",")
-    if unknown := [name for name in chosen if name not in ("half", "tf32", "ieee")]:
-        raise typer.BadParameter(f"--arithmetic must be some of half, tf32, ieee, got {', '.join(unknown)}")
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text("", encoding="utf-8")
-    for name in chosen:
-        torch.backends.cuda.matmul.fp32_precision = "tf32" if name == "tf32" else "ieee"
-        scale = replace(FULL, case=replace(FULL.case, dtype="bfloat16" if name == "half" else "float32"))
-        for line in table_lines(TOY if toy else scale, torch.device(device), deadline):
-            typer.echo(line)
-            if out is not None:  # line by line: what is cut off keeps what it has
-                with out.open("a", encoding="utf-8") as file:
-                    file.write(line + "\n")
+    deadline = time.monotonic() + options.limit
+    wanted = [c for role in options.roles.split(",") for c in candidates(role)]
+    device, cases = torch.device("cuda"), [FFNCase(int(word)) for word in options.tokens.split(",")]
+    if options.toy:
+        device, cases = torch.device("cpu"), [FFNCase(24, D=16, F=16, E=2, dtype="float32")]
+        wanted = [replace(c, tile=Tile(16, 16, 16, 4, 2)) for c in wanted[:: max(1, len(wanted) // 8)]]
+    else:
+        begin = time.monotonic()
+        base = configs.select(device, torch.bfloat16, 65536, 4)
+        failed = compile_all(FFNCase(4096), wanted, base, options.jobs)
+        print(f"{len(wanted)} candidates compiled in {time.monotonic() - begin:.1f} s, {len(failed)} failed")
+        for candidate, reason in failed.items():
+            print(f"  {candidate}: {reason}")
+        wanted = [candidate for candidate in wanted if candidate not in failed]
+    for case in cases:
+        if time.monotonic() > deadline:
+            break
+        found = measure(Bench(case, device), wanted, deadline, options.out)
+        for role, times in found.items():
+            print(*_told(case.T, role, times, case), sep="\n", flush=True)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main()

@@ -4,13 +4,17 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <system_error>
+#include <exception>
 #include <thread>
 #include <vector>
 
 namespace moebert {
 
+// Raises std::bad_alloc; code for one instruction set calls it, see below.
+[[noreturn]] void out_of_memory();
+
 // Runs task(0) ... task(num_tasks - 1), each once, on the calling thread and up to num_threads - 1 more.
+// Tasks must not raise.
 // Threads live for one call: a kept pool would be lost in a forked data-loader worker.
 template <class Task>
 void parallel_for(int64_t num_tasks, int num_threads, const Task& task) {
@@ -23,8 +27,8 @@ void parallel_for(int64_t num_tasks, int num_threads, const Task& task) {
   helpers.reserve(static_cast<size_t>(std::max<int64_t>(num_helpers, 0)));
   try {
     for (int64_t i = 0; i < num_helpers; ++i) helpers.emplace_back(work);
-  } catch (const std::system_error&) {
-    // No more threads to be had: those that run share the work.
+  } catch (const std::exception&) {
+    // No more threads to be had, or no memory for them: those that run share the work.
   }
   work();
   for (std::thread& helper : helpers) helper.join();
@@ -33,8 +37,9 @@ void parallel_for(int64_t num_tasks, int num_threads, const Task& task) {
 // parallel_for on the threads that torch computes with, where the process has loaded libgomp: awake between
 // two GEMMs, where starting new ones would cost more than many a row kernel, and where new ones would have to
 // share a processor with those of torch, which spin for a while. A process forked from the one that loaded
-// this library starts its own. Not a template: code for one instruction set calls it, and must not
-// instantiate what the linker may share with the rest.
+// this library starts its own. What a task raises is raised here, when all that run have ended: a thread that
+// ended by an exception would end the process. Not a template: code for one instruction set calls it, and
+// must not instantiate what the linker may share with the rest.
 void team_run(int64_t num_tasks, int num_threads, void (*task)(const void* data, int64_t i),
               const void* data);
 

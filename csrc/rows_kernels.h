@@ -50,7 +50,7 @@ struct Scratch {
 
   explicit Scratch(int64_t size)
       : data(static_cast<float*>(malloc(static_cast<size_t>(size) * sizeof(float) + 1))) {
-    if (data == nullptr) abort();
+    if (data == nullptr) out_of_memory();
   }
   ~Scratch() { free(data); }
   Scratch(const Scratch&) = delete;

@@ -1,12 +1,89 @@
-"""The arguments of `moe_ffn`, checked."""
+"""The arguments of `moe_ffn`: checked, and in the form in which the operator and every backend take them."""
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
+import torch
 from torch import Tensor
 
 from moebert_kernels.activations import check_activation
 from moebert_kernels.checks import check_number, check_tensor
 from moebert_kernels.routing.plan import RoutingPlan
+
+
+class Call(NamedTuple):
+    """One call of the operator: `moe_ffn`'s arguments, the plan's tables among them, after any autocast.
+
+    The norm's two are None without norm, `residual_TD` where it is x itself, `seed` (int64 [1], which fixes
+    the dropout mask) without dropout.
+    """
+
+    x_TD: Tensor
+    expert_ids_TK: Tensor
+    order_S: Tensor
+    inverse_S: Tensor
+    offsets_E1: Tensor
+    w1_EFD: Tensor
+    b1_EF: Tensor | None
+    w2_EDF: Tensor
+    b2_ED: Tensor | None
+    gate_TK: Tensor | None
+    ln_w_ED: Tensor | None
+    ln_b_ED: Tensor | None
+    residual_TD: Tensor | None
+    seed: Tensor | None
+    activation: str
+    norm_eps: float
+    dropout_p: float
+
+    @property
+    def tensors(self) -> tuple[Any, ...]:
+        """Those that come first, None for each that there is not."""
+        return self[:NUM_TENSORS]
+
+    @property
+    def top_k(self) -> int:
+        """K, the experts a token may use."""
+        return self.expert_ids_TK.shape[1]
+
+    @property
+    def residual(self) -> Tensor:
+        """What the norm adds to the experts' output."""
+        return self.x_TD if self.residual_TD is None else self.residual_TD
+
+
+NUM_TENSORS = Call._fields.index("activation")
+
+
+class Saved(NamedTuple):
+    """What a backend's forward leaves for its own backward, in rows of its own order; None where unused.
+
+    `hidden` [*, F] are pre-activations, or activations and slopes; with norm `z` [*, D] the experts' outputs,
+    `mean_S` and `rstd_S` the statistics of each slot, float32 or wider.
+    """
+
+    hidden: Tensor | None
+    z: Tensor | None
+    mean_S: Tensor | None
+    rstd_S: Tensor | None
+
+
+class Gradients(NamedTuple):
+    """One thing for each argument that has a gradient: the gradient or None, or whether it is wanted.
+
+    Where the residual is x, its gradient is part of `x_TD`'s.
+    """
+
+    x_TD: Any
+    w1_EFD: Any
+    b1_EF: Any
+    w2_EDF: Any
+    b2_ED: Any
+    gate_TK: Any
+    ln_w_ED: Any
+    ln_b_ED: Any
+    residual_TD: Any
 
 
 def check_kinds(x_TD, plan, w1_EFD, b1_EF, w2_EDF, b2_ED, gate_TK, norm, residual_TD, dropout_p):
@@ -31,42 +108,48 @@ def check_kinds(x_TD, plan, w1_EFD, b1_EF, w2_EDF, b2_ED, gate_TK, norm, residua
     check_number("dropout_p", dropout_p)
 
 
-def check_arguments(
-    x_TD: Tensor,
-    plan: RoutingPlan,
-    w1_EFD: Tensor,
-    b1_EF: Tensor | None,
-    w2_EDF: Tensor,
-    b2_ED: Tensor | None,
-    gate_TK: Tensor | None,
-    activation: str,
-    norm: tuple[Tensor, Tensor] | None,
-    residual_TD: Tensor | None,
-    dropout_p: float,
-) -> None:
+def check_call(call: Call) -> None:
     """Refuse what does not fit together.
 
     Raises:
         ValueError: names the argument, what was found and what was expected.
     """
-    check_activation(activation)
+    check_activation(call.activation)
+    w1_EFD, (T, K) = call.w1_EFD, call.expert_ids_TK.shape
     if w1_EFD.dim() != 3:
         raise ValueError(f"w1_EFD must have shape [E, F, D], got {tuple(w1_EFD.shape)}")
     E, F, D = w1_EFD.shape
-    T, K = plan.expert_ids_TK.shape
-    if plan.num_experts != E:
-        raise ValueError(f"plan is for {plan.num_experts} experts, but w1_EFD has {E}")
-    expected: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
-        ("x_TD", x_TD, (T, D)),
-        ("w2_EDF", w2_EDF, (E, D, F)),
-        ("b1_EF", b1_EF, (E, F)),
-        ("b2_ED", b2_ED, (E, D)),
-        ("gate_TK", gate_TK, (T, K)),
-        ("residual_TD", residual_TD, (T, D)),
-        *((f"norm[{i}]", t, (E, D)) for i, t in enumerate(norm or ())),
-    ]
-    device = w1_EFD.device
-    for name, tensor, shape in expected:
+    if call.offsets_E1.shape != (E + 1,):
+        raise ValueError(f"plan is for {call.offsets_E1.shape[0] - 1} experts, but w1_EFD has {E}")
+    device, dtype, one_per_slot = w1_EFD.device, call.x_TD.dtype, (T * K,)
+    tensor: Tensor | None
+    shape: tuple[int, ...]
+    for name, tensor, shape in (
+        ("expert_ids_TK", call.expert_ids_TK, (T, K)),
+        ("order_S", call.order_S, one_per_slot),
+        ("inverse_S", call.inverse_S, one_per_slot),
+        ("offsets_E1", call.offsets_E1, (E + 1,)),
+    ):
+        if tensor.device != device:
+            raise ValueError(f"plan is on {tensor.device}, but w1_EFD is on {device}")
+        if tensor.dtype != torch.int32:
+            raise ValueError(f"plan.{name} must be int32, got {tensor.dtype}")
+        if tensor.shape != shape:
+            raise ValueError(
+                f"plan.{name} must have shape {tuple(shape)} to fit plan.expert_ids_TK (T={T}, K={K}), "
+                f"got {tuple(tensor.shape)}"
+            )
+    for name, tensor, shape, expected in (
+        ("x_TD", call.x_TD, (T, D), dtype),
+        ("w1_EFD", w1_EFD, (E, F, D), dtype),
+        ("w2_EDF", call.w2_EDF, (E, D, F), dtype),
+        ("b1_EF", call.b1_EF, (E, F), dtype),
+        ("b2_ED", call.b2_ED, (E, D), dtype),
+        ("gate_TK", call.gate_TK, (T, K), None),
+        ("residual_TD", call.residual_TD, (T, D), None),
+        ("norm[0]", call.ln_w_ED, (E, D), None),
+        ("norm[1]", call.ln_b_ED, (E, D), None),
+    ):
         if tensor is None:
             continue
         if tensor.shape != shape:
@@ -74,18 +157,17 @@ def check_arguments(
                 f"{name} must have shape {shape} to fit the plan (T={T}, K={K}) and w1_EFD "
                 f"(E={E}, F={F}, D={D}), got {tuple(tensor.shape)}"
             )
-        if not tensor.is_floating_point():
+        if not tensor.dtype.is_floating_point:
             raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}, but w1_EFD is on {device}")
-    for name, tensor in (("w1_EFD", w1_EFD), ("w2_EDF", w2_EDF), ("b1_EF", b1_EF), ("b2_ED", b2_ED)):
-        if tensor is not None and tensor.dtype != x_TD.dtype:
+        if expected is not None and tensor.dtype != expected:
             raise ValueError(
-                f"{name} must have x_TD's dtype {x_TD.dtype}, got {tensor.dtype}: cast one, or use autocast"
+                f"{name} must have x_TD's dtype {dtype}, got {tensor.dtype}: cast one, or use autocast"
             )
-    if norm is None and residual_TD is not None:
+    if call.ln_w_ED is None and call.residual_TD is not None:
         raise ValueError("residual_TD is added before the experts' LayerNorm and needs norm; got norm=None")
-    if norm is None and dropout_p:
-        raise ValueError(f"dropout_p={dropout_p} needs norm; without it, apply dropout to the result")
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
+    if call.ln_w_ED is None and call.dropout_p:
+        raise ValueError(f"dropout_p={call.dropout_p} needs norm; without it, apply dropout to the result")
+    if not 0 <= call.dropout_p < 1:
+        raise ValueError(f"dropout_p must lie in [0, 1), got {call.dropout_p}")

@@ -29,13 +29,8 @@ from moebert_kernels.cli_options import (
     Teacher,
     compress_settings,
 )
-
-try:
-    from moebert_kernels.bench.commands import app as _bench
-    from moebert_kernels.bench.usage import PlainGroup
-except ModuleNotFoundError:  # a checkout that is not installed, where bench/ is a folder of its own
-    from bench.commands import app as _bench
-    from bench.usage import PlainGroup
+from moebert_kernels.cli_usage import PlainGroup
+from moebert_kernels.compress import defaults
 
 app = typer.Typer(
     name="moebert",
@@ -122,9 +117,11 @@ def finetune(
     moebert finetune --model bert-base-uncased --task sst2 --data SST-2 --output runs/teacher
     """
     from moebert_kernels.compress.finetune import finetune
+    from moebert_kernels.compress.tasks import constant_score, describe_labels
     from moebert_kernels.compress.terminal import StageBars
 
     rows = data.load()
+    typer.echo(describe_labels(rows))
     with StageBars(Console(highlight=False)) as progress:
         metrics = finetune(
             model,
@@ -137,6 +134,13 @@ def finetune(
         )
     scores = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
     typer.echo(f"{output}: {scores} on {len(rows.validation):,} validation rows")
+    constant, metric = constant_score(rows), rows.task.main_metric
+    if constant is not None and metrics[metric] <= constant:
+        typer.secho(
+            f"It is no better than one answer to all rows would be ({metric} {constant:.4f}): see that the "
+            "labels are the right ones, and try more epochs or another learning rate",
+            fg="yellow",
+        )
 
 
 @_command("compress", by_many=True)
@@ -150,8 +154,8 @@ def compress(
     experts: ExpertOptions,
     training: DistillOptions,
     pairs: ScoredPairs = None,
-    importance_rows: ScoredRows = 4096,
-    compare: Comparisons = "",
+    importance_rows: ScoredRows = defaults.IMPORTANCE_ROWS,
+    compare: Comparisons = None,
     seeds: Seeds = 1,
     no_distill: Annotated[
         bool,
@@ -184,14 +188,16 @@ def compress(
     a stage whose inputs are unchanged is reused.
     """
     from moebert_kernels.compress import embedding_pipeline, pipeline, processes, report, text_pipeline
-    from moebert_kernels.compress.summary import busy_warning
-    from moebert_kernels.compress.tasks import texts
+    from moebert_kernels.compress.summary import warnings_of
+    from moebert_kernels.compress.tasks import describe_labels, texts
     from moebert_kernels.compress.terminal import StageBars, results_table
     from moebert_kernels.errors import UserError
 
     if pairs is not None and data.task != "embed":
         raise UserError("--pairs judges models that embed sentences, and belongs to --task embed")
-    comparisons = tuple(name.strip() for name in compare.split(",") if name.strip())
+    comparisons = defaults.COMPARISONS
+    if compare is not None:
+        comparisons = tuple(name.strip() for name in compare.split(",") if name.strip())
     settings = compress_settings(
         run,
         experts,
@@ -210,10 +216,11 @@ def compress(
         else:
             rows = data.load(needs_labels=False)
             make = text_pipeline.compress_texts if rows.task.kind == texts.KIND else pipeline.compress
+            console.print(describe_labels(rows), soft_wrap=True, markup=False)
         results = make(settings, rows, teacher, output, progress=progress, say=console.print)
     processes.on_main(lambda: report.write_report(results, output / "report.html"))
     console.print(results_table(results))
-    if warning := busy_warning(results):
+    for warning in warnings_of(results):
         console.print(warning, style="yellow")
     console.print(f"student: {output / 'student'}\nreport: {output / 'report.html'}", soft_wrap=True)
 
@@ -228,7 +235,7 @@ def importance(
         Path | None,
         typer.Option("--convert", help="Instead: a .pkl that the paper's authors published, to convert."),
     ] = None,
-    importance_rows: ScoredRows = 4096,
+    importance_rows: ScoredRows = defaults.IMPORTANCE_ROWS,
     per_token: Annotated[
         bool,
         typer.Option(
@@ -300,8 +307,7 @@ def adapt(
 
     if (importance is None) != random_split:
         raise UserError("give --importance with the scores, or --random-split: one of the two")
-    # The default of `compress` needs scores that were taken per token.
-    settings = compress_settings(run, experts, routing="hash-random")
+    settings = compress_settings(run, experts, routing=defaults.ROUTING_WITHOUT_DATA)
     is_counted = settings.routing in COUNTING_ROUTINGS
     if settings.fit and not is_counted and data.task is data.data is None:
         raise UserError(
@@ -403,7 +409,24 @@ def env(
         Console(highlight=False).print(environment_table(environment))
 
 
-app.add_typer(_bench, name="bench")
+@app.command(
+    "bench",
+    # Its options are its own, so that the benchmarks run where there is little more than PyTorch.
+    add_help_option=False,
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "allow_interspersed_args": False,
+    },
+)
+def bench(context: typer.Context) -> None:
+    """Measure the expert FFN, its dispatch, whole models and importance, the peers beside them."""
+    try:
+        from moebert_kernels.bench.commands import main
+    except ModuleNotFoundError:  # a checkout that is not installed, where bench/ is a folder of its own
+        from bench.commands import main
+
+    main(context.args, prog="moebert bench")
 
 
 if __name__ == "__main__":

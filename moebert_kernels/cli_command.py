@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
 import signal
+import sys
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -21,6 +23,10 @@ _INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM)
 
 def run_app(app: typer.Typer) -> None:
     """Run the command line of this process; it may be interrupted at any time."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal of another encoding than UTF-8 must not end work with an error when it is told of.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     # Before and after a command's work an interruption ends the process at once: while libraries are imported
     # and while Python shuts down, a KeyboardInterrupt may be swallowed, or come out as another error.
     _on_interruption(_leave)

@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hi
 
 import typer
 
+from moebert_kernels.compress import defaults
+
 if TYPE_CHECKING:
     from moebert_kernels.compress.settings import CompressSettings
     from moebert_kernels.compress.tasks import TaskData
 
 GlueName = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
 TaskName = Literal[GlueName, "squad", "squad_v2", "conll", "csv", "embed"]
-Kind = Literal["classification", "regression"]
+Kind = Literal["classification", "multi_label_classification", "regression"]
 Routing = Literal["hash-random", "hash-balance", "hash-affinity", "gate-token", "gate-sentence"]
 
 _TASKS = "With official metrics: GLUE's, SQuAD's, or conll, words with BIO tags. csv: a table of your own."
@@ -68,7 +70,11 @@ class DataOptions:
         _table(help="Of the rows held out. A teacher and its student must have the same.", show_default="0"),
     ] = None
     kind: Annotated[
-        Kind | None, _table(help="By default regression if labels are numbers and not all of them whole.")
+        Kind | None,
+        _table(
+            help="By default regression if labels are numbers and not all of them whole. Several labels to a "
+            'row have "|" between them, or are a list in a .jsonl.'
+        ),
     ] = None
     doc_stride: Annotated[
         int | None,
@@ -251,7 +257,7 @@ def _given(**options: Any) -> dict[str, Any]:
 class ExpertOptions:
     """What the feed-forward networks become."""
 
-    experts: Annotated[int, _experts(help="Experts per layer; 4 in the paper.")] = 4
+    experts: Annotated[int, _experts(help="Experts per layer; 4 in the paper.")] = defaults.NUM_EXPERTS
     expert_size: Annotated[
         int | None,
         _experts(
@@ -272,7 +278,8 @@ class ExpertOptions:
             help="How a token finds its expert. hash-random: a table drawn per layer, as in the paper. "
             "hash-balance: one dealt by token frequency. hash-affinity: one made together with the experts, "
             "each for its own tokens. gate-token, gate-sentence: learned.",
-            show_default="hash-affinity; of adapt hash-random",
+            show_default=f"{defaults.ROUTING}; of adapt {defaults.ROUTING_WITHOUT_DATA}, which needs no rows "
+            "and no scores per token",
         ),
     ] = None
     top_k: Annotated[int, _experts(help="Experts per token; more than 1 needs a gate.")] = 1
@@ -284,7 +291,9 @@ class ExpertOptions:
             "squares, to what the teacher's layers do with its tokens.",
         ),
     ] = False
-    fit_rows: Annotated[int, _experts(help="Training rows to fit experts to; labels are not needed.")] = 4096
+    fit_rows: Annotated[int, _experts(help="Training rows to fit experts to; labels are not needed.")] = (
+        defaults.FIT_ROWS
+    )
 
     def settings(self) -> dict[str, Any]:
         """As arguments of `CompressSettings`."""
@@ -308,7 +317,9 @@ BFloat16 = Annotated[
 class DistillOptions:
     """How the student is trained."""
 
-    epochs: Annotated[float, _training(help="Passes over the training rows; 3 to 10 in the paper.")] = 5.0
+    epochs: Annotated[float, _training(help="Passes over the training rows; 3 to 10 in the paper.")] = (
+        defaults.EPOCHS
+    )
     lr: Annotated[
         float | None,
         _training(
@@ -321,11 +332,11 @@ class DistillOptions:
         _training(
             help="Weight of the teacher's layers and predictions against the labels'; 1 to 5 in the paper."
         ),
-    ] = 1.0
+    ] = defaults.DISTILL_WEIGHT
     batch_size: Annotated[
         int, _training(help="Rows of a step, over all processes; 8 to 64 in the paper.")
-    ] = 32
-    weight_decay: Annotated[float, _training(help="Of AdamW; 0 to 0.1 in the paper.")] = 0.0
+    ] = defaults.BATCH_SIZE
+    weight_decay: Annotated[float, _training(help="Of AdamW; 0 to 0.1 in the paper.")] = defaults.WEIGHT_DECAY
     bf16: BFloat16 = False
 
     def settings(self) -> dict[str, Any]:
@@ -344,10 +355,12 @@ class DistillOptions:
 class FinetuneOptions:
     """How a teacher is trained; the fields are arguments of `finetune`."""
 
-    epochs: Annotated[float, _training(help="Passes over the training rows.")] = 3.0
-    lr: Annotated[float, _training(help="The highest learning rate; small models like 1e-4.")] = 3e-5
-    batch_size: Annotated[int, _training(help="Rows of a step, over all processes.")] = 32
-    weight_decay: Annotated[float, _training(help="Of AdamW.")] = 0.01
+    epochs: Annotated[float, _training(help="Passes over the training rows.")] = defaults.FINETUNE_EPOCHS
+    lr: Annotated[float, _training(help="The highest learning rate; small models like 1e-4.")] = (
+        defaults.FINETUNE_LEARNING_RATE
+    )
+    batch_size: Annotated[int, _training(help="Rows of a step, over all processes.")] = defaults.BATCH_SIZE
+    weight_decay: Annotated[float, _training(help="Of AdamW.")] = defaults.FINETUNE_WEIGHT_DECAY
     bf16: BFloat16 = False
 
 
@@ -367,7 +380,7 @@ class RunOptions:
 
 ScoredRows = Annotated[int, _experts("--importance-rows", help="Training rows to take importance on.")]
 Comparisons = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--compare",
         metavar="NAMES",

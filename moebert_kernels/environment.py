@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+LEAST_CAPABILITY = (8, 0)  # of the devices that our Triton kernels are made for
 BUSY = 0.25  # processors' worth of other work that is told
 _PACKAGES = ("moebert-kernels", "torch", "triton", "transformers", "numpy", "datasets", "accelerate")
 
@@ -132,12 +133,20 @@ def _triton_backend() -> Backend:
             "torch is built without CUDA" if torch.version.cuda is None else "torch finds no CUDA device"
         )
         return Backend(name, False, built_for)
+    problem = why_not_triton()
+    if problem is not None:
+        return Backend(name, False, problem)
     major, minor = torch.cuda.get_device_capability()
-    if major < 8:
-        return Backend(
-            name, False, f"needs compute capability 8.0, {torch.cuda.get_device_name()} has {major}.{minor}"
-        )
     return Backend(name, True, f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}")
+
+
+def why_not_triton(device: torch.device | None = None) -> str | None:
+    """Why our Triton kernels do not run on a CUDA device, by default the current one; None if they do."""
+    found = torch.cuda.get_device_capability(device)
+    if found >= LEAST_CAPABILITY:
+        return None
+    least, has = (".".join(map(str, capability)) for capability in (LEAST_CAPABILITY, found))
+    return f"needs compute capability {least}, {torch.cuda.get_device_name(device)} has {has}"
 
 
 def _native_backends() -> tuple[Backend, ...]:

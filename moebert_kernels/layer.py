@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -107,6 +109,7 @@ class MoEFFN(nn.Module):
         self.b2_ED = parameter(E, D) if bias else None
         self.ln_w_ED = parameter(E, D) if norm_eps is not None else None
         self.ln_b_ED = parameter(E, D) if norm_eps is not None else None
+        self._kept: tuple[torch.dtype, list[tuple[tuple[int, int], Tensor] | None]] | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -154,14 +157,12 @@ class MoEFFN(nn.Module):
             _check_routing(routing, input_ids=input_ids, mask=mask)
         plan, gate_TK = (routing, None) if isinstance(routing, RoutingPlan) else routing[:2]
         dropout_p = self.dropout if self.training else 0.0
-        norm = None if self.ln_w_ED is None or self.ln_b_ED is None else (self.ln_w_ED, self.ln_b_ED)
+        ln_w_ED, ln_b_ED = self.ln_w_ED, self.ln_b_ED
+        norm = None if ln_w_ED is None or ln_b_ED is None else (ln_w_ED, ln_b_ED)
         y_TD = moe_ffn(
             x.reshape(-1, self.hidden_size),
             plan,
-            self.w1_EFD,
-            self.b1_EF,
-            self.w2_EDF,
-            self.b2_ED,
+            *self._experts(x.device.type),
             gate_TK=gate_TK,
             activation=self.activation,
             norm=norm,
@@ -199,6 +200,46 @@ class MoEFFN(nn.Module):
                 )
         return self.router(x, input_ids, mask)
 
+    def keep_casts(self, dtype: torch.dtype | None) -> None:
+        """Cast the experts' weights and biases once, for calls without gradients under autocast to `dtype`.
+
+        Autocast casts them in every call, as it does for `nn.Linear`; with few tokens that costs more than
+        the layer, and a CUDA graph does it again at every replay. The casts take memory beside the
+        parameters. A parameter that is replaced or written to later is cast in every call again; a write
+        through `.data`, and any between replays of a graph, cannot be seen: call this after it, and capture
+        the graph anew. Compiled code does not use the casts.
+
+        Args:
+            dtype: torch.bfloat16 or torch.float16; None gives the casts up.
+
+        Example:
+            >>> ffn.keep_casts(torch.bfloat16)
+            >>> with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):
+            ...     y = ffn(x, input_ids=input_ids)
+        """
+        self._kept = None
+        if dtype is None:
+            return
+        parameters = (self.w1_EFD, self.b1_EF, self.w2_EDF, self.b2_ED)
+        casts = [
+            None if p is None or p.dtype == torch.float64 else (_state(p), p.detach().to(dtype))
+            for p in parameters
+        ]
+        self._kept = (dtype, casts)
+
+    def _experts(self, device: str) -> list[Any]:
+        """w1, b1, w2 and b2, each by its kept cast where that can be used."""
+        parameters = [self.w1_EFD, self.b1_EF, self.w2_EDF, self.b2_ED]
+        if self._kept is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return parameters
+        dtype, casts = self._kept
+        if not torch.is_autocast_enabled(device) or torch.get_autocast_dtype(device) != dtype:
+            return parameters
+        return [
+            cast[1] if p is not None and cast is not None and cast[0] == _state(p) else p
+            for p, cast in zip(parameters, casts, strict=True)
+        ]
+
     def extra_repr(self) -> str:
         """Sizes, as in the constructor."""
         return (
@@ -206,6 +247,11 @@ class MoEFFN(nn.Module):
             f"num_experts={self.num_experts}, activation={self.activation!r}, "
             f"norm_eps={self.norm_eps}, dropout={self.dropout}"
         )
+
+
+def _state(parameter: Tensor) -> tuple[int, int]:
+    """Changes when a parameter gets other memory, or is written to by what autograd can see."""
+    return parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version
 
 
 def _check_routing(routing: object, **for_the_router: Tensor | None) -> None:

@@ -22,6 +22,7 @@ _INSTRUCTION_SETS = {"avx512": "AVX-512", "avx2": "AVX2", "baseline": "the compi
 _MAX_SLOTS = 2**31 - 1
 _MAX_CUDA_EXPERTS = 256
 _MAX_CUDA_LAYERS = 65535
+_CPU = torch.device("cpu")
 
 
 class PlanTensors(NamedTuple):
@@ -96,6 +97,28 @@ def row_kernels() -> Any | None:
     return extension
 
 
+def address(tensor: Tensor | None, device: torch.device = _CPU) -> int:
+    """Where native code finds a tensor's elements; 0 for None. Every pointer that goes there is made here.
+
+    Raises:
+        ValueError: the tensor lies on another device, has gaps between its elements, or has lost its memory,
+            as a sharded parameter between its uses has: native code would read or write somewhere else.
+    """
+    if tensor is None:
+        return 0
+    # On the CPU, where it is asked for each row kernel, without making a torch.device.
+    if not (tensor.is_cpu if device is _CPU else tensor.device == device):
+        raise ValueError(f"a tensor on {tensor.device} goes to native code that works on {device}")
+    if not tensor.is_contiguous():
+        raise ValueError(
+            f"native code needs contiguous tensors: shape {tuple(tensor.shape)}, strides {tensor.stride()}"
+        )
+    place = tensor.data_ptr()
+    if not place and tensor.numel():
+        raise ValueError(f"a tensor of shape {tuple(tensor.shape)} has no memory: its storage was freed")
+    return place
+
+
 def build_plans_from_expert_ids(expert_ids_LS: Tensor, num_experts: int) -> PlanTensors | None:
     """Sort the slots of L layers by expert, all layers in one call.
 
@@ -118,17 +141,19 @@ def build_plans_from_expert_ids(expert_ids_LS: Tensor, num_experts: int) -> Plan
     if extension is None:
         return None
     expert_ids_LS = expert_ids_LS.contiguous()
-    plans = _empty_plans(num_layers, num_slots, num_experts, expert_ids_LS.device)
-    source = (expert_ids_LS.data_ptr(), expert_ids_LS.element_size())
+    device = expert_ids_LS.device
+    plans = _empty_plans(num_layers, num_slots, num_experts, device)
+    source = (address(expert_ids_LS, device), expert_ids_LS.element_size())
     sizes = (num_layers, num_slots, num_experts)
     plans.num_invalid.zero_()
-    if expert_ids_LS.device.type == "cpu":
+    if device.type == "cpu":
         extension.from_expert_ids_cpu(*source, *sizes, *_addresses(plans), torch.get_num_threads())
     else:
-        with torch.cuda.device(expert_ids_LS.device):
-            workspace = _workspace(extension, sizes, expert_ids_LS.device)
+        with torch.cuda.device(device):
+            workspace = _workspace(extension, sizes, device)
             stream = torch.cuda.current_stream().cuda_stream
-            extension.from_expert_ids_cuda(*source, *sizes, *_addresses(plans), workspace.data_ptr(), stream)
+            places = (*_addresses(plans), address(workspace, device))
+            extension.from_expert_ids_cuda(*source, *sizes, *places, stream)
     return plans
 
 
@@ -164,28 +189,29 @@ def build_plans_from_input_ids(
         return None
     input_ids_T, tables_LV = input_ids_T.contiguous(), tables_LV.contiguous()
     mask_T = None if mask_T is None else mask_T.contiguous()
-    plans = _empty_plans(num_layers, num_tokens, num_experts, input_ids_T.device)
+    device = input_ids_T.device
+    plans = _empty_plans(num_layers, num_tokens, num_experts, device)
     source = (
-        input_ids_T.data_ptr(),
+        address(input_ids_T, device),
         input_ids_T.element_size(),
-        0 if mask_T is None else mask_T.data_ptr(),
-        tables_LV.data_ptr(),
+        address(mask_T, device),
+        address(tables_LV, device),
         vocab_size,
     )
     sizes = (num_layers, num_tokens, num_experts)
-    if input_ids_T.device.type == "cpu":
+    if device.type == "cpu":
         threads = torch.get_num_threads()
         plans.num_invalid.fill_(extension.from_input_ids_cpu(*source, *sizes, *_addresses(plans), threads))
     else:
-        with torch.cuda.device(input_ids_T.device):
-            workspace = _workspace(extension, sizes, input_ids_T.device)
+        with torch.cuda.device(device):
+            workspace = _workspace(extension, sizes, device)
             stream = torch.cuda.current_stream().cuda_stream
             extension.from_input_ids_cuda(
                 *source,
                 *sizes,
                 *_addresses(plans),
-                plans.num_invalid.data_ptr(),
-                workspace.data_ptr(),
+                address(plans.num_invalid, device),
+                address(workspace, device),
                 stream,
             )
     return plans
@@ -219,7 +245,8 @@ def _empty_plans(num_layers: int, num_slots: int, num_experts: int, device: torc
 
 
 def _addresses(plans: PlanTensors) -> list[int]:
-    return [tensor.data_ptr() for tensor in (*plans.slots_3LS, plans.counts_LE, plans.offsets_LE1)]
+    tensors = (*plans.slots_3LS, plans.counts_LE, plans.offsets_LE1)
+    return [address(tensor, plans.slots_3LS.device) for tensor in tensors]
 
 
 def _workspace(extension: Any, sizes: tuple[int, int, int], device: torch.device) -> Tensor:

@@ -1,21 +1,27 @@
-"""`moe_ffn`: the expert feed-forward network as two custom operators of PyTorch.
+"""`moe_ffn`: the expert feed-forward network as one operator of PyTorch and its backward.
 
-`expert_ffn` is the two grouped GEMMs, `expert_norm` the residual sum with each expert's own LayerNorm. Both
-have a schema, a fake implementation and an autograd formula; `backends` picks what computes them.
+The two grouped GEMMs and, with `norm`, the residual sum and each expert's own LayerNorm. `backends` picks
+what computes them. An eager call goes straight to that backend, under an `autograd.Function`; where a
+compiler, tracer, mode or transform watches, the same two steps go through `torch.library`.
 
 Notation: T tokens, K experts per token, S = T*K slots (slot s = t*K + k), D hidden size, F neurons of one
-expert, E experts. A 0-element tensor stands for a result that was not asked for: operators return no None.
+expert, E experts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, library
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
 
-from moebert_kernels import backends, cpu, cpu_eager
-from moebert_kernels.arguments import check_arguments, check_kinds
-from moebert_kernels.autocast import cast_parameter
+from moebert_kernels import backends, cpu_rows
+from moebert_kernels.arguments import NUM_TENSORS, Call, Gradients, Saved, check_call, check_kinds
 from moebert_kernels.routing.plan import RoutingPlan
+from moebert_kernels.watchers import unwatched
 
 
 def moe_ffn(
@@ -58,345 +64,240 @@ def moe_ffn(
 
     Returns:
         [T, D] in x's dtype, or in the residual's dtype with `norm`. Under autocast x, weights and biases are
-        cast to the autocast dtype, as `nn.Linear` casts them; a parameter's cast is kept until it changes
-        (see `autocast`).
+        cast to the autocast dtype in every call, and float64 is left alone, as for `nn.Linear`;
+        `MoEFFN.keep_casts` keeps the casts of weights that no longer change.
 
     Raises:
         TypeError: an argument is of another kind.
         ValueError: shapes, dtypes, devices or options do not fit; the message names the argument.
+        NotImplementedError: an argument has a forward-mode tangent.
     """
     check_kinds(x_TD, plan, w1_EFD, b1_EF, w2_EDF, b2_ED, gate_TK, norm, residual_TD, dropout_p)
-    if torch.is_autocast_enabled(x_TD.device.type):
+    device = x_TD.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
         residual_TD = x_TD if norm and residual_TD is None else residual_TD
-        dtype = torch.get_autocast_dtype(x_TD.device.type)
-        x_TD = x_TD.to(dtype)
-        w1_EFD, w2_EDF = cast_parameter(w1_EFD, dtype), cast_parameter(w2_EDF, dtype)
-        b1_EF = None if b1_EF is None else cast_parameter(b1_EF, dtype)
-        b2_ED = None if b2_ED is None else cast_parameter(b2_ED, dtype)
-    check_arguments(
-        x_TD, plan, w1_EFD, b1_EF, w2_EDF, b2_ED, gate_TK, activation, norm, residual_TD, dropout_p
+        dtype = torch.get_autocast_dtype(device)
+        x_TD, w1_EFD, w2_EDF = _cast(x_TD, dtype), _cast(w1_EFD, dtype), _cast(w2_EDF, dtype)
+        b1_EF = None if b1_EF is None else _cast(b1_EF, dtype)
+        b2_ED = None if b2_ED is None else _cast(b2_ED, dtype)
+    ln_w_ED, ln_b_ED = norm or (None, None)
+    call = Call(
+        x_TD,
+        plan.expert_ids_TK,
+        plan.order_S,
+        plan.inverse_S,
+        plan.offsets_E1,
+        w1_EFD,
+        b1_EF,
+        w2_EDF,
+        b2_ED,
+        gate_TK,
+        ln_w_ED,
+        ln_b_ED,
+        residual_TD,
+        # Drawn from torch's generator, so that manual_seed and checkpointing's state juggling govern it.
+        torch.randint(2**62, (1,), device=x_TD.device) if 0 < dropout_p < 1 else None,
+        activation,
+        float(norm_eps),
+        float(dropout_p),
     )
-    # Drawn from torch's generator, so that manual_seed and checkpointing's state juggling govern it.
-    seed = torch.randint(2**62, (1,), device=x_TD.device) if dropout_p > 0 else None
-    if backends.runs_eagerly(x_TD, gate_TK, norm, residual_TD, plan.top_k):
-        ln_w_ED, ln_b_ED = norm or (None, None)
-        return cpu_eager.moe_ffn(
-            cpu_eager.Options(plan, activation, norm_eps, dropout_p),
-            cpu_eager.Tensors(
-                x_TD, w1_EFD, b1_EF, w2_EDF, b2_ED, ln_w_ED, ln_b_ED, gate_TK, residual_TD, seed
-            ),
+    check_call(call)
+    tensors = call.tensors
+    differentiable: list[Any] = [call[i] for i in _GRADIENT_OF]
+    training = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in differentiable])
+    if not ((x_TD.is_cpu or x_TD.is_cuda) and unwatched(tensors)):
+        _refuse_tangents(tensors)
+        # A trace holds for both, and is compared with one made without gradients.
+        return ffn(*call, training and not torch.jit.is_tracing())[0]
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(tensors)
+    if training:
+        return _DirectFFN.apply(call, *differentiable)
+    return backends.choose(call).forward(call, False)[0]
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+
+
+def _refuse_tangents(tensors: Sequence[Tensor | None]) -> None:
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError(
+            "moe_ffn has no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad): "
+            "use reverse mode"
         )
-    differentiable = (x_TD, w1_EFD, b1_EF, w2_EDF, b2_ED, None if norm else gate_TK)
-    save_preact = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
-    order_S, offsets_E1, ids_TK = plan.order_S, plan.offsets_E1, plan.expert_ids_TK
-    weights, per_slot = (w1_EFD, b1_EF, w2_EDF, b2_ED), norm is not None
-    gate = None if per_slot else gate_TK
-    z, _ = expert_ffn(
-        x_TD, order_S, offsets_E1, *weights, gate, activation, plan.top_k, per_slot, save_preact
-    )
-    if norm is None:
-        return z
-    residual_TD = x_TD if residual_TD is None else residual_TD
-    y_TD, _, _ = expert_norm(
-        z, residual_TD, ids_TK, order_S, offsets_E1, *norm, gate_TK, seed, norm_eps, dropout_p
-    )
-    return y_TD
 
 
-@library.custom_op("moebert_kernels::expert_ffn", mutates_args=())
-def expert_ffn(
-    x_TD: Tensor,
-    order_S: Tensor,
-    offsets_E1: Tensor,
-    w1_EFD: Tensor,
-    b1_EF: Tensor | None,
-    w2_EDF: Tensor,
-    b2_ED: Tensor | None,
-    gate_TK: Tensor | None,
-    activation: str,
-    top_k: int,
-    per_slot: bool,
-    save_preact: bool,
-) -> tuple[Tensor, Tensor]:
-    """gather -> W1 -> +b1 -> act -> W2 -> +b2 -> gate -> scatter.
+_TENSORS = (
+    "Tensor x_TD, Tensor expert_ids_TK, Tensor order_S, Tensor inverse_S, Tensor offsets_E1, "
+    "Tensor w1_EFD, Tensor? b1_EF, Tensor w2_EDF, Tensor? b2_ED, Tensor? gate_TK, "
+    "Tensor? ln_w_ED, Tensor? ln_b_ED, Tensor? residual_TD, Tensor? seed"
+)
+_CALL = f"{_TENSORS}, str activation, float norm_eps, float dropout_p"
+_GRADIENT_OF = [Call._fields.index(name) for name in Gradients._fields]
 
-    Args:
-        order_S, offsets_E1: of the `RoutingPlan`.
-        gate_TK: None for 1/K. Must be None with `per_slot`.
-        per_slot: return z of every slot, [S, D], for `expert_norm` to weigh and sum; otherwise the weighted
-            sum over k, [T, D].
-        save_preact: whether backward will want the pre-activations.
 
-    Returns:
-        y, whose rows of slots without an expert are 0, and what the same backend's backward wants of the
-        pre-activations, in sorted order: [S, F], or more rows on the CPU (`cpu.preact_rows`).
+@library.custom_op(
+    "moebert_kernels::ffn",
+    mutates_args=(),
+    schema=f"({_CALL}, bool training) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def ffn(*arguments: Any) -> tuple[Tensor, ...]:
+    """y_TD and the fields of `Saved`, for the arguments of a `Call` and whether to keep them for backward.
+
+    An operator returns no None, and its shapes follow from those of its arguments: a 0-element tensor stands
+    for what is not wanted, and zeros follow what a backend saves up to the most that one of this device may.
     """
-    return cpu.expert_ffn_forward(
-        x_TD,
-        order_S,
-        offsets_E1,
-        w1_EFD,
-        b1_EF,
-        w2_EDF,
-        b2_ED,
-        gate_TK,
-        activation,
-        top_k,
-        per_slot,
-        save_preact,
+    call, training = Call(*arguments[:-1]), arguments[-1]
+    y_TD, saved = backends.choose(call).forward(call, training)
+    shapes = _saved_shapes(call, training)
+    return y_TD, *(_filled_up(t, *like, call.x_TD) for t, like in zip(saved, shapes, strict=True))
+
+
+@ffn.register_fake
+def _(*arguments):
+    call, training = Call(*arguments[:-1]), arguments[-1]
+    saved = (call.x_TD.new_empty(shape, dtype=dtype) for shape, dtype in _saved_shapes(call, training))
+    return call.residual.new_empty(call.x_TD.shape), *saved
+
+
+def _saved_shapes(call: Call, training: bool) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and dtypes of the fields of `Saved` as the operator returns them."""
+    S, F, D = call.order_S.shape[0], call.w1_EFD.shape[1], call.x_TD.shape[1]
+    # On the CPU experts' rows are filled up; on CUDA the kernels keep activations and slopes.
+    rows = cpu_rows.most_rows(S) if call.x_TD.device.type == "cpu" else 2 * S
+    rows_of_z = rows if call.x_TD.device.type == "cpu" else S
+    with_norm = training and call.ln_w_ED is not None
+    stats = torch.promote_types(call.residual.dtype, torch.float32)
+    return [
+        ((rows if training else 0, F), call.x_TD.dtype),
+        ((rows_of_z if with_norm else 0, D), call.x_TD.dtype),
+        *[((S if with_norm else 0,), stats)] * 2,
+    ]
+
+
+def _filled_up(tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
+    if tensor is None:
+        return like.new_empty(shape, dtype=dtype)
+    if tensor.shape == shape:
+        return tensor
+    filled = tensor.new_zeros(shape)
+    rows = tensor.view(-1, *shape[1:])
+    filled[: rows.shape[0]] = rows
+    return filled
+
+
+@library.custom_op(
+    "moebert_kernels::ffn_backward",
+    mutates_args=(),
+    schema=(
+        f"({_CALL}, Tensor hidden, Tensor z, Tensor mean_S, Tensor rstd_S, Tensor dy_TD, bool[] needs) "
+        f"-> ({', '.join(['Tensor'] * len(_GRADIENT_OF))})"
+    ),
+)
+def ffn_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    """The fields of `Gradients` for a call of `ffn`; a 0-element tensor for each that `needs` omits."""
+    *of_call, hidden, z, mean_S, rstd_S, dy_TD, needs = arguments
+    call = Call(*of_call)
+    grads = backends.choose(call).backward(call, Saved(hidden, z, mean_S, rstd_S), dy_TD, Gradients(*needs))
+    return tuple(
+        grad.to(of_call[i].dtype) if need and grad is not None else call.x_TD.new_empty(0)
+        for i, grad, need in zip(_GRADIENT_OF, grads, needs, strict=True)
     )
 
 
-@expert_ffn.register_kernel(("cpu", "cuda"))
-def _(x_TD, *args):
-    gate_TK, _activation, top_k, per_slot, _save_preact = args[-5:]
-    return backends.for_ffn(x_TD, gate_TK, top_k, per_slot).expert_ffn_forward(x_TD, *args)
-
-
-@expert_ffn.register_fake
-def _(
-    x_TD, order_S, offsets_E1, w1_EFD, b1_EF, w2_EDF, b2_ED, gate_TK, activation, top_k, per_slot, save_preact
-):
-    rows = order_S.shape[0] if per_slot else x_TD.shape[0]
-    preact_rows = cpu.preact_rows(x_TD, order_S.shape[0]) if save_preact else 0
-    return x_TD.new_empty(rows, x_TD.shape[1]), x_TD.new_empty(preact_rows, w1_EFD.shape[1])
-
-
-@library.custom_op("moebert_kernels::expert_ffn_backward", mutates_args=())
-def expert_ffn_backward(
-    dy: Tensor,
-    x_TD: Tensor,
-    preact_SF: Tensor,
-    order_S: Tensor,
-    offsets_E1: Tensor,
-    w1_EFD: Tensor,
-    b1_EF: Tensor | None,
-    w2_EDF: Tensor,
-    b2_ED: Tensor | None,
-    gate_TK: Tensor | None,
-    activation: str,
-    top_k: int,
-    per_slot: bool,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of `expert_ffn`, of x, w1, b1, w2, b2 and gate, each where `needs` says so."""
-    return cpu.expert_ffn_backward(
-        dy,
-        x_TD,
-        preact_SF,
-        order_S,
-        offsets_E1,
-        w1_EFD,
-        b1_EF,
-        w2_EDF,
-        b2_ED,
-        gate_TK,
-        activation,
-        top_k,
-        per_slot,
-        needs,
+@ffn_backward.register_fake
+def _(*arguments):
+    *of_call, _hidden, _z, _mean_S, _rstd_S, _dy_TD, needs = arguments
+    return tuple(
+        of_call[i].new_empty(of_call[i].shape) if need else of_call[0].new_empty(0)
+        for i, need in zip(_GRADIENT_OF, needs, strict=True)
     )
 
 
-@expert_ffn_backward.register_kernel(("cpu", "cuda"))
-def _(dy, x_TD, *args):
-    gate_TK, _activation, top_k, per_slot, _needs = args[-5:]
-    return backends.for_ffn(x_TD, gate_TK, top_k, per_slot).expert_ffn_backward(dy, x_TD, *args)
+def _refuse_second_derivative(ctx: Any, *_: Any) -> None:
+    raise NotImplementedError("moe_ffn has no second derivative")
 
 
-@expert_ffn_backward.register_fake
-def _(
-    dy,
-    x_TD,
-    preact_SF,
-    order_S,
-    offsets_E1,
-    w1_EFD,
-    b1_EF,
-    w2_EDF,
-    b2_ED,
-    gate_TK,
-    activation,
-    top_k,
-    per_slot,
-    needs,
-):
-    inputs = (x_TD, w1_EFD, b1_EF, w2_EDF, b2_ED, gate_TK)
-    shapes = [t.shape if need and t is not None else (0,) for t, need in zip(inputs, needs, strict=True)]
-    if not needs[0]:
-        shapes[0] = (0, x_TD.shape[1])
-    *weights, dgate = (dy.new_empty(shape) for shape in shapes)
-    return (*weights, dgate)
+ffn_backward.register_autograd(_refuse_second_derivative)
 
 
-def _expert_ffn_setup(ctx, inputs, output):
-    x_TD, order_S, offsets_E1, w1_EFD, b1_EF, w2_EDF, b2_ED, gate_TK, *options, _save_preact = inputs
-    ctx.save_for_backward(x_TD, output[1], order_S, offsets_E1, w1_EFD, b1_EF, w2_EDF, b2_ED, gate_TK)
-    ctx.options = options
-    ctx.mark_non_differentiable(output[1])
+def _save(ctx: Any, call: Sequence[Any], saved: Sequence[Tensor | None]) -> None:
+    ctx.save_for_backward(*call[:NUM_TENSORS], *saved)
+    ctx.options = call[NUM_TENSORS:]
     ctx.set_materialize_grads(False)
 
 
-def _expert_ffn_autograd(ctx, dy, _dpreact):
-    if dy is None:
-        return (None,) * 12
-    need = ctx.needs_input_grad
-    needs = [need[0], need[3], need[4], need[5], need[6], need[7]]
-    saved = ctx.saved_tensors  # once: checkpointing refuses to unpack a tensor a second time
-    grads = expert_ffn_backward(dy, *saved, *ctx.options, needs)
-    dx, dw1, db1, dw2, db2, dgate = (g if n else None for g, n in zip(grads, needs, strict=True))
-    if dgate is not None:
-        dgate = dgate.to(saved[-1].dtype)
-    return dx, None, None, dw1, db1, dw2, db2, dgate, None, None, None, None
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *call, ctx.training = inputs
+    _save(ctx, call, output[1:])
+    ctx.mark_non_differentiable(*output[1:])
 
 
-expert_ffn.register_autograd(_expert_ffn_autograd, setup_context=_expert_ffn_setup)
+def _gradients(ctx: Any, dy_TD: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    """Of all arguments of `ffn`."""
+    found: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+    if dy_TD is not None:
+        # Once: checkpointing refuses to unpack a tensor a second time.
+        saved, wanted = ctx.saved_tensors, ctx.needs_input_grad
+        needs = [wanted[i] for i in _GRADIENT_OF]
+        call, of_forward = (*saved[:NUM_TENSORS], *ctx.options), saved[NUM_TENSORS:]
+        if not ctx.training:
+            _, *of_forward = ffn(*call, True)
+        for i, grad, need in zip(
+            _GRADIENT_OF, ffn_backward(*call, *of_forward, dy_TD, needs), needs, strict=True
+        ):
+            found[i] = grad if need else None
+    return tuple(found)
 
 
-@library.custom_op("moebert_kernels::expert_norm", mutates_args=())
-def expert_norm(
-    z_SD: Tensor,
-    residual_TD: Tensor,
-    expert_ids_TK: Tensor,
-    order_S: Tensor,
-    offsets_E1: Tensor,
-    ln_w_ED: Tensor,
-    ln_b_ED: Tensor,
-    gate_TK: Tensor | None,
-    seed: Tensor | None,
-    eps: float,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y_t = sum_k g_tk * LayerNorm_e(dropout(z_tk) + residual_t), statistics in float32 or wider.
+ffn.register_autograd(_gradients, setup_context=_setup)
 
-    Args:
-        seed: int64 [1] that fixes the dropout mask, which is regenerated in backward and not stored; None
-            without dropout.
 
-    Returns:
-        y_TD in the residual's dtype, and mean and reciprocal standard deviation of each slot [S].
-    """
-    return cpu.expert_norm_forward(
-        z_SD, residual_TD, expert_ids_TK, order_S, offsets_E1, ln_w_ED, ln_b_ED, gate_TK, seed, eps, dropout_p
+class _DirectFFN(torch.autograd.Function):
+    """`ffn` and its backward past the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, *_differentiable: Tensor | None) -> Tensor:
+        # With setup_context apart, apply() would look up this function's signature in every call.
+        y_TD, saved = backends.choose(call).forward(call, True)
+        _save(ctx, call, saved)
+        return y_TD
+
+    @staticmethod
+    def backward(ctx: Any, dy_TD: Tensor | None) -> tuple[Tensor | None, ...]:
+        needs = Gradients(*ctx.needs_input_grad[1:])
+        if dy_TD is None:
+            return None, *[None] * len(needs)
+        saved = ctx.saved_tensors
+        call = Call(*saved[:NUM_TENSORS], *ctx.options)
+        # With create_graph someone may ask for a second derivative: the operator says that it has none.
+        if torch.is_grad_enabled() or not unwatched((dy_TD,)):
+            grads: Any = ffn_backward(*call, *saved[NUM_TENSORS:], dy_TD, list(needs))
+        else:
+            of_forward = Saved(*saved[NUM_TENSORS:])
+            grads = backends.choose(call).backward(call, of_forward, dy_TD, needs)
+        return None, *[grad if need else None for grad, need in zip(grads, needs, strict=True)]
+
+
+@register_flop_formula(torch.ops.moebert_kernels.ffn)
+def _(*shapes, out_shape=None) -> int:
+    return 2 * _gemm_flops(shapes)
+
+
+@register_flop_formula(torch.ops.moebert_kernels.ffn_backward)
+def _(*shapes, out_shape=None) -> int:
+    needs = Gradients(*shapes[-1])
+    da = (
+        needs.x_TD
+        or needs.w1_EFD
+        or needs.b1_EF
+        or (needs.gate_TK and shapes[Call._fields.index("ln_w_ED")] is None)
     )
+    return _gemm_flops(shapes) * (da + needs.x_TD + needs.w1_EFD + needs.w2_EDF)
 
 
-@expert_norm.register_kernel(("cpu", "cuda"))
-def _(z_SD, residual_TD, *args):
-    ln_w_ED, ln_b_ED = args[3:5]
-    backend = backends.for_norm(z_SD, residual_TD, ln_w_ED, ln_b_ED)
-    return backend.expert_norm_forward(z_SD, residual_TD, *args)
-
-
-@expert_norm.register_fake
-def _(z_SD, residual_TD, expert_ids_TK, order_S, offsets_E1, ln_w_ED, ln_b_ED, gate_TK, seed, eps, dropout_p):
-    dtype = torch.promote_types(residual_TD.dtype, torch.float32)
-    stats = [z_SD.new_empty(z_SD.shape[0], dtype=dtype) for _ in range(2)]
-    return residual_TD.new_empty(residual_TD.shape), *stats
-
-
-@library.custom_op("moebert_kernels::expert_norm_backward", mutates_args=())
-def expert_norm_backward(
-    dy_TD: Tensor,
-    z_SD: Tensor,
-    residual_TD: Tensor,
-    mean_S: Tensor,
-    rstd_S: Tensor,
-    expert_ids_TK: Tensor,
-    order_S: Tensor,
-    offsets_E1: Tensor,
-    ln_w_ED: Tensor,
-    ln_b_ED: Tensor,
-    gate_TK: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    need_gate: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of `expert_norm`: of z, residual, ln_w, ln_b and, where asked for, of the gate."""
-    return cpu.expert_norm_backward(
-        dy_TD,
-        z_SD,
-        residual_TD,
-        mean_S,
-        rstd_S,
-        expert_ids_TK,
-        order_S,
-        offsets_E1,
-        ln_w_ED,
-        ln_b_ED,
-        gate_TK,
-        seed,
-        dropout_p,
-        need_gate,
-    )
-
-
-@expert_norm_backward.register_kernel(("cpu", "cuda"))
-def _(dy_TD, z_SD, residual_TD, *args):
-    ln_w_ED, ln_b_ED = args[5:7]
-    backend = backends.for_norm(z_SD, residual_TD, ln_w_ED, ln_b_ED)
-    return backend.expert_norm_backward(dy_TD, z_SD, residual_TD, *args)
-
-
-@expert_norm_backward.register_fake
-def _(
-    dy_TD,
-    z_SD,
-    residual_TD,
-    mean_S,
-    rstd_S,
-    expert_ids_TK,
-    order_S,
-    offsets_E1,
-    ln_w_ED,
-    ln_b_ED,
-    gate_TK,
-    seed,
-    dropout_p,
-    need_gate,
-):
-    dgate_shape = expert_ids_TK.shape if need_gate else (0,)
-    return (
-        z_SD.new_empty(z_SD.shape),
-        residual_TD.new_empty(residual_TD.shape),
-        ln_w_ED.new_empty(ln_w_ED.shape),
-        ln_b_ED.new_empty(ln_b_ED.shape),
-        mean_S.new_empty(dgate_shape),
-    )
-
-
-def _expert_norm_setup(ctx, inputs, output):
-    (
-        z_SD,
-        residual_TD,
-        expert_ids_TK,
-        order_S,
-        offsets_E1,
-        ln_w_ED,
-        ln_b_ED,
-        gate_TK,
-        seed,
-        _eps,
-        dropout_p,
-    ) = inputs
-    _, mean_S, rstd_S = output
-    ctx.save_for_backward(
-        z_SD, residual_TD, mean_S, rstd_S, expert_ids_TK, order_S, offsets_E1, ln_w_ED, ln_b_ED, gate_TK, seed
-    )
-    ctx.dropout_p = dropout_p
-    ctx.mark_non_differentiable(mean_S, rstd_S)
-    ctx.set_materialize_grads(False)
-
-
-def _expert_norm_autograd(ctx, dy_TD, _dmean, _drstd):
-    if dy_TD is None:
-        return (None,) * 11
-    need = ctx.needs_input_grad
-    saved = ctx.saved_tensors  # once: checkpointing refuses to unpack a tensor a second time
-    grads = expert_norm_backward(dy_TD, *saved, ctx.dropout_p, need[7])
-    dz, dresidual, dln_w, dln_b, dgate = grads
-    dgate = dgate.to(saved[9].dtype) if need[7] else None
-    return dz, dresidual, None, None, None, dln_w, dln_b, dgate, None, None, None
-
-
-expert_norm.register_autograd(_expert_norm_autograd, setup_context=_expert_norm_setup)
+def _gemm_flops(shapes: Sequence[Any]) -> int:
+    """2 per multiply-add of one grouped GEMM: the padding of experts' rows is nobody's wish."""
+    (T, K), (_, F, D) = shapes[Call._fields.index("expert_ids_TK")], shapes[Call._fields.index("w1_EFD")]
+    return 2 * T * K * F * D

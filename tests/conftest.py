@@ -1,6 +1,7 @@
 """Where the kernels run: on a GPU if there is one, else in Triton's interpreter, which must be chosen before
 anything imports Triton."""
 
+import importlib.util
 import os
 
 import pytest
@@ -10,6 +11,30 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class GpuModule(pytest.Module):
+    """A test module under `-m gpu`: left out, with the reason, if it needs a package that is not installed.
+
+    A borrowed GPU machine has PyTorch, Triton and pytest, and rarely more. `test_bare_machine.py` shows that
+    no test of a GPU is lost to this. Without `-m gpu` such a module is an error, as ever.
+    """
+
+    def collect(self):
+        try:
+            return super().collect()
+        except self.CollectError as error:
+            cause = error.__cause__
+            package = cause.name.partition(".")[0] if isinstance(cause, ModuleNotFoundError) else None
+            if package is None or importlib.util.find_spec(package) is not None:
+                raise
+            pytest.skip(f"{package} is not installed", allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path, parent):
+    if parent.config.getoption("-m").split()[:1] == ["gpu"]:
+        return GpuModule.from_parent(parent, path=module_path)
+    return None
 
 
 def pytest_collection_modifyitems(items):

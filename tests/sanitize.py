@@ -1,9 +1,11 @@
 """Small cases for NVIDIA's compute-sanitizer, outside pytest so that its report is the process's own.
 
-    python tests/sanitize.py            run all four tools, each in a process of its own
-    python tests/sanitize.py --cases    run the cases only: what a tool wraps
+    python tests/sanitize.py [TOOL ...]    run all four tools or those named, each in a process of its own
+    python tests/sanitize.py --cases       run the cases only: what a tool wraps
 
-The exit status is that of the first tool that finds something.
+Whatever one tool finds, the next one runs; the exit status is the first that is not 0. `--cases
+--interpreted`, with TRITON_INTERPRET=1 in the environment, runs the smallest case without a GPU: does the
+script start?
 """
 
 from __future__ import annotations
@@ -17,16 +19,27 @@ from pathlib import Path
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 
-def run_cases() -> None:
+def run_cases(*, interpreted: bool = False) -> None:
     import dataclasses
 
+    import pytest
     import torch
     from cases import Case
-    from kernel_checks import call, inputs, plan_of, run
+    from kernel_checks import inputs, run, send_to
 
+    from moebert_kernels import kernels
     from moebert_kernels.kernels import configs
 
-    key = (configs.family(torch.device("cuda", 0)), "half", "large")
+    device, dtype = ("cpu", torch.float16) if interpreted else ("cuda", torch.bfloat16)
+    cases = (
+        Case(7),
+        Case(200, D=72, F=136, routing="dropped", gate=True),
+        Case(150, D=40, F=88, K=2, routing="skewed", gate=True, norm=True),
+    )
+    if interpreted:
+        send_to(kernels, pytest.MonkeyPatch())
+        cases = cases[:1]
+    key = (configs.family(torch.device(device)), "half", "large")
     large = configs.TABLE.get(key, configs.SAFE)
     # Descriptor loads bring in whole tiles, unwritten rows included, which nothing uses: initcheck would
     # report them, so it looks at the pointer loads.
@@ -34,40 +47,32 @@ def run_cases() -> None:
     for config in (large, configs.SAFE):
         config = dataclasses.replace(config, tma=tma and config.tma)
         configs.select = lambda *_, config=config: config
-        for case in (
-            Case(7),
-            Case(200, D=72, F=136, routing="dropped", gate=True),
-            Case(150, D=40, F=88, K=2, routing="skewed", gate=True, norm=True),
-        ):
-            t = inputs(case, torch.bfloat16, "cuda")
-            run(case, t, **({"dropout_p": 0.1} if case.norm else {}))
-        few = dataclasses.replace(config, dense_slots=64)
-        configs.select = lambda *_, few=few: few
-        case = Case(33, D=72, F=136, gate=True)
-        with torch.no_grad():
-            call(case, inputs(case, torch.bfloat16, "cuda"), plan_of(case, "cuda"))
-    torch.cuda.synchronize()
+        for case in cases:
+            run(case, inputs(case, dtype, device), **({"dropout_p": 0.1} if case.norm else {}))
+    if not interpreted:
+        torch.cuda.synchronize()
 
 
-def main() -> int:
+def main(tools: list[str]) -> int:
+    if unknown := [tool for tool in tools if tool not in TOOLS]:
+        sys.exit(f"there is no tool {unknown[0]!r}; there are {', '.join(TOOLS)}")
     here = Path(__file__).resolve().parent
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]),
         "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",  # one allocation per tensor: overruns land outside
     }
-    for tool in TOOLS:
+    statuses = []
+    for tool in tools or TOOLS:
         pointers = ["--pointers"] if tool == "initcheck" else []
         command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, __file__, "--cases"]
         print(f"== {tool}", flush=True)
-        status = subprocess.run(command + pointers, env=environment).returncode
-        if status:
-            return status
-    return 0
+        statuses.append(subprocess.run(command + pointers, env=environment).returncode)
+    return next((status for status in statuses if status), 0)
 
 
 if __name__ == "__main__":
     if "--cases" in sys.argv:
-        run_cases()
+        run_cases(interpreted="--interpreted" in sys.argv)
     else:
-        sys.exit(main())
+        sys.exit(main(sys.argv[1:]))

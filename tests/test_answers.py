@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -95,8 +96,6 @@ def test_files_are_read_as_published(tmp_path):
             "not in SQuAD's format.*KeyError 'answer_start'",
         ),
         (lambda text: text.replace("13}", '"13"}'), "'13' where a number of characters is expected"),
-        (lambda text: text.replace("13}", "36}"), "question q1: answer '2016' at character 36 lies outside"),
-        (lambda text: text.replace("13}", "-1}"), "at character -1 lies outside"),
         (lambda text: text, "question q2: no answer, which task squad needs; task squad_v2 is for such"),
     ],
 )
@@ -104,6 +103,69 @@ def test_wrong_files_get_a_sentence(tmp_path, change, message):
     write(tmp_path, change(json.dumps(SQUAD)), answered_only(), "v1.1")
     with pytest.raises(UserError, match=message):
         load_task("squad", tmp_path)
+
+
+def located(folder, context, answers):
+    """The (answers, starts) of the training and the validation rows of one question, and the warnings."""
+    content = copy.deepcopy(answered_only())
+    (paragraph,) = content["data"][0]["paragraphs"]
+    paragraph["context"] = context
+    paragraph["qas"][0]["answers"] = [{"text": text, "answer_start": start} for text, start in answers]
+    other = copy.deepcopy(answered_only()["data"][0])
+    other["paragraphs"][0]["qas"][0]["id"] = "q9"
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        both = content | {"data": [*content["data"], other]}
+        data = load_task("squad", write(folder, both, both, "v1.1"))
+    rows = [
+        [(row["answers"], row["starts"]) for row in part.to_list()[:-1]]
+        for part in (data.train, data.validation)
+    ]
+    return *rows, [str(one.message).partition(": ")[2] for one in told]
+
+
+CAPITALS = "Anna lives in Quito.  Ecuador's capital  city is Quito." + " " * 100 + "Quito lies high."
+
+
+@pytest.mark.parametrize(
+    ("answer", "start", "found"),
+    [
+        ("Quito", 14, ("Quito", 14)),
+        ("Quito", 0, ("Quito", 14)),
+        ("Quito", 45, ("Quito", 49)),
+        ("quito", 12, ("Quito", 14)),
+        (" capital city ", 30, ("capital  city", 32)),
+        ("Anna", 500, ("Anna", 0)),
+        ("Anna", -1, ("Anna", 0)),
+    ],
+)
+def test_an_answer_is_found_where_it_stands(tmp_path, answer, start, found):
+    """Stops a wrong span, as of "Anna" for "Quito", from being trained on in silence."""
+    train, validation, told = located(tmp_path, CAPITALS, [(answer, start)])
+    assert train == validation == [([found[0]], [found[1]])]
+    moved = "answers of 1 questions do not stand at their answer_start, and were found near by: question q1"
+    assert told == ([] if found == (answer, start) else [moved, moved])
+
+
+@pytest.mark.parametrize(("answer", "start"), [("Lima", 14), ("Quito", 900), ("", 3), (" ", 3)])
+def test_a_question_whose_answer_is_nowhere_is_not_trained_on(tmp_path, answer, start):
+    """Stops such rows from teaching a wrong span; the score counts their answers, as the official one."""
+    train, validation, told = located(tmp_path, CAPITALS, [(answer, start)])
+    assert (train, validation) == ([], [([answer], [start])])
+    assert [text.partition(", and ")[2] for text in told] == [
+        "are not trained on: question q1",
+        "count all the same, though no model can find them: question q1",
+    ]
+    train, validation, told = located(tmp_path, CAPITALS, [(answer, start), ("Anna", 0)])
+    assert train == [(["Anna"], [0])]
+    assert validation == [([answer, "Anna"], [start, 0])]
+    assert len(told) == 2
+
+
+def test_a_file_without_a_single_answer_in_place_is_refused(tmp_path):
+    text = json.dumps(answered_only()).replace('"text": "', '"text": "un')
+    with pytest.raises(UserError, match=r"train-v1\.1\.json has no question whose answer is a part of its"):
+        load_task("squad", write(tmp_path, text, text, "v1.1"))
 
 
 def test_missing_files_are_named(tmp_path):

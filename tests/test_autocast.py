@@ -1,92 +1,104 @@
-"""Casts of parameters under autocast are kept while the parameter stays as it is, and never longer."""
+"""Autocast: weights are cast as `nn.Linear` casts them, or once, where that is asked for."""
 
-import gc
+import copy
 
 import pytest
 import torch
 from torch import nn
 
-from moebert_kernels import MoEFFN, RoutingPlan, autocast
-from moebert_kernels.autocast import cast_parameter
+from moebert_kernels import MoEFFN, RoutingPlan, moe_ffn
+
+T, D, F, E = 20, 8, 12, 3
 
 
-@pytest.fixture
-def parameter():
-    return nn.Parameter(torch.randn(4, 6))
+def layer_and_inputs(**options):
+    torch.manual_seed(0)
+    plan = RoutingPlan.from_expert_ids(torch.arange(T) % E, E)
+    return MoEFFN(D, F, E, norm_eps=1e-12, **options), torch.randn(T, D), plan
 
 
-def test_a_cast_is_reused_until_the_parameter_is_written_to(parameter):
-    first = cast_parameter(parameter, torch.bfloat16)
-    assert first.data_ptr() == cast_parameter(parameter, torch.bfloat16).data_ptr()
-    with torch.no_grad():
-        parameter.add_(1)
-    assert torch.equal(cast_parameter(parameter, torch.bfloat16), parameter.to(torch.bfloat16))
-    assert torch.equal(cast_parameter(parameter, torch.float16), parameter.to(torch.float16))
+def under_autocast(layer, x, plan, *, dtype=torch.bfloat16, grad=False):
+    with torch.set_grad_enabled(grad), torch.autocast("cpu", dtype):
+        return layer(x, routing=plan)
 
 
-def test_an_optimisers_step_ends_every_cast(parameter):
-    """Some optimisers write through `.data`, which the version counter does not see."""
-
-    class ThroughData(torch.optim.SGD):
-        def step(self):
-            parameter.data += 1
-
-    optimiser = ThroughData([parameter], lr=0.1)
-    cast_parameter(parameter, torch.bfloat16)
-    optimiser.step()
-    assert torch.equal(cast_parameter(parameter, torch.bfloat16), parameter.to(torch.bfloat16))
-
-
-def test_storage_replaced_through_data_ends_the_cast(parameter):
-    cast_parameter(parameter, torch.bfloat16)
-    parameter.data = torch.randn(4, 6)
-    assert torch.equal(cast_parameter(parameter, torch.bfloat16), parameter.to(torch.bfloat16))
+@pytest.mark.parametrize("grad", [False, True])
+def test_weights_written_through_data_are_seen(grad):
+    """An average of weights is often written so: a cache gave the output of the old ones."""
+    layer, x, plan = layer_and_inputs()
+    before = under_autocast(layer, x, plan, grad=grad)
+    for parameter in layer.parameters():
+        parameter.data.fill_(0)
+    after = under_autocast(layer, x, plan, grad=grad)
+    assert before.abs().max() > 0
+    assert torch.equal(after, torch.zeros(T, D))
 
 
-def test_the_gradient_is_that_of_a_plain_cast(parameter):
-    dy = torch.randn(4, 6).bfloat16()
-    (grad,) = torch.autograd.grad(cast_parameter(parameter, torch.bfloat16), parameter, dy)
-    assert grad.dtype == torch.float32
-    assert torch.equal(grad, dy.float())
+def test_float64_is_left_alone_as_by_linear():
+    """It was cast down, and 45 bits were lost without a word."""
+    layer, x, plan = layer_and_inputs(dtype=torch.float64)
+    linear = nn.Linear(D, D, dtype=torch.float64)
+    x = x.double()
+    exact = layer(x, routing=plan)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x).dtype == torch.float64
+    assert torch.equal(under_autocast(layer, x, plan, grad=True), exact)
+    layer.keep_casts(torch.bfloat16)
+    assert torch.equal(under_autocast(layer, x, plan), exact)
 
 
-def test_a_cast_made_in_inference_mode_does_not_reach_training(parameter):
-    """An inference tensor cannot be saved for backward."""
-    with torch.inference_mode():
-        cast_parameter(parameter, torch.bfloat16)
-    (cast_parameter(parameter, torch.bfloat16) * 2).square().sum().backward()
-    assert parameter.grad is not None
+def test_the_gradient_is_that_of_a_plain_cast():
+    layer, x, plan = layer_and_inputs()
+    layer.keep_casts(torch.bfloat16)
+    under_autocast(layer, x, plan, grad=True).sum().backward()
+    names = ("w1_EFD", "b1_EF", "w2_EDF", "b2_ED")
+    leaves = [getattr(layer, name).detach().clone().requires_grad_() for name in names]
+    y = moe_ffn(
+        x.bfloat16(),
+        plan,
+        *[leaf.bfloat16() for leaf in leaves],
+        norm=(layer.ln_w_ED, layer.ln_b_ED),
+        residual_TD=x,
+    )
+    for name, grad in zip(names, torch.autograd.grad(y.sum(), leaves), strict=True):
+        assert torch.equal(getattr(layer, name).grad, grad), name
 
 
-def test_casts_die_with_their_parameter():
-    autocast._casts.clear()
-    parameter = nn.Parameter(torch.randn(3))
-    cast_parameter(parameter, torch.bfloat16)
-    assert len(autocast._casts) == 1
-    del parameter
-    gc.collect()
-    assert len(autocast._casts) == 0
+def test_kept_casts_change_nothing():
+    layer, x, plan = layer_and_inputs()
+    plain = {d: under_autocast(layer, x, plan, dtype=d) for d in (torch.bfloat16, torch.float16)}
+    outside = layer(x, routing=plan)
+    layer.keep_casts(torch.bfloat16)
+    for dtype, expected in plain.items():
+        assert torch.equal(under_autocast(layer, x, plan, dtype=dtype), expected)
+    assert torch.equal(layer(x, routing=plan), outside)
+    assert len(layer.state_dict()) == 6
 
 
-def test_training_under_autocast_follows_the_weights():
-    """Two steps with the cache equal two steps with plain casts, bit for bit."""
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: torch.optim.SGD(layer.parameters(), lr=1.0).step(),
+        lambda layer: layer.load_state_dict({k: 2 * v for k, v in layer.state_dict().items()}),
+        lambda layer: setattr(layer, "w1_EFD", nn.Parameter(torch.randn(E, F, D))),
+        lambda layer: setattr(layer.b1_EF, "data", torch.randn(E, F)),
+        lambda layer: layer.keep_casts(None),
+    ],
+    ids=["step", "load", "replace", "data", "give up"],
+)
+def test_kept_casts_are_not_used_for_other_weights(change):
+    layer, x, plan = layer_and_inputs()
+    for parameter in layer.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    layer.keep_casts(torch.bfloat16)
+    change(layer)
+    fresh = MoEFFN(D, F, E, norm_eps=1e-12)
+    fresh.load_state_dict(layer.state_dict())
+    assert torch.equal(under_autocast(layer, x, plan), under_autocast(fresh, x, plan))
 
-    def losses(cached):
-        torch.manual_seed(0)
-        layer = MoEFFN(8, 12, 2)
-        optimiser = torch.optim.SGD(layer.parameters(), lr=0.1)
-        plan = RoutingPlan.from_expert_ids(torch.arange(6) % 2, 2)
-        x = torch.randn(6, 8)
-        found = []
-        for _ in range(3):
-            with torch.autocast("cpu", torch.bfloat16), pytest.MonkeyPatch.context() as patch:
-                if not cached:
-                    patch.setattr("moebert_kernels.ops.cast_parameter", lambda t, dtype: t.to(dtype))
-                loss = layer(x, routing=plan).float().square().mean()
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            found.append(loss.item())
-        return found
 
-    assert losses(True) == losses(False)
+def test_a_layer_that_keeps_casts_can_be_copied():
+    layer, x, plan = layer_and_inputs()
+    layer.keep_casts(torch.bfloat16)
+    twin = copy.deepcopy(layer)
+    assert torch.equal(under_autocast(twin, x, plan), under_autocast(layer, x, plan))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shlex
 import shutil
 from pathlib import Path
 
@@ -77,6 +78,26 @@ def test_pickled_weights_are_never_read(tmp_path):
     assert not (tmp_path / "read").exists()
 
 
+def test_the_way_from_a_pickle_to_safetensors_is_told_and_leads_there(tmp_path, monkeypatch):
+    """Stops a user whose teacher is a pytorch_model.bin from being sent away to whoever made it."""
+    folder = make_model(tmp_path / "a model")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"is a pickle.* python -c") as told:
+        load_model(folder)
+    python, option, script = shlex.split(str(told.value).partition("nothing: ")[2])
+    assert (python, option) == ("python", "-c")
+    exec(script, {})
+    assert len((folder / "model.safetensors").read_bytes()) == len(weights)
+    load_model(folder)
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Marker(tmp_path / "read")))
+    with pytest.raises(Exception, match=r"[Ww]eights.only"):
+        exec(script, {})
+    assert not (tmp_path / "read").exists()
+
+
 def test_code_beside_a_model_is_never_run(tmp_path):
     folder = make_model(tmp_path / "model")
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'read')!r}, 'w')")
@@ -120,6 +141,26 @@ def test_a_configuration_that_its_weights_contradict_is_refused(tmp_path, values
     folder = make_model(tmp_path / "model")
     change_config(folder, **values)
     with pytest.raises(UserError, match=message):
+        load_model(folder)
+
+
+def test_notes_of_the_user_in_a_configuration_are_nobodys_business(tmp_path):
+    """Stops a time stamp, or whatever else sizes nothing, from making a model be refused as hostile."""
+    folder = make_model(tmp_path / "model")
+    notes = {"trained_at": 1764000000, "notes": {"rows": 10**12, "loss": float("inf")}, "task_id": [10**9]}
+    change_config(folder, **notes)
+    assert load_model(folder)[0].config.trained_at == 1764000000
+    moe = to_moe(load_model(folder)[0], torch.arange(16).view(1, 4, 4), num_shared_neurons=0)
+    loaded, _ = load_model(make_model(tmp_path / "moe", moe))
+    assert loaded.config.notes["rows"] == 10**12
+
+
+@pytest.mark.parametrize("key", ["position_buckets", "conv_kernel_size", "attention_head_size"])
+def test_what_is_read_without_being_declared_is_held_against_the_weights(tmp_path, key):
+    """Stops a key that DeBERTa's code asks for, and its configuration's class lacks, from any size."""
+    folder = make_model(tmp_path / "model")
+    change_config(folder, model_type="deberta-v2", **{key: 10**9})
+    with pytest.raises(UserError, match=f"{key} is 1000000000, expected no more than"):
         load_model(folder)
 
 
@@ -274,7 +315,7 @@ def test_a_label_unseen_in_training_is_named_with_its_place(tmp_path, name, text
         ),
         ("bench ffn --device tpu --toy", "device must be cpu or cuda, got 'tpu'"),
         ("bench plot rows.csv", "rows.csv is not a result file"),
-        ("bench readme nowhere.md", "'nowhere.md' does not exist"),
+        ("bench readme nowhere.md", "there is no file 'nowhere.md'"),
     ],
 )
 def test_the_command_line_names_the_option(tmp_path, monkeypatch, arguments, message):

@@ -5,19 +5,17 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
-import typer
-from rich.console import Console
-from typer.testing import CliRunner
 
 from bench import suite
 from bench.cases import FFNCase, Request
 from bench.ceilings import Ceiling
-from bench.commands import app
+from bench.commands import main
 from bench.ffn import OURS
 from bench.options import PARAMETERS, flag
 from bench.ratios import ratio_tables
@@ -25,16 +23,29 @@ from bench.readme import block, update
 from bench.results import Results, Row, Run, slug
 from bench.run import Settings
 from bench.suite import OPS
-from bench.tables import duration, rich_table
+from bench.tables import duration, plain_text
 from bench.timing import Spread
-from bench.tune import main as tune_main
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def invoke(*arguments):
-    # Wide, and plain: nothing is wrapped in the middle of a word.
-    return CliRunner(env={"COLUMNS": "300", "NO_COLOR": "1", "TERM": "dumb"}).invoke(app, arguments)
+@pytest.fixture
+def invoke(capsys, monkeypatch):
+    """Run a command line; its exit status and all it says."""
+
+    def invoke(*arguments):
+        try:
+            main(arguments)
+        except SystemExit as ended:
+            if isinstance(ended.code, str):
+                print(ended.code, file=sys.stderr)
+            status = ended.code if isinstance(ended.code, int) else 1
+        else:
+            status = 0
+        return status, "".join(capsys.readouterr())
+
+    monkeypatch.setenv("COLUMNS", "300")  # nothing is wrapped in the middle of a word
+    return invoke
 
 
 @pytest.fixture
@@ -46,14 +57,13 @@ def _threads_as_before():
 
 
 @pytest.mark.usefixtures("_threads_as_before")
-def test_a_benchmark_on_the_users_shapes(tmp_path):
-    result = invoke(
-        "dispatch", "--toy", "--device", "cpu", "--experts", "5", "--tokens", "10,20", "--out", str(tmp_path)
-    )
-    assert result.exit_code == 0, result.output
-    assert re.search(r"T=10.*T=20", result.output)
-    again = invoke("plot", str(tmp_path / "dispatch-cpu.jsonl"), "--out", str(tmp_path / "again.png"))
-    assert again.exit_code == 0, again.output
+def test_a_benchmark_on_the_users_shapes(tmp_path, invoke):
+    shapes = ["--experts", "5", "--tokens", "10,20"]
+    status, said = invoke("dispatch", "--toy", "--device", "cpu", *shapes, "--out", str(tmp_path))
+    assert status == 0, said
+    assert re.search(r"T=10.*T=20", said)
+    status, said = invoke("plot", str(tmp_path / "dispatch-cpu.jsonl"), "--out", str(tmp_path / "again.png"))
+    assert status == 0, said
     assert (tmp_path / "again.png").stat().st_size > 1000
     assert '"E": 5' in (tmp_path / "dispatch-cpu.jsonl").read_text()
 
@@ -64,7 +74,7 @@ def test_a_benchmark_on_the_users_shapes(tmp_path):
         *(
             (
                 ["ffn", "--tokens", tokens],
-                f"'--tokens': expected whole numbers from 1 with commas between them, got '{tokens}'",
+                f"argument --tokens: expected whole numbers from 1 with commas between them, got '{tokens}'",
             )
             for tokens in ("12,many", "0", "-4", "", "8,,9")
         ),
@@ -72,11 +82,11 @@ def test_a_benchmark_on_the_users_shapes(tmp_path):
         (["ffn", "--device", "gpu"], "device must be cpu or cuda, got 'gpu'"),
         (
             ["ffn", "--dtype", "float32,"],
-            "'--dtype': expected words with commas between them, got 'float32,'",
+            "argument --dtype: expected words with commas between them, got 'float32,'",
         ),
-        (["ffn", "--limit", "-1"], "Invalid value for '--limit'"),
-        (["ffn", "--only", "a,"], "'--only': expected words with commas between them, got 'a,'"),
-        (["ffn", "--peer-path", "nowhere"], "'--peer-path'"),
+        (["ffn", "--limit", "-1"], "argument --limit: expected seconds, 0 or more, got '-1'"),
+        (["ffn", "--only", "a,"], "argument --only: expected words with commas between them, got 'a,'"),
+        (["ffn", "--peer-path", "nowhere"], "argument --peer-path: there is no folder 'nowhere'"),
         (["ffn", "--toy", "--device", "cpu", "--out", "pyproject.toml/out"], "Not a directory"),
         (["ffn", "--sequence", "8"], "ffn has no --sequence; its shapes are chosen by --tokens, --hidden"),
         (
@@ -85,42 +95,45 @@ def test_a_benchmark_on_the_users_shapes(tmp_path):
         ),
         (["model", "--tokens", "5", "--sequence", "6"], "a multiple of the sequence length, 6, got 5"),
         (["importance", "--tokens", "64,65"], "a multiple of the sequence length, 32, got 65"),
-        (["plot", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["plot", "nowhere.jsonl"], "there is no file 'nowhere.jsonl'"),
         (["plot", "pyproject.toml"], "pyproject.toml is not a result file"),
-        (["readme", "nowhere.md"], "nowhere.md"),
+        (["readme", "nowhere.md"], "there is no file 'nowhere.md'"),
         (["ffn", "--dtype", "int8"], "--dtype must be among float32, bfloat16, float16, got int8"),
         (["ffn", "--shape", "tiny"], "--shape must be among bert-base, minilm, got tiny"),
         (["model", "--toy", "--device", "cpu", "--text", "nowhere.txt"], "cannot read the text nowhere.txt"),
+        *(
+            (
+                ["ffn", "--expert-size", size],
+                f"argument --expert-size: expected a whole number from 1, got '{size}'",
+            )
+            for size in ("0", "x")
+        ),
         (["ffn", "--skew", "flat"], "--skew must be among balanced, zipf, skewed, got flat"),
         (["ffn", "--passes", "up"], "--passes must be among"),
         (["dispatch", "--passes", "forward"], "--passes must be among dispatch, got forward"),
         (["ffn", "--toy", "--device", "cpu", "--only", "nobody"], "there is no entry nobody"),
     ],
 )
-def test_wrong_options_are_explained(arguments, message):
-    result = invoke(*arguments)
-    assert result.exit_code == 2
-    assert message in " ".join(result.output.split())
-
-
-@pytest.mark.parametrize("value", ["0", "x"])
-def test_a_value_that_is_refused_is_told(value):
-    """pydantic says what it expects alone."""
-    result = invoke("ffn", "--expert-size", value)
-    assert result.exit_code == 2
-    text = " ".join(result.output.split())
-    assert "Invalid value for '--expert-size': " in text
-    assert re.search(rf"got {value} |{value}.* is not ", text)
-    assert text.count(f"got {value}") < 2
+def test_wrong_options_are_explained(arguments, message, invoke):
+    status, said = invoke(*arguments)
+    assert status == 2
+    assert message in said
+    assert len(said.splitlines()) <= 2  # the usage in a line, and the reason
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_help_lists_what_a_benchmark_takes_alone(name):
-    shown = set(re.findall(r"--[a-z-]+", invoke(name, "--help").output))
+def test_help_lists_what_a_benchmark_takes_alone(name, invoke):
+    shown = set(re.findall(r"--[a-z-]+", invoke(name, "--help")[1]))
     shapes = {flag(field): field in OPS[name].takes for field in PARAMETERS}
     assert {option: option in shown for option in shapes} == shapes
     assert {"--toy", "--rounds", "--out"} < shown
-    assert set(shapes) < set(re.findall(r"--[a-z-]+", invoke("all", "--help").output))
+    assert set(shapes) < set(re.findall(r"--[a-z-]+", invoke("all", "--help")[1]))
+
+
+def test_without_a_command_there_is_help(invoke):
+    status, said = invoke()
+    assert status == 2
+    assert all(re.search(rf"^ +{name}\b", said, re.MULTILINE) for name in (*OPS, "all", "readme", "plot"))
 
 
 def results(op="ffn", device_type="cpu", device="cpu", rows=()):
@@ -231,10 +244,14 @@ def test_targets_are_met_by_the_right_figure_only():
     ]
     h200 = results(device_type="cuda", device="NVIDIA H200", rows=[*others, right])
     text = block("targets-gpu", [h200])
-    assert "| forward | 4096 | 12.2 µs | 19 µs | 18.7 µs |" in text
+    assert "| forward | 4096 | 10 µs | 15.6 µs | 18.7 µs |" in text  # its own floor, times 19 / 12.2
     assert text.count("not measured yet") == 9
-    a100 = replace(h200, run=replace(h200.run, device="NVIDIA A100"))
-    assert block("targets-gpu", [a100]).count("not measured yet") == 10
+    h100 = replace(h200, run=replace(h200.run, device="NVIDIA H100 80GB HBM3"))
+    both = block("targets-gpu", [h100, h200]).splitlines()
+    assert [line.split(",")[0] for line in both if "T | floor" in line] == [
+        "| NVIDIA H100 80GB HBM3",
+        "| NVIDIA H200",
+    ]
     assert slug(h200.run) == "ffn-nvidia-h200"
 
 
@@ -251,16 +268,16 @@ def test_only_blocks_change(tmp_path):
         update(text.replace("gpu", "tpu"), tmp_path)
 
 
-def test_readme_check_fails_on_old_tables(tmp_path):
+def test_readme_check_fails_on_old_tables(tmp_path, invoke):
     file = tmp_path / "README.md"
     file.write_text("<!-- bench:ffn-gpu:begin -->\n<!-- bench:ffn-gpu:end -->\n")
     check = ["readme", str(file), "--results", str(tmp_path), "--check"]
-    failed = invoke(*check)
-    assert failed.exit_code == 1
+    status, said = invoke(*check)
+    assert status == 1
     changes = ["@@ -1,2 +1,3 @@", "+*ffn on a GPU: not measured yet.*"]
-    assert [line for line in failed.output.splitlines() if line in changes] == changes
-    assert invoke(*check[:-1]).exit_code == 0
-    assert invoke(*check).exit_code == 0
+    assert [line for line in said.splitlines() if line in changes] == changes
+    assert invoke(*check[:-1])[0] == 0
+    assert invoke(*check)[0] == 0
 
 
 def test_the_demonstration_has_a_table_of_its_own(tmp_path):
@@ -320,68 +337,9 @@ def test_every_package_is_installed():
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
-def test_scripts_parse_and_explain_themselves():
-    for script in ("cpu.sh", "gpu.sh"):
-        subprocess.run(["bash", "-n", str(ROOT / "bench" / script)], check=True)
-    done = subprocess.run(
-        ["bash", "bench/gpu.sh", "--fast"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2
-    assert "unknown option: --fast" in done.stderr
-    assert "--dry-run    needs no GPU" in done.stderr
-
-
-@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        (["--only", "ffn"], "unknown part: ffn"),
-        (["--out"], "--out needs a value"),
-        (["--limit", "9m"], "--limit must be whole seconds, got 9m"),
-    ],
-)
-def test_the_gpu_script_refuses_what_it_does_not_know(wrong, message):
-    command = ["bash", "bench/gpu.sh", "--dry-run", *wrong]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr.strip().endswith(message)
-
-
-@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
-def test_the_gpu_script_calls_each_part(tmp_path):
-    """`echo` for Python and ncu shows the commands: an option that is gone would waste a GPU's time."""
-    parts = ["build", "test", "sanitize", "bench", "tune", "profile"]
-    (tmp_path / "ncu").write_text('#!/bin/sh\necho "$@"\n')
-    (tmp_path / "ncu").chmod(0o755)
-    options = ["--limit", "400", "--out", str(tmp_path / "out"), "--peer-path", str(tmp_path)]
-    command = ["bash", "bench/gpu.sh", "--only", ",".join(parts), *options]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=os.environ | {"PYTHON": "echo", "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert re.findall(r"^(\w+): ok, \d+ s$", done.stdout, re.MULTILINE) == parts
-    assert "setup.py build_ext --inplace" in done.stdout
-    assert "-m pytest -m gpu" in done.stdout
-    assert "tests/sanitize.py" in done.stdout
-    commands = re.findall(r"-m bench (\w+) (.*)$", done.stdout, re.MULTILINE)
-    assert [name for name, _ in commands] == ["dispatch", "model", "ffn", "ffn"]
-    for name, options in commands:
-        assert "--device cuda" in options
-        # Quotes are gone: a pass or an entry of several words would not come through.
-        typer.main.get_command(app).commands[name].make_context(name, options.split())
-    limits = [int(found) for found in re.findall(r"--limit (\d+)", done.stdout)]
-    assert len(limits) == 4
-    assert max(limits) <= 300
-    assert all(f"--peer-path {tmp_path}" in options for _, options in commands[:3])
-    tuning = re.search(r"-m bench\.tune (.*)$", done.stdout, re.MULTILINE)[1].split()
-    command = typer.Typer()
-    command.command()(tune_main)
-    typer.main.get_command(command).make_context("tune", tuning)
-    assert (tmp_path / "out" / "gpu-tune.log").is_file()
+@pytest.mark.parametrize("script", ["cpu.sh", "gpu.sh"])
+def test_scripts_parse(script):
+    subprocess.run(["bash", "-n", str(ROOT / "bench" / script)], check=True)
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
@@ -433,41 +391,23 @@ def test_the_cpu_scripts_selections_exist():
         assert names.split(",") == [OURS, *OPS[op].baselines]
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
-def test_a_part_that_fails_is_reported_and_the_next_one_runs(tmp_path):
-    """With `false` for Python every part fails, but the one that has nothing to run."""
-    done = subprocess.run(
-        ["bash", "bench/gpu.sh", "--dry-run", "--only", "profile,tune", "--out", str(tmp_path)],
-        cwd=ROOT,
-        env=os.environ | {"PYTHON": "false"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert re.search(r"profile: FAILED \(1\)", done.stdout)
-    assert re.search(r"tune: FAILED \(1\)", done.stdout)
-
-
-def test_a_log_shows_whole_figures(monkeypatch, capsys):
-    """rich takes 80 columns where there is no terminal: figures of a wide table were cut short."""
+def test_a_log_shows_whole_figures(monkeypatch):
+    """A wide table's figures were cut short where there is no terminal."""
     monkeypatch.setenv("COLUMNS", "80")
     networks = ((OURS, "experts"), ("dense FFN replaced", "dense"), ("bound: one expert", "bound"))
     passes = ("forward", "forward+backward", "dispatch+forward")
     rows = [row(entry, 1.23e-4, work=work, pass_=pass_) for pass_ in passes for entry, work in networks]
     (table,) = ratio_tables(results(rows=rows))
-    console = suite._console()
-    console.print(rich_table(table))
-    shown = capsys.readouterr().out
-    assert shown.count("123 µs ±10%") == 3
-    assert "…" not in shown
+    _, head, rule, line = plain_text(table).splitlines()
+    assert line.count("123 µs ±10%") == 3
+    assert len(head) == len(rule) == len(line) > 80
 
 
 def shown(monkeypatch, capsys, rows, **settings):
     """What the ffn benchmark prints of these rows."""
     monkeypatch.setattr(suite, "start", lambda op, settings: (results().run, iter(rows)))
-    suite.run_benchmarks(["ffn"], Settings(**settings), console=Console(width=160))
-    return " ".join(capsys.readouterr().out.split())  # titles are as narrow as their tables
+    suite.run_benchmarks(["ffn"], Settings(**settings))
+    return capsys.readouterr().out
 
 
 def test_few_tables_are_printed_unless_more_are_asked_for(monkeypatch, capsys):
@@ -489,10 +429,8 @@ def test_by_default_few_cases_of_the_layer_are_timed(device_type):
     assert len({case.dtype for case in cases}) * len(OPS["ffn"].default_passes) <= 4
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
-@pytest.mark.parametrize("script", ["cpu.sh", "gpu.sh"])
-def test_the_scripts_time_every_routing(script):
+def test_the_cpu_script_times_every_routing():
     """What README shows must not depend on what is timed by default."""
-    text = (ROOT / "bench" / script).read_text(encoding="utf-8")
+    text = (ROOT / "bench" / "cpu.sh").read_text(encoding="utf-8")
     assert "--skew balanced,zipf,skewed" in text
     assert "--passes forward,forward+backward,dispatch+forward" in text

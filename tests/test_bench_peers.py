@@ -1,7 +1,7 @@
 """The adapters of peers from source, called through stand-ins that do in PyTorch what the peers' calls mean.
 
 The peers themselves need their sources and, but for scattermoe in Triton's interpreter, a GPU:
-`bash bench/gpu.sh --dry-run --peer-path FOLDER` runs what can run.
+`bash bench/gpu.sh second --dry-run --only peers --peer-path FOLDER` runs what can run.
 """
 
 import os

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from torch.nn import functional
 
 from bench import ceilings
@@ -41,7 +40,7 @@ def _threads_as_before():
 def test_every_entry_passes_verification_and_is_timed(name, tmp_path):
     op = OPS[name]
     settings = replace(SETTINGS, passes=op.passes)
-    (results,) = run_benchmarks([name], settings, tmp_path, Console(quiet=True))
+    (results,) = run_benchmarks([name], settings, tmp_path, say=list)
     assert {row.pass_ for row in results.rows} == set(op.passes)
     for row in results.rows:
         if row.entry in NEEDS_CUDA:
@@ -61,7 +60,7 @@ def test_every_entry_passes_verification_and_is_timed(name, tmp_path):
 
 def test_every_entry_runs_with_residual_and_layernorm(tmp_path):
     settings = replace(SETTINGS, request=replace(TOY, norm=True), passes=("dispatch+forward+backward",))
-    (results,) = run_benchmarks(["ffn"], settings, tmp_path, Console(quiet=True))
+    (results,) = run_benchmarks(["ffn"], settings, tmp_path, say=list)
     for row in results.rows:
         assert row.case["norm"]
         if row.entry in NEEDS_CUDA:
@@ -94,7 +93,7 @@ def test_padded_text_is_a_batch_of_the_model_benchmark(tmp_path):
     request = replace(TOY, text=str(text), L=1)
     only = (OURS, *OPS["model"].baselines, "authors' loop")
     settings = replace(SETTINGS, request=request, only=only, passes=("forward+backward",), rounds=1)
-    (results,) = run_benchmarks(["model"], settings, tmp_path, Console(quiet=True))
+    (results,) = run_benchmarks(["model"], settings, tmp_path, say=list)
     padded = [row for row in results.rows if row.case["text"]]
     assert [row.entry for row in padded] == list(only)
     for row in padded:
@@ -213,16 +212,21 @@ def test_nothing_is_started_after_the_limit():
     assert list(rows) == []
 
 
-def test_a_run_that_is_cut_off_leaves_no_file(tmp_path):
+def test_a_run_that_is_cut_off_keeps_what_it_has_and_the_run_before_it(tmp_path):
     run, rows = start(OPS["dispatch"], SETTINGS)
+    measured = list(rows)
+    path = write(tmp_path, run, measured)
 
     def interrupted():
-        yield next(rows)
+        yield measured[0]
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path, run, interrupted())
-    assert list(tmp_path.iterdir()) == []
+    assert read(path).rows == tuple(measured[:1])
+    assert read(path.with_name(f"{path.name}.before")).rows == tuple(measured)
+    write(tmp_path, run, measured)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_files_of_another_format_are_refused(tmp_path):

@@ -1,97 +1,75 @@
-"""The tuning pass chooses what is faster, verified, and leaves the rest as it was."""
+"""The tuning pass times each GEMM's candidates, verified, and keeps every figure as it comes."""
 
-import re
-import time
+import json
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
-import typer
 
 pytest.importorskip("triton")
 
 from bench import tune
-from moebert_kernels.kernels import configs
+from bench.cases import FFNCase
+from moebert_kernels.kernels.configs import Tile
+
+TILE = Tile(16, 16, 16, 4, 2)
 
 
-@pytest.fixture(autouse=True)
-def _tf32_as_before():
-    before = torch.backends.cuda.matmul.fp32_precision
-    yield
-    torch.backends.cuda.matmul.fp32_precision = before
+@pytest.fixture(scope="module")
+def bench():
+    return tune.Bench(FFNCase(5, D=16, F=16, E=2, dtype="float32"), torch.device("cpu"))
 
 
-def tuner(seconds, monkeypatch, deadline=float("inf")):
-    made = tune.Tuner(tune._copies(replace(tune.TOY.case, T=5), torch.device("cpu")), deadline, samples=1)
-    monkeypatch.setattr(tune.Tuner, "seconds", lambda self, pass_, config, expected=None: seconds(config))
-    monkeypatch.setattr(tune.Tuner, "forward", lambda self, inputs, config: lambda: {"y": torch.ones(1)})
-    return made
+def test_each_role_is_the_launch_it_names(bench):
+    for name, role in tune.ROLES.items():
+        found = bench._ran(0, role.pass_, tune.Candidate(name, TILE).config(bench.base)).of(role)
+        assert next(one.kernel.__name__ for one in found).startswith(role.kernels[0]), name
+        tiles = {one.arguments["BLOCK_M"] for one in found}
+        assert tiles == {TILE.m}, name
 
 
-def test_each_field_gets_its_fastest_candidate(monkeypatch):
-    def seconds(config):
-        return config.up.m + config.down.n + (0 if config.tma else 10)
-
-    start = configs.SAFE
-    found, best, before = tuner(seconds, monkeypatch).tune(start, "forward", tune._FORWARD, tune.FULL)
-    assert (found.up.m, found.down.n, found.tma) == (64, 64, True)
-    assert best == 128
-    assert before == seconds(start)
-    assert found.weight_grad == start.weight_grad
+def test_streamed_candidates_are_timed_with_the_join():
+    case = FFNCase(40, D=16, F=16, E=2, dtype="float32")
+    bench = tune.Bench(case, torch.device("cpu"))
+    config = tune.Candidate("weight_grad", TILE, stream_k=True).config(bench.base)
+    role = tune.ROLES["weight_grad"]
+    names = [one.kernel.__name__ for one in bench._ran(0, "backward", config).of(role)]
+    assert names == ["weight_grad_stream_kernel", "join_kernel"]
 
 
-def test_noise_and_failures_change_nothing(monkeypatch):
-    def seconds(config):
-        return 1.0 if config == configs.SAFE else 0.99 if config.tma else float("inf")
-
-    found, _, _ = tuner(seconds, monkeypatch).tune(configs.SAFE, "forward", tune._FORWARD, tune.FULL)
-    assert found == configs.SAFE
-
-
-def test_nothing_is_tried_past_the_deadline(monkeypatch):
-    past = tuner(lambda config: float(config == configs.SAFE), monkeypatch, time.monotonic() - 1)
-    assert past.tune(configs.SAFE, "forward", tune._FORWARD, tune.FULL)[0] == configs.SAFE
+def test_wrong_results_are_no_figure(bench, monkeypatch, tmp_path):
+    """A candidate that computes something else must not win."""
+    monkeypatch.setitem(bench.expected["inference"], "y", bench.expected["inference"]["y"] + 1)
+    found = tune.measure(bench, [tune.Candidate("up", TILE)], float("inf"), tmp_path / "tiles.jsonl")
+    assert found == {}
+    (row,) = map(json.loads, (tmp_path / "tiles.jsonl").read_text().splitlines())
+    assert "off by" in row["failed"]
+    assert "seconds" not in row
 
 
-def test_a_candidate_with_other_results_is_passed_over():
-    """In the interpreter, through the kernels themselves."""
-    made = tune.Tuner(tune._copies(replace(tune.TOY.case, T=5), torch.device("cpu")), float("inf"), samples=1)
-    inputs = made.copies[0]
-    expected = {name: value.double() for name, value in made.forward(inputs, configs.SAFE)().items()}
-    assert made.seconds("forward", configs.SAFE, expected) < float("inf")
-    assert made.seconds("forward", configs.SAFE, {"y": expected["y"] + 1}) == float("inf")
-    assert made.seconds("forward", replace(configs.SAFE, up=None), expected) == float("inf")
+def test_nothing_is_timed_past_the_deadline(bench):
+    assert tune.measure(bench, [tune.Candidate("up", TILE)], 0.0, None) == {}
 
 
-def test_lines_are_kept_as_they_come(tmp_path, monkeypatch):
-    """What was tuned before a time limit or a lost device is not to be lost with it."""
-
-    def lines(scale, device, deadline):
-        yield "first"
-        raise RuntimeError("device lost")
-
-    monkeypatch.setattr(tune, "table_lines", lines)
-    with pytest.raises(RuntimeError, match="device lost"):
-        tune.main(device="cpu", out=tmp_path / "new" / "tune.txt")
-    assert (tmp_path / "new" / "tune.txt").read_text() == "first\n"
+def test_candidates_are_distinct_and_of_their_role():
+    for role in tune.ROLES:
+        found = list(tune.candidates(role))
+        assert len(found) == len(set(found))
+        assert all(replace(one, role=role) == one for one in found)
 
 
-def test_the_whole_pass_at_toy_size(tmp_path):
-    out = tmp_path / "tune.txt"
-    tune.main(device="cpu", toy=True, out=out)
-    times, entry = out.read_text().splitlines()
-    assert re.fullmatch(r"    # T=8: forward .* \(before .*\), backward .* \(before .*\)", times)
-    table = eval("{" + entry + "}", {"Config": configs.Config, "Tile": configs.Tile})
-    ((key, config),) = table.items()
-    assert key == (configs.family(torch.device("cpu")), "ieee", "small")
-    assert isinstance(config, configs.Config)
+def test_the_whole_pass_at_toy_size(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "argv", ["tune", "--toy", "--out", str(tmp_path / "tiles.jsonl")])
+    tune.main()
+    rows = [json.loads(line) for line in (tmp_path / "tiles.jsonl").read_text().splitlines()]
+    assert {row["device"] for row in rows} == {"cpu"}
+    assert all(row["seconds"] > 0 for row in rows)
+    assert "T=24 weight_grad" in capsys.readouterr().out
 
 
-def test_wrong_arithmetic_is_named():
-    with pytest.raises(typer.BadParameter, match="--arithmetic must be some of half, tf32, ieee, got full"):
-        tune.main(arithmetic="half,full")
-
-
-def test_a_line_is_a_valid_entry_of_the_table():
-    config = replace(configs.SAFE, tma=True, dense_slots=64)
-    assert eval(tune._source(config), {"Config": configs.Config, "Tile": configs.Tile}) == config
+def test_unknown_roles_are_named(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["tune", "--toy", "--roles", "up,upp"])
+    with pytest.raises(SystemExit):
+        tune.main()
+    assert "got upp" in capsys.readouterr().err

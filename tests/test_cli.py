@@ -24,6 +24,7 @@ from moebert_kernels import cli_command, cli_options
 from moebert_kernels.cli import app
 from moebert_kernels.cli_command import INTERRUPTED, USER_ERROR
 from moebert_kernels.compress import pipeline
+from moebert_kernels.compress.distill import DistillSettings
 from moebert_kernels.compress.finetune import finetune
 from moebert_kernels.compress.importance import Importance
 from moebert_kernels.compress.settings import CompressSettings
@@ -378,7 +379,7 @@ def test_wrong_input_gets_one_sentence(call, folder, command, words):
         ("compress --output o", ["--teacher"]),
         ("compress --task sst --teacher t --output o", ["Invalid value for '--task': 'sst' is not one of"]),
         ("compress --epochs many --teacher t --output o", ["--epochs", "valid number", "many"]),
-        ("bench ffn --tokens x", ["'--tokens'", "'x'"]),
+        ("bench ffn --tokens x", ["--tokens", "'x'"]),
         ("squeeze", ["squeeze"]),
     ],
 )
@@ -510,6 +511,8 @@ def test_the_options_are_those_of_the_library():
         cli_options.RunOptions(), cli_options.ExpertOptions(), cli_options.DistillOptions()
     )
     assert dataclasses.asdict(mine) == theirs
+    assert theirs["comparisons"] == ()  # each costs as much as the student
+    assert DistillSettings().epochs == theirs["epochs"]
     signature = inspect.signature(finetune).parameters
     for field in dataclasses.fields(cli_options.FinetuneOptions):
         assert signature[field.name].default == field.default, field.name

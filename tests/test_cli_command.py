@@ -147,3 +147,22 @@ def test_ctrl_c_before_and_after_the_work_is_quiet(when):
     )
     assert done.returncode == INTERRUPTED
     assert done.stderr == ""
+
+
+def test_output_that_is_not_utf8_is_no_error():
+    """Stops a finished run from ending in UnicodeEncodeError because its folder has an umlaut."""
+    script = (
+        "import typer\n"
+        "from rich.console import Console\n"
+        "from moebert_kernels.cli_command import run_app\n"
+        "app = typer.Typer()\n"
+        "@app.command()\n"
+        "def say():\n"
+        "    typer.echo('\\u00fc \\udcfc')\n"
+        "    Console().print('\\u2192')\n"
+        "run_app(app)\n"
+    )
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("\\u2192\n")

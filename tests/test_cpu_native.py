@@ -1,13 +1,16 @@
 """The CPU path with native rows: every way it lays rows out, against float64 and against plain PyTorch."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_checks import FORMS, arguments
 from test_ops import make_inputs, ours, reference, used
-from torch import library
 
 from moebert_kernels import RoutingPlan, backends, cpu, cpu_native, cpu_rows, native, ops
+from moebert_kernels.arguments import Gradients
 
 pytestmark = pytest.mark.skipif(not native.status().cpu, reason=native.status().cpu_detail)
 
@@ -92,44 +95,42 @@ def test_values_and_gradients_equal_the_reference(T, sizes, E, K, gate, activati
     assert_near(found, expected(t, ids, dy, **options), 2e-4)
 
 
+def both_ways(backend, call, dy_TD):
+    y_TD, saved = backend.forward(call, True)
+    return y_TD, backend.backward(call, saved, dy_TD, Gradients(*[True] * 9))
+
+
 @pytest.mark.parametrize("residual_dtype", [torch.float32, torch.bfloat16])
-def test_norm_of_mixed_dtypes_equals_plain_pytorch(residual_dtype):
+def test_mixed_dtypes_equal_plain_pytorch(residual_dtype):
     """Autocast: bfloat16 rows, float32 residual and LayerNorm."""
     t, ids = make_inputs(33, 24, 8, 3, 2)
     plan = RoutingPlan.from_expert_ids(ids, 3)
-    z = torch.randn(66, 24).bfloat16()
-    args = (z, t["residual"].detach().to(residual_dtype), plan.expert_ids_TK, plan.order_S, plan.offsets_E1)
-    norm = (t["ln_w"].detach().float(), t["ln_b"].detach().float(), t["gate"].detach().float())
-    found = cpu_native.expert_norm_forward(*args, *norm, None, 1e-12, 0.0)
-    plain = cpu.expert_norm_forward(*args, *norm, None, 1e-12, 0.0)
-    routed_S = plan.expert_ids_TK.flatten() >= 0
-    torch.testing.assert_close(found[0], plain[0])
-    for a, b in zip(found[1:], plain[1:], strict=True):
-        torch.testing.assert_close(a[routed_S], b[routed_S], rtol=1e-4, atol=1e-5)
+    dtypes = dict.fromkeys(("x", "w1", "b1", "w2", "b2"), torch.bfloat16) | {"residual": residual_dtype}
+    t = {name: v.detach().to(dtypes.get(name, torch.float32)) for name, v in t.items()}
+    call = arguments(t, plan, norm=True, gate=True)
     dy = torch.randn(33, 24).to(residual_dtype)
-    for a, b in zip(
-        cpu_native.expert_norm_backward(dy, *args[:2], *found[1:], *args[2:], *norm, None, 0.0, True),
-        cpu.expert_norm_backward(dy, *args[:2], *plain[1:], *args[2:], *norm, None, 0.0, True),
-        strict=True,
-    ):
-        assert a.dtype == b.dtype
-        torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-3)
+    (y, grads), (plain_y, plain_grads) = (both_ways(backend, call, dy) for backend in (cpu_native, cpu))
+    torch.testing.assert_close(y, plain_y, rtol=2e-2, atol=2e-2)
+    for name, a, b in zip(Gradients._fields, grads, plain_grads, strict=True):
+        assert a.dtype == b.dtype or name == "gate_TK"
+        torch.testing.assert_close(
+            a.float(), b.float(), rtol=5e-2, atol=5e-2, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_results_are_the_same_for_every_thread_count(restored_threads, dtype):
     """Sums over rows are split by column or by token count, never by thread."""
     t, ids = make_inputs(700, 64, 96, 4, 1, dtype=dtype)
+    t = {name: v.detach() for name, v in t.items()}
+    # torch's GEMMs are not ours: where weights are 0, only the row kernels compute.
+    t |= {name: torch.zeros_like(t[name]) for name in ("w1", "w2")}
     results = []
     for num_threads in (1, 2, 3, 2):
         torch.set_num_threads(num_threads)
-        plan = RoutingPlan.from_expert_ids(ids, 4)
-        z = t["x"].detach()
-        args = (z, t["residual"].detach(), plan.expert_ids_TK, plan.order_S, plan.offsets_E1)
-        norm = (t["ln_w"].detach(), t["ln_b"].detach(), None, torch.tensor([5]))
-        y, *stats = cpu_native.expert_norm_forward(*args, *norm, 1e-5, 0.1)
-        grads = cpu_native.expert_norm_backward(z, *args[:2], *stats, *args[2:], *norm, 0.1, False)
-        results.append([y, *grads])
+        call = arguments(t, RoutingPlan.from_expert_ids(ids, 4), norm=True, gate=False, dropout_p=0.1)
+        y, grads = both_ways(cpu_native, call, t["residual"])
+        results.append([y, grads.b2_ED, grads.ln_w_ED, grads.ln_b_ED, grads.residual_TD])
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert torch.equal(a, b)
@@ -139,12 +140,13 @@ def test_dropout_drops_its_share_without_a_pattern():
     """The mask is a hash of seed, row and column: rows, columns and seeds must not resemble each other."""
     T, D = 400, 300
     plan = RoutingPlan.from_expert_ids(torch.zeros(T, dtype=torch.long), 1)
-    args = (torch.ones(T, D), torch.zeros(T, D), plan.expert_ids_TK, plan.order_S, plan.offsets_E1)
+    zeros, ones = torch.zeros(T, D), torch.ones(1, D)
+    t = {"x": zeros, "w1": zeros[None, :1], "w2": zeros[None, 0, :, None], "b1": None, "b2": ones}
+    t |= {"ln_w": ones, "ln_b": zeros[:1]}
+    call = arguments(t, plan, norm=True, gate=False, dropout_p=0.25, residual=False)
 
     def dropped(seed):
-        y, _, _ = cpu_native.expert_norm_forward(
-            *args, torch.ones(1, D), torch.zeros(1, D), None, torch.tensor([seed]), 1e-12, 0.25
-        )
+        y, _ = cpu_native.forward(call._replace(seed=torch.tensor([seed])), False)
         return (y < 0).float()
 
     mask = dropped(2**61 + 3)
@@ -157,43 +159,21 @@ def test_dropout_drops_its_share_without_a_pattern():
 def test_eager_calls_equal_those_through_the_dispatcher(norm, monkeypatch):
     t, ids = make_inputs(20, 16, 24, 3, 1, dtype=torch.float32)
     direct, _ = run(t, ids, 3, norm=norm, gate=False)
-    monkeypatch.setattr(backends, "_may_skip_dispatch", lambda _: False)
+    monkeypatch.setattr(ops, "unwatched", lambda _: False)
     dispatched, _ = run(t, ids, 3, norm=norm, gate=False)
     for name, value in direct.items():
         assert torch.equal(value, dispatched[name]), name
 
 
-def test_a_dispatch_mode_sees_the_operators():
-    """What counts, checkpoints or traces operators must not be passed by."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Names(TorchDispatchMode):
-        def __init__(self):
-            super().__init__()
-            self.seen = set()
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.seen.add(func.name())
-            return func(*args, **(kwargs or {}))
-
-    t, ids = make_inputs(9, 6, 5, 3, 1, dtype=torch.float32)
-    with Names() as names:
-        ours(t, RoutingPlan.from_expert_ids(ids, 3), norm=True, gate=False)
-    assert {"moebert_kernels::expert_ffn", "moebert_kernels::expert_norm"} <= names.seen
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("K", [1, 2])
-def test_opcheck_is_clean(K, dtype):
-    t, ids = make_inputs(9, 6, 5, 3, K, dtype=dtype)
-    plan = RoutingPlan.from_expert_ids(ids, 3)
-    sort = (plan.order_S, plan.offsets_E1)
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    weights = (t["w1"], t["b1"], t["w2"], t["b2"])
-    library.opcheck(ops.expert_ffn, (t["x"], *sort, *weights, None, "gelu", K, True, True), test_utils=checks)
-    z = torch.randn(9 * K, 6).to(dtype).requires_grad_()
-    norm = (t["ln_w"], t["ln_b"], t["gate"], None, 1e-12, 0.0)
-    library.opcheck(ops.expert_norm, (z, t["residual"], plan.expert_ids_TK, *sort, *norm), test_utils=checks)
+def test_such_calls_go_this_way():
+    """Stops the tests of this file from passing because another backend computed what they check."""
+    served = {}
+    for dtype, form in itertools.product((torch.float32, torch.float64), FORMS):
+        t, ids = make_inputs(5, 8, 8, 2, 1, dtype=dtype)
+        call = arguments(t, RoutingPlan.from_expert_ids(ids, 2), **form)
+        served[dtype, form["norm"], form["gate"]] = backends.choose(call) is cpu_native
+    gate_without_norm = {key for key in served if key[2] and not key[1]}
+    assert all(served[key] == (key[0] == torch.float32 and key not in gate_without_norm) for key in served)
 
 
 @pytest.mark.parametrize("rows", [1, 31, 32, 33, 63, 64, 65, 100, 2047, 2048, 100_003])
@@ -205,3 +185,12 @@ def test_row_counts_are_bounded_and_little_more(rows):
     low = 1 << (rows.bit_length() - 1)
     octave = {bounded(n) for n in range(low, 2 * low, max(1, low // 512))}
     assert len(octave) <= 33
+
+
+def test_offsets_beyond_the_slots_are_refused():
+    """Stops a plan put together by hand from having memory behind its tables read."""
+    t, ids = make_inputs(9, 6, 5, 3, 1, dtype=torch.float32)
+    plan = RoutingPlan.from_expert_ids(ids, 3)
+    plan.offsets_E1[-1] += 100
+    with pytest.raises(ValueError, match=r"offsets_E1 end at .* but order_S has 9 slots"):
+        ours(t, plan, norm=False, gate=False)

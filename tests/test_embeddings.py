@@ -75,6 +75,29 @@ def test_reads_encodes_and_saves_as_sentence_transformers_does(name, pooling, no
         save_sentence_encoder(moe, tmp_path / "moe")
 
 
+def test_a_default_prompt_is_put_before_every_text(tmp_path):
+    """Stops a prompt that the folder keeps, and users get, from being ignored in distilling and scoring."""
+    folder = make_folder(tmp_path / "dense")
+    without = load_sentence_encoder(folder).encode(TEXTS)
+    options = {"prompts": {"query": "w3 w4 ", "text": ""}, "default_prompt_name": "query"}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(options))
+    encoder = load_sentence_encoder(folder)
+    found = encoder.encode(TEXTS)
+    assert (found - without).abs().max() > 0.1
+    torch.testing.assert_close(found, by_sentence_transformers(folder), atol=1e-5, rtol=1e-5)
+    save_sentence_encoder(encoder, tmp_path / "saved")
+    assert load_sentence_encoder(tmp_path / "saved").prompt == "w3 w4 "
+
+    config = json.loads((folder / "1_Pooling" / "config.json").read_text()) | {"include_prompt": False}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="leaves the prompt out of pooling"):
+        load_sentence_encoder(folder)
+    options["default_prompt_name"] = "passage"
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(options))
+    with pytest.raises(UserError, match="has default_prompt_name 'passage', and no such text"):
+        load_sentence_encoder(folder)
+
+
 @pytest.mark.parametrize("routing", ["hash-random", "gate-sentence"])
 def test_a_student_learns_the_embeddings_from_text_alone(routing, tmp_path):
     teacher = load_sentence_encoder(make_folder(tmp_path / "teacher"))

@@ -4,10 +4,11 @@ import subprocess
 import sys
 import types
 
+import pytest
 import torch
 
 from moebert_kernels import environment
-from moebert_kernels.environment import Backend, describe_environment
+from moebert_kernels.environment import Backend, describe_environment, why_not_triton
 
 
 def test_it_is_plain_data():
@@ -42,12 +43,22 @@ def test_triton_without_a_gpu_says_so(monkeypatch):
 def test_triton_on_an_old_gpu_names_what_it_needs(monkeypatch):
     monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "V100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "V100")
     backend = environment._triton_backend()
     assert not backend.usable
     assert "8.0" in backend.detail
     assert "V100 has 7.0" in backend.detail
+
+
+@pytest.mark.parametrize(
+    ("capability", "served"), [((7, 5), False), ((8, 0), True), ((8, 9), True), ((10, 0), True)]
+)
+def test_which_devices_the_triton_kernels_are_made_for(monkeypatch, capability, served):
+    """Stops a T4 or V100 from being taken for a device they run on, or a newer one from being left out."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "some GPU")
+    assert (why_not_triton(torch.device("cuda", 1)) is None) == served
 
 
 def test_the_native_extension_reports_for_itself(monkeypatch):

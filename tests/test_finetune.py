@@ -136,6 +136,18 @@ def test_other_settings_or_data_start_again(tmp_path, pretrained):
     assert first_step(sentiment(62), lr=1e-3) == 1
 
 
+def test_a_folder_where_checkpoints_would_go_is_not_emptied(tmp_path, pretrained):
+    """Stops a run from removing `<output>.unfinished` that its user had made, with all that was in it."""
+    mine = tmp_path / "teacher.unfinished" / "notes"
+    mine.mkdir(parents=True)
+    (mine / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match=r"teacher\.unfinished holds notes, which no run .* rename it"):
+        finetune(pretrained, sentiment(), tmp_path / "teacher", **SETTINGS, training_arguments=CPU)
+    assert [path.name for path in mine.parent.iterdir()] == ["notes"]
+    assert (mine / "thesis.txt").read_text() == "years of work"
+    assert not (tmp_path / "teacher").exists()
+
+
 def test_a_checkpoint_cut_off_while_it_was_written_is_passed_over(tmp_path):
     for step, state in ((2, {"global_step": 2}), (10, {"global_step": 10}), (12, None)):
         folder = tmp_path / f"checkpoint-{step}"

@@ -34,6 +34,7 @@ def test_the_import_leaves_triton_alone():
 def no_triton(monkeypatch):
     monkeypatch.setitem(sys.modules, "moebert_kernels.kernels", None)
     monkeypatch.delattr("moebert_kernels.kernels", raising=False)
+    monkeypatch.setattr(backends, "why_not_triton", lambda device: None)
     backends._triton_backend.cache_clear()
     yield
     backends._triton_backend.cache_clear()
@@ -42,6 +43,20 @@ def no_triton(monkeypatch):
 def test_cuda_without_triton_warns_once_and_takes_the_pytorch_path(no_triton):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        chosen = [backends._cuda_backend(torch.empty(0)) for _ in range(2)]
+        chosen = [backends.on_cuda(torch.empty(0)) for _ in range(2)]
     assert chosen == [cpu, cpu]
     assert [str(w.message).count("Triton cannot be imported") for w in caught] == [1]
+
+
+def test_a_device_that_the_kernels_do_not_serve_takes_the_pytorch_path(monkeypatch):
+    """A T4 was said not to be served, and sent to the kernels all the same."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla T4")
+    backends._triton_backend.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        chosen = [backends.on_cuda(torch.empty(0)) for _ in range(2)]
+    backends._triton_backend.cache_clear()
+    assert chosen == [cpu, cpu]
+    (warning,) = caught
+    assert "needs compute capability 8.0, Tesla T4 has 7.5" in str(warning.message)

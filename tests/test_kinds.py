@@ -126,3 +126,21 @@ def test_a_teacher_of_another_kind_is_refused(folder):
     assert (
         "a BertForTokenClassification, but task t needs a model ...ForSequenceClassification" in result.stderr
     )
+
+
+def test_several_labels_from_a_table_to_a_student(folder):
+    """Stops a multi-label teacher from failing after minutes; its student tells the labels apart again."""
+    labels_of = ["red", "red|round", "round|small", ""]
+    lines = ["text,label", *(f"{f'w{i % 4} ' * 4},{labels_of[i % 4]}" for i in range(160))]
+    (folder / "rows.csv").write_text("\n".join(lines) + "\n")
+    data = "--task csv --data rows.csv --kind multi_label_classification --max-length 8"
+    results, found = compress(folder, data)
+    assert set(found["student"]) == {"micro_f1", "macro_f1", "accuracy"}
+    assert found["teacher"]["micro_f1"] > 0.7  # the same answer for all texts has 0.62
+    assert found["student"]["micro_f1"] > 0.7
+    assert results["task"]["kind"] == "multi_label_classification"
+    saved = json.loads((folder / "out" / "student" / "config.json").read_text())
+    assert (saved["problem_type"], saved["id2label"]) == (
+        "multi_label_classification",
+        {"0": "red", "1": "round", "2": "small"},
+    )

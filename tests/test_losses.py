@@ -166,3 +166,21 @@ def test_mismatches_are_named():
         prediction_loss("question_answering", a, a)
     with pytest.raises(ValueError, match="needs one tensor"):
         prediction_loss("classification", (a, a), (a, a))
+
+
+def test_several_labels_are_so_many_yes_or_no():
+    """Stops a softmax over classes that do not exclude each other; no paper's loss, but that of its parts."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 5, 3, generator=generator, dtype=torch.float64) * 40
+    labels = (torch.rand(5, 3, generator=generator) < 0.5).float()
+    student.requires_grad_()
+    kind = "multi_label_classification"
+
+    def yes_or_no(logits):
+        return torch.stack([logits, torch.zeros_like(logits)], dim=-1)
+
+    found = prediction_loss(kind, student, teacher)
+    torch.testing.assert_close(found, symmetric_kl(yes_or_no(student), yes_or_no(teacher)))
+    assert torch.autograd.grad(found, student)[0].isfinite().all()
+    wanted = torch.nn.functional.cross_entropy(yes_or_no(student).flatten(0, 1), 1 - labels.long().flatten())
+    torch.testing.assert_close(label_loss(kind, student, labels), wanted)

@@ -30,7 +30,6 @@ from transformers import (
 from moebert_kernels.compress.importance import compute_importance
 from moebert_kernels.models import (
     GATE_ROUTINGS,
-    MOE_CLASSES,
     MoEConfig,
     encoder_flops_per_token,
     find_ffns,
@@ -40,6 +39,7 @@ from moebert_kernels.models import (
     to_moe,
 )
 from moebert_kernels.models.families import HEADS
+from moebert_kernels.models.modeling import moe_classes
 from python_ref import ffn as ref
 
 AUTO_CLASS = {
@@ -72,7 +72,7 @@ def labels_for(head: str) -> dict[str, torch.Tensor]:
 def test_one_expert_of_all_neurons_is_the_dense_model(name, head):
     dense, inputs = build(name, head).double(), batch()
     moe = to_moe(dense, all_neurons(1), num_shared_neurons=WIDTH)
-    assert type(moe) is MOE_CLASSES[FAMILY[name]].models[class_of(FAMILY[name], head)]
+    assert type(moe) is moe_classes(FAMILY[name]).models[class_of(FAMILY[name], head)]
     with torch.no_grad():
         expected = dense(**inputs, output_hidden_states=True)
         actual = moe(**inputs, output_hidden_states=True)
@@ -287,7 +287,7 @@ def test_other_encoders_are_refused_with_what_was_looked_for_and_found(model_cla
 @pytest.mark.parametrize("routing", GATE_ROUTINGS)
 def test_models_from_scratch_are_initialised(routing):
     size = {"n_layers": LAYERS, "dim": 32, "n_heads": 4, "hidden_dim": WIDTH, "vocab_size": VOCAB}
-    classes = MOE_CLASSES[FAMILY["DistilBert"]]
+    classes = moe_classes(FAMILY["DistilBert"])
     config = classes.config(**size, routing=routing, expert_size=16, num_shared_neurons=0)
     moe = classes.models[FAMILY["DistilBert"].heads[0]](config)
     for layer in moe.distilbert.transformer.layer:

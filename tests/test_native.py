@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -11,54 +13,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plan_checks import assert_same_plans, looked_up, random_ids, sorted_plans
 
 from moebert_kernels import native
 
 needs_extension = pytest.mark.skipif(not native.status().cpu, reason=native.status().cpu_detail)
-
-
-def sorted_plans(expert_ids_LS, num_experts):
-    """What must come out, by torch.sort alone: experts, order, inverse, counts, offsets."""
-    routed_LS = (expert_ids_LS >= 0) & (expert_ids_LS < num_experts)
-    keys_LS = torch.where(routed_LS, expert_ids_LS, num_experts).long()
-    order_LS = keys_LS.sort(dim=1, stable=True).indices
-    inverse_LS = order_LS.argsort(dim=1)
-    counts_LE = torch.stack([row_S.bincount(minlength=num_experts + 1)[:num_experts] for row_S in keys_LS])
-    offsets_LE1 = torch.nn.functional.pad(counts_LE.cumsum(1), (1, 0))
-    experts_LS = torch.where(routed_LS, expert_ids_LS, -1)
-    return [t.to(torch.int32) for t in (experts_LS, order_LS, inverse_LS, counts_LE, offsets_LE1)]
-
-
-def looked_up(input_ids_T, tables_LV, mask_T):
-    """The expert ids [L, T] of a token case, and the number of its unmasked ids outside the tables."""
-    real_T = torch.ones_like(input_ids_T, dtype=torch.bool) if mask_T is None else mask_T
-    known_T = (input_ids_T >= 0) & (input_ids_T < tables_LV.shape[1])
-    experts_LT = tables_LV[:, torch.where(known_T, input_ids_T, 0).long()]
-    return torch.where(known_T & real_T, experts_LT, -1), int((real_T & ~known_T).sum())
-
-
-def assert_same_plans(plans, expected):
-    names = ("expert_ids_LS", "order_LS", "inverse_LS", "counts_LE", "offsets_LE1")
-    for name, wanted in zip(names, expected, strict=True):
-        found = getattr(plans, name)
-        assert found.dtype == torch.int32, name
-        assert found.is_contiguous(), name
-        assert torch.equal(found.cpu(), wanted), name
-
-
-def random_ids(generator, shape, limit, dtype, *, manner, outside):
-    """Ids in [0, limit): even, mostly the first, or all the same; `outside` puts some out of range."""
-    ids = torch.randint(limit, shape, generator=generator)
-    if manner == "skewed":
-        ids[torch.rand(shape, generator=generator) < 0.9] = 0
-    elif manner == "one":
-        ids[:] = int(torch.randint(limit, (), generator=generator))
-    if outside:
-        info = torch.iinfo(dtype)
-        wrong = torch.tensor([-1, -2, limit, limit + 1, info.min, info.max])
-        wrong = wrong[torch.randint(len(wrong), shape, generator=generator)]
-        ids = torch.where(torch.rand(shape, generator=generator) < 0.1, wrong, ids)
-    return ids.to(dtype)
 
 
 @st.composite
@@ -224,6 +183,39 @@ def test_arguments_that_do_not_fit_are_named(change, error, message):
 def test_expert_ids_must_have_a_row_per_layer():
     with pytest.raises(ValueError, match=r"expert_ids_LS must have shape \[L, S\]"):
         native.build_plans_from_expert_ids(torch.zeros(4, dtype=torch.int64), 2)
+
+
+def test_every_address_is_checked():
+    """Stops native code from reading through the pointer of a tensor that lies elsewhere."""
+    whole = torch.zeros(4, 6)
+    assert native.address(None) == 0
+    assert native.address(whole) == whole.data_ptr()
+    assert native.address(whole[2:]) == whole.data_ptr() + 12 * 4
+    with pytest.raises(ValueError, match="a tensor on meta goes to native code that works on cpu"):
+        native.address(torch.zeros(2, device="meta"))
+    with pytest.raises(ValueError, match=r"contiguous tensors: shape \(6, 4\), strides \(1, 6\)"):
+        native.address(whole.t())
+    whole.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=r"shape \(4, 6\) has no memory"):
+        native.address(whole)
+    assert native.address(torch.empty(0, 6)) == 0
+
+
+@needs_extension
+def test_a_failed_allocation_is_an_error():
+    """Stops a buffer that cannot be had from aborting the process."""
+    script = (
+        "import array, moebert_kernels._native as kernels\n"
+        "numbers = array.array('i', [0, 1, 0, 0])\n"
+        "place = numbers.buffer_info()[0]\n"
+        "rows = kernels.SortedRows(place, 1, place, False, 0)\n"
+        "try:\n"
+        "    kernels.gather_rows(rows, 0, 0, place, place, 2**45, 1, 1)\n"
+        "except MemoryError:\n"
+        "    print('told')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "told\n"), done.stderr
 
 
 @pytest.fixture

@@ -50,7 +50,8 @@ def test_cuda_code_compiles_without_warnings_or_spills(arch, tmp_path):
         [
             cuda.nvcc,
             *build.NVCC_FLAGS,
-            "-Xcompiler=-Wall,-Wextra,-Werror",
+            *build.NVCC_STRICT,
+            "-Xcompiler=-Wall,-Wextra",
             "-Xptxas=-v",
             f"-gencode=arch=compute_{arch},code=sm_{arch}",
             *("-c", str(CSRC / "plan_cuda.cu"), "-o", str(tmp_path / "plan.o")),
@@ -72,6 +73,86 @@ def test_cuda_code_compiles_without_warnings_or_spills(arch, tmp_path):
 def test_a_missing_compiler_is_named(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert build.find_cxx() == build.Missing("no C++ compiler found (looked for no-such-compiler)")
+
+
+def tool(folder, name):
+    path = folder / name
+    path.write_text("#!/bin/sh\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.fixture
+def own_tools(monkeypatch, tmp_path):
+    """PATH leads to these tools alone, and no variable of the user's says anything of them."""
+    for name in ("CC", "CXX", "CPPFLAGS", "CFLAGS", "CXXFLAGS", "LDFLAGS", "CUDAHOSTCXX", "NVCC_CCBIN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    return {name: tool(tmp_path, name) for name in ("c++", "g++-13", "x86-clang++", "ccache", "my compiler")}
+
+
+@needs_cxx
+@pytest.mark.parametrize(
+    ("variables", "wanted"),
+    [
+        ({}, ["c++"]),
+        ({"CXX": "g++-13 -m64"}, ["g++-13", "-m64"]),
+        ({"CXX": "ccache g++-13"}, ["ccache", "g++-13"]),
+        ({"CXX": "'my compiler' '-DA=b c'"}, ["my compiler", "-DA=b c"]),
+        ({"CC": "ccache gcc-13 -m64"}, ["ccache", "g++-13", "-m64"]),
+        ({"CC": "x86-clang"}, ["x86-clang++"]),
+        ({"CC": "tcc"}, ["c++"]),
+        ({"CC": "gcc-12"}, ["c++"]),
+    ],
+)
+def test_a_compiler_is_a_command(own_tools, monkeypatch, variables, wanted):
+    """Stops CXX="g++ -m64" or "ccache g++" from making a wheel without the extension."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    first, *rest = wanted
+    assert build.find_cxx().command == (own_tools[first], *rest)
+
+
+@needs_cxx
+def test_options_of_the_user_reach_the_tools(own_tools, monkeypatch, tmp_path):
+    """Stops CXXFLAGS and the like, which every other build listens to, from being passed over in silence."""
+    monkeypatch.setenv("CXX", "ccache g++-13 -m64")
+    for name, value in (
+        ("CPPFLAGS", "-DA"),
+        ("CFLAGS", "-DB"),
+        ("CXXFLAGS", "'-DC=d e'"),
+        ("LDFLAGS", "-lm"),
+    ):
+        monkeypatch.setenv(name, value)
+    nvcc = build.Cuda("nvcc", "13.0", "lib64", ("-gencode=x",), ("sm_90a",))
+
+    def commands():
+        lines = build.ninja_file(build.find_cxx(), nvcc, tmp_path / "m.so").splitlines()
+        return [line.strip() for line in lines if line.startswith("  command")]
+
+    of_nvcc, of_cxx, of_linker = commands()
+    assert "-DA -DB '-DC=d e' -MMD" in of_cxx
+    assert of_linker.endswith(" -lm")
+    assert "-Werror" not in of_cxx + of_nvcc
+    assert "nvcc -ccbin=g++-13 -Xcompiler=-m64 " in of_nvcc
+    monkeypatch.setenv("CUDAHOSTCXX", "/opt/gcc-12")
+    assert "nvcc -ccbin=/opt/gcc-12 -std" in commands()[0]
+    monkeypatch.setenv("NVCC_CCBIN", "/opt/gcc-11")
+    assert "nvcc -std" in commands()[0]
+    monkeypatch.setenv("MOEBERT_REQUIRE_NATIVE", "cpu")
+    assert "-Werror" in commands()[1]
+    monkeypatch.setenv("CXXFLAGS", "'-DC=")
+    assert build.find_cxx() == build.Missing("CXXFLAGS='-DC= is no command line: No closing quotation")
+
+
+@needs_cxx
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_a_build_with_a_command_and_options(broken_tree):
+    for source in broken_tree.glob("csrc/*.cpp"):
+        source.write_text("#ifndef GIVEN\n#error not given\n#endif\n")
+    result = build_in_place(broken_tree, CXX="g++ -m64", CXXFLAGS="-DGIVEN")
+    assert result.returncode == 0, result.stderr
+    assert list(broken_tree.glob("moebert_kernels/*.so")), result.stderr
 
 
 def test_a_missing_nvcc_is_named(monkeypatch, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_native import assert_same_plans, looked_up, random_ids, sorted_plans
+from plan_checks import assert_same_plans, looked_up, random_ids, sorted_plans
 
 from moebert_kernels import native
 
@@ -107,8 +107,8 @@ def test_twenty_runs_on_another_stream_agree_bit_for_bit(num_tokens):
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         runs = [native.build_plans_from_input_ids(ids_T, tables_LV, mask_T, 4) for _ in range(20)]
-    stream.synchronize()
     torch.cuda.set_sync_debug_mode("default")
+    stream.synchronize()
     for run in runs[1:]:
         for name, found, first in zip(run._fields, run, runs[0], strict=True):
             assert torch.equal(found, first), name

@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -32,7 +33,9 @@ from moebert_kernels.errors import UserError
 from moebert_kernels.models import MoEBertForSequenceClassification
 
 WORDS = [f"w{i}" for i in range(40)]
-SETTINGS = CompressSettings(epochs=2, batch_size=8, max_length=16, measure_length=16, learning_rate=1e-3)
+SETTINGS = CompressSettings(
+    epochs=2, batch_size=8, max_length=16, measure_length=16, learning_rate=1e-3, comparisons=("random",)
+)
 
 
 def make_teacher(folder, head=BertForSequenceClassification, **options):
@@ -99,6 +102,7 @@ def test_results_hold_what_the_report_needs(finished):
         "main_metric": "accuracy",
         "train_rows": 48,
         "validation_rows": 24,
+        "constant_score": pytest.approx(max(np.bincount(make_data().validation["label"])) / 24),
     }
     assert results["settings"]["expert_size"] == 16
     assert results["settings"]["num_shared"] == 11

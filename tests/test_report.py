@@ -9,7 +9,7 @@ import pytest
 
 from moebert_kernels.compress.plots import plot_importance
 from moebert_kernels.compress.report import render_report, write_report
-from moebert_kernels.compress.summary import summarize
+from moebert_kernels.compress.summary import summarize, warnings_of
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 
@@ -226,6 +226,18 @@ def test_speed_that_was_not_measured_is_left_out(results):
     assert "speed not measured; made on Some <CPU>" in text
     assert "latency" not in text.lower()
     assert "sequences per second" not in text
+
+
+def test_a_teacher_no_better_than_chance_is_told_of(results):
+    """Stops the student of a teacher that has learned nothing from being reported without a word."""
+    task, teacher = results["task"], results["models"][0]
+    quality = teacher["quality"][task["main_metric"]]
+    for constant, told in ((quality, True), (quality - 0.01, False), (None, False)):
+        changed = results | {"task": task | {"constant_score": constant, "validation_rows": 500}}
+        assert ("no better than one answer to all rows" in words(render_report(changed))) == told
+        assert [text[:26] for text in warnings_of(changed)] == ["The teacher is no better t"] * told
+    few = results | {"task": task | {"validation_rows": 2}}
+    assert "Scores say little: there are 2 rows to validate on." in words(render_report(few))
 
 
 def test_it_says_what_speed_was_measured_under(results):

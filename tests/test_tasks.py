@@ -1,3 +1,5 @@
+import csv
+
 import numpy as np
 import pytest
 from datasets import Dataset
@@ -8,6 +10,8 @@ from moebert_kernels.compress.tasks import (
     CsvOptions,
     Task,
     TaskData,
+    constant_score,
+    describe_labels,
     load_task,
     match_labels,
     task_names,
@@ -184,7 +188,7 @@ def test_text_that_is_not_utf8_is_named_with_its_line(tmp_path):
 
 
 def write(path, text):
-    path.write_bytes(text.encode())
+    path.write_bytes(text.encode(errors="surrogateescape"))
     return path
 
 
@@ -202,7 +206,7 @@ def test_csv_keeps_the_names_of_labels_and_the_text_inside_quotes(tmp_path):
 
 
 def test_jsonl_is_read_as_it_is_written(tmp_path):
-    """Stops labels 1.0 and 1 from becoming one, and lists that nobody asks for from being refused."""
+    """Stops a class 1.0 from being called 1, and lists that nobody asks for from being refused."""
     text = (
         '{"body": "a\\n\\"b\\"", "stars": 1.0, "meta": {"id": 7}}\n\n{"stars": 2, "body": null, "meta": 0}\n'
     )
@@ -221,6 +225,9 @@ def test_jsonl_is_read_as_it_is_written(tmp_path):
         (("1", "2", "3"), "regression", "regression", ()),
         (("1.5", "2.5", "1.5"), "classification", "classification", ("1.5", "2.5")),
         (("1.5", "b", "c"), None, "classification", ("1.5", "b", "c")),
+        (("0", "1", "0.0", "1.0"), None, "classification", ("0", "1")),
+        (("pos", " pos", "neg ", "neg"), None, "classification", ("neg", "pos")),
+        (("1", "1.0", "b"), None, "classification", ("1", "1.0", "b")),
     ],
 )
 def test_the_kind_of_a_csv_task_is_inferred_or_given(tmp_path, labels, kind, expected_kind, names):
@@ -300,6 +307,9 @@ def test_empty_texts_and_few_rows_are_told(tmp_path):
             "validation_fraction must be between 0 and 1, got 1.0",
         ),
         ("t.csv", "text,label\na,1.5\n", {}, "too few to hold any out"),
+        ("t.csv.gz", "text,label\na,1\n", {}, r"t\.csv\.gz is compressed: unpack it first \(gunzip\)"),
+        ("t.csv", "\x1f\udc8bx", {}, r"t\.csv is compressed: unpack it first"),
+        ("t.tsv", "text,label\na,1\n", {}, r"no tab in its first line, 'text,label': name it \.csv"),
         ("t.txt", "text,label\na,1\n", {}, r"must be named \.csv .* \.tsv .* or \.jsonl"),
         ("t.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}\n', {}, "line 2: no 'label', which line 1 has"),
         ("t.jsonl", '{"text": "a", "label": 1}\n{"text": "b", }\n', {}, "line 2: not json"),
@@ -308,7 +318,7 @@ def test_empty_texts_and_few_rows_are_told(tmp_path):
             "t.jsonl",
             '{"text": [], "label": 1}\n{"text": [], "label": 2}',
             {},
-            "no column 'text'; its columns are label",
+            "line 1: 'text' is a list, expected text or a number",
         ),
         ("t.jsonl", '{"text": "a", "label": 1}\n{"text": [], "label": 2}\n', {}, "line 2: 'text' is a list"),
         ("t.jsonl", "[" * 100000, {}, "line 1: not json"),
@@ -318,6 +328,120 @@ def test_empty_texts_and_few_rows_are_told(tmp_path):
 def test_wrong_csv_input_gets_a_sentence(tmp_path, name, text, options, message):
     with pytest.raises(UserError, match=message):
         load_task("csv", write(tmp_path / name, text), csv=CsvOptions(**options))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("t.csv", 'text;label\n"a; b, c";1\nd,e;0\n'),
+        ("t.csv", 'text\tlabel\r\n"a; b, c"\t1\r\nd,e\t0\r\n'),
+        ("t.csv", '"text"|label\n"a; b, c"|1\nd,e|0\n'),
+        ("t.csv", '"text",label\n"a; b, c",1\n"d,e",0\n'),
+        ("t.csv", 'text,label\r"a; b, c",1\r"d,e",0\r'),
+        ("t.tsv", "text\tlabel\ra; b, c\t1\rd,e\t0\r"),
+    ],
+)
+def test_a_table_is_read_however_it_is_separated(tmp_path, name, text):
+    """Stops tables as spreadsheets write them from being refused without a cause."""
+    table = write(tmp_path / name, text)
+    data = load_task("csv", table, csv=CsvOptions(validation_file=table))
+    assert rows(data.train) == [{"text": "a; b, c", "label": 1}, {"text": "d,e", "label": 0}]
+
+
+def test_a_text_may_be_of_any_length(tmp_path):
+    """Stops a .csv from being refused for a field that a .tsv may have."""
+    long = "a " * 100_000
+    table = write(tmp_path / "t.csv", f"text,label\n{long},1\nb,0\n")
+    assert load_task("csv", table, csv=CsvOptions(validation_file=table)).train["text"][0] == long
+    assert csv.field_size_limit() == 131072
+
+
+def test_labels_that_are_spelled_otherwise_are_found(tmp_path):
+    """Stops 1.0, or a 1 with a space around it, from being another class than 1."""
+    table = write(tmp_path / "t.csv", "text,label\na,0\nb, 1\nc,1.0\n")
+    other = write(tmp_path / "v.csv", "text,label\na,1.00 \nb,0e0\n")
+    data = load_task("csv", table, csv=CsvOptions(validation_file=other))
+    assert (data.train["label"][:], data.validation["label"][:]) == ([0, 1, 1], [1, 0])
+    assert describe_labels(data) == "3 training rows, 2 to validate; 2 classes: 0 (1), 1 (2)"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "kind"),
+    [
+        ("t.csv", "text,label\na,red|round\nb,\nc, round |red|red\nd,round\n", "multi_label_classification"),
+        ("t.csv", 'text,label\na,"red, round"\nb,\nc,"round,red"\nd,round\n', "multi_label_classification"),
+        (
+            "t.jsonl",
+            '{"text": "a", "label": ["red", "round"]}\n{"text": "b"}\n'
+            '{"text": "c", "label": ["round", "red"]}\n{"text": "d", "label": "round"}\n',
+            None,
+        ),
+    ],
+)
+def test_several_labels_to_a_text(tmp_path, name, text, kind):
+    """Stops tables of a common kind of task, and its data sets' lists, from being read as odd classes."""
+    options = CsvOptions(kind=kind, validation_file=write(tmp_path / name, text))
+    data = load_task("csv", tmp_path / name, csv=options)
+    metrics = ("micro_f1", "macro_f1", "accuracy")
+    assert data.task == Task("t", "multi_label_classification", ("red", "round"), metrics, "micro_f1")
+    assert data.train["label"][:] == [[0, 1], [], [0, 1], [1]]
+    assert describe_labels(data).endswith("; 2 classes: red (2), round (3)")
+
+
+def test_what_several_labels_do_not_allow(tmp_path):
+    """Stops a model of several labels from failing after minutes, or of one label from being taken for it."""
+    table = write(tmp_path / "t.csv", "text,label\n" + "a,red|round\nb,round\nc,red\n" * 4)
+    several = load_task("csv", table, csv=CsvOptions(kind="multi_label_classification"))
+    one = load_task("csv", table)
+    config = BertConfig(
+        num_labels=2, id2label={0: "round", 1: "red"}, architectures=["BertForSequenceClassification"]
+    )
+    with pytest.raises(
+        UserError, match=r"task t gives .* any number .* has problem_type None, expected 'multi_"
+    ):
+        match_labels(several, config)
+    config.problem_type = "multi_label_classification"
+    with pytest.raises(UserError, match=r"the model gives a text any number of labels .* task t has one"):
+        match_labels(one, config)
+    found = match_labels(several, config)
+    assert found.task.label_names == ("round", "red")
+    assert {tuple(row) for row in found.train["label"]} == {(0,), (1,), (1, 0)}
+    empty = write(tmp_path / "e.csv", "text,label\na,\nb,\n")
+    with pytest.raises(UserError, match="has no label in column 'label': it is empty"):
+        load_task("csv", empty, csv=CsvOptions(kind="multi_label_classification"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels", "metric", "expected"),
+    [
+        ("classification", [0, 1, 1, 1], "accuracy", 0.75),
+        ("classification", [0, 1, 1, 1], "matthews", 0.0),
+        ("multi_label_classification", [[0], [0, 1], [], [0]], "micro_f1", 0.75),
+        ("regression", [0.5, 2.0], "pearson", 0.0),
+        ("token_classification", [[0, 0], [1]], "f1", 0.0),
+    ],
+)
+def test_what_an_answer_scores_that_is_always_the_same(kind, labels, metric, expected):
+    """Stops a teacher that has learned nothing from passing for one that has."""
+    rows = Dataset.from_dict({"label": labels})
+    data = TaskData(Task("t", kind, ("a", "b"), (metric,), metric), rows, rows)
+    assert constant_score(data) == pytest.approx(expected)
+
+
+def test_the_labels_of_every_kind_are_told():
+    """Stops a column of the wrong labels from being trained on with nobody told what was found."""
+
+    def told(kind, labels, names=()):
+        rows = Dataset.from_dict({"answers" if kind == "question_answering" else "label": labels})
+        return describe_labels(TaskData(Task("t", kind, names, (), ""), rows, rows)).partition("; ")[2]
+
+    names = tuple(f"c{i}" for i in range(12))
+    assert told("classification", [11, 0, 0], names).startswith("12 classes: c0 (2), c1 (0), c2 (0),")
+    assert told("classification", [11, 0, 0], names).endswith("c9 (0), and 2 more")
+    assert told("regression", [0.5, 5.0, -1.0]) == "labels from -1 to 5"
+    assert told("token_classification", [[0, 1], [0]], ("O", "B-X")) == "2 classes: O (2), B-X (1)"
+    assert told("question_answering", [["a"], []]) == "1 questions without an answer"
+    assert told("question_answering", [["a"], ["b"]]) == ""
 
 
 def test_a_validation_label_that_training_lacks_is_named(tmp_path):

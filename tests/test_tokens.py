@@ -70,6 +70,19 @@ def test_wrong_files_get_a_sentence(folder, train, valid, message):
         load_task("conll", folder)
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_numbers_of_words_are_not_trained_on(folder, first):
+    """Stops files whose first column counts the words from training on the words "1", "2", ..."""
+    sentences = [["John", "sleeps"], ["Quito"]]
+    lines = [f"{i + first}\t{word}\tO\n" for words in sentences for i, word in enumerate(words)]
+    (folder / "train.txt").write_text("".join(lines[:2]) + "\n" + lines[2])
+    (folder / "valid.txt").write_text("1 O\n\n2 O\n")
+    with pytest.raises(UserError, match=r"train\.txt: the first column numbers the words .* take it out"):
+        load_task("conll", folder)
+    (folder / "train.txt").write_text("1 B-NUM\n3 I-NUM\n\n1 O\n")
+    assert load_task("conll", folder).train["words"][:] == [["1", "3"], ["1"]]
+
+
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(UserError, match=r"no train file \(train.txt or the like\): .* is empty"):
         load_task("conll", tmp_path)

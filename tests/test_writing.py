@@ -5,7 +5,7 @@ import io
 import os
 import re
 import resource
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +17,15 @@ from test_pipeline import SETTINGS, assert_same_outcome, make_data, make_teacher
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from moebert_kernels.compress import artifacts, report
-from moebert_kernels.compress.artifacts import Stage, claim, exclusive, replace_whole, workroom, write_json
+from moebert_kernels.compress.artifacts import (
+    Stage,
+    claim,
+    exclusive,
+    fingerprint,
+    replace_whole,
+    workroom,
+    write_json,
+)
 from moebert_kernels.compress.demo import write_tables
 from moebert_kernels.compress.finetune import finetune
 from moebert_kernels.compress.importance import Importance
@@ -182,6 +190,40 @@ def test_a_folder_without_permission(use, locked_up):
         r"cannot write to the folder .*locked up.*: Permission denied; get the right", str(told.value)
     )
     assert not list(locked_up.iterdir())
+
+
+def test_a_workroom_holds_its_own_work_alone(tmp_path, monkeypatch):
+    """Stops a folder of another's from being emptied, and one of ours from being refused after a kill."""
+    output, room = tmp_path / "model", tmp_path / "model.unfinished"
+    room.mkdir()
+    with workroom(output, fingerprint(1)) as found:  # an empty folder does
+        assert found == room
+        (room / "checkpoint-1").mkdir()
+        (room / "checkpoint-1" / "weights").touch()
+    assert not room.exists()
+
+    with suppress(KeyboardInterrupt), workroom(output, fingerprint(1)):
+        (room / "checkpoint-1").mkdir()
+        raise KeyboardInterrupt
+    with suppress(KeyboardInterrupt), workroom(output, fingerprint(1)):
+        assert (room / "checkpoint-1").is_dir()
+        raise KeyboardInterrupt
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:  # while a call with other arguments clears it
+        patched.setattr(artifacts.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt), workroom(output, fingerprint(2)):
+            pass
+    with workroom(output, fingerprint(1)):
+        assert not (room / "checkpoint-1").exists()
+
+    room.mkdir()
+    (room / "made_from").write_text("flour and water")
+    with pytest.raises(UserError, match="holds made_from, which no run"), workroom(output, fingerprint(1)):
+        pass
+    assert [path.name for path in room.iterdir()] == ["made_from"]
 
 
 @pytest.mark.parametrize("use", [claim, check_writable, lambda folder: exclusive(folder).__enter__()])

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.integrations.moe import use_experts_implementation
 
 from ..registry import DidNotRun
 from .implementation import FFNInputs, Implementation, Make, no_dispatch, weights_of
@@ -17,36 +16,50 @@ IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 _GATHERED_LIMIT = 3 * 2**29  # bytes on the CPU
 
 
-@use_experts_implementation(has_gate=False, has_bias=True)
-class _Experts(nn.Module):
-    """Non-gated experts with biases under the names that transformers reads; its own forward is "eager"."""
+@functools.cache
+def _experts_class() -> type[nn.Module]:
+    """The module whose implementation transformers chooses; imported when it is first asked for.
 
-    def __init__(self, config: SimpleNamespace, leaves: dict[str, Tensor]):
-        super().__init__()
-        self.num_experts = leaves["w1"].shape[0]
-        self.act_fn = functional.gelu
-        self.up_proj, self.up_proj_bias = leaves["w1"], leaves["b1"]
-        self.down_proj, self.down_proj_bias = leaves["w2"], leaves["b2"]
+    Raises:
+        DidNotRun: transformers is not installed, or too old.
+    """
+    try:
+        from transformers.integrations.moe import use_experts_implementation
+    except ImportError as error:
+        raise DidNotRun(f"needs transformers: {error}") from error
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """As transformers' models write it: a loop over the experts that were hit, added up by index."""
-        y_TD = torch.zeros_like(hidden_states)
-        with torch.no_grad():
-            hits_EKT = functional.one_hot(top_k_index, self.num_experts).permute(2, 1, 0)
-            hit = hits_EKT.sum((1, 2)).nonzero().flatten()
-        for expert in hit:
-            k, tokens = torch.where(hits_EKT[expert])
-            h = functional.linear(hidden_states[tokens], self.up_proj[expert], self.up_proj_bias[expert])
-            z = functional.linear(self.act_fn(h), self.down_proj[expert], self.down_proj_bias[expert])
-            y_TD.index_add_(0, tokens, (z * top_k_weights[tokens, k, None]).to(y_TD.dtype))
-        return y_TD
+    @use_experts_implementation(has_gate=False, has_bias=True)
+    class _Experts(nn.Module):
+        """Non-gated experts with biases, named as transformers reads them; its own forward is "eager"."""
+
+        def __init__(self, config: SimpleNamespace, leaves: dict[str, Tensor]):
+            super().__init__()
+            self.num_experts = leaves["w1"].shape[0]
+            self.act_fn = functional.gelu
+            self.up_proj, self.up_proj_bias = leaves["w1"], leaves["b1"]
+            self.down_proj, self.down_proj_bias = leaves["w2"], leaves["b2"]
+
+        def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+            """As transformers' models write it: a loop over the experts that were hit, added up by index."""
+            y_TD = torch.zeros_like(hidden_states)
+            with torch.no_grad():
+                hits_EKT = functional.one_hot(top_k_index, self.num_experts).permute(2, 1, 0)
+                hit = hits_EKT.sum((1, 2)).nonzero().flatten()
+            for expert in hit:
+                k, tokens = torch.where(hits_EKT[expert])
+                h = functional.linear(hidden_states[tokens], self.up_proj[expert], self.up_proj_bias[expert])
+                z = functional.linear(self.act_fn(h), self.down_proj[expert], self.down_proj_bias[expert])
+                y_TD.index_add_(0, tokens, (z * top_k_weights[tokens, k, None]).to(y_TD.dtype))
+            return y_TD
+
+    return _Experts
 
 
 def _make(name: str, inputs: FFNInputs) -> Implementation:
     if name == "batched_mm":
         _check_memory(inputs)
     leaves = weights_of(inputs)
-    experts = _Experts(SimpleNamespace(_experts_implementation=name), leaves)
+    experts = _experts_class()(SimpleNamespace(_experts_implementation=name), leaves)
 
     def compute(x_TD: Tensor, expert_ids_TK: Tensor) -> Tensor:
         return experts(x_TD, expert_ids_TK, inputs.gate_TK)

@@ -16,12 +16,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moebert_kernels.compress.adapt import token_counts
 from moebert_kernels.compress.artifacts import Stage, fingerprint
 from moebert_kernels.compress.batching import sample_rows
-from moebert_kernels.compress.demo import find_base_model
 from moebert_kernels.compress.distill import DistillSettings, distill
 from moebert_kernels.compress.evaluate import batches, evaluate, expert_load
 from moebert_kernels.compress.finetune import finetune
 from moebert_kernels.compress.importance import Importance, compute_importance
 from moebert_kernels.compress.loading import load_teacher
+from moebert_kernels.compress.minilm import find_base_model
 from moebert_kernels.compress.tasks import EncodedData, TaskData, load_task, match_labels, tokenize
 from moebert_kernels.compress.token_scores import token_groups
 from moebert_kernels.environment import describe_environment

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moebert_kernels.checks import check_whole
+from moebert_kernels.compress import defaults
 from moebert_kernels.compress.affinity import split_by_affinity
 from moebert_kernels.compress.importance import Importance
 from moebert_kernels.errors import ArgumentError, UserError
@@ -138,7 +139,7 @@ def adapt(
     num_experts: int = 4,
     expert_size: int | None = None,
     num_shared: int | None = None,
-    routing: str = "hash-random",
+    routing: str = defaults.ROUTING_WITHOUT_DATA,
     top_k: int = 1,
     seed: int = 0,
     token_counts_V: Tensor | None = None,

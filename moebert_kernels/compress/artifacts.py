@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -27,6 +28,8 @@ _MODEL_SUFFIXES = {".json", ".safetensors", ".bin", ".txt", ".model"}
 _NOT_OF_THE_MODEL = {"training_args.bin", "optimizer.pt", "scheduler.pt", "trainer_state.json"}
 _UNFINISHED = ".unfinished-"
 _LOCK = ".lock"
+_MADE_FROM = "made_from"  # in a workroom: the fingerprint of the work, or
+_ABANDONED = "0" * 64  # that what lies there is not to be gone on with
 
 
 def fingerprint(*parts: Any) -> str:
@@ -260,27 +263,62 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
+def check_workroom(output: Path) -> None:
+    """Raise a UserError if the folder that `workroom` would empty holds what no run has put there."""
+    room = _workroom_of(output)
+    with writing(room):
+        held = {path.name for path in room.iterdir()} if room.is_dir() else set()
+    if held - {_LOCK} and not _is_workroom(room):
+        raise UserError(
+            f"{describe_folder(room)}, which no run of this command has made, where unfinished work would be "
+            "kept: rename it, or choose another output folder"
+        )
+
+
 @contextmanager
 def workroom(output: Path, made_from: str) -> Iterator[Path]:
     """Hold the folder `<output>.unfinished` for the checkpoints of a long stage; see `exclusive`.
 
-    It is empty, unless work of the same fingerprint was interrupted in it; it is gone when the body has ended
-    well, which should have made `output`.
+    It is empty, unless work of the same `fingerprint` was interrupted in it; it is gone when the body has
+    ended well, which should have made `output`. A folder without a record of such work is left alone.
 
     Raises:
+        UserError: see `check_workroom`.
         OutputError: see `exclusive`.
     """
-    room = output.with_name(f"{output.name}.unfinished")
+    room = _workroom_of(output)
+    record = room / _MADE_FROM
+
+    def clear() -> None:
+        # Marked as ours to the end: a process killed here leaves a folder that the next may go on clearing.
+        record.write_text(_ABANDONED, encoding="utf-8")
+        for path in [path for path in room.iterdir() if path.name not in (_LOCK, _MADE_FROM)]:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def prepare() -> None:
-        record = room / "made_from"
+        check_workroom(output)
         with writing(room):
-            if not record.is_file() or record.read_text(encoding="utf-8") != made_from:
-                for path in [path for path in room.iterdir() if path.name != _LOCK]:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if not _is_workroom(room) or record.read_text(encoding="utf-8") != made_from:
+                clear()
                 record.write_text(made_from, encoding="utf-8")
 
+    def remove() -> None:
+        clear()
+        shutil.rmtree(room)
+
+    processes.on_main(lambda: check_workroom(output))  # before a lock is put into it
     with exclusive(room):
         processes.on_main(prepare)
         yield room
-        processes.on_main(lambda: shutil.rmtree(room))
+        processes.on_main(remove)
+
+
+def _workroom_of(output: Path) -> Path:
+    return output.with_name(f"{output.name}.unfinished")
+
+
+def _is_workroom(room: Path) -> bool:
+    try:
+        return re.fullmatch("[0-9a-f]{64}", (room / _MADE_FROM).read_text(encoding="utf-8")) is not None
+    except (OSError, ValueError):
+        return False

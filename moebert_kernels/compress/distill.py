@@ -18,7 +18,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from moebert_kernels.compress import processes
+from moebert_kernels.compress import defaults, processes
 from moebert_kernels.compress.batching import LengthGroupedTrainer, RowCollator
 from moebert_kernels.compress.finetune import last_checkpoint
 from moebert_kernels.compress.losses import Pooling
@@ -44,11 +44,11 @@ class DistillSettings:
         bf16: compute matrix products in bfloat16, by autocast; weights stay float32.
     """
 
-    epochs: float = 5.0
+    epochs: float = defaults.EPOCHS
     learning_rate: float = 3e-5
-    distill_weight: float = 1.0
-    batch_size: int = 32
-    weight_decay: float = 0.0
+    distill_weight: float = defaults.DISTILL_WEIGHT
+    batch_size: int = defaults.BATCH_SIZE
+    weight_decay: float = defaults.WEIGHT_DECAY
     seed: int = 0
     bf16: bool = False
 

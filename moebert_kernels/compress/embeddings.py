@@ -56,6 +56,7 @@ class SentenceEncoder:
         lower_case: whether texts are put into lower case first.
         folder: where all this was read.
         model_folder: where in it the encoder is; "" if at the top.
+        prompt: put before every text, as sentence_transformers puts it where it is given no other.
     """
 
     model: PreTrainedModel
@@ -66,6 +67,7 @@ class SentenceEncoder:
     lower_case: bool
     folder: Path
     model_folder: str
+    prompt: str = ""
 
     def pool(self, states_BSD: Tensor, mask_BS: Tensor | None) -> Tensor:
         """Return embeddings [B, D], float32 or wider, of last hidden states.
@@ -122,6 +124,11 @@ def load_sentence_encoder(folder: str | Path) -> SentenceEncoder:
         mode = _OLD_POOLING_KEYS.get(modes[0], modes[0]) if len(modes) == 1 else modes
     if mode not in POOLINGS:
         raise UserError(f"{pooling_file} pools by {mode}, expected one of {', '.join(POOLINGS)}")
+    prompt = _default_prompt(folder)
+    if prompt and not pooling.get("include_prompt", True):
+        raise UserError(
+            f"{pooling_file} leaves the prompt out of pooling (include_prompt), which is not known here"
+        )
     options_file = folder / model_folder / "sentence_bert_config.json"
     options = _read_json(options_file, dict) if options_file.is_file() else {}
     asked = options.get("max_seq_length")
@@ -141,11 +148,25 @@ def load_sentence_encoder(folder: str | Path) -> SentenceEncoder:
         bool(options.get("do_lower_case", False)),
         folder,
         model_folder,
+        prompt,
     )
 
 
+def _default_prompt(folder: Path) -> str:
+    path = folder / "config_sentence_transformers.json"
+    options = _read_json(path, dict) if path.is_file() else {}
+    name = options.get("default_prompt_name")
+    if name is None:
+        return ""
+    prompts = options.get("prompts")
+    prompt = prompts.get(name) if isinstance(prompts, dict) and isinstance(name, str) else None
+    if not isinstance(prompt, str):
+        raise UserError(f"{path} has default_prompt_name {name!r}, and no such text among its prompts")
+    return prompt
+
+
 def tokenize_texts(texts: Sequence[str], encoder: SentenceEncoder) -> Dataset:
-    """Return rows of token ids, in the order of `texts`; padding is left to a collator.
+    """Return rows of token ids, in the order of `texts`, after the prompt; padding is left to a collator.
 
     Raises:
         UserError: there are no texts.
@@ -158,9 +179,8 @@ def tokenize_texts(texts: Sequence[str], encoder: SentenceEncoder) -> Dataset:
     def encode(rows: dict[str, list[str]]) -> dict[str, Any]:
         return dict(tokenizer(rows["text"], truncation=True, max_length=max_length))
 
-    rows = Dataset.from_dict(
-        {"text": [text.lower() for text in texts] if encoder.lower_case else list(texts)}
-    )
+    texts = [encoder.prompt + text for text in texts]
+    rows = Dataset.from_dict({"text": [text.lower() for text in texts] if encoder.lower_case else texts})
     return rows.map(
         encode, batched=True, remove_columns=["text"], load_from_cache_file=False, desc="Tokenizing texts"
     )

@@ -18,8 +18,9 @@ from transformers import (
 )
 
 from moebert_kernels import __version__
-from moebert_kernels.compress import processes
+from moebert_kernels.compress import defaults, processes
 from moebert_kernels.compress.artifacts import (
+    check_workroom,
     fingerprint,
     model_fingerprint,
     rows_fingerprint,
@@ -42,11 +43,11 @@ def finetune(
     data: TaskData,
     output_dir: str | Path,
     *,
-    epochs: float = 3,
-    lr: float = 3e-5,
-    batch_size: int = 32,
+    epochs: float = defaults.FINETUNE_EPOCHS,
+    lr: float = defaults.FINETUNE_LEARNING_RATE,
+    batch_size: int = defaults.BATCH_SIZE,
     max_length: int | None = None,
-    weight_decay: float = 0.01,
+    weight_decay: float = defaults.FINETUNE_WEIGHT_DECAY,
     bf16: bool = False,
     seed: int = 0,
     training_arguments: Mapping[str, Any] | None = None,
@@ -78,13 +79,15 @@ def finetune(
 
     Raises:
         UserError: no such model, or one that cannot be compressed later; arguments out of range;
-            `output_dir` exists; the processes cannot share the rows of a step evenly.
+            `output_dir` exists, or `<output_dir>.unfinished` holds what no run has made; the processes cannot
+            share the rows of a step evenly.
         OutputError: a checkpoint or the model cannot be written.
     """
     output_dir = Path(output_dir)
     with naming("output_dir"):
         if processes.on_main(output_dir.exists):
             raise UserError(f"{output_dir} exists already; delete it or choose another folder")
+        processes.on_main(lambda: check_workroom(output_dir))
     check_learning_rate("lr", lr)
     for name, value in (("epochs", epochs), ("batch_size", batch_size)):
         if not 0 < value < float("inf"):

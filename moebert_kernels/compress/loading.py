@@ -13,7 +13,7 @@ from moebert_kernels.compress import processes
 from moebert_kernels.compress.artifacts import replace_whole, rows_fingerprint
 from moebert_kernels.compress.checkpoint import cause_of, load_weights, read_config
 from moebert_kernels.compress.files import describe_folder
-from moebert_kernels.compress.tasks import TaskData, auto_model_of
+from moebert_kernels.compress.tasks import TaskData, auto_model_of, texts
 from moebert_kernels.errors import ArgumentError, UserError
 from moebert_kernels.models import find_ffns, is_moe, max_tokens
 
@@ -153,7 +153,7 @@ def warn_of_other_rows(teacher_dir: Path, data: TaskData) -> None:
     Rows held out by another draw are in part those that the teacher has learned by heart: its own score and
     its student's would be too good. Of rows without labels nothing is said: none are scored by.
     """
-    if "label" not in data.train.column_names:
+    if data.task.kind == texts.KIND:
         return
     try:
         noted = json.loads((teacher_dir / _NOTES).read_text())["train_rows"]

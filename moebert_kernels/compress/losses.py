@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_ONE_TENSOR_KINDS = ("classification", "regression", "token_classification")
+_ONE_TENSOR_KINDS = ("classification", "multi_label_classification", "regression", "token_classification")
 PREDICTION_KINDS = (*_ONE_TENSOR_KINDS, "question_answering")
 IGNORED_LABEL = -100
 
@@ -93,6 +93,8 @@ def prediction_loss(
     """L_pred of Eq. 7 for each kind of task.
 
     * "classification": `symmetric_kl` of logits [B, C].
+    * "multi_label_classification": `symmetric_kl` of each class's yes and no, mean over classes: of logits s
+      and t, 1/2 (sigmoid(s) - sigmoid(t)) (s - t). The paper has no such task.
     * "regression": mean squared error of the outputs, as in the authors' code.
     * "question_answering": student and teacher are (start logits, end logits), [B, S] each; the mean of their
       symmetric KL over a sequence's real positions, averaged over the batch.
@@ -114,19 +116,22 @@ def prediction_loss(
         raise _wrong_kind(kind, student, teacher)
     if kind == "regression":
         return F.mse_loss(_wide(student), _wide(teacher))
+    if kind == "multi_label_classification":
+        student, teacher = _wide(student), _wide(teacher)
+        return 0.5 * ((student.sigmoid() - teacher.sigmoid()) * (student - teacher)).mean()
     return symmetric_kl(student, teacher, mask_BS if kind == "token_classification" else None)
 
 
 def label_loss(kind: str, student: Prediction, labels: Prediction, *, label_smoothing: float = 0.0) -> Tensor:
-    """The task's own loss, as the transformers heads take it: cross-entropy, or MSE for regression.
+    """The task's own loss, as the transformers heads take it: cross-entropies, or MSE for regression.
 
     Args:
         kind: one of `PREDICTION_KINDS`.
         student: logits of the shape `prediction_loss` takes.
-        labels: [B] or [B, 1] classes, [B] or [B, C] targets for regression, [B, S] classes of tokens, or the
-            pair of start and end positions [B]. Items labelled -100, and positions outside the sequence, do
-            not count.
-        label_smoothing: of the cross-entropies.
+        labels: [B] or [B, 1] classes, [B, C] of 0 and 1 for multi-label classification, [B] or [B, C] targets
+            for regression, [B, S] classes of tokens, or the pair of start and end positions [B]. Items
+            labelled -100, and positions outside the sequence, do not count.
+        label_smoothing: of the cross-entropies over classes.
 
     Returns:
         A scalar, the mean over labelled items; 0 if there are none.
@@ -142,6 +147,8 @@ def label_loss(kind: str, student: Prediction, labels: Prediction, *, label_smoo
         raise _wrong_kind(kind, student, labels)
     if kind == "regression":
         return F.mse_loss(_wide(student), _wide(labels).view_as(student))
+    if kind == "multi_label_classification":
+        return F.binary_cross_entropy_with_logits(_wide(student), labels.to(_wide(student).dtype))
     return _cross_entropy(student.flatten(0, -2), labels.flatten(), label_smoothing)
 
 
@@ -175,12 +182,14 @@ def prediction_kind(outputs: Any, config: Any) -> str:
         return "question_answering"
     if outputs.logits.dim() == 3:
         return "token_classification"
-    return "regression" if is_regression(config) else "classification"
+    return sequence_kind(config)
 
 
-def is_regression(config: Any) -> bool:
-    """Whether a model of sequences with this configuration puts out numbers, and not classes."""
-    return config.problem_type == "regression" or (config.problem_type is None and config.num_labels == 1)
+def sequence_kind(config: Any) -> str:
+    """What a model of sequences with this configuration puts out: a class, any number of them, or numbers."""
+    if config.problem_type in ("regression", "multi_label_classification"):
+        return config.problem_type
+    return "regression" if config.problem_type is None and config.num_labels == 1 else "classification"
 
 
 def _wrong_kind(kind: str, first: Prediction, second: Prediction) -> ValueError:

@@ -6,13 +6,15 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, cycle, islice
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from moebert_kernels.environment import OtherWork
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Timing = dict[str, float]
 

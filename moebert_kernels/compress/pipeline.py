@@ -71,7 +71,14 @@ from moebert_kernels.compress.losses import Pooling
 from moebert_kernels.compress.measure import Speed, measure
 from moebert_kernels.compress.settings import CompressSettings, resolve
 from moebert_kernels.compress.stages import Progress, Report, Stages
-from moebert_kernels.compress.tasks import KINDS, EncodedData, TaskData, match_labels, tokenize
+from moebert_kernels.compress.tasks import (
+    KINDS,
+    EncodedData,
+    TaskData,
+    constant_score,
+    match_labels,
+    tokenize,
+)
 from moebert_kernels.compress.token_scores import token_groups
 from moebert_kernels.compress.variants import STUDENT, Trial, over_seeds, trials
 from moebert_kernels.environment import describe_environment
@@ -322,6 +329,7 @@ class Run:
                 "main_metric": task.main_metric,
                 "train_rows": len(self.raw.train),
                 "validation_rows": len(self.raw.validation),
+                "constant_score": constant_score(self.raw),
             },
             "settings": asdict(self.settings),
             "models": [{"name": name, **models[name], **timings[name]} for name in models],

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moebert_kernels.compress import defaults
 from moebert_kernels.compress.adapt import check_sizes, default_sizes
 from moebert_kernels.compress.loading import row_length
 from moebert_kernels.errors import ArgumentError
@@ -56,23 +57,23 @@ class CompressSettings:
         UserError: a value makes no sense whatever the model is.
     """
 
-    num_experts: int = 4
+    num_experts: int = defaults.NUM_EXPERTS
     expert_size: int | None = None
     num_shared: int | None = None
-    routing: str = "hash-affinity"
+    routing: str = defaults.ROUTING
     top_k: int = 1
     fit: bool = True
-    fit_rows: int = 4096
+    fit_rows: int = defaults.FIT_ROWS
     distill: bool = True
-    epochs: float = 5.0
+    epochs: float = defaults.EPOCHS
     learning_rate: float | None = None
-    distill_weight: float = 1.0
-    batch_size: int = 32
-    weight_decay: float = 0.0
+    distill_weight: float = defaults.DISTILL_WEIGHT
+    batch_size: int = defaults.BATCH_SIZE
+    weight_decay: float = defaults.WEIGHT_DECAY
     bf16: bool = False
     max_length: int | None = None
-    importance_rows: int | None = 4096
-    comparisons: tuple[str, ...] = ("random",)
+    importance_rows: int | None = defaults.IMPORTANCE_ROWS
+    comparisons: tuple[str, ...] = defaults.COMPARISONS
     measure: bool = True
     measure_length: int | None = None
     seed: int = 0

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moebert_kernels.compress import processes
 from moebert_kernels.compress.adapt import COUNTING_ROUTINGS, adapt, random_scores, token_counts
 from moebert_kernels.compress.artifacts import (
+    check_workroom,
     fingerprint,
     model_fingerprint,
     rows_fingerprint,
@@ -207,6 +208,7 @@ def distill_student(
     """
     with naming("output_dir"):
         check_new_folder(output_dir)
+        processes.on_main(lambda: check_workroom(output_dir))
     processes.rows_each(settings.batch_size)  # refuses what does not divide
     with naming("teacher_dir"):
         teacher, tokenizer = load_teacher(teacher_dir)

@@ -33,6 +33,7 @@ def prediction_shift_loss(config: Any, *, seed: int = 0) -> Callable[[Any, Mappi
     importance by this loss says how far predictions move without a neuron. Real positions alone count.
 
     * Classes: of their probabilities; of tokens, a direction for each.
+    * Several classes to a text: of the probabilities of each class's yes and no.
     * Spans: of the probabilities of start and end among the positions; the mean of the two.
     * Numbers: of the numbers themselves.
 
@@ -43,7 +44,9 @@ def prediction_shift_loss(config: Any, *, seed: int = 0) -> Callable[[Any, Mappi
     Returns:
         A loss for `compute_importance`: of a model's output and its batch, the sum over samples.
     """
-    directions_NC = drawn_directions(config.num_labels, seed)
+    is_several = config.problem_type == "multi_label_classification"
+    # Of several classes, each has two probabilities.
+    directions_NC = drawn_directions(config.num_labels * (2 if is_several else 1), seed)
     places_N1 = drawn_directions(1, seed)
 
     def loss(output: Any, batch: Mapping[str, Tensor]) -> Tensor:
@@ -67,7 +70,11 @@ def prediction_shift_loss(config: Any, *, seed: int = 0) -> Callable[[Any, Mappi
         if kind == "token_classification":
             component_BS = (_roots(output.logits) * along(directions_NC, number_BS)).sum(-1)
             return component_BS.masked_fill(mask_BS == 0, 0).sum()
-        moved_BC = _wide(output.logits) if kind == "regression" else _roots(output.logits)
+        if kind == "multi_label_classification":
+            yes_and_no_BC2 = torch.stack([output.logits, torch.zeros_like(output.logits)], -1)
+            moved_BC = _roots(yes_and_no_BC2).flatten(1)
+        else:
+            moved_BC = _wide(output.logits) if kind == "regression" else _roots(output.logits)
         return (moved_BC * along(directions_NC, number_B)).sum()
 
     return loss

@@ -2,8 +2,9 @@
 
 Stages, output folder and results.json are those of `pipeline.compress`, with importance from the teacher's
 own predictions. Quality is measured on held-out texts, against what the teacher says of them: "agreement",
-the share of texts (or tokens, or answers) of which both say the same, or of numbers their correlation,
-"pearson"; and "divergence", as `divergence.divergence` has it.
+the share of texts (or tokens, or answers) of which both say the same, all classes of a text if it has any
+number of them, or of numbers their correlation, "pearson"; and "divergence", as `divergence.divergence` has
+it.
 """
 
 from __future__ import annotations
@@ -114,11 +115,15 @@ def likeness(kind: str, ours: Outputs, theirs: Outputs) -> dict[str, float]:
     join = np.concatenate if kind == "token_classification" else np.stack
     a_NC, b_NC = join(list(ours)), join(list(theirs))
     # Of tokens, one after the other, each is a row by itself.
-    alike = "regression" if kind == "regression" else "classification"
+    alike = "classification" if kind == "token_classification" else kind
     divergence = float(prediction_loss(alike, torch.from_numpy(a_NC), torch.from_numpy(b_NC)))
     if kind == "regression":
         return {"pearson": _pearson(a_NC.ravel(), b_NC.ravel()), "divergence": divergence}
-    return {"agreement": float((a_NC.argmax(1) == b_NC.argmax(1)).mean()), "divergence": divergence}
+    if kind == "multi_label_classification":
+        same_N = ((a_NC > 0) == (b_NC > 0)).all(1)
+    else:
+        same_N = a_NC.argmax(1) == b_NC.argmax(1)
+    return {"agreement": float(same_N.mean()), "divergence": divergence}
 
 
 def _start_and_end(logits_S2: np.ndarray) -> tuple[Tensor, Tensor]:

@@ -57,8 +57,8 @@ class DistillationTrainer(Trainer):
     require gradients), put into eval mode and moved to the training device.
 
     Args:
-        model: the student: sequence classification or regression, token classification, masked LM or
-            question answering.
+        model: the student: sequence classification, by one label or several, or regression, token
+            classification, masked LM or question answering.
         teacher: a model with the same head and as many layers of the same hidden size.
         args: as for `Trainer`.
         distill_weight: lambda, the weight of the distillation terms.
@@ -72,7 +72,7 @@ class DistillationTrainer(Trainer):
 
     Raises:
         ValueError: the models do not fit each other, `distill_weight` is negative, or an option asks for a
-            loss of its own (`compute_loss_func`, multi-label classification).
+            loss of its own (`compute_loss_func`).
     """
 
     def __init__(
@@ -285,7 +285,7 @@ def _check_models(
         ours, theirs = getattr(student.config, name), getattr(teacher.config, name)
         if ours != theirs:
             raise ValueError(f"model and teacher must have the same {name}, got {ours} and {theirs}")
-    if student.config.problem_type == "multi_label_classification":
-        raise ValueError(
-            "multi-label classification is not supported: the paper has no distillation loss for it"
-        )
+    several = "multi_label_classification"
+    ours, theirs = student.config.problem_type, teacher.config.problem_type
+    if (ours == several) != (theirs == several):
+        raise ValueError(f"model and teacher must have the same problem_type, got {ours!r} and {theirs!r}")

@@ -1,12 +1,12 @@
-"""The operators in Triton, with the signatures and results of `moebert_kernels.cpu`.
+"""The operator in Triton.
 
     blocks.py    which rows a tile has, the K loop, the activation: what all GEMMs share
     grouped.py   gather-and-multiply, multiply-and-scatter: forward and data gradients
     wgrad.py     weight gradients
-    dense.py     all experts on all tokens, masked: few tokens
     norm.py      residual sum and per-expert LayerNorm
     rows.py      the sum over a token's experts, the gate's gradient
-    ffn.py       what the operators launch
+    ffn.py       what the experts' passes launch
+    backend.py   experts and norm together: what `backends` calls
     launch.py    how kernels are started
     configs.py   the tuning table
     inspect.py   what the table compiles to, read without a GPU
@@ -14,7 +14,15 @@
 Importing this needs Triton and no GPU.
 """
 
+from moebert_kernels.kernels.backend import backward, forward
 from moebert_kernels.kernels.ffn import expert_ffn_backward, expert_ffn_forward
 from moebert_kernels.kernels.norm import expert_norm_backward, expert_norm_forward
 
-__all__ = ["expert_ffn_backward", "expert_ffn_forward", "expert_norm_backward", "expert_norm_forward"]
+__all__ = [
+    "backward",
+    "expert_ffn_backward",
+    "expert_ffn_forward",
+    "expert_norm_backward",
+    "expert_norm_forward",
+    "forward",
+]

@@ -1,6 +1,6 @@
 """The committed tuning table: tile shapes by device family, arithmetic and rows per expert.
 
-Nothing is tuned at run time. `python -m bench.tune` measures the candidates on a GPU and prints this table.
+Nothing is tuned at run time. `python -m bench.tune` measures the candidates on a GPU.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ import torch
 
 @dataclass(frozen=True)
 class Tile:
-    """One GEMM's tile and how it is compiled; the epilogue takes its columns in `parts`."""
+    """One GEMM's tile and how it is compiled.
+
+    The epilogue takes its columns in `parts`; a streamed kernel has so many programs `per_multiprocessor`.
+    """
 
     m: int
     n: int
@@ -21,6 +24,7 @@ class Tile:
     warps: int
     stages: int
     parts: int = 1
+    per_multiprocessor: int = 1
 
 
 @dataclass(frozen=True)
@@ -34,9 +38,8 @@ class Config:
         weight_grad_unaligned: the tile in place of `weight_grad` for rows that cannot be loaded 16 bytes at a
             time, which takes more registers and shared memory; None for the same.
         stream_k: split the weight gradients' token loops evenly over the multiprocessors.
-        tma: load weights, and rows that are sorted already, through TMA descriptors.
-        dense_slots: with at most this many slots, inference runs all experts on all tokens and masks.
-        dense: the tile of both GEMMs then.
+        tma: load what is not gathered through TMA descriptors where the rows are sorted already; where they
+            are gathered, pointers were as fast or faster.
     """
 
     up: Tile
@@ -47,17 +50,22 @@ class Config:
     weight_grad_unaligned: Tile | None = None
     stream_k: bool = False
     tma: bool = False
-    dense_slots: int = 0
-    dense: Tile = Tile(64, 32, 64, 4, 4)
 
 
 FAMILIES = ("sm_80", "sm_90", "sm_100", "default")
 ARITHMETICS = ("half", "tf32", "ieee")
-SIZES = {"small": 128, "medium": 2048, "large": None}  # rows per expert, at most
+REGISTERS = 65536  # of a multiprocessor, in all three generations
+SIZES = {"tiny": 32, "small": 128, "medium": 2048, "large": None}  # rows per expert, at most
 
 
-def _config(gemm: Tile, weight_grad: Tile, down_backward: Tile | None = None, **options) -> Config:
-    return Config(gemm, gemm, down_backward or gemm, gemm, weight_grad, **options)
+def _config(
+    gemm: Tile,
+    weight_grad: Tile,
+    down_backward: Tile | None = None,
+    up_backward: Tile | None = None,
+    **options,
+) -> Config:
+    return Config(gemm, gemm, down_backward or gemm, up_backward or gemm, weight_grad, **options)
 
 
 SAFE = _config(Tile(64, 64, 32, 4, 2, parts=4), Tile(64, 64, 32, 4, 3))
@@ -65,9 +73,7 @@ _IEEE = _config(Tile(64, 64, 32, 4, 3, parts=2), Tile(64, 64, 32, 8, 5))
 
 TABLE: dict[tuple[str, str, str], Config] = {
     # Ampere and Ada. 99 KiB of shared memory is what 8.6 and 8.9 have.
-    ("sm_80", "half", "small"): _config(
-        Tile(64, 64, 64, 4, 4, parts=2), Tile(64, 128, 32, 4, 7), dense_slots=32
-    ),
+    ("sm_80", "half", "small"): _config(Tile(64, 64, 64, 4, 4, parts=2), Tile(64, 128, 32, 4, 7)),
     ("sm_80", "half", "medium"): _config(Tile(64, 128, 64, 4, 4, parts=4), Tile(64, 128, 32, 4, 7)),
     ("sm_80", "half", "large"): _config(
         Tile(128, 128, 64, 8, 3, parts=4), Tile(128, 128, 32, 8, 7), stream_k=True
@@ -77,18 +83,21 @@ TABLE: dict[tuple[str, str, str], Config] = {
     ("sm_80", "tf32", "large"): _config(
         Tile(128, 128, 32, 8, 3, parts=4), Tile(64, 128, 32, 8, 4), stream_k=True
     ),
-    # Hopper
-    ("sm_90", "half", "small"): _config(
-        Tile(64, 64, 64, 4, 5, parts=2), Tile(128, 128, 64, 8, 5), tma=True, dense_slots=32
-    ),
+    # Hopper: half measured on an H200 (bench/results/tiles-nvidia-h200.jsonl)
+    ("sm_90", "half", "tiny"): _config(Tile(32, 32, 64, 4, 6), Tile(128, 128, 64, 8, 5), tma=True),
+    ("sm_90", "half", "small"): _config(Tile(64, 64, 64, 4, 4), Tile(128, 128, 64, 8, 5), tma=True),
     ("sm_90", "half", "medium"): _config(
-        Tile(64, 128, 64, 4, 4, parts=4), Tile(128, 128, 64, 8, 5), tma=True
+        Tile(128, 64, 64, 4, 3, parts=2),
+        Tile(128, 128, 64, 8, 5),
+        down_backward=Tile(128, 64, 64, 4, 3),
+        up_backward=Tile(64, 128, 64, 4, 3, parts=4),
+        tma=True,
     ),
     ("sm_90", "half", "large"): _config(
-        Tile(128, 256, 64, 8, 4, parts=4),
-        Tile(128, 256, 64, 8, 7),
+        Tile(128, 128, 64, 8, 3, parts=2),
+        Tile(128, 256, 64, 8, 5),
         weight_grad_unaligned=Tile(128, 128, 64, 8, 5),
-        down_backward=Tile(128, 128, 64, 8, 3, parts=4),
+        up_backward=Tile(128, 128, 64, 8, 3, parts=4),
         stream_k=True,
         tma=True,
     ),
@@ -98,9 +107,7 @@ TABLE: dict[tuple[str, str, str], Config] = {
         Tile(128, 128, 32, 8, 4, parts=4), Tile(128, 128, 32, 8, 4), stream_k=True
     ),
     # Blackwell
-    ("sm_100", "half", "small"): _config(
-        Tile(64, 64, 64, 4, 5, parts=4), Tile(128, 128, 64, 8, 3), tma=True, dense_slots=32
-    ),
+    ("sm_100", "half", "small"): _config(Tile(64, 64, 64, 4, 5, parts=4), Tile(128, 128, 64, 8, 3), tma=True),
     ("sm_100", "half", "medium"): _config(
         Tile(128, 128, 64, 8, 3, parts=4), Tile(128, 128, 64, 8, 3), tma=True
     ),
@@ -124,8 +131,10 @@ TABLE: dict[tuple[str, str, str], Config] = {
 def select(device: torch.device, dtype: torch.dtype, num_slots: int, num_experts: int) -> Config:
     """The config of a call, from what is known without asking the device."""
     rows = num_slots / num_experts
-    size = next(name for name, most in SIZES.items() if most is None or rows <= most)
-    return TABLE.get((family(device), arithmetic(dtype), size), SAFE)
+    key = family(device), arithmetic(dtype)
+    # Where a size has no entry of its own, the next larger one's serves.
+    fitting = (TABLE.get((*key, size)) for size, most in SIZES.items() if most is None or rows <= most)
+    return next(filter(None, fitting), SAFE)
 
 
 def arithmetic(dtype: torch.dtype) -> str:

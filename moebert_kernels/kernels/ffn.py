@@ -10,7 +10,6 @@ from torch import Tensor
 
 from moebert_kernels.kernels import configs
 from moebert_kernels.kernels.configs import Config, Tile
-from moebert_kernels.kernels.dense import dense_forward
 from moebert_kernels.kernels.grouped import gather_backward_kernel, gather_kernel, scatter_kernel
 from moebert_kernels.kernels.launch import (
     ceil_div,
@@ -22,8 +21,8 @@ from moebert_kernels.kernels.launch import (
     weight,
 )
 from moebert_kernels.kernels.launch import rows as with_contiguous_rows
-from moebert_kernels.kernels.rows import gate_grad_kernel, over_experts
-from moebert_kernels.kernels.wgrad import weight_grads
+from moebert_kernels.kernels.rows import gate_grad_kernel, over_experts, over_tiles
+from moebert_kernels.kernels.wgrad import Factors, weight_grads
 
 
 def expert_ffn_forward(
@@ -50,27 +49,8 @@ def expert_ffn_forward(
     order_S, offsets_E1 = order_S.contiguous(), offsets_E1.contiguous()
     b1_EF, b2_ED = _contiguous(b1_EF), _contiguous(b2_ED)
     gate_S, scale = _gate(gate_TK, top_k, per_slot)
-    one_row_per_token = top_k == 1 or not per_slot
-    if 0 < S <= config.dense_slots and one_row_per_token and not save_preact:
-        with on_device_of(x_TD):
-            y_TD = dense_forward(
-                x_TD,
-                order_S,
-                offsets_E1,
-                w1_EFD,
-                b1_EF,
-                w2_EDF,
-                b2_ED,
-                gate_S,
-                scale,
-                activation,
-                top_k,
-                config,
-            )
-        return y_TD, x_TD.new_empty(0, F)
-    w1, w1_tma = weight(w1_EFD, config.tma, config.up.n, config.up.k)
-    a_SF = x_TD.new_empty(S, F)
-    preact_SF = x_TD.new_empty(S if save_preact else 0, F)
+    saved = x_TD.new_empty(2 * S if save_preact else 0, F)
+    a_SF = saved[:S] if save_preact else x_TD.new_empty(S, F)
     z_SD = x_TD.new_empty(S, D)
     with on_device_of(x_TD):
         launch(
@@ -80,27 +60,26 @@ def expert_ffn_forward(
             x_stride=x_TD.stride(0),
             order_ptr=order_S,
             offsets_ptr=offsets_E1,
-            w1=w1,
+            w1_ptr=w1_EFD,
             b1_ptr=b1_EF,
             a_ptr=a_SF,
-            preact_ptr=preact_SF if save_preact else None,
+            slope_ptr=saved[S:] if save_preact else None,
             num_slots=S,
             E=E,
             D=D,
             F=F,
             TOP_K=top_k,
             ACTIVATION=activation,
-            W_TMA=w1_tma,
             **_tile(config.up, E, x_TD),
         )
         _scatter(a_SF, order_S, offsets_E1, w2_EDF, b2_ED, gate_S, z_SD, scale, True, config.tma, config.down)
-        return over_experts(z_SD, 1 if per_slot else top_k, x_TD.dtype), preact_SF
+        return over_experts(z_SD, 1 if per_slot else top_k, x_TD.dtype), saved
 
 
 def expert_ffn_backward(
     dy: Tensor,
     x_TD: Tensor,
-    preact_SF: Tensor,
+    saved: Tensor,
     order_S: Tensor,
     offsets_E1: Tensor,
     w1_EFD: Tensor,
@@ -116,7 +95,6 @@ def expert_ffn_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `ops.expert_ffn_backward`."""
     need_x, need_w1, need_b1, need_w2, need_b2, need_gate = needs
-    need_b1, need_b2 = need_b1 and b1_EF is not None, need_b2 and b2_ED is not None
     S = order_S.shape[0]
     E, F, D = w1_EFD.shape
     config = config or configs.select(x_TD.device, x_TD.dtype, S, E)
@@ -126,35 +104,44 @@ def expert_ffn_backward(
     gate_S, scale = _gate(gate_TK, top_k, per_slot)
     dy_top_k = 1 if per_slot else top_k
 
-    need_dh = need_x or need_w1 or need_b1
-    need_ga = need_w2 or need_b2
-    w2, w2_tma = weight(w2_EDF, config.tma, config.down_backward.k, config.down_backward.n)
+    need_dh = need_x or need_w1
+    need_ga = need_w2 and gate_S is not None
+    a_SF, slope_SF = saved[:S], saved[S : 2 * S]
     dh_SF, ga_SF = (x_TD.new_empty(S if need else 0, F) for need in (need_dh, need_ga))
+    (grid,) = _grid(S, E, F, config.down_backward)
     col_tiles = ceil_div(F, config.down_backward.n)
-    parts = x_TD.new_empty(col_tiles, S, dtype=torch.float32) if need_gate else None
+
+    def parts_of(bias: Tensor | None, need: bool) -> tuple[Tensor, Tensor] | None:
+        if bias is None or not need:
+            return None
+        return x_TD.new_empty(grid // col_tiles, bias.shape[1], dtype=torch.float32), bias
+
+    dgate_parts = x_TD.new_empty(col_tiles, S, dtype=torch.float32) if need_gate else None
+    of_b1, of_b2 = parts_of(b1_EF, need_b1), parts_of(b2_ED, need_b2)
     with on_device_of(x_TD):
-        if need_dh or need_ga or need_gate:
+        if need_dh or need_ga or need_gate or of_b1 or of_b2:
             launch(
                 gather_backward_kernel,
-                _grid(S, E, F, config.down_backward),
+                (grid,),
                 dy_ptr=dy,
                 dy_stride=dy.stride(0),
                 order_ptr=order_S,
                 offsets_ptr=offsets_E1,
-                w2=w2,
+                w2_ptr=w2_EDF,
                 gate_ptr=gate_S,
-                preact_ptr=preact_SF,
+                a_ptr=a_SF,
+                slope_ptr=slope_SF,
                 dh_ptr=dh_SF if need_dh else None,
                 ga_ptr=ga_SF if need_ga else None,
-                dgate_ptr=parts,
+                dgate_ptr=dgate_parts,
+                db1_ptr=of_b1 and of_b1[0],
+                db2_ptr=of_b2 and of_b2[0],
                 num_slots=S,
                 E=E,
                 D=D,
                 F=F,
                 DY_TOP_K=dy_top_k,
                 SCALE=scale,
-                ACTIVATION=activation,
-                W_TMA=w2_tma,
                 **_tile(config.down_backward, E, x_TD),
             )
         dx_TD = x_TD.new_empty(0, D)
@@ -180,7 +167,7 @@ def expert_ffn_backward(
             launch(
                 gate_grad_kernel,
                 (ceil_div(S, 16) + E if S else 0,),
-                parts_ptr=parts,
+                parts_ptr=dgate_parts,
                 dy_ptr=dy,
                 dy_stride=dy.stride(0),
                 order_ptr=order_S,
@@ -196,17 +183,15 @@ def expert_ffn_backward(
                 BLOCK_D=128,
                 GROUPS=groups_of(E),
             )
-        dw1 = db1 = dw2 = db2 = None
-        if need_w1 or need_b1:
-            dw1, db1 = weight_grads(
-                dh_SF, x_TD, order_S, offsets_E1, None, 1.0, top_k, False, need_b1, config
-            )
-        if need_w2 or need_b2:
-            dw2, db2 = weight_grads(
-                dy, ga_SF, order_S, offsets_E1, gate_S, scale, dy_top_k, True, need_b2, config
-            )
+        db1 = db2 = None
+        if of_b1 or of_b2:
+            tile_rows = config.down_backward.m
+            db1, db2 = over_tiles(of_b1, of_b2, offsets_E1, tile_rows)
+        of_w1 = Factors(dh_SF, x_TD, top_k) if need_w1 else None
+        of_w2 = Factors(ga_SF if need_ga else a_SF, dy, dy_top_k, scale) if need_w2 else None
+        dw1, dw2 = weight_grads(of_w1, of_w2, order_S, offsets_E1, config)
     # Each output its own tensor: an operator's results may not alias.
-    results = (dw1 if need_w1 else None, db1, dw2 if need_w2 else None, db2, dgate_TK)
+    results = (dw1, db1, dw2, db2, dgate_TK)
     dw1, db1, dw2, db2, dgate_TK = (x_TD.new_empty(0) if grad is None else grad for grad in results)
     return dx_TD, dw1, db1, dw2, db2, dgate_TK
 

@@ -1,13 +1,16 @@
 """The two grouped GEMMs of a pass: gather and multiply, multiply and scatter.
 
-    forward    gather_kernel    a  = act(x[token] W1^T + b1)                 sorted rows out
-               scatter_kernel   z[slot] = (a W2^T + b2) * gate               slot rows out
-    backward   gather_backward  dh = (dz[slot] W2) * act'(h) * gate          sorted rows out
-               scatter_kernel   dx[slot] = dh W1                             slot rows out
+    forward    gather_kernel    a = act(h), slope = act'(h), h = x[token] W1^T + b1    sorted rows out
+               scatter_kernel   z[slot] = (a W2^T + b2) * gate                         slot rows out
+    backward   gather_backward  dh = (dz[slot] W2) * slope * gate                      sorted rows out
+               scatter_kernel   dx[slot] = dh W1                                       slot rows out
+
+For backward the slope is kept in place of h: computed once, where h is at hand in float32, it leaves the
+data gradient's epilogue one product.
 
 Grid of all three: (row tiles x column tiles), columns fastest so that neighbours share their rows in L2; row
 tiles are bounded by shapes alone (`blocks.find_rows`). Invariant: every element of every output is written
-exactly once, except sorted rows without an expert in `a`, `dh` and `ga`, which nobody reads.
+exactly once, except sorted rows without an expert in `dh`, `ga` and, in inference, `a`, which nobody reads.
 """
 
 import triton
@@ -18,6 +21,7 @@ from moebert_kernels.kernels.blocks import (
     activate_with_slope,
     find_rows,
     multiply,
+    rounds_to_half,
     split_columns,
 )
 
@@ -28,10 +32,10 @@ def gather_kernel(
     x_stride,
     order_ptr,  # [S]
     offsets_ptr,  # [E + 1]
-    w1,  # [E, F, D], pointer or descriptor
+    w1_ptr,  # [E, F, D]
     b1_ptr,  # [E, F] or None
     a_ptr,  # out: [S, F] sorted
-    preact_ptr,  # out: [S, F] sorted, or None
+    slope_ptr,  # out: [S, F] sorted, or None
     num_slots,
     E: tl.constexpr,
     D: tl.constexpr,
@@ -39,28 +43,29 @@ def gather_kernel(
     TOP_K: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
-    W_TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PARTS: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """a = act(x[order // TOP_K] W1_e^T + b1_e); the pre-activation is kept if there is room for it."""
+    """a = act(x[order // TOP_K] W1_e^T + b1_e), and act' of the same if there is room for it."""
     col_tiles: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
     n = tl.program_id(0) % col_tiles * BLOCK_N
     group, begin, end = find_rows(tl.program_id(0) // col_tiles, offsets_ptr, num_slots, E, BLOCK_M, GROUPS)
     if group > E:
         return
     if group == E:
-        if preact_ptr is not None:
-            _store(preact_ptr, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), begin, end, n, F)
+        if slope_ptr is not None:
+            zero_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            _store(a_ptr, zero_MN, begin, end, n, F)
+            _store(slope_ptr, zero_MN, begin, end, n, F)
         return
     rows_M = begin + tl.arange(0, BLOCK_M)
-    token_M = tl.load(order_ptr + rows_M, mask=rows_M < end, other=0) // TOP_K
+    token_M = tl.load(order_ptr + tl.minimum(rows_M, end - 1)) // TOP_K
     acc_MN = multiply(
-        x_ptr, 0, token_M.to(tl.int64) * x_stride, w1, group, n,
-        D, F, True, False, W_TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        x_ptr, 0, token_M.to(tl.int64) * x_stride, w1_ptr, group, n,
+        D, F, True, False, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     h_parts = split_columns(acc_MN, PARTS)
     for i in tl.static_range(PARTS):
@@ -72,7 +77,7 @@ def gather_kernel(
             n + i * (BLOCK_N // PARTS),
             b1_ptr,
             a_ptr,
-            preact_ptr,
+            slope_ptr,
             F,
             ACTIVATION,
         )
@@ -80,13 +85,16 @@ def gather_kernel(
 
 @triton.jit
 def _finish_gather(
-    h_MN, expert, begin, end, n, b1_ptr, a_ptr, preact_ptr, F: tl.constexpr, ACTIVATION: tl.constexpr
+    h_MN, expert, begin, end, n, b1_ptr, a_ptr, slope_ptr, F: tl.constexpr, ACTIVATION: tl.constexpr
 ):
     if b1_ptr is not None:
         h_MN += _load_bias(b1_ptr, expert, n, F, h_MN.shape[1])[None, :]
-    if preact_ptr is not None:
-        _store(preact_ptr, h_MN, begin, end, n, F)
-    _store(a_ptr, activate(h_MN, ACTIVATION), begin, end, n, F)
+    if slope_ptr is None:
+        a_MN = activate(h_MN, ACTIVATION, rounds_to_half(a_ptr))
+    else:
+        a_MN, slope_MN = activate_with_slope(h_MN, ACTIVATION, rounds_to_half(a_ptr))
+        _store(slope_ptr, slope_MN, begin, end, n, F)
+    _store(a_ptr, a_MN, begin, end, n, F)
 
 
 @triton.jit(do_not_specialize=["num_slots"])
@@ -95,39 +103,44 @@ def gather_backward_kernel(
     dy_stride,
     order_ptr,  # [S]
     offsets_ptr,  # [E + 1]
-    w2,  # [E, D, F], pointer or descriptor
+    w2_ptr,  # [E, D, F]
     gate_ptr,  # [S] by slot, or None for SCALE
-    preact_ptr,  # [S, F] sorted
+    a_ptr,  # [S, F] sorted, for ga and dgate
+    slope_ptr,  # [S, F] sorted
     dh_ptr,  # out: [S, F] sorted, or None
-    ga_ptr,  # out: [S, F] sorted, gate * act(h), or None
+    ga_ptr,  # out: [S, F] sorted, gate * a, or None
     dgate_ptr,  # out: [column tiles, S] sorted, parts of <W2^T dy, a>, or None
+    db1_ptr,  # out: [row tiles, F] float32, the column sums of dh, or None
+    db2_ptr,  # out: [row tiles, D] float32, the column sums of gate * dy, or None
     num_slots,
     E: tl.constexpr,
     D: tl.constexpr,
     F: tl.constexpr,
     DY_TOP_K: tl.constexpr,
     SCALE: tl.constexpr,
-    ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
-    W_TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PARTS: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """dh = (dy[order // DY_TOP_K] W2_e) * act'(h) * gate, and what dW2 and the gate's gradient need of a."""
+    """dh = (dy[order // DY_TOP_K] W2_e) * slope * gate; what dW2 and the gate's gradient need of a; and the
+    row tile's parts of the bias gradients, which `rows.sum_tiles_kernel` adds up."""
     col_tiles: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
+    row_tile = tl.program_id(0) // col_tiles
     col_tile = tl.program_id(0) % col_tiles
     n = col_tile * BLOCK_N
-    group, begin, end = find_rows(tl.program_id(0) // col_tiles, offsets_ptr, num_slots, E, BLOCK_M, GROUPS)
+    group, begin, end = find_rows(row_tile, offsets_ptr, num_slots, E, BLOCK_M, GROUPS)
     if group >= E:
         return
     rows_M = begin + tl.arange(0, BLOCK_M)
-    slot_M = tl.load(order_ptr + rows_M, mask=rows_M < end, other=0)
+    # Rows past the end repeat the last one: nothing of another expert's tokens can get into the sums.
+    slot_M = tl.load(order_ptr + tl.minimum(rows_M, end - 1))
+    dy_offset_M = (slot_M // DY_TOP_K).to(tl.int64) * dy_stride
     acc_MN = multiply(
-        dy_ptr, 0, (slot_M // DY_TOP_K).to(tl.int64) * dy_stride, w2, group, n,
-        D, F, False, False, W_TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        dy_ptr, 0, dy_offset_M, w2_ptr, group, n,
+        D, F, False, False, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     gate_M = _load_gate(gate_ptr, slot_M, SCALE)
     dgate_M = tl.zeros((BLOCK_M,), tl.float32)
@@ -139,31 +152,62 @@ def gather_backward_kernel(
             begin,
             end,
             n + i * (BLOCK_N // PARTS),
-            preact_ptr,
+            a_ptr,
+            slope_ptr,
             dh_ptr,
             ga_ptr,
+            dgate_ptr,
+            None if db1_ptr is None else db1_ptr + row_tile * F,
             F,
-            ACTIVATION,
         )
     if dgate_ptr is not None:
         tl.store(dgate_ptr + col_tile.to(tl.int64) * num_slots + rows_M, dgate_M, mask=rows_M < end)
+    if db2_ptr is not None:
+        # The column tiles share the columns of dy among them.
+        BLOCK: tl.constexpr = 64
+        for d in tl.range(col_tile * BLOCK, D, col_tiles * BLOCK, num_stages=1):
+            cols = d + tl.arange(0, BLOCK)
+            mask = (rows_M < end)[:, None] & (cols < D)[None, :]
+            dy = tl.load(dy_ptr + dy_offset_M[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+            tl.store(db2_ptr + row_tile * D + cols, tl.sum(dy * gate_M[:, None], 0), mask=cols < D)
 
 
 @triton.jit
 def _finish_gather_backward(
-    da_MN, gate_M, begin, end, n, preact_ptr, dh_ptr, ga_ptr, F: tl.constexpr, ACTIVATION: tl.constexpr
+    da_MN,
+    gate_M,
+    begin,
+    end,
+    n,
+    a_ptr,
+    slope_ptr,
+    dh_ptr,
+    ga_ptr,
+    dgate_ptr,
+    db1_ptr,
+    F: tl.constexpr,
 ):
-    """Stores dh and gate * a; returns the rows' <da, a>."""
+    """Stores dh, gate * a and the column sums of dh; returns the rows' <da, a> if it is asked for."""
     rows_M = begin + tl.arange(0, da_MN.shape[0])
     cols_N = n + tl.arange(0, da_MN.shape[1])
     offset_MN = rows_M.to(tl.int64)[:, None] * F + cols_N[None, :]
-    h_MN = tl.load(preact_ptr + offset_MN, mask=(rows_M < end)[:, None] & (cols_N < F)[None, :], other=0.0)
-    a_MN, slope_MN = activate_with_slope(h_MN.to(tl.float32), ACTIVATION)
-    if dh_ptr is not None:
-        _store(dh_ptr, da_MN * slope_MN * gate_M[:, None], begin, end, n, F)
-    if ga_ptr is not None:
-        _store(ga_ptr, a_MN * gate_M[:, None], begin, end, n, F)
-    return tl.sum(da_MN * a_MN, 1)
+    live_MN = (rows_M < end)[:, None] & (cols_N < F)[None, :]
+    dgate_M = tl.zeros((da_MN.shape[0],), tl.float32)
+    if dgate_ptr is not None or ga_ptr is not None:
+        a_MN = tl.load(a_ptr + offset_MN, mask=live_MN, other=0.0).to(tl.float32)
+        if dgate_ptr is not None:
+            dgate_M += tl.sum(da_MN * a_MN, 1)
+        if ga_ptr is not None:
+            _store(ga_ptr, a_MN * gate_M[:, None], begin, end, n, F)
+    if dh_ptr is not None or db1_ptr is not None:
+        # 0 in rows past the end, so that they add nothing to the column sums.
+        slope_MN = tl.load(slope_ptr + offset_MN, mask=live_MN, other=0.0).to(tl.float32)
+        dh_MN = da_MN * slope_MN * gate_M[:, None]
+        if dh_ptr is not None:
+            _store(dh_ptr, dh_MN, begin, end, n, F)
+        if db1_ptr is not None:
+            tl.store(db1_ptr + cols_N, tl.sum(dh_MN, 0), mask=cols_N < F)
+    return dgate_M
 
 
 @triton.jit(do_not_specialize=["num_slots"])

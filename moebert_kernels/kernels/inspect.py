@@ -3,8 +3,10 @@
     python -m moebert_kernels.kernels.inspect [sm_80 sm_90 sm_100]
 
 prints, for each kernel, config and architecture: registers, spilled bytes, shared memory, how many programs
-fit one multiprocessor, and which matrix instructions came out. What is compiled is what production launches:
-the operators run on meta tensors and their launches are recorded and bound by Triton's own specialisation.
+fit one multiprocessor, which matrix instructions came out, whether the assembler had to serialise them, how
+often they are waited for, and how many instructions an element costs after the last of them. What is compiled
+is what production launches: the operators run on meta tensors and their launches are recorded and bound by
+Triton's own specialisation.
 """
 
 from __future__ import annotations
@@ -13,8 +15,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -45,12 +48,24 @@ ARCHITECTURES = {
 }
 _INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma.sync": "mma.sync"}
 # Of one multiprocessor, the same in all three generations; tensor memory is Blackwell's.
-_REGISTERS, _WARPS, _PROGRAMS, _TENSOR_COLUMNS = 65536, 64, 32, 512
+_WARPS, _PROGRAMS, _TENSOR_COLUMNS = 64, 32, 512
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One kernel's binary for one architecture."""
+    """One kernel's binary for one architecture.
+
+    Attributes:
+        kernel, arch: which.
+        registers: of a thread.
+        spilled_bytes: that a thread stores for want of registers.
+        shared_bytes: of a program.
+        programs: resident on a multiprocessor at once.
+        instructions: kinds of matrix instructions.
+        warnings: of the assembler by number; C75xx say that asynchronous products were serialised.
+        waits: for asynchronous products: one in the loop, one after it.
+        epilogue: instructions for each element of the tile after the last product; None without a product.
+    """
 
     kernel: str
     arch: str
@@ -59,6 +74,9 @@ class Reading:
     shared_bytes: int
     programs: int
     instructions: tuple[str, ...]
+    warnings: tuple[str, ...]
+    waits: int
+    epilogue: float | None
 
 
 def read(launch: Launch, arch: str) -> Reading:
@@ -74,65 +92,116 @@ def read(launch: Launch, arch: str) -> Reading:
     )
     source = ASTSource(launch.kernel, signature, constants, attributes)
     binary = triton.compile(source, target=target, options=parsed.__dict__)
-    registers, spilled = _resources(binary.asm["cubin"])
+    ptx = binary.asm["ptx"]
+    messages = _assembler_messages(ptx, limits.capability)
+    registers, spilled = (
+        _number(rf, messages) for rf in (r"Used (\d+) registers", r"(\d+) bytes spill stores")
+    )
     warps = binary.metadata.num_warps
     shared = binary.metadata.shared
     per_thread = -(-registers // 8) * 8
     columns = binary.metadata.tmem_size
     programs = min(
-        _REGISTERS // (per_thread * 32 * warps),
+        configs.REGISTERS // (per_thread * 32 * warps),
         limits.shared_per_multiprocessor // (shared + 1024),
         _WARPS // warps,
         _TENSOR_COLUMNS // columns if columns else _PROGRAMS,
         _PROGRAMS,
     )
-    ptx = binary.asm["ptx"]
-    instructions = tuple(name for name, mark in _INSTRUCTIONS.items() if mark in ptx)
-    return Reading(launch.kernel.__name__, arch, registers, spilled, shared, programs, instructions)
+    after = _instructions_after_products(binary.asm["cubin"])
+    tile = launch.arguments.get("BLOCK_M", 1) * launch.arguments.get("BLOCK_N", 1)
+    return Reading(
+        launch.kernel.__name__,
+        arch,
+        registers,
+        spilled,
+        shared,
+        programs,
+        instructions=tuple(name for name, mark in _INSTRUCTIONS.items() if mark in ptx),
+        warnings=tuple(sorted(set(re.findall(r"\bC\d{4}\b", messages)))),
+        waits=ptx.count("wgmma.wait_group"),
+        epilogue=None if after is None else after * 32 * warps / tile,
+    )
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers per thread and bytes of stack, which these kernels only use to spill."""
+def _assembler_messages(ptx: str, capability: int) -> str:
+    """What ptxas says of a kernel, verbosely."""
+    tools = triton.knobs.nvidia
+    tool = tools.ptxas_blackwell if capability >= 100 else tools.ptxas
+    target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [tool.path, "-v", f"--gpu-name={target[1] if target else ''}", file.name, "-o", "/dev/null"]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stderr
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise RuntimeError(f"ptxas printed no resource usage: {text}")
+    return int(found[1])
+
+
+def _instructions_after_products(cubin: bytes) -> int | None:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        tool = triton.knobs.nvidia.cuobjdump.path
-        text = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
-        ).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    if found is None:
-        raise RuntimeError(f"cuobjdump printed no resource usage: {text}")
-    return int(found[1]), int(found[2])
+        command = [triton.knobs.nvidia.nvdisasm.path, "-c", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    lines = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(\w+)", text, re.MULTILINE)
+    products = [i for i, name in enumerate(lines) if name.endswith("MMA") and name != "FFMA"]
+    return len(lines) - 1 - products[-1] if products else None
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way in which the layer is called, which decides on what is compiled."""
+
+    training: bool = True
+    gate: bool = True
+    bias: bool = True
+
+
+FULL = Variant()
+VARIANTS = tuple(Variant(*choice) for choice in product((True, False), repeat=3))
 
 
 def launches(
-    config: Config, dtype: torch.dtype, *, T: int = 4096, D: int = 768, F: int = 768, E: int = 4, K: int = 1
+    config: Config,
+    dtype: torch.dtype,
+    variant: Variant = FULL,
+    *,
+    T: int = 4096,
+    D: int = 768,
+    F: int = 768,
+    E: int = 4,
+    K: int = 1,
 ) -> list[Launch]:
-    """What a training step with gate, biases, norm and dropout launches, and inference on few tokens."""
+    """What a training step with norm and dropout launches, or inference."""
 
     def meta(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    w1, b1, w2, b2 = meta(E, F, D), meta(E, F), meta(E, D, F), meta(E, D)
+    w1, w2 = meta(E, F, D), meta(E, D, F)
+    b1, b2 = (meta(E, F), meta(E, D)) if variant.bias else (None, None)
     ln = meta(E, D, dtype=torch.float32)
     offsets, seed = meta(E + 1, dtype=torch.int32), meta(1, dtype=torch.int64)
 
     def call(T: int) -> list[Any]:
-        order, gate = meta(T * K, dtype=torch.int32), meta(T, K, dtype=torch.float32)
-        return [order, offsets, w1, b1, w2, b2, gate, "gelu", K, False]
+        gate = meta(T, K, dtype=torch.float32) if variant.gate else None
+        return [meta(T * K, dtype=torch.int32), offsets, w1, b1, w2, b2, gate, "gelu", K, False]
 
     with recorded() as record:
         x, z, ids = meta(T, D), meta(T * K, D), meta(T, K, dtype=torch.int32)
-        order, gate = call(T)[0], call(T)[6]
-        _, preact = ffn.expert_ffn_forward(x, *[*call(T), True, config])
-        ffn.expert_ffn_backward(x, x, preact, *[*call(T), [True] * 6, config])
-        norm_call = (ids, order, offsets, ln, ln, gate, seed)
-        _, mean, rstd = norm.expert_norm_forward(z, x, *norm_call, 1e-12, 0.1)
-        norm.expert_norm_backward(x, z, x, mean, rstd, *norm_call, 0.1, True)
-        few = config.dense_slots // K
-        if few:
-            ffn.expert_ffn_forward(meta(few, D), *[*call(few), False, config])
+        order, *_, gate, _, _, _ = of_call = call(T)
+        _, hidden = ffn.expert_ffn_forward(x, *[*of_call, variant.training, config])
+        norm_call = (ids, order, offsets, ln, ln, gate, seed if variant.training else None)
+        _, mean, rstd = norm.expert_norm_forward(z, x, *norm_call, 1e-12, 0.1 * variant.training)
+        if variant.training:
+            needs = [True, True, variant.bias, True, variant.bias, variant.gate]
+            ffn.expert_ffn_backward(x, x, hidden, *[*of_call, needs, config])
+            norm.expert_norm_backward(x, z, x, mean, rstd, *norm_call, 0.1, variant.gate)
     return record
 
 
@@ -140,7 +209,10 @@ ELEMENT = {"half": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
 
 
 def distinct_launches(
-    family: str, arithmetics: tuple[str, ...] = configs.ARITHMETICS, **sizes: int
+    family: str,
+    arithmetics: tuple[str, ...] = configs.ARITHMETICS,
+    variants: Iterable[Variant] = (FULL,),
+    **sizes: int,
 ) -> dict[str, list[Launch]]:
     """The launches of every config of a device family, by "arithmetic/size"; each that differs once.
 
@@ -156,11 +228,12 @@ def distinct_launches(
                 continue
             torch.backends.cuda.matmul.fp32_precision = "tf32" if arithmetic == "tf32" else "ieee"
             fresh = []
-            for launch in launches(config, ELEMENT[arithmetic], **sizes):
-                key = repr((launch.kernel.__name__, _values(launch.arguments)))
-                if key not in seen:
-                    seen.add(key)
-                    fresh.append(launch)
+            for variant in variants:
+                for launch in launches(config, ELEMENT[arithmetic], variant, **sizes):
+                    key = repr((launch.kernel.__name__, _values(launch.arguments)))
+                    if key not in seen:
+                        seen.add(key)
+                        fresh.append(launch)
             found[f"{arithmetic}/{size}"] = fresh
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
@@ -179,25 +252,38 @@ def _values(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def readings(
-    family: str, arithmetics: tuple[str, ...] = configs.ARITHMETICS, **sizes: int
+    family: str,
+    arithmetics: tuple[str, ...] = configs.ARITHMETICS,
+    variants: Iterable[Variant] = (FULL,),
+    **sizes: int,
 ) -> Iterator[tuple[str, Reading]]:
     """Compile and read everything the table can launch on a device family."""
-    for name, of_config in distinct_launches(family, arithmetics, **sizes).items():
+    for name, of_config in distinct_launches(family, arithmetics, variants, **sizes).items():
         for launch in of_config:
             yield name, read(launch, family)
 
 
 def main(families: list[str]) -> None:
     """Print the table."""
-    columns = ("config", "arch", "kernel", "registers", "spilled B", "shared B", "programs", "matrix")
-    print("{:13} {:7} {:26} {:>9} {:>9} {:>9} {:>8}  {}".format(*columns))
+    line = "{:13} {:7} {:26} {:>9} {:>9} {:>8} {:>8} {:>5} {:>9}  {}"
+    columns = (
+        "config",
+        "arch",
+        "kernel",
+        "registers",
+        "spilled B",
+        "shared B",
+        "programs",
+        "waits",
+        "epilogue",
+    )
+    print(line.format(*columns, "epilogue", "matrix"))
     for family in families or ARCHITECTURES:
-        for name, r in readings(family):
-            print(
-                f"{name:13} {r.arch:7} {r.kernel:26} {r.registers:9} {r.spilled_bytes:9} "
-                f"{r.shared_bytes:9} {r.programs:8}  {', '.join(r.instructions)}",
-                flush=True,
-            )
+        for name, r in readings(family, variants=VARIANTS):
+            epilogue = "-" if r.epilogue is None else f"{r.epilogue:.1f}"
+            sizes = (r.registers, r.spilled_bytes, r.shared_bytes, r.programs, r.waits, epilogue)
+            matrix = ", ".join((*r.instructions, *(f"ptxas warns {number}" for number in r.warnings)))
+            print(line.format(name, r.arch, r.kernel, *sizes, matrix), flush=True)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
+from triton.runtime import JITFunction
+
+from moebert_kernels.kernels import direct
+from moebert_kernels.kernels.direct import Described, for_triton
 
 
 class Launch(NamedTuple):
@@ -34,19 +38,31 @@ def recorded() -> Iterator[list[Launch]]:
         _record = before
 
 
+def is_recording() -> bool:
+    """Whether kernels are noted in the place of being run."""
+    return _record is not None
+
+
 def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
     """Start `kernel` on the current stream unless its grid is empty."""
     if 0 in grid:
         return
-    if _record is None:
-        kernel[grid](**arguments)
-    else:
-        _record.append(Launch(kernel, grid, arguments))
+    if _record is not None:
+        _record.append(Launch(kernel, grid, for_triton(arguments)))
+    elif isinstance(kernel, JITFunction):
+        direct.start(kernel, grid, arguments)
+    else:  # interpreted
+        kernel[grid](**for_triton(arguments))
 
 
-def on_device_of(tensor: Tensor) -> Any:
+_HERE: AbstractContextManager[None] = nullcontext()
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     """Make a tensor's device the current one: Triton launches there and not where its arguments are."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(tensor.device)
 
 
 def rows(matrix: Tensor) -> Tensor:
@@ -69,12 +85,12 @@ def descriptor_fits(tensor: Tensor) -> bool:
     )
 
 
-def describe(tensor: Tensor, *block: int) -> TensorDescriptor:
+def describe(tensor: Tensor, *block: int) -> Described:
     """A TMA descriptor, passed by value at launch: it is captured in a CUDA graph like any argument."""
-    return TensorDescriptor.from_tensor(tensor, list(block))
+    return Described(tensor, block)
 
 
-def weight(w: Tensor, tma: bool, *block: int) -> tuple[Tensor | TensorDescriptor, bool]:
+def weight(w: Tensor, tma: bool, *block: int) -> tuple[Tensor | Described, bool]:
     """An expert weight [E, *, *] as kernels take it, and whether it is a descriptor of [1, *block] tiles."""
     if tma and descriptor_fits(w):
         return describe(w, 1, *block), True
@@ -86,6 +102,7 @@ def ceil_div(numerator: int, denominator: int) -> int:
     return -(-numerator // denominator)
 
 
+@cache
 def groups_of(num_experts: int) -> int:
     """The power of two that holds every expert and the group of slots without one."""
     return triton.next_power_of_2(num_experts + 1)

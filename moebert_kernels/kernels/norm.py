@@ -20,7 +20,7 @@ from moebert_kernels.kernels import configs
 from moebert_kernels.kernels.blocks import find_rows
 from moebert_kernels.kernels.launch import ceil_div, groups_of, launch, on_device_of
 from moebert_kernels.kernels.launch import rows as with_contiguous_rows
-from moebert_kernels.kernels.rows import over_experts
+from moebert_kernels.kernels.rows import over_experts, over_tiles
 
 
 def expert_norm_forward(
@@ -89,12 +89,9 @@ def expert_norm_backward(
     dz_SD = torch.empty_like(z_SD, memory_format=torch.contiguous_format)
     # Rounded once: after the sum over a token's experts.
     du_SD = residual_TD.new_empty(S, D, dtype=residual_TD.dtype if K == 1 else torch.float32)
-    dln_w_ED, dln_b_ED = (
-        torch.empty_like(ln, memory_format=torch.contiguous_format) for ln in (ln_w_ED, ln_b_ED)
-    )
     dgate_TK = mean_S.new_empty((T, K) if need_gate else 0)
     shares = mean_S.new_empty(2, tiles, D)
-    sorted_rows = {"offsets_ptr": offsets_E1.contiguous(), "num_slots": S, "E": E, "D": D}
+    offsets_E1 = offsets_E1.contiguous()
     with on_device_of(z_SD):
         launch(
             norm_backward_kernel,
@@ -120,22 +117,15 @@ def expert_norm_backward(
             TOP_K=K,
             BLOCK_M=block,
             GROUPS=groups_of(E),
-            **sorted_rows,
+            offsets_ptr=offsets_E1,
+            num_slots=S,
+            E=E,
+            D=D,
             **_row(D),
         )
-        launch(
-            join_shares_kernel,
-            (E, ceil_div(D, 64)),
-            shares_ptr=shares,
-            dln_w_ptr=dln_w_ED,
-            dln_b_ptr=dln_b_ED,
-            tiles=tiles,
-            BLOCK_M=block,
-            BLOCK_T=32,
-            BLOCK_D=64,
-            GROUPS=groups_of(E),
-            **sorted_rows,
-        )
+        dln_w_ED, dln_b_ED = over_tiles((shares[0], ln_w_ED), (shares[1], ln_b_ED), offsets_E1, block)
+        assert dln_w_ED is not None
+        assert dln_b_ED is not None
         return dz_SD, over_experts(du_SD, K, residual_TD.dtype), dln_w_ED, dln_b_ED, dgate_TK
 
 
@@ -273,44 +263,6 @@ def norm_backward_kernel(
     share_ptrs = shares_ptr + tl.program_id(0).to(tl.int64) * D + cols_D
     tl.store(share_ptrs, dln_w_D, mask=live_D)
     tl.store(share_ptrs + tl.num_programs(0).to(tl.int64) * D, dln_b_D, mask=live_D)
-
-
-@triton.jit(do_not_specialize=["num_slots", "tiles"])
-def join_shares_kernel(
-    shares_ptr,  # [2, tiles, D] float32
-    offsets_ptr,  # [E + 1]
-    dln_w_ptr,  # out: [E, D]
-    dln_b_ptr,  # out: [E, D]
-    tiles,
-    num_slots,
-    E: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    GROUPS: tl.constexpr,
-):
-    """The sum of an expert's shares, in the order of its tiles. Grid: (E, column tiles)."""
-    expert = tl.program_id(0)
-    e = tl.arange(0, GROUPS)
-    count_E = tl.load(offsets_ptr + e + 1, mask=e < E, other=0) - tl.load(
-        offsets_ptr + e, mask=e < E, other=0
-    )
-    tiles_E = (count_E + BLOCK_M - 1) // BLOCK_M
-    first = tl.sum(tl.where(e < expert, tiles_E, 0), 0)
-    stop = first + tl.sum(tl.where(e == expert, tiles_E, 0), 0)
-    cols_D = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    dln_w_D = tl.zeros((BLOCK_D,), tl.float32)
-    dln_b_D = tl.zeros((BLOCK_D,), tl.float32)
-    for tile in tl.range(first, stop, BLOCK_T):
-        tile_T = tile + tl.arange(0, BLOCK_T)
-        ptrs = shares_ptr + tile_T.to(tl.int64)[:, None] * D + cols_D[None, :]
-        mask = (tile_T < stop)[:, None] & (cols_D < D)[None, :]
-        dln_w_D += tl.sum(tl.load(ptrs, mask=mask, other=0.0), 0)
-        dln_b_D += tl.sum(tl.load(ptrs + tiles.to(tl.int64) * D, mask=mask, other=0.0), 0)
-    out_D = expert * D + cols_D
-    tl.store(dln_w_ptr + out_D, dln_w_D.to(dln_w_ptr.dtype.element_ty), mask=cols_D < D)
-    tl.store(dln_b_ptr + out_D, dln_b_D.to(dln_b_ptr.dtype.element_ty), mask=cols_D < D)
 
 
 @triton.jit

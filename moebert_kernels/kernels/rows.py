@@ -1,4 +1,4 @@
-"""Small row kernels beside the GEMMs: the sum over a token's experts, the gate's gradient."""
+"""Small kernels beside the GEMMs: sums over a token's experts and an expert's row tiles, gate gradients."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moebert_kernels.kernels.blocks import find_rows
-from moebert_kernels.kernels.launch import ceil_div, launch
+from moebert_kernels.kernels.launch import ceil_div, groups_of, launch
 
 
 def over_experts(z_SD: Tensor, top_k: int, dtype: torch.dtype) -> Tensor:
@@ -29,6 +29,41 @@ def over_experts(z_SD: Tensor, top_k: int, dtype: torch.dtype) -> Tensor:
     return y_TD
 
 
+def over_tiles(
+    left: tuple[Tensor, Tensor] | None,
+    right: tuple[Tensor, Tensor] | None,
+    offsets_E1: Tensor,
+    tile_rows: int,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The sums over each expert's row tiles, of two kinds of parts at once.
+
+    `left` and `right` each are parts [row tiles, N] in float32 and a tensor [E, N] whose dtype the sums get.
+    """
+    E = offsets_E1.shape[0] - 1
+    out = [
+        None if pair is None else torch.empty_like(pair[1], memory_format=torch.contiguous_format)
+        for pair in (left, right)
+    ]
+    M, N = (0 if pair is None else pair[0].shape[1] for pair in (left, right))
+    launch(
+        sum_tiles_kernel,
+        (E, ceil_div(max(M, N), 64), 2),
+        left_parts_ptr=left and left[0],
+        right_parts_ptr=right and right[0],
+        offsets_ptr=offsets_E1,
+        left_ptr=out[0],
+        right_ptr=out[1],
+        E=E,
+        M=M,
+        N=N,
+        TILE_ROWS=tile_rows,
+        BLOCK_T=32,
+        BLOCK_N=64,
+        GROUPS=groups_of(E),
+    )
+    return out[0], out[1]
+
+
 @triton.jit
 def sum_slots_kernel(
     z_ptr,  # [T * TOP_K, D] by slot
@@ -44,6 +79,57 @@ def sum_slots_kernel(
     for k in tl.static_range(TOP_K):
         sum_D += tl.load(z_ptr + (token * TOP_K + k) * D + cols_D, mask=cols_D < D, other=0.0).to(tl.float32)
     tl.store(y_ptr + token * D + cols_D, sum_D.to(y_ptr.dtype.element_ty), mask=cols_D < D)
+
+
+@triton.jit
+def sum_tiles_kernel(
+    left_parts_ptr,  # [row tiles, M] float32, or None
+    right_parts_ptr,  # [row tiles, N] float32, or None
+    offsets_ptr,  # [E + 1]
+    left_ptr,  # out: [E, M]
+    right_ptr,  # out: [E, N]
+    E: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """Two arrays' sums over each expert's row tiles, in the order of the tiles.
+
+    Grid: (E, the larger number of column tiles, 2).
+    """
+    expert = tl.program_id(0)
+    e = tl.arange(0, GROUPS)
+    begin_E = tl.load(offsets_ptr + e, mask=e < E, other=0)
+    end_E = tl.load(offsets_ptr + e + 1, mask=e < E, other=0)
+    tiles_E = (end_E - begin_E + TILE_ROWS - 1) // TILE_ROWS
+    first = tl.sum(tl.where(e < expert, tiles_E, 0), 0)
+    stop = first + tl.sum(tl.where(e == expert, tiles_E, 0), 0)
+    n = tl.program_id(1) * BLOCK_N
+    if tl.program_id(2) == 0:
+        if left_ptr is not None:
+            _sum_tiles(left_parts_ptr, left_ptr, expert, first, stop, n, M, BLOCK_T, BLOCK_N)
+    else:
+        if right_ptr is not None:
+            _sum_tiles(right_parts_ptr, right_ptr, expert, first, stop, n, N, BLOCK_T, BLOCK_N)
+
+
+@triton.jit
+def _sum_tiles(
+    parts_ptr, out_ptr, expert, first, stop, n, N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    cols_N = n + tl.arange(0, BLOCK_N)
+    sum_N = tl.zeros((BLOCK_N,), tl.float32)
+    for tile in tl.range(first, stop, BLOCK_T):
+        tile_T = tile + tl.arange(0, BLOCK_T)
+        mask = (tile_T < stop)[:, None] & (cols_N < N)[None, :]
+        part_TN = tl.load(
+            parts_ptr + tile_T.to(tl.int64)[:, None] * N + cols_N[None, :], mask=mask, other=0.0
+        )
+        sum_N += tl.sum(part_TN, 0)
+    tl.store(out_ptr + expert * N + cols_N, sum_N.to(out_ptr.dtype.element_ty), mask=cols_N < N)
 
 
 @triton.jit(do_not_specialize=["num_slots"])

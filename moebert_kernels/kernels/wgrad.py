@@ -1,16 +1,23 @@
-"""The weight gradients: per expert dW_e = left^T right and db_e = the column sums of left, over its rows.
+"""The weight gradients of both layers in one launch: sums over each expert's rows.
 
-    W1, b1    left = dh (sorted rows)              right = x (gathered by token)
-    W2, b2    left = dz (gathered) [* gate in db]  right = gate * a (sorted rows)
+    dW1 [F, D] = dh^T x             dh in sorted order, x gathered by token
+    dW2 [D, F] = ((gate a)^T dz)^T  a in sorted order, dz gathered
 
-The work is a list: expert by expert, tile of dW by tile, one step per BLOCK_K rows. Plain, a program takes
-the steps of one tile. Streamed, a fixed number of programs take equal shares of the list, whatever the
-routing; a tile cut by a share's boundary goes to `partial` in pieces, which `join_kernel` adds in the order
-of the programs: bitwise the same for the same routing. An expert without rows has one empty step, which
-writes its zeros. Invariant: every element of dW and db is written exactly once.
+Both are left^T right with a sorted left side of F columns and a gathered right side of D, so that one loop
+does for both; dW2 is turned round when it is stored.
+
+The work is a list: expert by expert, W1 then W2, tile of dW by tile, one step per BLOCK_K rows. Plain, a
+program takes the steps of one tile. Streamed, a fixed number of programs take equal shares of the list,
+whatever the routing; a tile cut by a share's boundary goes to `partial` in pieces, which `join_kernel` adds
+in the order of the programs: bitwise the same for the same routing. A cut tile's steps are taken in rotated
+order, the first row at its first cut, so that programs that run side by side read the same rows at the same
+time. An expert without rows has one empty step, which writes its zeros. Invariant: every element of dW1 and
+dW2 is written exactly once.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,168 +29,207 @@ from moebert_kernels.kernels.configs import Config
 from moebert_kernels.kernels.launch import ceil_div, launch, rows_are_aligned
 
 
+class Factors(NamedTuple):
+    """One weight's gradient is `left`^T `right` * `scale`, over each expert's rows.
+
+    Attributes:
+        left: [S, F] in sorted order, contiguous.
+        right: [S / top_k, D], gathered by order // top_k.
+    """
+
+    left: Tensor
+    right: Tensor
+    top_k: int
+    scale: float = 1.0
+
+
 def weight_grads(
-    left: Tensor,
-    right: Tensor,
+    first: Factors | None,
+    second: Factors | None,
     order_S: Tensor,
     offsets_E1: Tensor,
-    gate_S: Tensor | None,
-    scale: float,
-    top_k: int,
-    gather_left: bool,
-    with_bias: bool,
     config: Config,
-) -> tuple[Tensor, Tensor | None]:
-    """dW [E, M, N] = left^T right over each expert's rows, and the column sums of left * gate, db [E, M].
-
-    Of `left` [*, M] and `right` [*, N] one is in sorted order and the other is gathered by order // top_k.
-    """
-    E, M, N = offsets_E1.shape[0] - 1, left.shape[1], right.shape[1]
+) -> tuple[Tensor | None, Tensor | None]:
+    """dW1 [E, F, D] and dW2 [E, D, F] from their factors; None for one that is not wanted."""
+    wanted = [factors for factors in (first, second) if factors is not None]
+    if not wanted:
+        return None, None
+    E, F, D = offsets_E1.shape[0] - 1, wanted[0].left.shape[1], wanted[0].right.shape[1]
     tile = config.weight_grad
-    if config.weight_grad_unaligned and not (rows_are_aligned(left) and rows_are_aligned(right)):
+    if config.weight_grad_unaligned and not all(rows_are_aligned(t) for f in wanted for t in f[:2]):
         tile = config.weight_grad_unaligned
-    dw_EMN = left.new_empty(E, M, N)
-    db_EM = left.new_empty(E, M) if with_bias else None
-    sizes = {"E": E, "M": M, "N": N, "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
-    arguments = {
-        "left_ptr": left,
-        "left_stride": left.stride(0),
-        "right_ptr": right,
-        "right_stride": right.stride(0),
-        "order_ptr": order_S,
+    dw1 = None if first is None else first.left.new_empty(E, F, D)
+    dw2 = None if second is None else second.left.new_empty(E, D, F)
+    a, b = first or wanted[0], second or wanted[0]
+    tiles = len(wanted) * ceil_div(F, tile.m) * ceil_div(D, tile.n)
+    outputs: dict[str, object] = {
         "offsets_ptr": offsets_E1,
-        "gate_ptr": gate_S,
-        "dw_ptr": dw_EMN,
-        "db_ptr": db_EM,
-        "TOP_K": top_k,
-        "SCALE": scale,
-        "GATHER_LEFT": gather_left,
-        "PRECISION": configs.precision(left.dtype),
+        "dw1_ptr": dw1,
+        "dw2_ptr": dw2,
+        "E": E,
+        "F": F,
+        "D": D,
+        "TILES": tiles,
+        "SCALE1": a.scale,
+        "SCALE2": b.scale,
+        "BLOCK_M": tile.m,
+        "BLOCK_N": tile.n,
+    }
+    arguments = outputs | {
+        "left1_ptr": a.left,
+        "right1_ptr": a.right,
+        "right1_stride": a.right.stride(0),
+        "left2_ptr": b.left,
+        "right2_ptr": b.right,
+        "right2_stride": b.right.stride(0),
+        "order_ptr": order_S,
+        "TOP_K1": a.top_k,
+        "TOP_K2": b.top_k,
+        "PRECISION": configs.precision(a.left.dtype),
+        "BLOCK_K": tile.k,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
     if not config.stream_k:
-        tiles = ceil_div(M, tile.m) * ceil_div(N, tile.n)
-        launch(weight_grad_kernel, (E * tiles,), **arguments, **sizes)
-        return dw_EMN, db_EM
-    programs = configs.multiprocessors(left.device)
-    experts = triton.next_power_of_2(E)
-    partial = left.new_empty(programs, 2, tile.m, tile.n, dtype=torch.float32)
-    partial_db = left.new_empty(programs, 2, tile.m, dtype=torch.float32)
-    pieces = {"partial_ptr": partial, "partial_db_ptr": partial_db, "EXPERTS": experts}
-    launch(weight_grad_stream_kernel, (programs,), **arguments, **pieces, **sizes)
-    launch(
-        join_kernel,
-        (programs, tile.m // 16),
-        offsets_ptr=offsets_E1,
-        dw_ptr=dw_EMN,
-        db_ptr=db_EM,
-        ROWS=16,
-        PROGRAMS=programs,
-        **pieces,
-        **sizes,
-    )
-    return dw_EMN, db_EM
+        launch(weight_grad_kernel, (E * tiles,), **arguments)
+        return dw1, dw2
+    programs = configs.multiprocessors(order_S.device) * tile.per_multiprocessor
+    partial = order_S.new_empty(programs, 2, tile.m, tile.n, dtype=torch.float32)
+    pieces = {"partial_ptr": partial, "EXPERTS": triton.next_power_of_2(E)}
+    registers = configs.REGISTERS // (32 * tile.warps * tile.per_multiprocessor)
+    launch(weight_grad_stream_kernel, (programs,), **arguments, **pieces, maxnreg=min(registers, 255))
+    joined = {"BLOCK_K": tile.k, "ROWS": 16, "PROGRAMS": programs}
+    launch(join_kernel, (programs, tile.m // 16), **outputs, **pieces, **joined)
+    return dw1, dw2
 
 
 @triton.jit
 def weight_grad_kernel(
-    left_ptr,  # [*, M], rows left_stride apart
-    left_stride,
-    right_ptr,  # [*, N], rows right_stride apart
-    right_stride,
+    left1_ptr,  # [S, F] sorted
+    right1_ptr,  # [S / TOP_K1, D], rows right1_stride apart
+    right1_stride,
+    left2_ptr,  # as the first, for dW2
+    right2_ptr,
+    right2_stride,
     order_ptr,  # [S]
     offsets_ptr,  # [E + 1]
-    gate_ptr,  # [S] by slot, or None for SCALE
-    dw_ptr,  # out: [E, M, N]
-    db_ptr,  # out: [E, M], or None
+    dw1_ptr,  # out: [E, F, D], or None
+    dw2_ptr,  # out: [E, D, F], or None
     E: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    TOP_K: tl.constexpr,
-    SCALE: tl.constexpr,
-    GATHER_LEFT: tl.constexpr,
+    F: tl.constexpr,
+    D: tl.constexpr,
+    TILES: tl.constexpr,
+    TOP_K1: tl.constexpr,
+    TOP_K2: tl.constexpr,
+    SCALE1: tl.constexpr,
+    SCALE2: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One whole tile of dW per program. Grid: (E * tiles of dW). Rows are gathered by order // TOP_K."""
-    TILES: tl.constexpr = ((M + BLOCK_M - 1) // BLOCK_M) * ((N + BLOCK_N - 1) // BLOCK_N)
+    """One whole tile per program. Grid: (E * tiles of one expert's weights)."""
     expert = tl.program_id(0) // TILES
     tile = tl.program_id(0) % TILES
     begin = tl.load(offsets_ptr + expert)
     end = tl.load(offsets_ptr + expert + 1)
-    dw_MN, db_M = _sum_rows(
-        left_ptr, left_stride, right_ptr, right_stride, order_ptr, gate_ptr, db_ptr, begin, end, tile,
-        M, N, TOP_K, SCALE, GATHER_LEFT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+    dw_MN = _sum_rows(
+        left1_ptr, right1_ptr, right1_stride, left2_ptr, right2_ptr, right2_stride, order_ptr, dw1_ptr,
+        dw2_ptr, begin, end, end, tile,
+        F, D, TOP_K1, TOP_K2, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    _store_grad(dw_MN, db_M, dw_ptr, db_ptr, expert, tile, M, N)
+    _store_grad(dw_MN, 0, dw1_ptr, dw2_ptr, expert, tile, F, D, SCALE1, SCALE2, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
 def weight_grad_stream_kernel(
-    left_ptr,  # as in weight_grad_kernel, down to db_ptr
-    left_stride,
-    right_ptr,
-    right_stride,
+    left1_ptr,  # as in weight_grad_kernel, down to dw2_ptr
+    right1_ptr,
+    right1_stride,
+    left2_ptr,
+    right2_ptr,
+    right2_stride,
     order_ptr,
     offsets_ptr,
-    gate_ptr,
-    dw_ptr,
-    db_ptr,
+    dw1_ptr,
+    dw2_ptr,
     partial_ptr,  # out: [programs, 2, BLOCK_M, BLOCK_N] float32; 0 ends a tile begun elsewhere, 1 begins one
-    partial_db_ptr,  # out: [programs, 2, BLOCK_M] float32
     E: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    TOP_K: tl.constexpr,
-    SCALE: tl.constexpr,
-    GATHER_LEFT: tl.constexpr,
+    F: tl.constexpr,
+    D: tl.constexpr,
+    TILES: tl.constexpr,
+    TOP_K1: tl.constexpr,
+    TOP_K2: tl.constexpr,
+    SCALE1: tl.constexpr,
+    SCALE2: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EXPERTS: tl.constexpr,
 ):
-    """An equal share of all steps per program. Grid: (multiprocessors)."""
-    TILES: tl.constexpr = ((M + BLOCK_M - 1) // BLOCK_M) * ((N + BLOCK_N - 1) // BLOCK_N)
-    program = tl.program_id(0).to(tl.int64)
+    """An equal share of all steps per program. Grid: (multiprocessors, or a multiple of them)."""
+    program = tl.program_id(0)
     total = _count_steps(offsets_ptr, E, TILES, BLOCK_K, EXPERTS)
-    step = program * total // tl.num_programs(0)
-    last = (program + 1) * total // tl.num_programs(0)
+    step = _share_begin(program, total, tl.num_programs(0))
+    last = _share_begin(program + 1, total, tl.num_programs(0))
     while step < last:
         expert, tile, at, steps, begin, end = _find_step(step, offsets_ptr, E, TILES, BLOCK_K, EXPERTS)
         until = tl.minimum(at + last - step, steps)
-        first_row = begin + (at * BLOCK_K).to(tl.int32)
-        last_row = tl.minimum(begin + until * BLOCK_K, end).to(tl.int32)
-        dw_MN, db_M = _sum_rows(
-            left_ptr, left_stride, right_ptr, right_stride, order_ptr, gate_ptr, db_ptr,
-            first_row, last_row, tile, M, N, TOP_K, SCALE, GATHER_LEFT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        cut = _steps_before_cut(step - at, steps, total)
+        first_row = begin + tl.where(at < cut, at - cut + steps, at - cut) * BLOCK_K
+        last_row = tl.minimum(first_row + (until - at) * BLOCK_K, end)
+        dw_MN = _sum_rows(
+            left1_ptr, right1_ptr, right1_stride, left2_ptr, right2_ptr, right2_stride, order_ptr, dw1_ptr,
+            dw2_ptr, first_row, last_row, end, tile,
+            F, D, TOP_K1, TOP_K2, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         if until - at == steps:
-            _store_grad(dw_MN, db_M, dw_ptr, db_ptr, expert, tile, M, N)
+            _store_grad(dw_MN, 0, dw1_ptr, dw2_ptr, expert, tile, F, D, SCALE1, SCALE2, BLOCK_M, BLOCK_N)
         else:
-            piece = program * 2 + (at == 0).to(tl.int64)
+            piece = program.to(tl.int64) * 2 + (at == 0)
             m = tl.arange(0, BLOCK_M)
             n = tl.arange(0, BLOCK_N)
             ptrs = partial_ptr + piece * (BLOCK_M * BLOCK_N) + m[:, None] * BLOCK_N + n[None, :]
             tl.store(ptrs, dw_MN)
-            if db_ptr is not None:
-                tl.store(partial_db_ptr + piece * BLOCK_M + m, db_M)
         step += until - at
+
+
+@triton.jit
+def _share_begin(program, total, programs):
+    """The first step of a program's share; the first shares have a step more where they cannot be equal."""
+    return program * (total // programs) + tl.minimum(program, total % programs)
+
+
+@triton.jit
+def _share_of(step, total, programs):
+    """The program whose share has a step."""
+    each = total // programs
+    longer = total % programs
+    within_longer = step // (each + 1)
+    return tl.where(within_longer < longer, within_longer, (step - longer) // tl.maximum(each, 1))
+
+
+@triton.jit
+def _steps_before_cut(tile_first, steps, total):
+    """How many steps of the tile from step `tile_first` on a program takes that began before the tile."""
+    program = _share_of(tile_first, total, tl.num_programs(0))
+    taken = tl.minimum(_share_begin(program + 1, total, tl.num_programs(0)) - tile_first, steps)
+    return tl.where(_share_begin(program, total, tl.num_programs(0)) < tile_first, taken, 0)
 
 
 @triton.jit
 def join_kernel(
     partial_ptr,  # [PROGRAMS, 2, BLOCK_M, BLOCK_N] float32
-    partial_db_ptr,  # [PROGRAMS, 2, BLOCK_M] float32
     offsets_ptr,  # [E + 1]
-    dw_ptr,  # out: [E, M, N]
-    db_ptr,  # out: [E, M], or None
+    dw1_ptr,  # out: [E, F, D], or None
+    dw2_ptr,  # out: [E, D, F], or None
     E: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
+    F: tl.constexpr,
+    D: tl.constexpr,
+    TILES: tl.constexpr,
+    SCALE1: tl.constexpr,
+    SCALE2: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -192,11 +238,10 @@ def join_kernel(
     EXPERTS: tl.constexpr,
 ):
     """Add the pieces of the tile a program began and did not end. Grid: (PROGRAMS, BLOCK_M / ROWS)."""
-    TILES: tl.constexpr = ((M + BLOCK_M - 1) // BLOCK_M) * ((N + BLOCK_N - 1) // BLOCK_N)
-    program = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0)
     total = _count_steps(offsets_ptr, E, TILES, BLOCK_K, EXPERTS)
-    first = program * total // PROGRAMS
-    stop = (program + 1) * total // PROGRAMS
+    first = _share_begin(program, total, PROGRAMS)
+    stop = _share_begin(program + 1, total, PROGRAMS)
     if stop == first:
         return
     expert, tile, at, steps, _, _ = _find_step(stop - 1, offsets_ptr, E, TILES, BLOCK_K, EXPERTS)
@@ -204,36 +249,27 @@ def join_kernel(
     tile_stop = tile_first + steps
     if tile_first < first or tile_stop <= stop:
         return
-    r = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(1) * ROWS
     n = tl.arange(0, BLOCK_N)
-    offset_RN = r[:, None] * BLOCK_N + n[None, :]
-    dw_RN = tl.load(partial_ptr + (program * 2 + 1) * (BLOCK_M * BLOCK_N) + offset_RN)
-    db_R = tl.zeros((ROWS,), tl.float32)
-    if db_ptr is not None:
-        db_R += tl.load(partial_db_ptr + (program * 2 + 1) * BLOCK_M + r)
-    other = program + 1
-    while other * total // PROGRAMS < tile_stop:
-        # A share may be empty when there are fewer steps than programs.
-        if (other + 1) * total // PROGRAMS > other * total // PROGRAMS:
-            dw_RN += tl.load(partial_ptr + other * 2 * (BLOCK_M * BLOCK_N) + offset_RN)
-            if db_ptr is not None:
-                db_R += tl.load(partial_db_ptr + other * 2 * BLOCK_M + r)
-        other += 1
-    COL_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    rows_R = tile // COL_TILES * BLOCK_M + r
-    _store_block(dw_RN, db_R, dw_ptr, db_ptr, expert, rows_R, tile % COL_TILES, M, N)
+    offset_RN = (row + tl.arange(0, ROWS))[:, None] * BLOCK_N + n[None, :]
+    mine_ptr = partial_ptr + program.to(tl.int64) * (2 * BLOCK_M * BLOCK_N)
+    dw_RN = tl.load(mine_ptr + BLOCK_M * BLOCK_N + offset_RN)
+    # Shares that follow on one that has steps have steps until the list ends.
+    for other in tl.range(1, _share_of(tile_stop - 1, total, PROGRAMS) - program + 1):
+        dw_RN += tl.load(mine_ptr + tl.cast(other, tl.int64) * (2 * BLOCK_M * BLOCK_N) + offset_RN)
+    _store_grad(dw_RN, row, dw1_ptr, dw2_ptr, expert, tile, F, D, SCALE1, SCALE2, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
 def _count_steps(
     offsets_ptr, E: tl.constexpr, TILES: tl.constexpr, BLOCK_K: tl.constexpr, EXPERTS: tl.constexpr
 ):
-    """The length of the list of steps."""
+    """The length of the list of steps, below 2^31 up to 2^31 rows of a few hundred tiles."""
     e = tl.arange(0, EXPERTS)
     count_E = tl.load(offsets_ptr + e + 1, mask=e < E, other=0) - tl.load(
         offsets_ptr + e, mask=e < E, other=0
     )
-    steps_E = tl.maximum((count_E + BLOCK_K - 1) // BLOCK_K, 1).to(tl.int64)
+    steps_E = tl.maximum((count_E + BLOCK_K - 1) // BLOCK_K, 1)
     return tl.sum(tl.where(e < E, steps_E, 0), 0) * TILES
 
 
@@ -245,7 +281,7 @@ def _find_step(
     e = tl.arange(0, EXPERTS)
     begin_E = tl.load(offsets_ptr + e, mask=e < E, other=0)
     end_E = tl.load(offsets_ptr + e + 1, mask=e < E, other=0)
-    steps_E = tl.maximum((end_E - begin_E + BLOCK_K - 1) // BLOCK_K, 1).to(tl.int64)
+    steps_E = tl.maximum((end_E - begin_E + BLOCK_K - 1) // BLOCK_K, 1)
     steps_E = tl.where(e < E, steps_E, 0)
     until_E = tl.cumsum(steps_E, 0) * TILES
     expert = tl.sum(((until_E <= step) & (e < E)).to(tl.int32), 0)
@@ -254,118 +290,104 @@ def _find_step(
     within = step - tl.sum(tl.where(mine_E, until_E - steps_E * TILES, 0), 0)
     begin = tl.sum(tl.where(mine_E, begin_E, 0), 0)
     end = tl.sum(tl.where(mine_E, end_E, 0), 0)
-    return expert, (within // steps).to(tl.int32), within % steps, steps, begin, end
+    return expert, within // steps, within % steps, steps, begin, end
+
+
+@triton.jit
+def _is_second(tile, dw1_ptr, dw2_ptr, EACH: tl.constexpr):
+    """Whether a tile is one of dW2; a weight has EACH tiles."""
+    if dw1_ptr is None:
+        second = True
+    elif dw2_ptr is None:
+        second = False
+    else:
+        second = tile >= EACH
+    return second
 
 
 @triton.jit
 def _sum_rows(
-    left_ptr,
-    left_stride,
-    right_ptr,
-    right_stride,
+    left1_ptr,
+    right1_ptr,
+    right1_stride,
+    left2_ptr,
+    right2_ptr,
+    right2_stride,
     order_ptr,
-    gate_ptr,
-    db_ptr,
+    dw1_ptr,
+    dw2_ptr,
     begin,
+    last,
     end,
     tile,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    TOP_K: tl.constexpr,
-    SCALE: tl.constexpr,
-    GATHER_LEFT: tl.constexpr,
+    F: tl.constexpr,
+    D: tl.constexpr,
+    TOP_K1: tl.constexpr,
+    TOP_K2: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The tile of dW over the rows from `begin` to `end`; of db too if it is the first of its columns."""
-    COL_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    # Decided outside the loop, so that the loop has no branch.
-    if db_ptr is not None and tile % COL_TILES == 0:
-        dw_MN, db_M = _row_loop(
-            left_ptr, left_stride, right_ptr, right_stride, order_ptr, gate_ptr, begin, end, tile,
-            M, N, TOP_K, SCALE, GATHER_LEFT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, SUM_LEFT=True,
-        )  # fmt: skip
-    else:
-        dw_MN, db_M = _row_loop(
-            left_ptr, left_stride, right_ptr, right_stride, order_ptr, gate_ptr, begin, end, tile,
-            M, N, TOP_K, SCALE, GATHER_LEFT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, SUM_LEFT=False,
-        )  # fmt: skip
-    return dw_MN, db_M
+    """left^T right over the rows from `begin` to `last`, for one tile of dW; the expert's rows end at `end`.
 
-
-@triton.jit
-def _row_loop(
-    left_ptr,
-    left_stride,
-    right_ptr,
-    right_stride,
-    order_ptr,
-    gate_ptr,
-    begin,
-    end,
-    tile,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    TOP_K: tl.constexpr,
-    SCALE: tl.constexpr,
-    GATHER_LEFT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SUM_LEFT: tl.constexpr,
-):
-    """left^T right over the rows from `begin` to `end`, and the column sums of left * gate if SUM_LEFT."""
-    COL_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    cols_M = tile // COL_TILES * BLOCK_M + tl.arange(0, BLOCK_M)
+    Few instructions a step: what the loop is bound by is not the products but their addresses. Rows past
+    the end are 0 on the left side; on the right they repeat the expert's last row, without a mask.
+    """
+    COL_TILES: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
+    EACH: tl.constexpr = ((F + BLOCK_M - 1) // BLOCK_M) * COL_TILES
+    second = _is_second(tile, dw1_ptr, dw2_ptr, EACH)
+    left_ptr = tl.where(second, left2_ptr, left1_ptr)
+    right_ptr = tl.where(second, right2_ptr, right1_ptr)
+    stride = tl.where(second, right2_stride, right1_stride)
+    cols_M = tile % EACH // COL_TILES * BLOCK_M + tl.arange(0, BLOCK_M)
     cols_N = tile % COL_TILES * BLOCK_N + tl.arange(0, BLOCK_N)
+    step_K = tl.arange(0, BLOCK_K)
+    left_offset_KM = step_K[:, None] * F + cols_M[None, :]
     dw_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    db_M = tl.zeros((BLOCK_M,), tl.float32)
-    for first in tl.range(begin, end, BLOCK_K):
-        row_K = first + tl.arange(0, BLOCK_K)
-        live_K = row_K < end
-        slot_K = tl.load(order_ptr + row_K, mask=live_K, other=0)
-        left_K = slot_K // TOP_K if GATHER_LEFT else row_K
-        right_K = row_K if GATHER_LEFT else slot_K // TOP_K
-        # Rows past the end must read as 0: here rows are what is summed over.
-        left_KM = tl.load(
-            left_ptr + left_K.to(tl.int64)[:, None] * left_stride + cols_M[None, :],
-            mask=live_K[:, None] & (cols_M < M)[None, :],
-            other=0.0,
-        )
-        right_KN = tl.load(
-            right_ptr + right_K.to(tl.int64)[:, None] * right_stride + cols_N[None, :],
-            mask=live_K[:, None] & (cols_N < N)[None, :],
-            other=0.0,
-        )
+    for row in tl.range(begin, last, BLOCK_K):
+        live_KM = (step_K < last - row)[:, None]
+        if F % BLOCK_M != 0:
+            live_KM = live_KM & (cols_M < F)[None, :]
+        left_KM = tl.load(left_ptr + tl.cast(row, tl.int64) * F + left_offset_KM, mask=live_KM, other=0.0)
+        slot_K = tl.load(order_ptr + tl.minimum(row + step_K, end - 1))
+        from_K = slot_K // TOP_K1 if TOP_K1 == TOP_K2 else slot_K // tl.where(second, TOP_K2, TOP_K1)
+        right_ptrs = right_ptr + from_K.to(tl.int64)[:, None] * stride + cols_N[None, :]
+        if D % BLOCK_N == 0:
+            right_KN = tl.load(right_ptrs)
+        else:
+            right_KN = tl.load(right_ptrs, mask=(cols_N < D)[None, :], other=0.0)
         dw_MN = tl.dot(left_KM.T, right_KN, dw_MN, input_precision=PRECISION)
-        if SUM_LEFT:
-            if gate_ptr is None:
-                db_M += tl.sum(left_KM.to(tl.float32), 0) * SCALE
-            else:
-                gate_K = tl.load(gate_ptr + slot_K, mask=live_K, other=0.0).to(tl.float32)
-                db_M += tl.sum(left_KM.to(tl.float32) * gate_K[:, None], 0)
-    return dw_MN, db_M
+    return dw_MN
 
 
 @triton.jit
-def _store_grad(dw_MN, db_M, dw_ptr, db_ptr, expert, tile, M: tl.constexpr, N: tl.constexpr):
-    """Write a whole tile of dW, and its part of db."""
-    BLOCK_M: tl.constexpr = dw_MN.shape[0]
-    BLOCK_N: tl.constexpr = dw_MN.shape[1]
-    COL_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    rows_M = tile // COL_TILES * BLOCK_M + tl.arange(0, BLOCK_M)
-    _store_block(dw_MN, db_M, dw_ptr, db_ptr, expert, rows_M, tile % COL_TILES, M, N)
-
-
-@triton.jit
-def _store_block(dw_RN, db_R, dw_ptr, db_ptr, expert, row_R, col_tile, M: tl.constexpr, N: tl.constexpr):
-    """Write some rows of a tile of dW; the first tile of a row of tiles has their db."""
-    BLOCK_N: tl.constexpr = dw_RN.shape[1]
-    cols_N = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    ptrs = dw_ptr + expert.to(tl.int64) * (M * N) + row_R.to(tl.int64)[:, None] * N + cols_N[None, :]
-    tl.store(ptrs, dw_RN.to(dw_ptr.dtype.element_ty), mask=(row_R < M)[:, None] & (cols_N < N)[None, :])
-    if db_ptr is not None and col_tile == 0:
-        tl.store(db_ptr + expert * M + row_R, db_R.to(db_ptr.dtype.element_ty), mask=row_R < M)
+def _store_grad(
+    dw_RN,
+    row,
+    dw1_ptr,
+    dw2_ptr,
+    expert,
+    tile,
+    F: tl.constexpr,
+    D: tl.constexpr,
+    SCALE1: tl.constexpr,
+    SCALE2: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Write the rows of a tile from `row` on into the weight that it belongs to."""
+    COL_TILES: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
+    EACH: tl.constexpr = ((F + BLOCK_M - 1) // BLOCK_M) * COL_TILES
+    f_R = tile % EACH // COL_TILES * BLOCK_M + row + tl.arange(0, dw_RN.shape[0])
+    d_N = tile % COL_TILES * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = expert.to(tl.int64) * (F * D)
+    mask_RN = (f_R < F)[:, None] & (d_N < D)[None, :]
+    if _is_second(tile, dw1_ptr, dw2_ptr, EACH):
+        if dw2_ptr is not None:
+            ptrs_NR = dw2_ptr + first + d_N[:, None] * F + f_R[None, :]
+            tl.store(ptrs_NR, (dw_RN * SCALE2).T.to(dw2_ptr.dtype.element_ty), mask=mask_RN.T)
+    else:
+        if dw1_ptr is not None:
+            ptrs_RN = dw1_ptr + first + f_R[:, None] * D + d_N[None, :]
+            tl.store(ptrs_RN, (dw_RN * SCALE1).to(dw1_ptr.dtype.element_ty), mask=mask_RN)

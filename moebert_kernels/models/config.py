@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeVar
 
 from transformers import PreTrainedConfig
-from transformers.activations import ACT2FN
 
 from moebert_kernels.checks import check_number, check_whole
 
@@ -23,8 +23,6 @@ _ACTIVATION_OF_HIDDEN_ACT = {
     "silu": "silu",
     "swish": "silu",
 }
-_ACTIVATION_OF_CLASS = {type(ACT2FN[name]): ours for name, ours in _ACTIVATION_OF_HIDDEN_ACT.items()}
-
 Config = TypeVar("Config", bound="MoEConfig")
 
 
@@ -37,11 +35,18 @@ def expert_activation(hidden_act: Any) -> str:
     try:
         if isinstance(hidden_act, str):
             return _ACTIVATION_OF_HIDDEN_ACT[hidden_act]
-        return _ACTIVATION_OF_CLASS[type(hidden_act)]
+        return _activation_of_class()[type(hidden_act)]
     except KeyError:
         found = repr(hidden_act) if isinstance(hidden_act, str) else type(hidden_act).__name__
         known = ", ".join(_ACTIVATION_OF_HIDDEN_ACT)
         raise ValueError(f"hidden_act must be one of {known} to run in experts, got {found}") from None
+
+
+@cache
+def _activation_of_class() -> dict[type, str]:
+    from transformers.activations import ACT2FN
+
+    return {type(ACT2FN[name]): ours for name, ours in _ACTIVATION_OF_HIDDEN_ACT.items()}
 
 
 @dataclass(kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from moebert_kernels.layer import MoEFFN
-from moebert_kernels.models.families import FAMILIES
+from moebert_kernels.models.families import shape_of_layers
 from moebert_kernels.routing import TokenGate
 
 
@@ -36,7 +36,7 @@ def ffn_flops_per_token(model: nn.Module) -> int:
         multiply_adds += 2 * _top_k(ffn) * ffn.expert_size * ffn.hidden_size
         if isinstance(ffn.router, TokenGate):
             multiply_adds += ffn.num_experts * ffn.hidden_size
-    shape_of = {family.layer: family.shape for family in FAMILIES}
+    shape_of = shape_of_layers()
     for layer in model.modules():
         if type(layer) in shape_of:  # a dense one
             shape = shape_of[type(layer)]
@@ -49,7 +49,7 @@ def encoder_flops_per_token(model: nn.Module) -> int:
 
     The attention scores, whose cost grows with the sequence, are left out.
     """
-    layers = tuple(family.layer for family in FAMILIES)
+    layers = tuple(shape_of_layers())
     projections = 0
     for layer in model.modules():
         if isinstance(layer, layers):

@@ -8,26 +8,21 @@ gate their network are others.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
 from types import ModuleType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.models.bert import modeling_bert
-from transformers.models.camembert import modeling_camembert
-from transformers.models.data2vec import modeling_data2vec_text
-from transformers.models.deberta_v2 import modeling_deberta_v2
-from transformers.models.distilbert import modeling_distilbert
-from transformers.models.electra import modeling_electra
-from transformers.models.ernie import modeling_ernie
-from transformers.models.mpnet import modeling_mpnet
-from transformers.models.roberta import modeling_roberta
-from transformers.models.xlm_roberta import modeling_xlm_roberta
 
 from moebert_kernels.layer import MoEFFN
 from moebert_kernels.models.config import expert_activation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM")
 
@@ -91,34 +86,76 @@ _DISTILBERT_LAYER = LayerShape(
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """One architecture: its classes in transformers and its layer's shape.
+    """One architecture: where its classes are in transformers, which imports them when asked, and its shape.
 
     Attributes:
         name: what its class names begin with.
-        model: the base model.
-        heads: of sequence and token classification, question answering and masked language modelling.
-        encoder: what holds the layers, as `layer`.
-        layer: one layer.
-        shape: of the layer.
-        encoder_name: the encoder's name in the base model.
+        module: of its models, below `transformers.models`.
+        moe_type: the `model_type` of its configuration with experts.
+        shape: of a layer.
         skips_positions: whether the first token's position is the one after the padding token's id.
+        layer_class: one layer's class.
+        encoder_class: the class of what holds the layers, as `layer`.
+        encoder_name: the encoder's name in the base model.
         width_name: what the configuration calls the width of the feed-forward networks.
     """
 
     name: str
-    model: type[PreTrainedModel]
-    heads: tuple[type[PreTrainedModel], ...]
-    encoder: type[nn.Module]
-    layer: type[nn.Module]
-    shape: LayerShape
-    encoder_name: str
-    skips_positions: bool
+    module: str
+    moe_type: str
+    shape: LayerShape = _BERT_LAYER
+    skips_positions: bool = False
+    layer_class: str = ""
+    encoder_class: str = ""
+    encoder_name: str = "encoder"
     width_name: str = "intermediate_size"
 
+    def __post_init__(self):
+        for field, suffix in (("layer_class", "Layer"), ("encoder_class", "Encoder")):
+            if not getattr(self, field):
+                object.__setattr__(self, field, self.name + suffix)
+
     @property
+    def moe_names(self) -> tuple[str, ...]:
+        """What its classes with experts are called: the public ones first."""
+        named = (f"MoE{self.name}{suffix}" for suffix in ("Config", "Model", *HEADS))
+        return (*named, f"MoE{self.encoder_class}", f"MoE{self.layer_class}")
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether its code has been imported; otherwise there is no model of it."""
+        return f"transformers.models.{self.module}" in sys.modules
+
+    @cached_property
+    def _modeling(self) -> ModuleType:
+        return import_module(f"transformers.models.{self.module}")
+
+    @cached_property
     def config(self) -> type[PreTrainedConfig]:
-        """The configuration class."""
-        return cast(type[PreTrainedConfig], self.model.config_class)
+        """The configuration class; its models stay unloaded."""
+        return getattr(
+            import_module(f"transformers.models.{self.module.partition('.')[0]}"), f"{self.name}Config"
+        )
+
+    @cached_property
+    def model(self) -> type[PreTrainedModel]:
+        """The base model."""
+        return getattr(self._modeling, f"{self.name}Model")
+
+    @cached_property
+    def heads(self) -> tuple[type[PreTrainedModel], ...]:
+        """Of sequence and token classification, question answering and masked language modelling."""
+        return tuple(getattr(self._modeling, self.name + head) for head in HEADS)
+
+    @cached_property
+    def encoder(self) -> type[nn.Module]:
+        """What holds the layers."""
+        return getattr(self._modeling, self.encoder_class)
+
+    @cached_property
+    def layer(self) -> type[nn.Module]:
+        """One layer."""
+        return getattr(self._modeling, self.layer_class)
 
     @property
     def base_name(self) -> str:
@@ -126,50 +163,32 @@ class Family:
         return self.model.base_model_prefix
 
 
-def _family(
-    module: ModuleType,
-    name: str,
-    shape: LayerShape = _BERT_LAYER,
-    *,
-    skips_positions: bool = False,
-    layer: str | None = None,
-    encoder: str | None = None,
-    encoder_name: str = "encoder",
-    width_name: str = "intermediate_size",
-) -> Family:
-    return Family(
-        name,
-        getattr(module, f"{name}Model"),
-        tuple(getattr(module, name + head) for head in HEADS),
-        getattr(module, encoder or f"{name}Encoder"),
-        getattr(module, layer or f"{name}Layer"),
-        shape,
-        encoder_name,
-        skips_positions,
-        width_name,
-    )
-
-
 FAMILIES = (
-    _family(modeling_bert, "Bert"),
-    _family(modeling_roberta, "Roberta", skips_positions=True),
-    _family(modeling_xlm_roberta, "XLMRoberta", skips_positions=True),
-    _family(modeling_camembert, "Camembert", skips_positions=True),
-    _family(modeling_data2vec_text, "Data2VecText", skips_positions=True),
-    _family(modeling_electra, "Electra"),
-    _family(modeling_ernie, "Ernie"),
-    _family(modeling_mpnet, "MPNet", _MPNET_LAYER, skips_positions=True),
-    _family(modeling_deberta_v2, "DebertaV2", _MPNET_LAYER),
-    _family(
-        modeling_distilbert,
+    Family("Bert", "bert.modeling_bert", "moebert"),
+    Family("Roberta", "roberta.modeling_roberta", "moe-roberta", skips_positions=True),
+    Family("XLMRoberta", "xlm_roberta.modeling_xlm_roberta", "moe-xlm-roberta", skips_positions=True),
+    Family("Camembert", "camembert.modeling_camembert", "moe-camembert", skips_positions=True),
+    Family("Data2VecText", "data2vec.modeling_data2vec_text", "moe-data2vec-text", skips_positions=True),
+    Family("Electra", "electra.modeling_electra", "moe-electra"),
+    Family("Ernie", "ernie.modeling_ernie", "moe-ernie"),
+    Family("MPNet", "mpnet.modeling_mpnet", "moe-mpnet", _MPNET_LAYER, skips_positions=True),
+    Family("DebertaV2", "deberta_v2.modeling_deberta_v2", "moe-deberta-v2", _MPNET_LAYER),
+    Family(
         "DistilBert",
+        "distilbert.modeling_distilbert",
+        "moe-distilbert",
         _DISTILBERT_LAYER,
-        layer="TransformerBlock",
-        encoder="Transformer",
+        layer_class="TransformerBlock",
+        encoder_class="Transformer",
         encoder_name="transformer",
         width_name="hidden_dim",
     ),
 )
+
+
+def shape_of_layers() -> dict[type[nn.Module], LayerShape]:
+    """The shapes of all dense layers that there can be now, by class."""
+    return {family.layer: family.shape for family in FAMILIES if family.is_loaded}
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,7 +241,7 @@ def find_ffns(model: nn.Module) -> list[DenseFFN]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a model of transformers, got {type(model).__name__} {model!r:.60}")
-    shape_of = {family.layer: family.shape for family in FAMILIES}
+    shape_of = shape_of_layers()
     ffns = [dense_ffn(layer, shape_of[type(layer)]) for layer in model.modules() if type(layer) in shape_of]
     if not ffns:
         raise ValueError(
@@ -239,10 +258,10 @@ def find_base(model: nn.Module) -> tuple[PreTrainedModel, Family]:
     Raises:
         ValueError: there is none or more than one.
     """
-    family_of = {family.model: family for family in FAMILIES}
+    family_of = {family.model: family for family in FAMILIES if family.is_loaded}
     bases = [module for module in model.modules() if type(module) in family_of]
     if len(bases) != 1:
-        known = ", ".join(cls.__name__ for cls in family_of)
+        known = ", ".join(f"{family.name}Model" for family in FAMILIES)
         raise ValueError(f"model must hold exactly one of {known}; {type(model).__name__} holds {len(bases)}")
     return bases[0], family_of[type(bases[0])]  # type: ignore[index, return-value]
 
@@ -273,7 +292,7 @@ def max_tokens(config: PreTrainedConfig) -> int:
 
 def _known_layers() -> list[str]:
     return [
-        f"{family.layer.__name__} ({family.shape.w1}, {family.shape.w2}, {family.shape.norm})"
+        f"{family.layer_class} ({family.shape.w1}, {family.shape.w2}, {family.shape.norm})"
         for family in FAMILIES
     ]
 

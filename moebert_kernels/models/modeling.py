@@ -18,8 +18,19 @@ from typing import Any, ClassVar, NamedTuple, cast
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers import initialization as init
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, capture_outputs
 
@@ -33,6 +44,14 @@ from moebert_kernels.routing import (
     TokenGate,
     hash_balance_tables,
     hash_random_tables,
+)
+
+_AUTO_CLASSES = (  # of what `MoEClasses.models` holds, in its order
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoModelForQuestionAnswering,
+    AutoModelForMaskedLM,
 )
 
 
@@ -324,8 +343,8 @@ class MoEClasses(NamedTuple):
     layer: type[MoELayer]
 
     def named(self) -> dict[str, type]:
-        """The public ones by name."""
-        return {cls.__name__: cls for cls in (self.config, *self.models.values())}
+        """All of them by name."""
+        return {cls.__name__: cls for cls in (self.config, *self.models.values(), self.encoder, self.layer)}
 
 
 def _declare(family: Family) -> MoEClasses:
@@ -334,11 +353,9 @@ def _declare(family: Family) -> MoEClasses:
     def subclass(name: str, *bases: type, **body: Any) -> Any:
         return type(name, bases, {"__module__": __name__, "__doc__": bases[0].__doc__, **body})
 
-    # What is saved already says "moebert".
-    model_type = "moebert" if family.name == "Bert" else f"moe-{family.config.model_type}"
-    config = strict(subclass(f"MoE{family.name}Config", MoEConfig, family.config, model_type=model_type))
-    encoder = subclass(f"MoE{family.encoder.__name__}", MoEEncoder, family.encoder, dense=family.encoder)
-    layer = subclass(f"MoE{family.layer.__name__}", MoELayer, family.layer, shape=family.shape)
+    config = strict(subclass(f"MoE{family.name}Config", MoEConfig, family.config, model_type=family.moe_type))
+    encoder = subclass(f"MoE{family.encoder_class}", MoEEncoder, family.encoder, dense=family.encoder)
+    layer = subclass(f"MoE{family.layer_class}", MoELayer, family.layer, shape=family.shape)
     shared = {
         "family": family,
         "config_class": config,
@@ -355,9 +372,23 @@ def _declare(family: Family) -> MoEClasses:
     return MoEClasses(config, models, encoder, layer)
 
 
-MOE_CLASSES = {family: _declare(family) for family in FAMILIES}
-for _classes in MOE_CLASSES.values():
-    globals().update(_classes.named(), **{cls.__name__: cls for cls in (_classes.encoder, _classes.layer)})
+@functools.cache
+def moe_classes(family: Family) -> MoEClasses:
+    """A family's classes with experts; made when first asked for, and known to the Auto classes then."""
+    classes = _declare(family)
+    AutoConfig.register(family.moe_type, classes.config, exist_ok=True)
+    AutoTokenizer.register(classes.config, tokenizer_class=TOKENIZER_MAPPING[family.config], exist_ok=True)
+    for auto, model in zip(_AUTO_CLASSES, classes.models.values(), strict=True):
+        auto.register(classes.config, model, exist_ok=True)
+    return classes
+
+
+def __getattr__(name: str) -> type:
+    """Any of the families' classes by name; pickle finds them so, too."""
+    for family in FAMILIES:
+        if name in family.moe_names:
+            return moe_classes(family).named()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def put_in_new_experts(model: PreTrainedModel, base: PreTrainedModel) -> None:
@@ -398,7 +429,7 @@ def become_moe(
     that changes, as torch.nn.utils.parametrize does it: transformers installs the hooks that capture hidden
     states once, and a new layer would not have them.
     """
-    classes = MOE_CLASSES[family]
+    classes = moe_classes(family)
     encoder = getattr(base, family.encoder_name)
     for layer, ffn in zip(encoder.layer, ffns, strict=True):
         for name in family.shape.replaced:

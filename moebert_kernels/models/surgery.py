@@ -13,9 +13,9 @@ from moebert_kernels.checks import check_tensor, check_whole
 from moebert_kernels.layer import MoEFFN
 from moebert_kernels.models.families import DenseFFN, find_base, find_ffns
 from moebert_kernels.models.modeling import (
-    MOE_CLASSES,
     MoEPreTrainedModel,
     become_moe,
+    moe_classes,
     new_experts,
     set_class,
 )
@@ -59,7 +59,7 @@ def replace_ffns(
     """
     dense_ffns = find_ffns(model)
     base, family = find_base(model)
-    dense_config, classes = base.config, MOE_CLASSES[family]
+    dense_config, classes = base.config, moe_classes(family)
     index_LEF = _checked_index(index_LEF, dense_ffns)
     check_seed(seed)
     num_layers, num_experts, expert_size = index_LEF.shape
@@ -119,7 +119,7 @@ def to_moe(
         ValueError: as `replace_ffns`, or there is no MoE class for the teacher's.
     """
     find_ffns(teacher)
-    known = MOE_CLASSES[find_base(teacher)[1]].models
+    known = moe_classes(find_base(teacher)[1]).models
     if type(teacher) not in known:
         raise ValueError(
             f"teacher must be one of {', '.join(cls.__name__ for cls in known)}, got "

@@ -1,7 +1,8 @@
 """Sorting slots by expert for all layers at once: natively where csrc/ is built, in PyTorch elsewhere.
 
-Two custom operators, so that a compiled graph sees a plan as one opaque step. Both return the three
-tables of the slots in one tensor, `slots_3LS`: expert ids, order and inverse (see `RoutingPlan`).
+Two custom operators, so that a compiled graph sees a plan as one opaque step; where nobody watches, they are
+called past the dispatcher. Both return the three tables of the slots in one tensor, `slots_3LS`: expert ids,
+order and inverse (see `RoutingPlan`).
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ import torch
 from torch import Tensor, library
 
 from moebert_kernels import native
+from moebert_kernels.watchers import unwatched
 
 
-@library.custom_op("moebert_kernels::plan_from_expert_ids", mutates_args=())
-def plan_from_expert_ids(expert_ids_LS: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+def build_from_expert_ids(expert_ids_LS: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """Build the plans of L layers from the expert of every slot.
 
     Args:
@@ -29,14 +30,18 @@ def plan_from_expert_ids(expert_ids_LS: Tensor, num_experts: int) -> tuple[Tenso
     return plans.slots_3LS, plans.offsets_LE1
 
 
+plan_from_expert_ids = library.custom_op(
+    "moebert_kernels::plan_from_expert_ids", build_from_expert_ids, mutates_args=()
+)
+
+
 @plan_from_expert_ids.register_fake
 def _(expert_ids_LS, num_experts):
     num_layers, num_slots = expert_ids_LS.shape
     return _empty(expert_ids_LS, num_layers, num_slots, num_experts)
 
 
-@library.custom_op("moebert_kernels::plan_from_input_ids", mutates_args=())
-def plan_from_input_ids(
+def build_from_input_ids(
     input_ids_T: Tensor, tables_LV: Tensor, mask_T: Tensor | None, num_experts: int
 ) -> tuple[Tensor, Tensor]:
     """Build the plans of L layers from token ids and each layer's table.
@@ -75,9 +80,32 @@ def plan_from_input_ids(
     return sort_in_torch(torch.where(known_T & wanted_T, expert_ids_LT, -1), num_experts)
 
 
+plan_from_input_ids = library.custom_op(
+    "moebert_kernels::plan_from_input_ids", build_from_input_ids, mutates_args=()
+)
+
+
 @plan_from_input_ids.register_fake
 def _(input_ids_T, tables_LV, mask_T, num_experts):
     return _empty(input_ids_T, tables_LV.shape[0], input_ids_T.shape[0], num_experts)
+
+
+def from_expert_ids(expert_ids_LS: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """`plan_from_expert_ids`, directly where that may be."""
+    build = build_from_expert_ids if _may_build(expert_ids_LS) else plan_from_expert_ids
+    return build(expert_ids_LS, num_experts)
+
+
+def from_input_ids(
+    input_ids_T: Tensor, tables_LV: Tensor, mask_T: Tensor | None, num_experts: int
+) -> tuple[Tensor, Tensor]:
+    """`plan_from_input_ids`, directly where that may be."""
+    build = build_from_input_ids if _may_build(input_ids_T, tables_LV, mask_T) else plan_from_input_ids
+    return build(input_ids_T, tables_LV, mask_T, num_experts)
+
+
+def _may_build(ids: Tensor, *others: Tensor | None) -> bool:
+    return (ids.is_cpu or ids.is_cuda) and unwatched((ids, *others))
 
 
 def sort_in_torch(expert_ids_LS: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moebert_kernels.checks import check_mask, check_whole
-from moebert_kernels.routing.builder import plan_from_expert_ids, plan_from_input_ids
+from moebert_kernels.routing.builder import from_expert_ids, from_input_ids
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +91,7 @@ class RoutingPlan:
                     f"found values from {low} to {high}"
                 )
         expert_ids_TK = expert_ids.unsqueeze(1) if expert_ids.dim() == 1 else expert_ids
-        slots_3LS, offsets_LE1 = plan_from_expert_ids(expert_ids_TK.reshape(1, -1), num_experts)
+        slots_3LS, offsets_LE1 = from_expert_ids(expert_ids_TK.reshape(1, -1), num_experts)
         (plan,) = _per_layer(slots_3LS, offsets_LE1, expert_ids_TK.shape[1])
         return plan
 
@@ -127,7 +127,7 @@ class RoutingPlan:
             raise ValueError(
                 f"mask must have the shape of input_ids, {tuple(input_ids.shape)}, got {tuple(mask.shape)}"
             )
-        slots_3LT, offsets_LE1 = plan_from_input_ids(
+        slots_3LT, offsets_LE1 = from_input_ids(
             input_ids.reshape(-1).to(torch.promote_types(input_ids.dtype, torch.int32)),
             tables_LV.to(torch.int32),
             None if mask is None else mask.reshape(-1) != 0,

@@ -1,8 +1,24 @@
 // The host builder against std::stable_sort, for every thread count alike.
+#include <atomic>
+#include <cstdlib>
 #include <limits>
+#include <new>
 
 #include "../../csrc/plan_cpu.h"
 #include "plan_cases.h"
+
+namespace {
+std::atomic<int64_t> allocations_left{INT64_MAX};
+}
+
+void* operator new(size_t size) {
+  if (allocations_left.fetch_sub(1) <= 0) throw std::bad_alloc();
+  if (void* const memory = std::malloc(size)) return memory;
+  throw std::bad_alloc();
+}
+void* operator new(size_t size, const std::nothrow_t&) noexcept { return std::malloc(size); }
+void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, size_t) noexcept { std::free(memory); }
 
 namespace {
 
@@ -35,6 +51,33 @@ void check_input_ids(const PlanShape& shape, std::mt19937& random) {
   }
 }
 
+// Whichever allocation fails, on whichever thread, the caller hears of it, and the next call goes well.
+void check_failed_allocations(std::mt19937& random) {
+  const PlanShape shape = {3, 70001, 4};
+  const cases::TokenCase<int64_t> tokens(shape, 50, random);
+  const Buffers expected = cases::expected_plans(tokens.experts, shape);
+  for (const int num_threads : kThreadCounts) {
+    Buffers found(shape);
+    const auto build = [&] {
+      moebert::plan_from_input_ids_cpu({tokens.input_ids.data(), 8}, tokens.args(), shape, found.outputs(),
+                                       num_threads);
+    };
+    int64_t allowed = 0;
+    for (bool done = false; !done; ++allowed) {
+      allocations_left = allowed;
+      try {
+        build();
+        done = true;
+      } catch (const std::bad_alloc&) {
+      }
+      allocations_left = INT64_MAX;
+    }
+    cases::require(allowed > 5, "allocations were made to fail", shape);
+    build();
+    cases::require(found == expected, "a plan after a failed allocation", shape);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -55,5 +98,6 @@ int main() {
       num_cases += 2;
     }
   }
+  check_failed_allocations(random);
   std::printf("plan_cpu: %d cases passed\n", num_cases);
 }

@@ -49,8 +49,8 @@ def load_conll(data: HubName | Path) -> TaskData:
             "tokens" and "ner_tags".
 
     Raises:
-        UserError: a missing folder, file, split or column, a line without a tag, a tag that is not "O",
-            "B-TYPE" or "I-TYPE", a type that training lacks, no sentences.
+        UserError: a missing folder, file, split or column, words that are numbers of words, a line without a
+            tag, a tag that is not "O", "B-TYPE" or "I-TYPE", a type that training lacks, no sentences.
     """
     if isinstance(data, Path):
         train, validation = (_read_file(_find_file(data, split)) for split in _NAMES)
@@ -112,7 +112,17 @@ def _read_file(path: Path) -> _Sentences:
             words, tags = [], []
     if not sentences.words:
         raise UserError(f"{path} has no sentences")
+    if any(len(words) > 1 for words in sentences.words) and all(map(_are_numbers, sentences.words)):
+        raise UserError(
+            f"{path}: the first column numbers the words of each sentence, and task conll takes it for the "
+            "words: take it out, so that a line begins with its word"
+        )
     return sentences
+
+
+def _are_numbers(words: list[str]) -> bool:
+    """Whether they count, from 1 or 0 on."""
+    return any(words == [str(i + first) for i in range(len(words))] for first in (0, 1))
 
 
 def _from_hub(rows: Dataset, source: str) -> _Sentences:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 from datasets import ClassLabel, Dataset, DatasetDict, Value
@@ -68,12 +69,12 @@ class HubName:
 
 
 def as_table(rows: Dataset, source: str) -> Table:
-    """Write a split's numbers and classes as text; columns of lists and the like are left out.
+    """Write a split's numbers and classes as text, lists of them as lists; other columns are left out.
 
     Raises:
         UserError: the split is empty.
     """
-    columns = [name for name, feature in rows.features.items() if isinstance(feature, (ClassLabel, Value))]
+    columns = [name for name, feature in rows.features.items() if _element(feature) is not None]
     if not len(rows) or not columns:
         raise UserError(f"{source} has no rows of data")
     fields = [_as_text(rows[name][:], rows.features[name]) for name in columns]
@@ -94,7 +95,15 @@ def check_columns(rows: Dataset, source: str, columns: Sequence[str]) -> None:
             )
 
 
-def _as_text(values: list, feature: ClassLabel | Value) -> list[str]:
+def _element(feature: Any) -> ClassLabel | Value | None:
+    """What a column, or its lists, are made of, if that can be written as text."""
+    feature = getattr(feature, "feature", feature)
+    return feature if isinstance(feature, (ClassLabel, Value)) else None
+
+
+def _as_text(values: list, feature: Any) -> list[Any]:
+    if hasattr(feature, "feature"):
+        return [_as_text(value or [], feature.feature) for value in values]
     if isinstance(feature, ClassLabel):
         # A hidden label is -1, which has no name.
         return [str(value) if value is None or value < 0 else feature.int2str(value) for value in values]

@@ -10,10 +10,10 @@ from typing import Any
 from datasets import Dataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from moebert_kernels.compress.losses import is_regression
+from moebert_kernels.compress.losses import sequence_kind
 from moebert_kernels.compress.tasks import texts
 from moebert_kernels.compress.tasks.answers import QuestionAnswering
-from moebert_kernels.compress.tasks.sequences import Classification, Regression
+from moebert_kernels.compress.tasks.sequences import Classification, MultiLabelClassification, Regression
 from moebert_kernels.compress.tasks.task import EncodedData, Kind, TaskData
 from moebert_kernels.compress.tasks.tokens import TokenClassification
 from moebert_kernels.errors import ArgumentError, UserError
@@ -21,6 +21,7 @@ from moebert_kernels.errors import ArgumentError, UserError
 KINDS: Mapping[str, Kind] = MappingProxyType(
     {
         "classification": Classification(),
+        "multi_label_classification": MultiLabelClassification(),
         "regression": Regression(),
         "token_classification": TokenClassification(),
         "question_answering": QuestionAnswering(),
@@ -42,7 +43,7 @@ def kind_of_model(config: PretrainedConfig) -> str:
     for name in ("token_classification", "question_answering"):
         if any(architecture.endswith(KINDS[name].head) for architecture in config.architectures or ()):
             return name
-    return "regression" if is_regression(config) else "classification"
+    return sequence_kind(config)
 
 
 def match_labels(data: TaskData, config: PretrainedConfig) -> TaskData:
@@ -59,7 +60,8 @@ def match_labels(data: TaskData, config: PretrainedConfig) -> TaskData:
         `data`, or the same rows and label names in the model's order; of texts without labels, `data`.
 
     Raises:
-        UserError: the model has another head than the task needs, another number of outputs, or other labels.
+        UserError: the model has another head than the task needs, another number of outputs or of labels to
+            a text, or other labels.
     """
     task, kind = data.task, KINDS[data.task.kind]
     if task.kind == texts.KIND:
@@ -69,6 +71,7 @@ def match_labels(data: TaskData, config: PretrainedConfig) -> TaskData:
             f"the model is a {' or '.join(config.architectures)}, but task {task.name} needs a model "
             f"...{kind.head}; give a model fine-tuned on this task"
         )
+    _check_problem_type(data, config)
     num_outputs = kind.num_outputs(task)
     names = tuple(str(name) for _, name in sorted((config.id2label or {}).items()))
     is_named = bool(task.label_names) and any(n not in (str(i), f"LABEL_{i}") for i, n in enumerate(names))
@@ -107,6 +110,21 @@ def match_labels(data: TaskData, config: PretrainedConfig) -> TaskData:
         renumber(data.validation),
         {name: renumber(rows) for name, rows in data.further_validation.items()},
     )
+
+
+def _check_problem_type(data: TaskData, config: PretrainedConfig) -> None:
+    """Any number of labels to a row and one to each are told apart by nothing else in a configuration."""
+    several = "multi_label_classification"
+    if config.problem_type == several and data.task.kind in ("classification", "regression"):
+        raise UserError(
+            f"the model gives a text any number of labels (problem_type {several}), task {data.task.name} "
+            f'has one: give a table with all labels of a row in one field, "|" between them, as {several}'
+        )
+    if data.task.kind == several and config.problem_type != several:
+        raise UserError(
+            f"task {data.task.name} gives a text any number of labels, and the model was not trained so: its "
+            f"configuration has problem_type {config.problem_type!r}, expected {several!r}"
+        )
 
 
 def _listed(names: Sequence[str]) -> str:

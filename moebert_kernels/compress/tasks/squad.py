@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,8 +25,12 @@ _BEST_METRICS = ("best_exact_match", "best_f1")
 SQUAD_NAMES = (_V1, _V2)
 
 
+_NEAR = 64  # characters: by so much and little more, counting in bytes or UTF-16 units goes wrong
+
+
 class _Question(NamedTuple):
-    place: str
+    source: str
+    name: str
     question: str
     context: str
     answers: list[str]
@@ -41,9 +47,13 @@ def load_squad(name: str, data: HubName | Path, options: AnswerOptions) -> TaskD
             and the columns of "rajpurkar/squad".
         options: how answers are found.
 
+    An answer that does not stand at its "answer_start" is looked for near by. A training question whose
+    answer is not found is left out; warnings say which. To validate, a text that is no part of the context
+    remains an answer that no model finds, as in the official score.
+
     Raises:
-        UserError: a missing folder, file, split or column, another format, an answer outside its context, a
-            question without an answer in "squad", no questions.
+        UserError: a missing folder, file, split or column, another format, a question without an answer in
+            "squad", no questions, or none whose answer is in its context.
     """
     if isinstance(data, Path):
         if not data.is_dir():
@@ -61,26 +71,77 @@ def load_squad(name: str, data: HubName | Path, options: AnswerOptions) -> TaskD
     metrics = (*_METRICS, *_BEST_METRICS) if may_be_absent else _METRICS
     options = replace(options, may_be_absent=may_be_absent)
     task = Task(name, "question_answering", (), metrics, "f1", options)
-    train, validation = (_rows(source, may_be_absent) for source in sources)
+    train, validation = (
+        _rows(source, may_be_absent, to_train=to_train)
+        for source, to_train in zip(sources, (True, False), strict=True)
+    )
     return TaskData(task, train, validation)
 
 
-def _rows(questions: Iterable[_Question], may_be_absent: bool) -> Dataset:
+def _rows(questions: Iterable[_Question], may_be_absent: bool, *, to_train: bool) -> Dataset:
     columns: dict[str, list[Any]] = {"question": [], "context": [], "answers": [], "starts": []}
-    for place, question, context, answers, starts in questions:
+    moved: list[str] = []
+    lost: list[str] = []
+    for source, name, question, context, answers, starts in questions:
+        place = f"{source}, {name}"
         if not answers and not may_be_absent:
             raise UserError(f"{place}: no answer, which task {_V1} needs; task {_V2} is for such questions")
         if len(answers) != len(starts):
             raise UserError(f"{place}: {len(answers)} answers, but {len(starts)} places in the context")
-        for answer, start in zip(answers, starts, strict=True):
-            if not 0 <= start <= len(context) - len(answer):
-                raise UserError(
-                    f"{place}: answer {answer!r} at character {start} lies outside of the context, which has "
-                    f"{len(context)} characters"
-                )
-        for column, value in zip(columns.values(), (question, context, answers, starts), strict=True):
+        pairs = list(zip(answers, starts, strict=True))
+        found = [_locate(context, *pair) for pair in pairs]
+        if None in found:
+            lost.append(name)
+        elif found != pairs:
+            moved.append(name)
+        if to_train:
+            kept = [pair for pair in found if pair is not None]
+            if answers and not kept:
+                continue
+        else:
+            kept = [pair if there is None else there for pair, there in zip(pairs, found, strict=True)]
+        new = (question, context, [answer for answer, _ in kept], [start for _, start in kept])
+        for column, value in zip(columns.values(), new, strict=True):
             column.append(value)
+    if not columns["question"]:
+        raise UserError(f"{source} has no question whose answer is a part of its context")
+    if moved:
+        warnings.warn(
+            f"{source}: answers of {len(moved)} questions do not stand at their answer_start, and were found "
+            f"near by: {_listed(moved)}",
+            stacklevel=3,
+        )
+    if lost:
+        remedy = "are not trained on" if to_train else "count all the same, though no model can find them"
+        warnings.warn(
+            f"{source}: answers of {len(lost)} questions do not stand near their answer_start, and {remedy}: "
+            f"{_listed(lost)}",
+            stacklevel=3,
+        )
     return Dataset.from_dict(columns)
+
+
+def _locate(context: str, answer: str, start: int) -> tuple[str, int] | None:
+    """The answer as the context has it, up to case and spaces, and where.
+
+    Returns:
+        The one place where it stands, or of several the nearest to `start`; None if there is none, or they
+        are too far from `start` to be told apart.
+    """
+    if answer and start >= 0 and context.startswith(answer, start):
+        return answer, start
+    words = [re.escape(word) for word in answer.split()]
+    if not words:
+        return None
+    matches = list(re.finditer(r"\s+".join(words), context, re.IGNORECASE))
+    nearest = min(matches, key=lambda match: abs(match.start() - start), default=None)
+    if nearest is None or (len(matches) > 1 and abs(nearest.start() - start) > _NEAR):
+        return None
+    return nearest[0], nearest.start()
+
+
+def _listed(ids: Sequence[str]) -> str:
+    return ", ".join(ids[:10]) + (", ..." if len(ids) > 10 else "")
 
 
 def _find_file(folder: Path, split: str, version: str) -> Path:
@@ -111,7 +172,8 @@ def _walk(path: Path, articles: Sequence[dict[str, Any]]) -> Iterator[_Question]
             for question in paragraph["qas"]:
                 answers = question["answers"]
                 yield _Question(
-                    f"{path}, question {question['id']}",
+                    str(path),
+                    f"question {question['id']}",
                     _text(question["question"]),
                     context,
                     [_text(answer["text"]) for answer in answers],
@@ -129,7 +191,8 @@ def _from_hub(rows: Dataset, source: str) -> Iterator[_Question]:
             if isinstance(answers, list):  # of objects, as in the files; otherwise an object of lists
                 answers = {name: [one[name] for one in answers] for name in ("text", "answer_start")}
             yield _Question(
-                place,
+                source,
+                f"row {number}",
                 _text(row["question"]),
                 _text(row["context"]),
                 [_text(text) for text in answers["text"]],

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from moebert_kernels.compress.tasks.task import Task, TaskData
 from moebert_kernels.errors import ArgumentError, ColumnsError, UserError, naming
 
 _FEW_ROWS = 8  # too few to tell classes from labels that are all different
-_FEW_VALIDATION_ROWS = 30  # one row more or less that is right moves the score by three points and more
-_KINDS = ("classification", "regression")
+FEW_VALIDATION_ROWS = 30  # one row more or less that is right moves the score by three points and more
+_KINDS = ("classification", "multi_label_classification", "regression")
+_SEPARATORS = "|;,"  # of the labels of a row: the first of these that a column has
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,8 @@ class CsvOptions:
         label: column of the label.
         validation_file: a second table with the same columns, or None to hold out part of the first.
         validation_fraction: the part to hold out, drawn at random, each label in its due share.
-        kind: "classification" or "regression"; None to infer it: regression if all labels are numbers and
-            not all of them whole.
+        kind: "classification", "multi_label_classification" or "regression"; None to infer it: of several
+            labels if they are lists, regression if all are numbers and not all of them whole.
         seed: of the draw.
     """
 
@@ -54,6 +56,8 @@ def load_table(data: HubName | Path, options: CsvOptions) -> TaskData:
             "train" and, unless part of it is to be held out, "validation".
         options: columns, and rows to validate on.
 
+    Spaces around a label do not count, and numbers that are equal, 1 and 1.0, are one class.
+
     Returns:
         The rows; the task bears the name of the file or data set. Texts that are empty are kept, and warned
         of, as are validation rows so few that a score on them says little.
@@ -63,7 +67,7 @@ def load_table(data: HubName | Path, options: CsvOptions) -> TaskData:
             or no row of some label is left to train on.
     """
     if options.kind not in (None, *_KINDS):
-        raise ArgumentError("kind", f"is {options.kind!r}, expected {' or '.join(_KINDS)}")
+        raise ArgumentError("kind", f"is {options.kind!r}, expected one of {', '.join(_KINDS)}")
     if options.validation_file is None and not 0 < options.validation_fraction < 1:
         raise ArgumentError(
             "validation_fraction", f"must be between 0 and 1, got {options.validation_fraction}"
@@ -78,6 +82,14 @@ def load_table(data: HubName | Path, options: CsvOptions) -> TaskData:
     label_ids = None
     if kind == "regression":
         task = Task(name, kind, (), ("pearson", "spearman"), "pearson")
+    elif kind == "multi_label_classification":
+        label_names = _names_of({label for labels in _label_sets(table, options.label) for label in labels})
+        if not label_names:
+            raise UserError(
+                f"{table.source} has no label in column {options.label!r}: it is empty in every row"
+            )
+        task = Task(name, kind, label_names, ("micro_f1", "macro_f1", "accuracy"), "micro_f1")
+        label_ids = {label: i for i, label in enumerate(label_names)}
     else:
         label_names = _sorted_labels(table, options.label)
         if options.kind is None and 2 * len(label_names) > len(table.rows) > _FEW_ROWS:
@@ -90,7 +102,14 @@ def load_table(data: HubName | Path, options: CsvOptions) -> TaskData:
         label_ids = {label: i for i, label in enumerate(label_names)}
 
     def load(table: Table) -> Dataset:
-        rows = labelled_rows(table, options.text, options.text_pair, options.label, label_ids)
+        rows = labelled_rows(
+            table,
+            options.text,
+            options.text_pair,
+            options.label,
+            label_ids,
+            several=kind == "multi_label_classification",
+        )
         _warn_of_empty_texts(table, options.text)
         return rows
 
@@ -103,7 +122,11 @@ def load_table(data: HubName | Path, options: CsvOptions) -> TaskData:
         if len(rows) < 2:
             raise UserError(f"{table.source} has one row, too few to hold any out for validation")
         held_out = min(max(round(len(rows) * options.validation_fraction), 1), len(rows) - 1)
-        out = _spread_over_labels(rows["label"], held_out, options.seed)
+        # Of several labels, the first that a row has.
+        labels = [
+            (label[0] if label else -1) if isinstance(label, list) else label for label in rows["label"]
+        ]
+        out = _spread_over_labels(labels, held_out, options.seed)
         kept = np.setdiff1d(np.arange(len(rows)), out)
         data_of_task = TaskData(task, rows.select(kept), rows.select(out))
     _check_numbers_of_rows(data_of_task, table.source)
@@ -132,16 +155,18 @@ def _warn_of_empty_texts(table: Table, column: str) -> None:
 
 def _check_numbers_of_rows(data: TaskData, source: str) -> None:
     labels = data.task.label_names
-    missing = sorted(set(range(len(labels))) - set(data.train["label"]))
+    several = data.task.kind == "multi_label_classification"
+    there = set(chain.from_iterable(data.train["label"]) if several else data.train["label"])
+    missing = sorted(set(range(len(labels))) - there)
     if missing:
         raise UserError(
             f"{source} has too few rows: of the {len(data.train)} to train on, none has the label "
             f"{labels[missing[0]]!r}; add rows of that label, or take it out"
         )
-    if len(data.validation) < _FEW_VALIDATION_ROWS:
+    if len(data.validation) < FEW_VALIDATION_ROWS:
         warnings.warn(
             f"scores will say little: rows to validate on are {len(data.validation)}, fewer than "
-            f"{_FEW_VALIDATION_ROWS}",
+            f"{FEW_VALIDATION_ROWS}",
             stacklevel=3,
         )
 
@@ -154,7 +179,13 @@ def _spread_over_labels(labels: Sequence[float], count: int, seed: int) -> np.nd
 
 
 def labelled_rows(
-    table: Table, text: str, text_pair: str | None, label: str, label_ids: dict[str, int] | None
+    table: Table,
+    text: str,
+    text_pair: str | None,
+    label: str,
+    label_ids: dict[str, int] | None,
+    *,
+    several: bool = False,
 ) -> Dataset:
     """Make the rows of a classification or regression task.
 
@@ -164,6 +195,7 @@ def labelled_rows(
         text_pair: column of the second text, or None.
         label: column of the label.
         label_ids: the classes' ids by what is written in the table; None if labels are numbers.
+        several: whether a row has any number of labels: a list, or in one text with "|", ";" or "," between.
 
     Returns:
         "text", "text_pair" if there are pairs, and "label".
@@ -174,7 +206,15 @@ def labelled_rows(
     columns: dict[str, Sequence[Any]] = {"text": table.column(text)}
     if text_pair is not None:
         columns["text_pair"] = table.column(text_pair)
-    columns["label"] = _numbers(table, label) if label_ids is None else _class_ids(table, label, label_ids)
+    if label_ids is None:
+        columns["label"] = _numbers(table, label)
+    elif several:
+        columns["label"] = [
+            sorted({_class_id(name, label_ids, table.place(row)) for name in names})
+            for row, names in enumerate(_label_sets(table, label))
+        ]
+    else:
+        columns["label"] = _class_ids(table, label, label_ids)
     return Dataset.from_dict(dict(columns))
 
 
@@ -195,7 +235,18 @@ def _read(data: HubName | Path, options: CsvOptions) -> tuple[Table, Table | Non
     return as_table(found["train"], f"{data} (train)"), second
 
 
+def _label_sets(table: Table, column: str) -> list[list[str]]:
+    """The labels of every row, without spaces around them; none where the field is empty."""
+    fields = table.fields(column)
+    texts = [field for field in fields if isinstance(field, str)]
+    separator = next((sign for sign in _SEPARATORS if any(sign in text for text in texts)), None)
+    parts = (field if isinstance(field, list) else field.split(separator) for field in fields)
+    return [[label.strip() for label in labels if label.strip()] for labels in parts]
+
+
 def _infer_kind(table: Table, column: str) -> str:
+    if any(isinstance(field, list) for field in table.fields(column)):
+        return "multi_label_classification"
     labels = table.column(column)
     numbers = [_parse_number(label) for label in labels]
     known = [number for number in numbers if number is not None]
@@ -213,25 +264,39 @@ def _infer_kind(table: Table, column: str) -> str:
 
 
 def _sorted_labels(table: Table, column: str) -> tuple[str, ...]:
-    labels = table.column(column)
-    names = set(labels)
-    if "" in names:
+    labels = [label.strip() for label in table.column(column)]
+    if "" in labels:
         raise UserError(f"{table.place(labels.index(''))}: the label in column {column!r} is empty")
+    names = _names_of(labels)
     if len(names) < 2:
-        raise UserError(f"{table.source} has one label in column {column!r}, {names.pop()!r}; two are needed")
-    if all(_parse_number(name) is not None for name in names):
-        return tuple(sorted(names, key=lambda name: (float(name), name)))
-    return tuple(sorted(names))
+        raise UserError(f"{table.source} has one label in column {column!r}, {names[0]!r}; two are needed")
+    return names
+
+
+def _names_of(labels: Collection[str]) -> tuple[str, ...]:
+    """The classes in order. Numbers that are equal are one class, called as its shortest spelling."""
+    numbers = {label: _parse_number(label) for label in labels}
+    if None in numbers.values():
+        return tuple(sorted(numbers))
+    by_number: dict[float | None, str] = {}
+    for label in sorted(numbers, key=lambda label: (len(label), label)):
+        by_number.setdefault(numbers[label], label)
+    return tuple(sorted(by_number.values(), key=float))
 
 
 def _class_ids(table: Table, column: str, label_ids: dict[str, int]) -> list[int]:
-    labels = table.column(column)
-    for row, label in enumerate(labels):
-        if label not in label_ids:
-            known = list(label_ids)
-            listed = ", ".join(map(repr, known[:10])) + (", ..." if len(known) > 10 else "")
-            raise UserError(f"{table.place(row)}: label {label!r} is unknown, expected one of {listed}")
-    return [label_ids[label] for label in labels]
+    return [_class_id(label, label_ids, table.place(row)) for row, label in enumerate(table.column(column))]
+
+
+def _class_id(label: str, label_ids: dict[str, int], place: str) -> int:
+    found = label_ids.get(label.strip())
+    if found is None and (number := _parse_number(label)) is not None:
+        found = next((i for name, i in label_ids.items() if _parse_number(name) == number), None)
+    if found is None:
+        known = list(label_ids)
+        listed = ", ".join(map(repr, known[:10])) + (", ..." if len(known) > 10 else "")
+        raise UserError(f"{place}: label {label!r} is unknown, expected one of {listed}")
+    return found
 
 
 def _numbers(table: Table, column: str) -> list[float]:

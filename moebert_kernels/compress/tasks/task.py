@@ -51,7 +51,8 @@ class Task:
 
     Attributes:
         name: as in `task_names`; of one's own table, that of the file.
-        kind: "classification", "regression", "token_classification" or "question_answering".
+        kind: "classification", "multi_label_classification", "regression", "token_classification" or
+            "question_answering".
         label_names: the classes in the order of their ids; empty for regression and question answering.
         metric_names: the official metrics, fractions of 1.
         main_metric: the one of them to compare models by; larger is better.
@@ -72,7 +73,8 @@ class TaskData:
 
     The columns depend on the kind:
 
-    * classification and regression: "text", "text_pair" for tasks on pairs, "label", a class id or number;
+    * classification and regression: "text", "text_pair" for tasks on pairs, "label", a class id or number, or
+      of multi-label classification a list of class ids;
     * token classification: "words", and "label", a class id per word;
     * question answering: "question", "context", "answers" (texts; none for a question without answer) and
       "starts", the character of the context at which each begins.

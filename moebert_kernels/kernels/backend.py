@@ -1,0 +1,81 @@
+"""The operator on CUDA: the experts' kernels and the norm's together, under the signature of all backends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from moebert_kernels.arguments import NUM_TENSORS, Call, Gradients, Saved
+from moebert_kernels.kernels import configs
+from moebert_kernels.kernels.configs import Config
+from moebert_kernels.kernels.ffn import expert_ffn_backward, expert_ffn_forward
+from moebert_kernels.kernels.norm import expert_norm_backward, expert_norm_forward
+from moebert_kernels.kernels.replay import Results, repeated
+
+
+def forward(call: Call, training: bool) -> tuple[Tensor, Saved]:
+    """y_TD, and what `backward` needs if `training`; activations and slopes in sorted order, z by slot."""
+    y_TD, *saved = repeated(_forward, call.tensors, (training, *call[NUM_TENSORS:]), _config(call))
+    return y_TD, Saved(*saved)  # type: ignore[return-value]
+
+
+def backward(call: Call, saved: Saved, dy_TD: Tensor, needs: Gradients) -> Gradients:
+    """The gradients, at least those that `needs` says."""
+    tensors = (*call.tensors, *saved, dy_TD)
+    grads = Gradients(*repeated(_backward, tensors, (needs, *call[NUM_TENSORS:]), _config(call)))
+    if call.residual_TD is not None or grads.residual_TD is None:
+        return grads
+    if grads.x_TD is not None:
+        grads.x_TD.add_(grads.residual_TD)
+    return grads._replace(residual_TD=None)
+
+
+def _config(call: Call) -> Config:
+    return configs.select(call.x_TD.device, call.x_TD.dtype, call.order_S.shape[0], call.w1_EFD.shape[0])
+
+
+def _forward(tensors: Sequence[Any], options: tuple[Any, ...], config: Config) -> Results:
+    training, *rest = options
+    call = Call(*tensors, *rest)
+    with_norm = call.ln_w_ED is not None
+    y, hidden = expert_ffn_forward(*[call.x_TD, *_experts(call), with_norm, training, config])
+    kept = hidden if training else None
+    if not with_norm:
+        return y, kept, None, None, None
+    of_norm = [*_norm(call), call.seed, call.norm_eps, call.dropout_p]
+    y_TD, mean_S, rstd_S = expert_norm_forward(*[y, call.residual, *of_norm])
+    return (y_TD, kept, y, mean_S, rstd_S) if training else (y_TD, None, None, None, None)
+
+
+def _backward(tensors: Sequence[Any], options: tuple[Any, ...], config: Config) -> Results:
+    needs, *rest = options
+    call, saved, dy = Call(*tensors[:NUM_TENSORS], *rest), Saved(*tensors[NUM_TENSORS:-1]), tensors[-1]
+    with_norm = call.ln_w_ED is not None
+    dresidual_TD = dln_w_ED = dln_b_ED = dgate_TK = None
+    if with_norm:
+        of_norm = [saved.z, call.residual, saved.mean_S, saved.rstd_S, *_norm(call), call.seed]
+        grads = expert_norm_backward(*[dy, *of_norm, call.dropout_p, needs.gate_TK])
+        dy, dresidual_TD, dln_w_ED, dln_b_ED, dgate_TK = grads
+    wanted = [*needs[:5], needs.gate_TK and not with_norm]
+    experts: Sequence[Tensor | None] = [None] * 6
+    if any(wanted):
+        of_forward = [call.x_TD, saved.hidden, *_experts(call)]
+        experts = expert_ffn_backward(*[dy, *of_forward, with_norm, wanted, config])
+    *of_experts, dgate_of_z = (grad if need else None for grad, need in zip(experts, wanted, strict=True))
+    dgate_TK = dgate_TK if with_norm and needs.gate_TK else dgate_of_z
+    return *of_experts, dgate_TK, dln_w_ED, dln_b_ED, dresidual_TD
+
+
+def _experts(call: Call) -> tuple[Any, ...]:
+    """Of `expert_ffn_forward`, from the order to `top_k`."""
+    gate_TK = None if call.ln_w_ED is not None else call.gate_TK
+    weights = (call.w1_EFD, call.b1_EF, call.w2_EDF, call.b2_ED)
+    return call.order_S, call.offsets_E1, *weights, gate_TK, call.activation, call.top_k
+
+
+def _norm(call: Call) -> tuple[Any, ...]:
+    """Of `expert_norm_forward`, from the ids to the gate."""
+    plan = (call.expert_ids_TK, call.order_S, call.offsets_E1)
+    return *plan, call.ln_w_ED, call.ln_b_ED, call.gate_TK

@@ -1,0 +1,26 @@
+"""Whether anybody but autograd would notice an operator: if not, what it does may be called directly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+_PLAIN = {Tensor, nn.Parameter, type(None)}
+
+
+def unwatched(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether there is no compiler, tracer, mode, subclass or transform.
+
+    Only then may a call go past the dispatcher, whose Python layers cost more than all else that happens on
+    the host.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and {type(t) for t in tensors} <= _PLAIN
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._len_torch_function_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch.jit.is_tracing()
+    )

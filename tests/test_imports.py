@@ -1,0 +1,93 @@
+"""What imports what: nobody waits for libraries that they do not use."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny_bert import LAYERS
+from tiny_encoders import build
+
+import moebert_kernels
+from moebert_kernels import models
+from moebert_kernels.models import to_moe
+
+SLOW = ("transformers", "datasets", "sklearn", "scipy", "pandas", "matplotlib", "triton", "torch._dynamo")
+
+
+def python(script, *arguments):
+    """What a new process prints."""
+    command = [sys.executable, "-W", "error::UserWarning:moebert_kernels", "-c", script, *map(str, arguments)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+def test_the_layer_alone_needs_torch_alone():
+    """Stops users of the layer from waiting for transformers, ten of its families, scikit-learn and scipy."""
+    script = (
+        "import sys, moebert_kernels\n"
+        "assert 'torch' not in sys.modules\n"
+        "from moebert_kernels import MoEFFN, RoutingPlan\n"
+        f"print([name for name in {SLOW} if name in sys.modules])\n"
+        "import torch\n"
+        "ffn = MoEFFN(8, 8, 2, norm_eps=1e-12)\n"
+        "plan = RoutingPlan.from_expert_ids(torch.tensor([0, 1, 1]), 2)\n"
+        "print(tuple(ffn(torch.ones(3, 8), routing=plan).shape), 'transformers' in sys.modules)\n"
+    )
+    assert python(script).splitlines() == ["[]", "(3, 8) False"]
+
+
+def test_help_comes_without_torch():
+    """Stops `moebert --help`, and a mistyped option, from taking seconds."""
+    script = (
+        "import sys\n"
+        "from moebert_kernels import cli\n"
+        "from typer.testing import CliRunner\n"
+        "for words in (['--help'], ['compress', '--help'], ['--version'], ['compress', '--epoch', '3']):\n"
+        "    CliRunner().invoke(cli.app, words)\n"
+        f"print([name for name in ('torch', *{SLOW}) if name in sys.modules])\n"
+    )
+    assert python(script) == "[]"
+
+
+@pytest.mark.parametrize("first", ["moebert_kernels", "transformers", "transformers.models.auto"])
+def test_a_student_loads_whichever_package_comes_first(tmp_path, first):
+    """Stops README's way to load a student from working in one order alone, or importing every family."""
+    torch.manual_seed(0)
+    index_LEF = torch.arange(8).view(1, 2, 4).repeat(LAYERS, 1, 1)
+    student = to_moe(build("Roberta"), index_LEF, num_shared_neurons=0)
+    student.save_pretrained(tmp_path)
+    script = (
+        f"import sys, {first}, moebert_kernels\n"
+        "from transformers import AutoConfig, AutoModel\n"
+        "model = AutoModel.from_pretrained(sys.argv[1])\n"
+        "assert type(AutoConfig.from_pretrained(sys.argv[1])) is type(model.config)\n"
+        "assert type(AutoConfig.for_model('moe-roberta', num_experts=2)) is type(model.config)\n"
+        "print(type(model).__name__, 'transformers.models.mpnet.modeling_mpnet' in sys.modules)\n"
+    )
+    assert python(script, tmp_path) == "MoERobertaModel False"
+
+
+def test_a_transformers_that_is_strange_to_us_still_imports():
+    """Stops our registration from breaking the import of another package."""
+    script = (
+        "import sys, warnings, moebert_kernels\n"
+        "sys.modules['moebert_kernels.models.families'] = None\n"
+        "with warnings.catch_warnings(record=True) as told:\n"
+        "    warnings.simplefilter('always')\n"
+        "    from transformers import AutoConfig\n"
+        "print(AutoConfig.for_model('bert').model_type, any('moebert' in str(w.message) for w in told))\n"
+    )
+    assert python(script) == "bert True"
+
+
+def test_every_name_is_there():
+    """Stops a name from being listed in `__all__` and found nowhere."""
+    for package in (moebert_kernels, models):
+        for name in package.__all__:
+            assert getattr(package, name) is not None
+        with pytest.raises(AttributeError, match="has no attribute 'MoENothing'"):
+            package.MoENothing  # noqa: B018
+    assert models.MoEMPNetForTokenClassification.__name__ == "MoEMPNetForTokenClassification"
+    assert set(moebert_kernels.__all__) <= set(dir(moebert_kernels))

@@ -160,6 +160,8 @@ def test_teacher_and_text_in_student_out(call, folder):
         assert result.exit_code == 0, result.output + result.stderr
         assert "agreement" in result.stdout
         assert "wrong" in result.stdout  # of what a layer puts out
+        assert "held out; no labels" in result.stdout
+        assert "one answer to all rows" not in result.stdout
         results = json.loads((folder / out / "results.json").read_text())
         assert set(results["models"][1]["quality"]) == {"agreement", "divergence"}
         assert results["losses"] == {}

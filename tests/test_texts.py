@@ -16,12 +16,16 @@ from moebert_kernels.compress.importance import compute_importance
 from moebert_kernels.compress.settings import CompressSettings
 from moebert_kernels.compress.tasks import CsvOptions, tokenize
 from moebert_kernels.compress.tasks.texts import has_no_labels, load_texts
-from moebert_kernels.compress.teacher_loss import _roots, prediction_shift_loss
+from moebert_kernels.compress.teacher_loss import _roots, _yes_and_no_roots, prediction_shift_loss
 from moebert_kernels.compress.text_pipeline import compress_texts, likeness
 from moebert_kernels.errors import ArgumentError, UserError
 
 HEADS = {
     "classes": (BertForSequenceClassification, {"num_labels": 5}),
+    "several": (
+        BertForSequenceClassification,
+        {"num_labels": 3, "problem_type": "multi_label_classification"},
+    ),
     "numbers": (BertForSequenceClassification, {"num_labels": 1}),
     "tokens": (BertForTokenClassification, {"num_labels": 3}),
     "spans": (BertForQuestionAnswering, {}),
@@ -77,14 +81,21 @@ def test_labels_are_asked_for_by_what_needs_them(tmp_path, texts):
 
 
 def test_shift_is_measured_where_divergence_is_a_distance():
-    """J^T J of 2 sqrt(p) is the Fisher information diag(p) - p p^T; no infinite slope where p is 0."""
+    """J^T J of 2 sqrt(p) is the Fisher information diag(p) - p p^T; no infinite slope where p is 0.
+
+    Of classes that are each true or not it is diag(p (1 - p)).
+    """
     logits = torch.tensor([0.3, -1.2, 2.0, 0.0], dtype=torch.float64)
     jacobian = torch.autograd.functional.jacobian(_roots, logits)
     p = logits.softmax(0)
     torch.testing.assert_close(jacobian.T @ jacobian, p.diag() - p[:, None] * p)
-    certain = torch.tensor([0.0, 2000.0], requires_grad=True)
-    _roots(certain).sum().backward()
-    assert bool(certain.grad.isfinite().all())
+    jacobian = torch.autograd.functional.jacobian(_yes_and_no_roots, logits).flatten(0, 1)
+    p = logits.sigmoid()
+    torch.testing.assert_close(jacobian.T @ jacobian, (p * (1 - p)).diag())
+    for roots in (_roots, _yes_and_no_roots):
+        certain = torch.tensor([0.0, 2000.0], requires_grad=True)
+        roots(certain).sum().backward()
+        assert bool(certain.grad.isfinite().all())
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -109,6 +120,10 @@ def test_likeness_by_hand():
     assert found["agreement"] == pytest.approx(2 / 3)
     assert found["divergence"] > 0
     assert likeness("classification", theirs, theirs) == {"agreement": 1.0, "divergence": 0.0}
+    several = [np.array([2.0, -1.0]), np.array([2.0, -3.0])]
+    moved = [np.array([1.0, -3.0]), np.array([3.0, 1.0])]  # the likelier of the two is the same in both
+    assert likeness("multi_label_classification", moved, several)["agreement"] == 0.5
+    assert likeness("multi_label_classification", moved, several)["divergence"] > 0
     numbers = [np.array([1.0]), np.array([2.0]), np.array([4.0])]
     doubled = [2 * number for number in numbers]
     assert likeness("regression", doubled, numbers) == pytest.approx({"pearson": 1.0, "divergence": 7.0})

@@ -44,9 +44,8 @@ def prediction_shift_loss(config: Any, *, seed: int = 0) -> Callable[[Any, Mappi
     Returns:
         A loss for `compute_importance`: of a model's output and its batch, the sum over samples.
     """
-    is_several = config.problem_type == "multi_label_classification"
-    # Of several classes, each has two probabilities.
-    directions_NC = drawn_directions(config.num_labels * (2 if is_several else 1), seed)
+    directions_NC = drawn_directions(config.num_labels, seed)
+    no_directions_NC = drawn_directions(config.num_labels, seed + 1)
     places_N1 = drawn_directions(1, seed)
 
     def loss(output: Any, batch: Mapping[str, Tensor]) -> Tensor:
@@ -71,10 +70,11 @@ def prediction_shift_loss(config: Any, *, seed: int = 0) -> Callable[[Any, Mappi
             component_BS = (_roots(output.logits) * along(directions_NC, number_BS)).sum(-1)
             return component_BS.masked_fill(mask_BS == 0, 0).sum()
         if kind == "multi_label_classification":
-            yes_and_no_BC2 = torch.stack([output.logits, torch.zeros_like(output.logits)], -1)
-            moved_BC = _roots(yes_and_no_BC2).flatten(1)
-        else:
-            moved_BC = _wide(output.logits) if kind == "regression" else _roots(output.logits)
+            directions_BC2 = torch.stack(
+                [along(directions_NC, number_B), along(no_directions_NC, number_B)], -1
+            )
+            return (_yes_and_no_roots(output.logits) * directions_BC2).sum()
+        moved_BC = _wide(output.logits) if kind == "regression" else _roots(output.logits)
         return (moved_BC * along(directions_NC, number_B)).sum()
 
     return loss
@@ -83,6 +83,11 @@ def prediction_shift_loss(config: Any, *, seed: int = 0) -> Callable[[Any, Mappi
 def _roots(logits: Tensor) -> Tensor:
     """2 sqrt(p), by way of log p: where p is 0 its root has no gradient, and no infinite one."""
     return 2 * (_wide(logits).log_softmax(-1) / 2).exp()
+
+
+def _yes_and_no_roots(logits_BC: Tensor) -> Tensor:
+    """The roots [B, C, 2] of classes that are each true or not, whatever the others are."""
+    return _roots(torch.stack([logits_BC, torch.zeros_like(logits_BC)], -1))
 
 
 def _wide(logits: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """README tables from result files, between markers `<!-- bench:NAME:begin -->` and `<!-- bench:NAME:end -->`.
 
 NAME is an operator and a kind of device, such as `ffn-cpu` or `model-gpu`, or `targets-gpu`, or `demo` for
-the results of `make demo`, kept as demo.json, or `quality-STUDY` for a study of `bench.quality`, or
-`quality-settings` for what its studies change. What was never measured says so.
+the results of `make demo`, kept as demo.json, or `fit` for those of `bench.fit`, or `quality-STUDY` for a
+study of `bench.quality`, or `quality-settings` for what its studies change. What was never measured says so.
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ def update(text: str, folder: str | Path) -> str:
         name = match["name"]
         if name == "demo":
             content = demo(Path(folder))
+        elif name == "fit":
+            content = fit(Path(folder))
         elif name.startswith("quality-"):
             content = quality(Path(folder) / "quality" / f"{name.removeprefix('quality-')}.jsonl")
         else:
@@ -94,6 +96,16 @@ def demo(folder: Path) -> str:
         f"the stages took {seconds / 60:.1f} minutes.*"
     )
     return "\n".join([*lines, "", source])
+
+
+def fit(folder: Path) -> str:
+    """The table of `python -m bench.fit`, kept as fit.json."""
+    from .fit import tables  # it knows of models, and what those import
+
+    path = folder / "fit.json"
+    if not path.is_file():
+        return f"*`python -m bench.fit`: {NOT_MEASURED}.*"
+    return tables(json.loads(path.read_text(encoding="utf-8")))
 
 
 def quality(file: Path) -> str:

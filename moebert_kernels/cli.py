@@ -157,6 +157,10 @@ def compress(
     importance_rows: ScoredRows = defaults.IMPORTANCE_ROWS,
     compare: Comparisons = None,
     seeds: Seeds = 1,
+    no_distill: Annotated[
+        bool,
+        typer.Option("--no-distill", help="Do not train: the student is done when its experts are fitted."),
+    ] = False,
     no_measure: Annotated[
         bool, typer.Option("--no-measure", help="Leave out measuring speed, which takes up to a minute.")
     ] = False,
@@ -168,7 +172,9 @@ def compress(
         ),
     ] = None,
 ) -> None:
-    """Turn a fine-tuned model into a MoE: importance, split, distillation, evaluation, report.
+    """Turn a fine-tuned model into a MoE: importance, split, fit, distillation, evaluation, report.
+
+    moebert compress --teacher my-bert --data sentences.txt --no-distill --output runs/fitted
 
     moebert compress --teacher my-bert --task sst2 --data SST-2 --output runs/sst2
 
@@ -181,9 +187,9 @@ def compress(
     sentences, after `import moebert_kernels`. An interrupted run goes on where it was when it is given again;
     a stage whose inputs are unchanged is reused.
     """
-    from moebert_kernels.compress import embedding_pipeline, pipeline, processes, report
+    from moebert_kernels.compress import embedding_pipeline, pipeline, processes, report, text_pipeline
     from moebert_kernels.compress.summary import warnings_of
-    from moebert_kernels.compress.tasks import describe_labels
+    from moebert_kernels.compress.tasks import describe_labels, texts
     from moebert_kernels.compress.terminal import StageBars, results_table
     from moebert_kernels.errors import UserError
 
@@ -198,6 +204,7 @@ def compress(
         training,
         importance_rows=importance_rows,
         comparisons=comparisons,
+        distill=not no_distill,
         measure=not no_measure,
         measure_length=measure_length,
         seeds=seeds,
@@ -207,7 +214,8 @@ def compress(
         if data.task == "embed":
             make, rows = embedding_pipeline.compress_embeddings, data.load_sentences(pairs)
         else:
-            make, rows = pipeline.compress, data.load()
+            rows = data.load(needs_labels=False)
+            make = text_pipeline.compress_texts if rows.task.kind == texts.KIND else pipeline.compress
             console.print(describe_labels(rows), soft_wrap=True, markup=False)
         results = make(settings, rows, teacher, output, progress=progress, say=console.print)
     processes.on_main(lambda: report.write_report(results, output / "report.html"))
@@ -260,7 +268,12 @@ def importance(
         settings = compress_settings(run, importance_rows=importance_rows)
         with StageBars(console) as progress:
             scores = steps.score_teacher(
-                settings, data.load(), teacher, output, per_token=per_token, progress=progress
+                settings,
+                data.load(needs_labels=False),
+                teacher,
+                output,
+                per_token=per_token,
+                progress=progress,
             )
     layers, neurons = scores.scores_LF.shape
     console.print(f"{output}: scores of {layers} layers of {neurons} neurons", soft_wrap=True)
@@ -280,12 +293,12 @@ def adapt(
         bool, typer.Option("--random-split", help="Instead: deal the neurons out at random, to compare.")
     ] = False,
 ) -> None:
-    """Cut a fine-tuned model's feed-forward networks into experts; distil the result afterwards.
+    """Cut a fine-tuned model's feed-forward networks into experts, and fit each to the tokens that reach it.
 
-    moebert adapt --teacher my-bert --importance scores.safetensors --output adapted
+    moebert adapt --teacher my-bert --importance scores.safetensors --data sentences.txt --output adapted
 
-    Only hash-balance and hash-affinity read rows: they count their tokens. hash-affinity needs importance
-    that was taken --per-token.
+    With --no-fit, only hash-balance and hash-affinity read rows: they count their tokens. hash-affinity needs
+    importance that was taken --per-token. Labels are not needed.
     """
     from moebert_kernels.compress import steps
     from moebert_kernels.compress.adapt import COUNTING_ROUTINGS
@@ -295,9 +308,19 @@ def adapt(
     if (importance is None) != random_split:
         raise UserError("give --importance with the scores, or --random-split: one of the two")
     settings = compress_settings(run, experts, routing=defaults.ROUTING_WITHOUT_DATA)
-    rows = data.load() if settings.routing in COUNTING_ROUTINGS else None
-    with StageBars(Console(highlight=False)) as progress:
-        student = steps.split_teacher(settings, teacher, importance, output, data=rows, progress=progress)
+    is_counted = settings.routing in COUNTING_ROUTINGS
+    if settings.fit and not is_counted and data.task is data.data is None:
+        raise UserError(
+            "--data must be given: experts are fitted to text, which needs no labels; --no-fit leaves them "
+            "as they are cut"
+        )
+    needed = settings.fit or is_counted
+    rows = data.load(needs_labels=False) if needed else None
+    console = Console(highlight=False)
+    with StageBars(console) as progress:
+        student = steps.split_teacher(
+            settings, teacher, importance, output, data=rows, progress=progress, say=console.print
+        )
     config = student.config
     typer.echo(
         f"{output}: {config.num_experts} experts of {config.expert_size} neurons per layer, "
@@ -327,7 +350,13 @@ def distill(
     console = Console(highlight=False)
     with StageBars(console) as progress:
         found = steps.distill_student(
-            settings, data.load(), student, teacher, output, progress=progress, say=console.print
+            settings,
+            data.load(needs_labels=False),
+            student,
+            teacher,
+            output,
+            progress=progress,
+            say=console.print,
         )
     terms = ", ".join(f"{name} {value:.4g}" for name, value in found.losses[-1].items() if name != "step")
     typer.echo(f"{output}: last losses {terms}")

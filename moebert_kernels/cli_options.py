@@ -96,8 +96,12 @@ class DataOptions:
         ),
     ] = None
 
-    def load(self) -> TaskData:
+    def load(self, *, needs_labels: bool = True) -> TaskData:
         """Read the rows.
+
+        Args:
+            needs_labels: whether what they are for does. If not, and if no task or label column is named, a
+                file of text will do: rows have the kind `texts.KIND` then.
 
         Raises:
             UserError: the options do not fit each other or the files.
@@ -105,6 +109,8 @@ class DataOptions:
         from moebert_kernels.compress.tasks import AnswerOptions, CsvOptions, load_task
         from moebert_kernels.errors import UserError
 
+        if not needs_labels and self._has_no_labels():
+            return self._load_texts()
         task, data = self._task_and_data()
         if task == "embed":
             raise UserError(
@@ -134,6 +140,53 @@ class DataOptions:
             answers=AnswerOptions(**answers) if answers else None,
         )
 
+    def _has_no_labels(self) -> bool:
+        import warnings
+
+        from moebert_kernels.compress.tasks import CsvOptions
+        from moebert_kernels.compress.tasks.texts import TEXT_SUFFIXES, has_no_labels
+
+        if self.data is None or Path(self.data).suffix.lower() not in TEXT_SUFFIXES:
+            return False
+        if self.task == "csv" and self.label_column is None:
+            columns = CsvOptions(**_given(text=self.text_column))
+            if has_no_labels(self.data, columns):
+                warnings.warn(
+                    f"{self.data} has no column {columns.label!r}: its texts are taken without labels; for "
+                    "labelled rows, give --label-column",
+                    stacklevel=2,
+                )
+                return True
+        return self.task is None
+
+    def _load_texts(self) -> TaskData:
+        from moebert_kernels.compress.tasks import CsvOptions
+        from moebert_kernels.compress.tasks.texts import load_texts
+        from moebert_kernels.errors import UserError
+
+        used = (
+            *("task", "data", "text_column", "pair_column"),
+            *("validation_data", "validation_fraction", "split_seed"),
+        )
+        self._check_unused(used, "text without labels; for labelled rows, name a --task")
+        if self.validation_data is not None and self.validation_fraction is not None:
+            raise UserError("give --validation-data or --validation-fraction, not both")
+        columns = _given(
+            text=self.text_column,
+            text_pair=self.pair_column,
+            validation_file=self.validation_data,
+            validation_fraction=self.validation_fraction,
+            seed=self.split_seed,
+        )
+        return load_texts(str(self.data), CsvOptions(**columns))
+
+    def _check_unused(self, used: tuple[str, ...], what: str) -> None:
+        from moebert_kernels.errors import UserError
+
+        for field in dataclasses.fields(self):
+            if field.name not in used and getattr(self, field.name) is not None:
+                raise UserError(f"{option_of(field.name)} does not apply to {what}")
+
     def as_words(self) -> list[str]:
         """What was given, as words of a command line."""
         given = _given(**{field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
@@ -146,7 +199,8 @@ class DataOptions:
             missing = [name for name in ("task", "data") if getattr(self, name) is None]
             raise UserError(
                 f"{' and '.join(f'--{name}' for name in missing)} must be given: "
-                "--task sst2 --data SST-2, for instance, or --task csv --data my.csv"
+                "--task sst2 --data SST-2, for instance, or --task csv --data my.csv; where labels are not "
+                "needed, --data sentences.txt or my.csv alone"
             )
         return self.task, self.data
 
@@ -181,13 +235,10 @@ class CompressDataOptions(DataOptions):
         """
         from moebert_kernels.compress.sentences import load_sentences
         from moebert_kernels.compress.tasks import CsvOptions
-        from moebert_kernels.errors import UserError
 
         _, data = self._task_and_data()
         used = ("text_column", "pair_column", "label_column", "validation_fraction", "split_seed")
-        for field in dataclasses.fields(self):
-            if field.name not in ("task", "data", *used) and getattr(self, field.name) is not None:
-                raise UserError(f"{option_of(field.name)} does not apply to --task embed")
+        self._check_unused(("task", "data", *used), "--task embed")
         columns = _given(
             text=self.text_column,
             text_pair=self.pair_column,
@@ -232,6 +283,17 @@ class ExpertOptions:
         ),
     ] = None
     top_k: Annotated[int, _experts(help="Experts per token; more than 1 needs a gate.")] = 1
+    no_fit: Annotated[
+        bool,
+        _experts(
+            "--no-fit",
+            help="Leave experts as they are cut, as in the paper. By default each is fitted, by least "
+            "squares, to what the teacher's layers do with its tokens.",
+        ),
+    ] = False
+    fit_rows: Annotated[int, _experts(help="Training rows to fit experts to; labels are not needed.")] = (
+        defaults.FIT_ROWS
+    )
 
     def settings(self) -> dict[str, Any]:
         """As arguments of `CompressSettings`."""
@@ -240,6 +302,8 @@ class ExpertOptions:
             "expert_size": self.expert_size,
             "num_shared": self.shared,
             "top_k": self.top_k,
+            "fit": not self.no_fit,
+            "fit_rows": self.fit_rows,
             **({} if self.routing is None else {"routing": self.routing}),
         }
 

@@ -297,7 +297,7 @@ def test_a_label_unseen_in_training_is_named_with_its_place(tmp_path, name, text
     ("arguments", "message"),
     [
         (
-            "adapt --teacher model --random-split --output x --seed 4294967296",
+            "adapt --teacher model --random-split --no-fit --output x --seed 4294967296",
             "--seed must be at most 4294967295",
         ),
         (
@@ -305,7 +305,7 @@ def test_a_label_unseen_in_training_is_named_with_its_place(tmp_path, name, text
             "--split-seed must not be negative",
         ),
         (
-            "adapt --teacher model --random-split --experts 17 --output x",
+            "adapt --teacher model --random-split --no-fit --experts 17 --output x",
             "--experts must be 1 to the 16 neurons",
         ),
         (f"evaluate --model {'x' * 300} --task csv --data rows.csv", "there is no folder xxx"),

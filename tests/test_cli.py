@@ -116,21 +116,23 @@ def test_compress_end_to_end(call, folder):
 
 def test_a_moe_is_no_teacher(call):
     """It was said to have no feed-forward network."""
-    made = call("adapt --teacher teacher --random-split --output experts")
+    made = call("adapt --teacher teacher --random-split --no-fit --output experts")
     assert made.exit_code == 0, made.output + made.stderr
-    result = call("adapt --teacher experts --random-split --output x")
+    result = call("adapt --teacher experts --random-split --no-fit --output x")
     assert_user_error(result, "the model in experts is a MoE already")
 
 
 def test_the_stages_one_by_one_make_what_compress_makes(call, folder):
+    """Unfitted, as in the paper: `compress` alone holds out rows, to choose between fitted and distilled."""
     common = f"--teacher teacher {TABLE}"
     said = {}
     for command in (
         f"importance {common} --per-token --output one/scores.safetensors",
-        f"adapt {common} --importance one/scores.safetensors --routing hash-affinity --output one/adapted",
+        f"adapt {common} --importance one/scores.safetensors --routing hash-affinity --no-fit "
+        "--output one/adapted",
         f"distill --student one/adapted {common} --epochs 1 --output one/student",
         f"evaluate --model one/student {TABLE} --output one/metrics.json",
-        f"compress {common} --epochs 1 --no-measure --output all",
+        f"compress {common} --epochs 1 --no-fit --no-measure --output all",
     ):
         result = call(command)
         assert result.exit_code == 0, command + result.output + result.stderr
@@ -145,6 +147,34 @@ def test_the_stages_one_by_one_make_what_compress_makes(call, folder):
     quality = {model["name"]: model["quality"] for model in models}
     assert json.loads((folder / "one" / "metrics.json").read_text()) == quality["student"]
     assert not list((folder / "one" / "student").glob("checkpoints-*"))
+
+
+def test_teacher_and_text_in_student_out(call, folder):
+    """No label, no training, no name of a task; csv without a label column, and step by step."""
+    rows = (folder / "reviews.csv").read_text().splitlines()
+    texts = [row.rsplit(",", 1)[0] for row in rows[1:]]
+    (folder / "texts.txt").write_text("\n".join(texts))
+    (folder / "texts.csv").write_text("\n".join(["text", *texts]))
+    for data, out in (("texts.txt", "plain"), ("texts.csv --task csv", "table")):
+        result = call(f"compress --teacher teacher --data {data} --no-distill --no-measure --output {out}")
+        assert result.exit_code == 0, result.output + result.stderr
+        assert "agreement" in result.stdout
+        assert "wrong" in result.stdout  # of what a layer puts out
+        assert "held out; no labels" in result.stdout
+        assert "one answer to all rows" not in result.stdout
+        results = json.loads((folder / out / "results.json").read_text())
+        assert set(results["models"][1]["quality"]) == {"agreement", "divergence"}
+        assert results["losses"] == {}
+        AutoModelForSequenceClassification.from_pretrained(folder / out / "student")
+    for command in (
+        "importance --teacher teacher --data texts.txt --output texts.safetensors",
+        "adapt --teacher teacher --importance texts.safetensors --data texts.txt --output from-texts",
+        "distill --student from-texts --teacher teacher --data texts.txt --epochs 0.1 --output distilled",
+    ):
+        result = call(command)
+        assert result.exit_code == 0, command + result.output + result.stderr
+        if command.startswith("adapt"):
+            assert "is wrong" in " ".join(result.stdout.split())
 
 
 def test_affinity_step_by_step(call, folder):
@@ -221,6 +251,13 @@ def test_published_importance_converts(call, folder):
             ["--validation-data: nowhere.csv is not a file"],
         ),
         ("compress --teacher teacher --output x", ["--task", "--data"]),
+        ("finetune --model teacher --data texts.txt --output x", ["--task must be given"]),
+        ("evaluate --model teacher --data reviews.csv", ["--task must be given"]),
+        (
+            "compress --teacher teacher --data reviews.csv --label-column stars --output x",
+            ["--label-column does not apply to text without labels; for labelled rows, name a --task"],
+        ),
+        ("adapt --teacher teacher --random-split --output x", ["--data must be given", "--no-fit"]),
         (
             "compress --teacher teacher --task csv --data reviews.csv --output x",
             [
@@ -273,7 +310,7 @@ def test_published_importance_converts(call, folder):
             ],
         ),
         (
-            "adapt --teacher teacher --random-split --output mine",
+            "adapt --teacher teacher --random-split --no-fit --output mine",
             ["--output: mine holds thesis.tex: give a new or an empty"],
         ),
         (f"compress --teacher untokenized {TABLE} --output x", ["--teacher: untokenized holds no tokenizer"]),
@@ -305,7 +342,7 @@ def test_published_importance_converts(call, folder):
         ("importance --convert reviews.csv --output x.safetensors", ["--convert: reviews.csv"]),
         ("adapt --teacher teacher --output x", ["--importance", "--random-split"]),
         (
-            "adapt --teacher teacher --importance nowhere --output x",
+            "adapt --teacher teacher --importance nowhere --no-fit --output x",
             ["--importance: there is no importance file nowhere"],
         ),
         ("adapt --teacher teacher --random-split --routing hash-balance --output x", ["--task"]),
@@ -314,7 +351,7 @@ def test_published_importance_converts(call, folder):
             f"adapt --teacher teacher --random-split --routing hash-affinity {TABLE} --output x",
             ["--routing must not be hash-affinity in a split at random"],
         ),
-        ("adapt --teacher teacher --random-split --output teacher", ["already holds a model"]),
+        ("adapt --teacher teacher --random-split --no-fit --output teacher", ["already holds a model"]),
         (
             f"distill --student teacher --teacher teacher {TABLE} --output x",
             ["--student: ", "no experts", "moebert adapt"],

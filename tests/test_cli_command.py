@@ -69,7 +69,7 @@ def test_a_second_run_on_the_same_folder(call, folder):
     [
         f"{COMPRESS} --output rows.csv/out",
         f"importance --teacher teacher {TABLE.split(' --batch')[0]} --output rows.csv/scores.safetensors",
-        "adapt --teacher teacher --random-split --output rows.csv/adapted",
+        "adapt --teacher teacher --random-split --no-fit --output rows.csv/adapted",
         f"finetune --model teacher {TABLE} --epochs 1 --output rows.csv/fresh",
         f"evaluate --model teacher {TABLE.split(' --batch')[0]} --output rows.csv/metrics.json",
     ],
@@ -91,7 +91,7 @@ def test_a_folder_that_cannot_be_written(number, call, monkeypatch):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(artifacts.tempfile, "mkdtemp", refused)
-    result = call("adapt --teacher teacher --random-split --output locked/out")
+    result = call("adapt --teacher teacher --random-split --no-fit --output locked/out")
     assert_failed(
         result, f"cannot write to the folder locked: {os.strerror(number)}; ", "another output folder"
     )

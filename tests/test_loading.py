@@ -3,10 +3,12 @@
 import warnings
 
 import pytest
+from datasets import Dataset
 from test_pipeline import make_data, make_teacher
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from moebert_kernels.compress.loading import load_model, save_encoder, warn_of_other_rows
+from moebert_kernels.compress.tasks import Task, TaskData
 
 
 @pytest.fixture
@@ -25,6 +27,16 @@ def test_other_training_rows_than_the_teachers_are_warned_of(saved):
         warn_of_other_rows(saved, make_data())
     with pytest.warns(UserWarning, match="not those .*saved was fine-tuned on"):
         warn_of_other_rows(saved, make_data(seed=1))
+
+
+def test_of_rows_whose_labels_are_answers_it_is_said_too(saved):
+    """Stops it from being left out of question answering, as of text, for want of a column of labels."""
+    rows = Dataset.from_dict({"question": ["who?"], "context": ["he"], "answers": [["he"]], "starts": [[0]]})
+    with pytest.warns(UserWarning, match="not those"):
+        warn_of_other_rows(saved, TaskData(Task("t", "question_answering", (), ("f1",), "f1"), rows, rows))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_other_rows(saved, TaskData(Task("t", "text", (), (), ""), rows, rows))
 
 
 @pytest.mark.parametrize("notes", [None, "", "[]", "{}"])

@@ -145,6 +145,72 @@ def test_results_hold_what_the_report_needs(finished):
     assert list(results["timings_s"]) == stage_names(SETTINGS)
 
 
+def test_fit_is_told_of_and_the_better_student_is_kept(finished):
+    """On rows held out of the training rows, the student is never farther from the teacher than fitted."""
+    output, results, _ = finished
+    assert list(results["fitting"]) == ["student", "random split"]
+    for name in ("student", "random split"):
+        fitting = results["fitting"][name]
+        assert fitting["rows"] == 44  # four are held out
+        assert all(fitted < cut for cut, fitted in zip(fitting["cut_L"], fitting["fitted_L"], strict=True))
+        distances = fitting["divergence"]
+        assert distances["fitted"] < distances["cut"]
+        nearer = min(("fitted", "distilled"), key=distances.__getitem__)
+        assert fitting["kept"] == nearer
+    kept = load_file(output / "student" / "model.safetensors")
+    expected = load_file(
+        output / "work" / "student" / results["fitting"]["student"]["kept"] / "model.safetensors"
+    )
+    assert all(torch.equal(value, expected[name]) for name, value in kept.items())
+
+
+@pytest.mark.parametrize("is_nearer", [True, False])
+def test_what_is_kept_is_said_and_evaluated(teacher, tmp_path, monkeypatch, is_nearer):
+    """Stops a student that is worse for having been trained."""
+    distances = iter([3.0, 2.0, 1.0 if is_nearer else 2.5])  # cut, fitted, distilled
+    monkeypatch.setattr(pipeline, "divergence", lambda *models, **how: next(distances))
+    said = []
+    settings = replace(SETTINGS, epochs=1, comparisons=(), measure=False, measure_length=None)
+    results = compress(settings, make_data(), teacher, tmp_path / "out", say=said.append)
+    kept = "distilled" if is_nearer else "fitted"
+    assert results["fitting"]["student"]["kept"] == kept
+    assert ("student: kept as it was fitted" in " ".join(said)) != is_nearer
+    student, expected = (
+        load_file(tmp_path / "out" / folder / "model.safetensors")
+        for folder in ("student", f"work/student/{kept}")
+    )
+    assert all(torch.equal(value, expected[name]) for name, value in student.items())
+
+
+def test_without_training_it_ends_with_the_fit_and_goes_on_from_there(teacher, tmp_path):
+    """Stops a student/ that is left from the run before, of the other kind."""
+    output, calls = tmp_path / "out", []
+    trained = replace(
+        SETTINGS, epochs=1, comparisons=("narrow", "layers"), measure=False, measure_length=None
+    )
+    untrained = replace(trained, distill=False)
+
+    def again(settings):
+        calls.clear()
+        results = compress(settings, make_data(), teacher, output, progress=lambda *call: calls.append(call))
+        assert list(results["timings_s"]) == stage_names(settings)
+        return results, list(dict.fromkeys(name for name, _, total in calls if total > 0))
+
+    results, done = again(untrained)
+    assert done == stage_names(untrained)
+    assert [m["name"] for m in results["models"]] == ["teacher", "student", "narrow FFN", "fewer layers"]
+    assert list(results["fitting"]) == ["student", "narrow FFN"]
+    assert results["losses"] == {}
+    fitted = load_file(output / "student" / "model.safetensors")
+    _, done = again(trained)
+    assert "fit student" not in done
+    assert "distill student" in done
+    _, done = again(untrained)
+    assert {name.split()[0] for name in done} <= {"save", "expert", "evaluate"}
+    now = load_file(output / "student" / "model.safetensors")
+    assert all(torch.equal(value, fitted[name]) for name, value in now.items())
+
+
 def test_progress_tells_the_truth(finished):
     _, _, calls = finished
     order = list(dict.fromkeys(name for name, *_ in calls))
@@ -200,7 +266,12 @@ def test_the_student_folder_holds_a_model_and_nothing_else(finished):
 def weights(output):
     return {
         name: load_file(output / where / "model.safetensors")
-        for name, where in (("student", "student"), ("random", "work/random/distilled"))
+        for name, where in (
+            ("kept", "student"),
+            ("fitted", "work/student/fitted"),
+            ("student", "work/student/distilled"),
+            ("random", "work/random/distilled"),
+        )
     }
 
 
@@ -209,14 +280,20 @@ def assert_same_outcome(output, other):
         for key, value in weights(other)[name].items():
             assert torch.equal(tensors[key], value), (name, key)
     first, second = (json.loads((folder / "results.json").read_text()) for folder in (output, other))
-    for key in ("losses", "training_load_NLE"):
+    for key in ("fitting", "losses", "training_load_NLE"):
         assert first[key] == second[key]
     assert [m["quality"] for m in first["models"]] == [m["quality"] for m in second["models"]]
 
 
 @pytest.mark.parametrize(
     "interrupted_at",
-    [("importance", 32), ("adapt student", 0), ("distill student", 9), ("distill random split", 7)],
+    [
+        ("importance", 32),
+        ("adapt student", 0),
+        ("fit student", 2),
+        ("distill student", 9),
+        ("distill random split", 7),
+    ],
 )
 def test_interrupted_anywhere_and_started_again_it_ends_the_same(finished, teacher, tmp_path, interrupted_at):
     calls = []
@@ -241,7 +318,8 @@ def test_interrupted_anywhere_and_started_again_it_ends_the_same(finished, teach
 
 def test_unchanged_stages_are_reused_and_changed_ones_are_not(teacher, tmp_path):
     calls = []
-    output, settings = tmp_path / "out", replace(SETTINGS, epochs=1, comparisons=())
+    # Unfitted: where the fitted student is kept, what comes after has nothing new to work on.
+    output, settings = tmp_path / "out", replace(SETTINGS, epochs=1, comparisons=(), fit=False)
 
     def again(settings, data=None):
         calls.clear()
@@ -267,6 +345,8 @@ def test_unchanged_stages_are_reused_and_changed_ones_are_not(teacher, tmp_path)
         "measure",
     ]
     shutil.rmtree(output / "student")
+    assert again(replace(settings, distill_weight=2.0, measure_length=8), changed) == ["save student"]
+    shutil.rmtree(output / "work" / "student" / "distilled")
     assert "distill student" in again(replace(settings, distill_weight=2.0, measure_length=8), changed)
 
 

@@ -119,6 +119,15 @@ def test_compress_as_a_whole(one, two):
     for key in ("expert_load_LE", "training_load_NLE"):
         assert results[key] == alone[key]
     assert [m["quality"] for m in results["models"]] == [m["quality"] for m in alone["models"]]
+    ours, theirs = (found["fitting"]["student"] for found in (results, alone))
+    assert (ours["rows"], ours["num_tokens"]) == (theirs["rows"], theirs["num_tokens"])
+    for errors in ("cut_L", "fitted_L"):
+        assert ours[errors] == pytest.approx(theirs[errors], rel=1e-4)
+    shared, fitted = (
+        load_file(out / "whole" / "work" / "student" / "fitted" / "model.safetensors") for out in (two, one)
+    )
+    for name, value in fitted.items():
+        torch.testing.assert_close(shared[name], value, rtol=1e-4, atol=1e-5)
     for name, curve in alone["losses"].items():
         for ours, theirs in zip(results["losses"][name], curve, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-4)

@@ -380,3 +380,17 @@ def test_a_page_that_cannot_be_made_leaves_the_old_one(results, tmp_path):
         write_report(broken, path)
     assert path.read_text() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_summary_of_what_was_only_fitted_and_of_what_training_made_worse(results):
+    fitting = {"num_tokens": 9, "cut_L": [0.3], "fitted_L": [0.1], "divergence": {"cut": 2.0, "fitted": 1.0}}
+    results["fitting"] = {"student": {**fitting, "kept": "fitted"}}
+    text = " ".join(summarize(results))
+    assert "each fitted to what they do with its tokens" in text
+    assert "kept as it was fitted" in text
+    results["models"] = [m for m in results["models"] if not m["name"].endswith("before distillation")]
+    results |= {"losses": {}, "training_load_NLE": {}, "fitting": {"student": fitting}}
+    text = " ".join(summarize(results))
+    assert "without any training" in text
+    assert "distill" not in text
+    assert "Distillation losses" not in render_report(results)

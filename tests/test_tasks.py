@@ -442,6 +442,10 @@ def test_the_labels_of_every_kind_are_told():
     assert told("token_classification", [[0, 1], [0]], ("O", "B-X")) == "2 classes: O (2), B-X (1)"
     assert told("question_answering", [["a"], []]) == "1 questions without an answer"
     assert told("question_answering", [["a"], ["b"]]) == ""
+    texts = Dataset.from_dict({"text": ["one", "two"]})
+    without = TaskData(Task("t", "text", (), ("agreement",), "agreement"), texts, texts.select([0]))
+    assert describe_labels(without) == "2 training texts, 1 held out; no labels"
+    assert constant_score(without) is None
 
 
 def test_a_validation_label_that_training_lacks_is_named(tmp_path):

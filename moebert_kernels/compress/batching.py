@@ -174,6 +174,18 @@ def sample_rows(dataset: Dataset, count: int | None, seed: int) -> Dataset:
     return dataset.select(np.sort(order[:count]))
 
 
+def hold_out(dataset: Dataset, seed: int) -> tuple[Dataset, Dataset]:
+    """Part rows at random in those to train on and those to choose between models by: a tenth, at most 512.
+
+    Of a single row there is no part: it is both.
+    """
+    count = min(max(len(dataset) // 10, 1), 512)
+    order = np.random.default_rng((seed, 1)).permutation(len(dataset))
+    return dataset.select(np.sort(order[count:] if len(dataset) > 1 else order)), dataset.select(
+        np.sort(order[:count])
+    )
+
+
 def padded_batches(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int, *, num_samples: int | None = None
 ) -> Iterator[dict[str, Tensor]]:

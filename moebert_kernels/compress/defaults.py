@@ -6,6 +6,7 @@ ROUTING_WITHOUT_DATA = "hash-random"
 NUM_EXPERTS = 4
 COMPARISONS: tuple[str, ...] = ()  # each costs as much as the student
 IMPORTANCE_ROWS = 4096
+FIT_ROWS = 4096
 EPOCHS = 5.0  # of distillation
 FINETUNE_EPOCHS = 3.0
 FINETUNE_LEARNING_RATE = 3e-5

@@ -76,7 +76,8 @@ def compress_embeddings(
         settings, encoder.model, encoder.tokenizer, num_rows=len(data.train), default_length=128
     )
     assert settings.max_length is not None
-    processes.rows_each(settings.batch_size)  # refuses what does not divide
+    if settings.distill:
+        processes.rows_each(settings.batch_size)  # refuses what does not divide
     encoder = replace(encoder, max_length=settings.max_length)
     return results_of(_EmbeddingRun(settings, data, encoder, Path(output_dir), progress, say))
 

@@ -35,12 +35,12 @@ from moebert_kernels.compress.checkpoint import load_weights, read_config
 from moebert_kernels.compress.distill import Distilled, DistillSettings, distill
 from moebert_kernels.compress.importance import Importance, compute_importance
 from moebert_kernels.compress.loading import load_tokenizer
+from moebert_kernels.compress.teacher_loss import NUM_DIRECTIONS, drawn_directions, sample_numbers
 from moebert_kernels.errors import UserError
 from moebert_kernels.models import max_tokens
 
 POOLINGS = ("mean", "cls")
 _OLD_POOLING_KEYS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
-_NUM_DIRECTIONS = 1021  # a prime: sums of token ids fall on all of them
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,14 +214,12 @@ def embedding_importance(
         group_V: too.
         progress: as for `compute_importance`, whose other errors are raised too.
     """
-    generator = torch.Generator().manual_seed(seed)
-    size = (_NUM_DIRECTIONS, encoder.model.config.hidden_size)
-    directions_ND = torch.randn(size, generator=generator).to(encoder.model.device)
+    directions_ND = drawn_directions(encoder.model.config.hidden_size, seed).to(encoder.model.device)
 
     def component(output: Any, batch: Mapping[str, Tensor]) -> Tensor:
         mask_BS = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
         embedding_BD = encoder.pool(output.last_hidden_state, mask_BS)
-        number_B = (batch["input_ids"] * (mask_BS != 0)).sum(1) % _NUM_DIRECTIONS
+        number_B = sample_numbers(batch["input_ids"], mask_BS) % NUM_DIRECTIONS
         return (embedding_BD * directions_ND[number_B]).sum()
 
     return compute_importance(

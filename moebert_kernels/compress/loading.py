@@ -13,7 +13,7 @@ from moebert_kernels.compress import processes
 from moebert_kernels.compress.artifacts import replace_whole, rows_fingerprint
 from moebert_kernels.compress.checkpoint import cause_of, load_weights, read_config
 from moebert_kernels.compress.files import describe_folder
-from moebert_kernels.compress.tasks import TaskData, auto_model_of
+from moebert_kernels.compress.tasks import TaskData, auto_model_of, texts
 from moebert_kernels.errors import ArgumentError, UserError
 from moebert_kernels.models import find_ffns, is_moe, max_tokens
 
@@ -151,8 +151,10 @@ def warn_of_other_rows(teacher_dir: Path, data: TaskData) -> None:
     """Warn if a model that `save_encoder` made notes of was trained on other rows than those of `data`.
 
     Rows held out by another draw are in part those that the teacher has learned by heart: its own score and
-    its student's would be too good.
+    its student's would be too good. Of rows without labels nothing is said: none are scored by.
     """
+    if data.task.kind == texts.KIND:
+        return
     try:
         noted = json.loads((teacher_dir / _NOTES).read_text())["train_rows"]
     except (OSError, ValueError, KeyError, TypeError):

@@ -8,6 +8,7 @@ classes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -163,6 +164,32 @@ def embedding_loss(student_BD: Tensor, teacher_BD: Tensor) -> Tensor:
     student_BD, teacher_BD = _wide(student_BD), _wide(teacher_BD)
     squared_length_B = teacher_BD.square().sum(-1).clamp(min=torch.finfo(teacher_BD.dtype).eps)
     return ((student_BD - teacher_BD).square().sum(-1) / squared_length_B).mean()
+
+
+def prediction_of(outputs: Any) -> Prediction:
+    """The logits of a head's outputs; of question answering, the pair of start's and end's."""
+    return (outputs.start_logits, outputs.end_logits) if "start_logits" in outputs else outputs.logits
+
+
+def prediction_kind(outputs: Any, config: Any) -> str:
+    """The one of `PREDICTION_KINDS` that a model's outputs are.
+
+    Args:
+        outputs: of a model with a head.
+        config: the model's.
+    """
+    if "start_logits" in outputs:
+        return "question_answering"
+    if outputs.logits.dim() == 3:
+        return "token_classification"
+    return sequence_kind(config)
+
+
+def sequence_kind(config: Any) -> str:
+    """What a model of sequences with this configuration puts out: a class, any number of them, or numbers."""
+    if config.problem_type in ("regression", "multi_label_classification"):
+        return config.problem_type
+    return "regression" if config.problem_type is None and config.num_labels == 1 else "classification"
 
 
 def _wrong_kind(kind: str, first: Prediction, second: Prediction) -> ValueError:

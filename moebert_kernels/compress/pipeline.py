@@ -3,11 +3,12 @@
 Every stage's output is reused while its inputs are unchanged; distillation, the long one, also goes on from
 its last checkpoint. In the output folder:
 
-    student/                the distilled model, to be loaded from there
+    student/                the student, to be loaded from there
     results.json            every figure (format 1)
     importance.safetensors  the scores the split was made by; for hash-affinity, those of token ids too
-    work/NAME/adapted/      each model before distillation
-    work/NAME/distilled/    the comparison models after it
+    work/NAME/adapted/      each model as it is cut
+    work/NAME/fitted/       with its experts fitted
+    work/NAME/distilled/    and trained
     work/NAME/seed-S/       the same of further seeds
     work/stages/*.json      what each stage was made from, how long it took, its small results
 
@@ -16,17 +17,23 @@ In results.json the load of experts is told twice, as shares of real tokens that
     expert_load_LE          the student's on the validation rows: a list per layer, in it each expert's share
     training_load_NLE       while it was trained: by model, as in "losses", such a table for each of N epochs
 
+How experts were fitted is told by model in "fitting": `Fitted`'s fields, and "divergence" from the teacher on
+rows held out of the training rows, of the model as it was "cut", "fitted" and, if it was, "distilled". "kept"
+is the one of the last two that is nearer, and is what all else is told of.
+
 What speed was measured under is in "measuring": "dtype", and "busy_cpus", the processors that other work kept
 busy meanwhile. Without measurement it is null, as are the models' "latency_ms" and "throughput_per_s".
 """
 
 from __future__ import annotations
 
+import shutil
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
@@ -42,12 +49,15 @@ from moebert_kernels.compress.artifacts import (
     fingerprint,
     model_fingerprint,
     remove_folders,
+    replace_whole,
     rows_fingerprint,
     write_json,
 )
-from moebert_kernels.compress.batching import sample_rows
+from moebert_kernels.compress.batching import hold_out, sample_rows
 from moebert_kernels.compress.distill import Distilled, DistillSettings, distill
+from moebert_kernels.compress.divergence import divergence
 from moebert_kernels.compress.evaluate import batches, evaluate, expert_load
+from moebert_kernels.compress.fitting import RARE, RIDGE, fit_experts, rows_to_fit
 from moebert_kernels.compress.importance import Importance, compute_importance
 from moebert_kernels.compress.loading import (
     check_no_model,
@@ -111,7 +121,7 @@ def compress(
         teacher_dir: of a BERT fine-tuned on the task, with its tokenizer.
         output_dir: made if need be; one run at a time.
         progress: hears about every stage of `stage_names`, in that order; in the main process alone.
-        say: hears sentences about distillation, as `distill` says them; in the main process alone.
+        say: hears sentences about fit and distillation; in the main process alone.
 
     Returns:
         The content of results.json.
@@ -121,16 +131,28 @@ def compress(
             distillation diverged.
         OutputError: the output folder cannot be written, for lack of room for instance.
     """
-    teacher_dir, output_dir = Path(teacher_dir), Path(output_dir)
+    settings, data, teacher, tokenizer = checked(settings, data, Path(teacher_dir))
+    run = Run(settings, data, teacher, tokenizer, Path(teacher_dir), Path(output_dir), progress, say)
+    return results_of(run)
+
+
+def checked(
+    settings: CompressSettings, data: TaskData, teacher_dir: Path
+) -> tuple[CompressSettings, TaskData, PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a run's teacher and make all three fit each other; return what a `Run` takes.
+
+    Raises:
+        UserError: they do not.
+    """
     with naming("teacher_dir"):
         teacher, tokenizer = load_teacher(teacher_dir)
     length = KINDS[data.task.kind].default_length
     settings = resolve(settings, teacher, tokenizer, num_rows=len(data.train), default_length=length)
     warn_of_other_rows(teacher_dir, data)
     data = match_labels(data, teacher.config)
-    processes.rows_each(settings.batch_size)  # refuses what does not divide
-    run = Run(settings, data, teacher, tokenizer, teacher_dir, output_dir, progress, say)
-    return results_of(run)
+    if settings.distill:
+        processes.rows_each(settings.batch_size)  # refuses what does not divide
+    return settings, data, teacher, tokenizer
 
 
 def results_of(run: Run) -> dict[str, Any]:
@@ -150,11 +172,17 @@ def results_of(run: Run) -> dict[str, Any]:
 
 def stage_names(settings: CompressSettings) -> list[str]:
     """The stages of `compress` in their order, as `Progress` and "timings_s" of the results name them."""
-    made = [stage for of_seeds in trials(settings).values() for trial in of_seeds for stage in trial.stages]
+    made = [
+        stage
+        for of_seeds in trials(settings).values()
+        for trial in of_seeds
+        for stage in trial.stages(settings)
+    ]
     return [
         "importance",
         "evaluate teacher",
         *made,
+        "save student",
         "expert load",
         *(["measure"] if settings.measure else []),
     ]
@@ -171,6 +199,32 @@ def share_curves(importance: Importance, points: int = 101) -> list[list[float]]
     share_LF1 = torch.nn.functional.pad(share_LF, (1, 0))
     index_Q = torch.linspace(0, sorted_LF.shape[1], points).round().long()
     return share_LF1[:, index_Q].tolist()
+
+
+class Model(NamedTuple):
+    """A saved model, and the fingerprint of what it was made from."""
+
+    folder: Path
+    made_from: str
+
+
+class Start(NamedTuple):
+    """A model before it is distilled; "fitting" is for results.json, None if it was not fitted."""
+
+    model: Model
+    fitting: dict[str, Any] | None
+
+
+class Tried(NamedTuple):
+    """What a trial has given.
+
+    Attributes:
+        rows: by name in results.json, the saved models and their records.
+        told: what else results.json is to tell of it, by the part that does.
+    """
+
+    rows: dict[str, tuple[Model, dict[str, Any]]]
+    told: dict[str, Any]
 
 
 class Run:
@@ -232,36 +286,38 @@ class Run:
         assert self.settings.max_length is not None  # resolved
         return tokenize(self.raw, self.tokenizer, self.settings.max_length)
 
+    @cached_property
+    def rows(self) -> tuple[Dataset, Dataset]:
+        """The rows to fit and train on; and those held out of them, to choose by, if models are fitted."""
+        if not self.settings.fit:
+            return self.data.train, self.data.train.select([])
+        return hold_out(self.data.train, self.settings.seed)
+
     def results(self) -> dict[str, Any]:
         """Run all stages, in the order of `stage_names`."""
         _ = self.importance
-        models = {"teacher": self.evaluated("teacher", self.teacher_dir, self.teacher_print)}
-        folders, prints = {"teacher": self.teacher_dir}, {"teacher": self.teacher_print}
-        losses: dict[str, list] = {}
-        training_load: dict[str, list] = {}
+        models = {"teacher": self.evaluated("teacher", Model(self.teacher_dir, self.teacher_print))}
+        saved = {"teacher": Model(self.teacher_dir, self.teacher_print)}
+        told: dict[str, dict[str, Any]] = {"fitting": {}, "losses": {}, "training_load_NLE": {}}
         for variant, of_seeds in trials(self.settings).items():
-            name, before = variant.name, f"{variant.name} before distillation"
-            before_records, records = [], []
+            name, records = variant.name, defaultdict(list)
+            start = None
             for trial in of_seeds:
-                if trial.is_adapted:
-                    adapted, made_from = self.adapted(trial)
-                    record = self.evaluated(f"{trial.name} before distillation", adapted, made_from)
-                    before_records.append(record)
-                    if trial.is_first and variant is STUDENT:
-                        self.student_flops = record["encoder_flops_per_token"]
-                distilled, distilled_from, found = self.distilled(trial, adapted, made_from)
-                records.append(self.evaluated(trial.name, distilled, distilled_from))
+                start, found = self.tried(trial, start)
+                for row, (model, record) in found.rows.items():
+                    records[row].append(record)
+                    if trial.is_first:
+                        saved[row] = model
                 if trial.is_first:
-                    folders |= {before: adapted, name: distilled}
-                    prints |= {before: made_from, name: distilled_from}
-                    losses[name] = found.losses
-                    if found.load_NLE:
-                        training_load[name] = found.load_NLE
+                    for part, value in found.told.items():
+                        if value:
+                            told[part][name] = value
             seeds = [trial.seed for trial in of_seeds]
-            for row, of_row in ((before, before_records), (name, records)):
+            for row, of_row in records.items():
                 models[row] = over_seeds(of_row, seeds[: len(of_row)]) | _layers(variant.kept_layers(self))
-        load = self.expert_load(folders["student"], prints["student"])
-        speed = self.speed(folders, prints) if self.settings.measure else None
+        self.save_student(saved["student"])
+        load = self.expert_load(saved["student"])
+        speed = self.speed(saved) if self.settings.measure else None
         timings = dict.fromkeys(models, _NO_SPEED) if speed is None else speed.models
         task = self.raw.task
         results = {
@@ -285,12 +341,52 @@ class Run:
                 "share_curve_LQ": share_curves(self.importance),
             },
             "expert_load_LE": load,
-            "training_load_NLE": training_load,
-            "losses": losses,
+            **told,
             "timings_s": self.stages.timings,
         }
         processes.on_main(lambda: write_json(self.output_dir / "results.json", results))
         return results
+
+    def tried(self, trial: Trial, start: Start | None) -> tuple[Start, Tried]:
+        """Make a trial's model, and evaluate it before it is distilled and after.
+
+        Args:
+            trial: which.
+            start: what its variant's first seed began with, if that is for all seeds.
+
+        Returns:
+            What it began with; and what is to be told of it.
+        """
+        name, found = trial.variant.name, Tried({}, {})
+        if trial.is_adapted or start is None:
+            start = Start(self.adapted(trial), None)
+            if trial.is_fitted(self.settings):
+                start = self.fitted(trial, start.model)
+            row = f"{name} before distillation" if self.settings.distill else name
+            stage = f"{trial.name} before distillation" if self.settings.distill else trial.name
+            record = self.evaluated(stage, start.model)
+            found.rows[row] = start.model, record
+            if trial.is_first and trial.variant is STUDENT:
+                self.student_flops = record["encoder_flops_per_token"]
+        fitting = start.fitting
+        if self.settings.distill:
+            model, training, distance = self.distilled(trial, start.model)
+            if fitting is not None:
+                is_nearer = distance <= fitting["divergence"]["fitted"]
+                fitting = fitting | {
+                    "divergence": {**fitting["divergence"], "distilled": distance},
+                    "kept": "distilled" if is_nearer else "fitted",
+                }
+                if not is_nearer:
+                    model = start.model
+                    self._tell(
+                        f"{trial.name}: kept as it was fitted; distilled, it is farther from the teacher on "
+                        f"held-out rows, {distance:.4g} in the place of {fitting['divergence']['fitted']:.4g}"
+                    )
+            found.rows[name] = model, self.evaluated(trial.name, model)
+            found.told.update(losses=training.losses, training_load_NLE=training.load_NLE)
+        found.told["fitting"] = fitting
+        return start, found
 
     @cached_property
     def importance(self) -> Importance:
@@ -323,8 +419,8 @@ class Run:
         """How often each token id occurs in the training rows."""
         return token_counts(self.data.train, self.teacher.config.vocab_size)
 
-    def adapted(self, trial: Trial) -> tuple[Path, str]:
-        """Make a trial's model; return its folder and the fingerprint of what it was made from."""
+    def adapted(self, trial: Trial) -> Model:
+        """Cut a trial's model."""
         variant, folder = trial.variant, self.output_dir / "work" / trial.folder / "adapted"
         made_from = fingerprint(variant.folder, variant.made_from(self, trial.seed))
 
@@ -332,28 +428,57 @@ class Run:
             self.save(variant.build(self, trial.seed, report), folder)
 
         self.stages.run(f"adapt {trial.name}", made_from, work, folder)
-        return folder, made_from
+        return Model(folder, made_from)
 
-    def distilled(self, trial: Trial, adapted: Path, made_from: str) -> tuple[Path, str, Distilled]:
-        """Distil it; return folder, fingerprint, and what is known of the training."""
+    def fitted(self, trial: Trial, made: Model) -> Start:
+        """Fit it."""
+        s, (adapted, made_from) = self.settings, made
+        folder = self.output_dir / "work" / trial.folder / "fitted"
+        made_from = fingerprint(
+            made_from, self.teacher_print, self.train_print, s.fit_rows, s.seed, RIDGE, RARE
+        )
+
+        def work(report: Report) -> dict[str, Any]:
+            rows, held_out = self.rows
+            student = self.load(adapted)
+
+            def distance() -> float:
+                return divergence(student, self.teacher, held_out, self.tokenizer, pooling=self.pooling)
+
+            cut = processes.on_main(distance)
+            rows = rows_to_fit(rows, s.fit_rows, s.seed, self.teacher.config.hidden_size)
+            found = fit_experts(student, self.teacher, list(batches(rows, self.tokenizer)), progress=report)
+            processes.on_main(lambda: self.save(student, folder))
+            distances = {"cut": cut, "fitted": processes.on_main(distance)}
+            self._tell(
+                f"fit {trial.name}: {found.told(len(rows))}; divergence from the teacher on "
+                f"{len(held_out):,} held-out rows {distances['fitted']:.4g}, after {cut:.4g}"
+            )
+            return {"rows": len(rows), **found._asdict(), "divergence": distances}
+
+        found = self.stages.run(f"fit {trial.name}", made_from, work, folder, together=True)
+        return Start(Model(folder, made_from), found)
+
+    def distilled(self, trial: Trial, made: Model) -> tuple[Model, Distilled, float]:
+        """Distil it; return it, what is known of the training, and its divergence on held-out rows."""
         s, room = self.settings, self.output_dir / "work" / trial.folder
-        is_student = trial.variant is STUDENT and trial.is_first
-        folder = self.output_dir / "student" if is_student else room / "distilled"
+        (adapted, made_from), folder = made, room / "distilled"
         assert s.learning_rate is not None  # resolved
         how = DistillSettings(
             s.epochs, s.learning_rate, s.distill_weight, s.batch_size, s.weight_decay, trial.seed, s.bf16
         )
-        made_from = fingerprint(made_from, self.teacher_print, self.train_print, asdict(how))
+        made_from = fingerprint(made_from, self.teacher_print, self.train_print, s.fit, asdict(how))
         checkpoints = room / f"checkpoints-{made_from[:16]}"
         name, say = f"distill {trial.name}", self.say
 
         def work(report: Report) -> dict[str, Any]:
             processes.on_main(lambda: remove_folders(room.glob("checkpoints-*"), keep=checkpoints))
             student = self.load(adapted)
+            rows, held_out = self.rows
             found = distill(
                 student,
                 self.teacher,
-                self.data.train,
+                rows,
                 self.tokenizer,
                 how,
                 checkpoints,
@@ -363,43 +488,64 @@ class Run:
                 say=say and (lambda sentence: say(f"{name}, {sentence}")),
             )
             processes.on_main(lambda: self.save(student, folder))
-            return found._asdict()
+            distance = 0.0
+            if trial.is_fitted(s):
+                distance = processes.on_main(
+                    lambda: divergence(student, self.teacher, held_out, self.tokenizer, pooling=self.pooling)
+                )
+            return {"distilled": found._asdict(), "divergence": distance}
 
         recorded = fingerprint(made_from, Distilled._fields)
         found = self.stages.run(name, recorded, work, folder, together=True)
         processes.on_main(lambda: remove_folders(room.glob("checkpoints-*")))
-        return folder, made_from, Distilled(**found)
+        return Model(folder, made_from), Distilled(**found["distilled"]), found["divergence"]
 
-    def evaluated(self, name: str, folder: Path, made_from: str) -> dict[str, Any]:
+    def _tell(self, sentence: str) -> None:
+        if self.say is not None and processes.is_main():
+            self.say(sentence)
+
+    def save_student(self, student: Model) -> None:
+        """Put it where it is looked for."""
+        folder = self.output_dir / "student"
+
+        def work(report: Report) -> None:
+            with replace_whole(folder) as fresh:
+                shutil.copytree(student.folder, fresh)
+
+        self.stages.run("save student", student.made_from, work, folder)
+
+    def evaluated(self, name: str, saved: Model) -> dict[str, Any]:
         """Return a saved model's quality and costs."""
 
         def work(report: Report) -> dict[str, Any]:
-            model = self.load(folder)
+            model = self.load(saved.folder)
             quality = evaluate(model, self.data, self.tokenizer, pooling=self.pooling, progress=report)
             return {"quality": quality, **{name: cost(model) for name, cost in _COSTS.items()}}
 
-        made_from = fingerprint(made_from, self.validation_print, list(_COSTS))
+        made_from = fingerprint(saved.made_from, self.validation_print, list(_COSTS))
         return self.stages.run(f"evaluate {name}", made_from, work)
 
-    def expert_load(self, student: Path, made_from: str) -> list[list[float]]:
+    def expert_load(self, student: Model) -> list[list[float]]:
         """Return the load on the validation rows."""
 
         def work(report: Report) -> list[list[float]]:
             rows = self.data.validation
             inputs = batches(rows, self.tokenizer, device=self.device, progress=report)
-            return expert_load(self.load(student), inputs)
+            return expert_load(self.load(student.folder), inputs)
 
-        return self.stages.run("expert load", fingerprint(made_from, self.validation_print), work)
+        made_from = fingerprint(student.made_from, self.validation_print)
+        return self.stages.run("expert load", made_from, work)
 
-    def speed(self, folders: dict[str, Path], prints: dict[str, str]) -> Speed:
+    def speed(self, saved: dict[str, Model]) -> Speed:
         """Return latency and throughput by model, and what they were measured under."""
         environment = describe_environment()
         machine = [environment.cpu, environment.threads, environment.devices]
         length = self.settings.measure_length
+        prints = {name: model.made_from for name, model in saved.items()}
         made_from = fingerprint(prints, self.validation_print, length, machine, Speed._fields)
 
         def work(report: Report) -> dict[str, Any]:
-            models = {name: self.load(folder) for name, folder in folders.items()}
+            models = {name: self.load(model.folder) for name, model in saved.items()}
             assert length is not None  # resolved
             rows = self.data.validation["input_ids"]
             return measure(models, rows, sequence_length=length, progress=report)._asdict()

@@ -17,10 +17,10 @@ FORMAT = 1
 
 _NAMES = {
     "teacher": "the dense model",
-    "student": "the MoE, distilled",
-    "random split": "the same MoE from a split at random, distilled",
-    "narrow FFN": "dense, with as many of the most important neurons as a token meets in the MoE, distilled",
-    "fewer layers": "the dense model with so many of its layers as cost what the MoE does, distilled",
+    "student": "the MoE",
+    "random split": "the same MoE from a split at random",
+    "narrow FFN": "dense, with as many of the most important neurons as a token meets in the MoE",
+    "fewer layers": "the dense model with so many of its layers as cost what the MoE does",
 }
 
 
@@ -231,7 +231,7 @@ def _figures(results: dict[str, Any]) -> Iterable[str]:
             + (
                 "embedding: squared distance from the teacher's embeddings."
                 if results["task"]["kind"] == "embedding"
-                else "ce: from the labels. prediction: distance from the teacher's predictions."
+                else "ce: from labels, if there are any. prediction: distance from the teacher's predictions."
             )
             + (" balance: of the gates; 1 is even." if _is_gated(results) else ""),
         )

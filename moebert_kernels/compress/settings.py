@@ -26,6 +26,13 @@ class CompressSettings:
         num_shared: neurons that every expert starts with; by default two thirds of F.
         routing: "hash-random", "hash-balance", "hash-affinity", "gate-token" or "gate-sentence".
         top_k: experts per token; more than 1 only for gates.
+        fit: fit the experts to what the teacher's layers do (see `fitting`) once they are cut; the paper does
+            not. Some training rows, a tenth of them and at most 512, are then held out of fit and training:
+            of the fitted and the distilled student the one is kept whose predictions there are nearer to the
+            teacher's.
+        fit_rows: training rows that experts are fitted to, drawn at random; fewer where their hidden states
+            would take more than 2 GiB.
+        distill: train the student; without, it is done when it has been cut and fitted.
         epochs: of distillation.
         learning_rate: of distillation; by default 3e-5, the paper's for BERT-base, and 1e-4 for models of
             hidden size 512 or less.
@@ -55,6 +62,9 @@ class CompressSettings:
     num_shared: int | None = None
     routing: str = defaults.ROUTING
     top_k: int = 1
+    fit: bool = True
+    fit_rows: int = defaults.FIT_ROWS
+    distill: bool = True
     epochs: float = defaults.EPOCHS
     learning_rate: float | None = None
     distill_weight: float = defaults.DISTILL_WEIGHT
@@ -72,8 +82,8 @@ class CompressSettings:
     def __post_init__(self):
         if self.routing not in ROUTINGS:
             raise ArgumentError("routing", f"must be one of {', '.join(ROUTINGS)}; got {self.routing!r}")
-        counts = ("num_experts", "top_k", "batch_size", "importance_rows", "max_length", "measure_length")
-        for name in (*counts, "seeds"):
+        counts = ("num_experts", "top_k", "batch_size", "importance_rows", "fit_rows", "seeds")
+        for name in (*counts, "max_length", "measure_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ArgumentError(name, f"must be at least 1, got {value}")

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moebert_kernels.compress import processes
@@ -21,7 +22,8 @@ from moebert_kernels.compress.artifacts import (
 from moebert_kernels.compress.batching import sample_rows
 from moebert_kernels.compress.distill import Distilled, DistillSettings, distill
 from moebert_kernels.compress.evaluate import batches, evaluate
-from moebert_kernels.compress.importance import Importance, compute_importance
+from moebert_kernels.compress.fitting import fit_experts, rows_to_fit
+from moebert_kernels.compress.importance import Importance, LossFunction, compute_importance
 from moebert_kernels.compress.loading import (
     check_new_folder,
     default_device,
@@ -33,7 +35,8 @@ from moebert_kernels.compress.loading import (
 )
 from moebert_kernels.compress.settings import CompressSettings, resolve
 from moebert_kernels.compress.stages import Progress
-from moebert_kernels.compress.tasks import KINDS, EncodedData, TaskData, match_labels, tokenize
+from moebert_kernels.compress.tasks import KINDS, EncodedData, TaskData, match_labels, texts, tokenize
+from moebert_kernels.compress.teacher_loss import prediction_shift_loss
 from moebert_kernels.compress.token_scores import token_groups
 from moebert_kernels.compress.writing import check_writable
 from moebert_kernels.errors import ArgumentError, UserError, naming
@@ -53,7 +56,7 @@ def score_teacher(
 
     Args:
         settings: `importance_rows`, `max_length` and `seed` are read.
-        data: raw rows.
+        data: raw rows. Without labels, by the teacher's own predictions: see `prediction_shift_loss`.
         teacher_dir: of the fine-tuned model.
         output: safetensors file to write.
         per_token: take token scores too, which "hash-affinity" needs.
@@ -65,6 +68,9 @@ def score_teacher(
     check_scores_file(output)
     with naming("teacher_dir"):
         teacher, tokenizer = load_teacher(teacher_dir)
+    loss: str | LossFunction = "labels"
+    if data.task.kind == texts.KIND:
+        loss = prediction_shift_loss(teacher.config, seed=settings.seed)
     encoded = _encode(match_labels(data, teacher.config), teacher, tokenizer, settings.max_length)
     rows = sample_rows(encoded.train, settings.importance_rows, settings.seed)
     group_V = token_groups(teacher, token_counts(rows, teacher.config.vocab_size)) if per_token else None
@@ -73,6 +79,7 @@ def score_teacher(
     importance = compute_importance(
         teacher,
         batches(rows, tokenizer, device=default_device()),
+        loss=loss,
         task=data.task.name,
         model_name=teacher_dir.resolve().name,
         group_V=group_V,
@@ -90,22 +97,29 @@ def split_teacher(
     *,
     data: TaskData | None = None,
     progress: Progress,
+    say: Callable[[str], None] | None = None,
 ) -> PreTrainedModel:
-    """Make the MoE of a teacher and save it with the teacher's tokenizer; see `adapt`.
+    """Make the MoE of a teacher and save it with the teacher's tokenizer; see `adapt` and `fit_experts`.
 
     Args:
-        settings: the experts'.
+        settings: the experts'; whether, and to how many rows, they are fitted.
         teacher_dir: of the fine-tuned model.
         importance: the scores' file; None for a split at random.
         output_dir: of the new model; a new or an empty folder.
-        data: raw rows whose tokens are counted for `COUNTING_ROUTINGS`; other routings need none.
-        progress: hears (stage, layers done, layers in all) of "hash-affinity".
+        data: raw rows, which need no labels, to fit to, and whose tokens are counted for `COUNTING_ROUTINGS`;
+            otherwise none are needed.
+        progress: hears (stage, done, total): layers of "hash-affinity", batches of the fit.
+        say: hears in a sentence what the fit has brought.
 
     Raises:
         UserError: sizes, scores and teacher do not fit, or data is missing.
     """
     with naming("output_dir"):
         check_new_folder(output_dir)
+    if settings.fit and data is None:
+        raise ArgumentError(
+            "data", "must be given: experts are fitted to rows of text, which need no labels; or do not fit"
+        )
     with naming("teacher_dir"):
         teacher, tokenizer = load_teacher(teacher_dir)
     ffns = find_ffns(teacher)
@@ -117,13 +131,14 @@ def split_teacher(
             scores = Importance.load(importance)
     if settings.routing == "hash-affinity":
         _check_token_scores(scores, importance)
-    counts_V = None
+    counts_V = rows = None
+    if data is not None:
+        rows = _encode(data, teacher, tokenizer, settings.max_length).train
     if settings.routing in COUNTING_ROUTINGS:
-        if data is None:
+        if rows is None:
             raise UserError(
                 f"{settings.routing} counts the tokens of the training rows: name the task and its data"
             )
-        rows = _encode(data, teacher, tokenizer, settings.max_length).train
         counts_V = token_counts(rows, teacher.config.vocab_size)
     student = adapt(
         teacher,
@@ -137,8 +152,32 @@ def split_teacher(
         token_counts_V=counts_V,
         progress=lambda done, total: progress("adapt", done, total),
     )
+    if settings.fit and rows is not None:
+        _fit(settings, student, teacher, tokenizer, rows, progress, say)
     save_encoder(student, tokenizer, output_dir)
     return student
+
+
+def _fit(
+    settings: CompressSettings,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    progress: Progress,
+    say: Callable[[str], None] | None,
+) -> None:
+    _place(student)
+    _place(teacher)
+    rows = rows_to_fit(rows, settings.fit_rows, settings.seed, teacher.config.hidden_size)
+    found = fit_experts(
+        student,
+        teacher,
+        list(batches(rows, tokenizer)),
+        progress=lambda done, total: progress("fit", done, total),
+    )
+    if say is not None:
+        say(found.told(len(rows)))
 
 
 def distill_student(

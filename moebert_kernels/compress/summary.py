@@ -13,6 +13,10 @@ _NOTABLE_GAIN = 1.02  # measurements of one model differ by as much
 _JUDGED_BY = {
     "cosine": "Models are judged by the cosine of their embedding and the teacher's, the mean over held-out "
     "sentences.",
+    "agreement": "Models are judged by how often they say of held-out texts what the teacher says: no labels "
+    "were given.",
+    "pearson": "Models are judged by how their numbers for held-out texts correlate with the teacher's: no "
+    "labels were given.",
     "spearman_pairs": "Models are judged by how their similarities rank the scored pairs (Spearman).",
 }
 
@@ -31,20 +35,27 @@ def summarize(results: dict[str, Any]) -> list[str]:
         return models[name]["quality"][metric]
 
     paragraphs = []
-    if task["kind"] == "embedding":
+    if task["kind"] in ("embedding", "text"):
         text = f"{_JUDGED_BY[metric]} The teacher reaches {quality('teacher'):.3f}. "
     else:
         text = f"The fine-tuned teacher reaches {label} {quality('teacher'):.3f} on the validation rows. "
-    text += "Its feed-forward networks, cut into experts by the importance of their neurons, "
+    fitting = results.get("fitting", {}).get("student")
+    text += "Its feed-forward networks, cut into experts by the importance of their neurons"
+    text += ", each fitted to what they do with its tokens, score " if fitting else ", score "
     if "student before distillation" in models:
-        text += f"score {quality('student before distillation'):.3f} at once and "
-    text += f"{quality('student'):.3f} after distillation from the teacher"
+        text += f"{quality('student before distillation'):.3f} at once and "
+    text += f"{quality('student'):.3f} "
+    text += "after distillation from the teacher" if results["losses"] else "without any training"
     text += f": {_difference(quality('student') - quality('teacher'))} against it."
+    if fitting and fitting.get("kept") == "fitted":
+        text += " It is kept as it was fitted: distilled, it was farther from the teacher on held-out rows."
     if "random split" in models:
         text += " Cut at random instead, the same experts "
         if "random split before distillation" in models:
-            text += f"start from {quality('random split before distillation'):.3f} and "
-        text += f"end at {quality('random split'):.3f}."
+            text += f"start from {quality('random split before distillation'):.3f} and end at "
+        else:
+            text += "score "
+        text += f"{quality('random split'):.3f}."
     paragraphs.append(text)
     comparison = _comparison(results)
     if comparison:
@@ -154,7 +165,7 @@ def _comparison(results: dict[str, Any]) -> str:
         found.append(f"the teacher's {layers} alone, with {share:.2f} times the work, {quality}")
     text = ""
     if found:
-        text = f"Distilled in the same way and at about the cost of the MoE, {' and '.join(found)}. "
+        text = f"Made in the same way and at about the cost of the MoE, {' and '.join(found)}. "
         text += _ahead(models, metric)
     seeds = len(models["student"].get("seeds", ()))
     if seeds:

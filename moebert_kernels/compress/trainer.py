@@ -13,11 +13,12 @@ from moebert_kernels.compress.batching import LABEL_COLUMNS, count_labels
 from moebert_kernels.compress.losses import (
     IGNORED_LABEL,
     Pooling,
-    Prediction,
     embedding_loss,
     label_loss,
     layer_loss,
+    prediction_kind,
     prediction_loss,
+    prediction_of,
 )
 from moebert_kernels.compress.training_load import TrainingLoad
 from moebert_kernels.models import decay_parameters, is_moe
@@ -47,6 +48,8 @@ class DistillationTrainer(Trainer):
 
     With `pooling`, the models are base models that embed sentences, and need no labels: `embedding_loss` of
     what they pool from their last hidden states takes the place of CE and L_pred; logged as `embedding`.
+
+    Batches without labels have no CE: the teacher alone is learned from.
 
     Of a student with experts, `load` counts how many tokens each of them gets in every epoch.
 
@@ -147,10 +150,10 @@ class DistillationTrainer(Trainer):
                 whole step. Otherwise they are means over this batch.
         """
         labels = {name: inputs[name] for name in LABEL_COLUMNS if inputs.get(name) is not None}
-        if not labels and self.pooling is None:
-            raise ValueError(f"distillation needs labels; the batch holds only {', '.join(inputs)}")
         features = {name: value for name, value in inputs.items() if name not in LABEL_COLUMNS}
         if not model.training and self.pooling is None:
+            if not labels:
+                raise ValueError(f"evaluation needs labels; the batch holds only {', '.join(inputs)}")
             outputs = model(**features)
             loss = self._label_loss(outputs, labels)
             return (loss, outputs) if return_outputs else loss
@@ -171,13 +174,10 @@ class DistillationTrainer(Trainer):
             kind = self._kind(outputs)
             per_token = kind == "token_classification"
             # Of tokens without a label nobody asks for a prediction, and the teacher has learned none.
-            predicted_BS = labels["labels"] != IGNORED_LABEL if per_token else mask_BS
-            predictions = _prediction(outputs), _prediction(teacher_outputs)
-            terms = {
-                "ce": self._label_loss(outputs, labels),
-                "layer": layers,
-                "prediction": prediction_loss(kind, *predictions, predicted_BS),
-            }
+            predicted_BS = labels["labels"] != IGNORED_LABEL if per_token and labels else mask_BS
+            predictions = prediction_of(outputs), prediction_of(teacher_outputs)
+            terms = {"ce": self._label_loss(outputs, labels)} if labels else {}
+            terms |= {"layer": layers, "prediction": prediction_loss(kind, *predictions, predicted_BS)}
         else:
             ours, theirs = (self.pooling(o.last_hidden_state, mask_BS) for o in (outputs, teacher_outputs))
             terms = {"layer": layers, "embedding": embedding_loss(ours, theirs)}
@@ -195,7 +195,7 @@ class DistillationTrainer(Trainer):
             shares = {
                 "ce": share.labels,
                 "layer": share.tokens,
-                "prediction": share.labels if per_token else share.sequences,
+                "prediction": (share.labels if labels else share.tokens) if per_token else share.sequences,
                 "embedding": share.sequences,
                 "balance": share.tokens,
             }
@@ -223,21 +223,14 @@ class DistillationTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model).config
 
     def _kind(self, outputs: Any) -> str:
-        if "start_logits" in outputs:
-            return "question_answering"
-        if outputs.logits.dim() == 3:
-            return "token_classification"
-        config = self._student_config
-        if config.problem_type in ("regression", "multi_label_classification"):
-            return config.problem_type
-        return "regression" if config.problem_type is None and config.num_labels == 1 else "classification"
+        return prediction_kind(outputs, self._student_config)
 
     def _label_loss(self, outputs: Any, labels: dict[str, Tensor]) -> Tensor:
         values = (
             labels["labels"] if "labels" in labels else (labels["start_positions"], labels["end_positions"])
         )
         smoothing = self.args.label_smoothing_factor
-        return label_loss(self._kind(outputs), _prediction(outputs), values, label_smoothing=smoothing)
+        return label_loss(self._kind(outputs), prediction_of(outputs), values, label_smoothing=smoothing)
 
     def _shares_counts(self) -> bool:
         return self.args.world_size > 1 and self.args.average_tokens_across_devices
@@ -264,10 +257,6 @@ class DistillationTrainer(Trainer):
         # Tensors on the device until a log is due: reading one each step would wait for the device each step.
         self._term_totals: dict[str, Tensor] = {}
         self._num_steps = 0
-
-
-def _prediction(outputs: Any) -> Prediction:
-    return (outputs.start_logits, outputs.end_logits) if "start_logits" in outputs else outputs.logits
 
 
 def _count_units(batch: dict[str, Any]) -> _Units:

@@ -56,6 +56,7 @@ class Variant:
         build: makes it with a seed, and says how far it is.
         made_from: everything that decides what `build` makes, for json.
         kept_layers: indices of the teacher's layers that it has; None for all of them.
+        can_be_fitted: whether it has the teacher's layers, one to one.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Variant:
     build: Callable[[Source, int, Report], PreTrainedModel]
     made_from: Callable[[Source, int], list[Any]]
     kept_layers: Callable[[Source], list[int] | None] = lambda source: None
+    can_be_fitted: bool = True
 
 
 @dataclass(frozen=True)
@@ -96,11 +98,19 @@ class Trial:
         """Whether it begins with a model of its own, and not with that of the first seed."""
         return self.is_first or self.variant.is_drawn
 
-    @property
-    def stages(self) -> list[str]:
+    def is_fitted(self, settings: CompressSettings) -> bool:
+        """Whether it is fitted once it is cut."""
+        return settings.fit and self.variant.can_be_fitted
+
+    def stages(self, settings: CompressSettings) -> list[str]:
         """The names of its stages in their order."""
-        adapted = [f"adapt {self.name}", f"evaluate {self.name} before distillation"]
-        return [*(adapted if self.is_adapted else []), f"distill {self.name}", f"evaluate {self.name}"]
+        made, name = [], self.name
+        if self.is_adapted:
+            made = [f"adapt {name}", *([f"fit {name}"] if self.is_fitted(settings) else [])]
+        if not settings.distill:
+            return [*made, *([f"evaluate {name}"] if made else [])]
+        before = [*made, f"evaluate {name} before distillation"] if made else []
+        return [*before, f"distill {name}", f"evaluate {name}"]
 
 
 def trials(settings: CompressSettings) -> dict[Variant, list[Trial]]:
@@ -210,5 +220,6 @@ _COMPARISONS = {
         build=lambda source, seed, report: keep_layers(source.teacher, _kept_layers(source)),
         made_from=lambda source, seed: [source.teacher_print, _kept_layers(source)],
         kept_layers=_kept_layers,
+        can_be_fitted=False,
     ),
 }

@@ -2,7 +2,7 @@
 
 from moebert_kernels.compress.tasks.catalog import load_task, task_names
 from moebert_kernels.compress.tasks.chance import constant_score
-from moebert_kernels.compress.tasks.kinds import KINDS, auto_model_of, match_labels, tokenize
+from moebert_kernels.compress.tasks.kinds import KINDS, auto_model_of, kind_of_model, match_labels, tokenize
 from moebert_kernels.compress.tasks.labels import describe_labels
 from moebert_kernels.compress.tasks.tables import CsvOptions
 from moebert_kernels.compress.tasks.task import AnswerOptions, EncodedData, EncodedRows, Kind, Task, TaskData
@@ -19,6 +19,7 @@ __all__ = [
     "auto_model_of",
     "constant_score",
     "describe_labels",
+    "kind_of_model",
     "load_task",
     "match_labels",
     "task_names",

@@ -10,6 +10,8 @@ from typing import Any
 from datasets import Dataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from moebert_kernels.compress.losses import sequence_kind
+from moebert_kernels.compress.tasks import texts
 from moebert_kernels.compress.tasks.answers import QuestionAnswering
 from moebert_kernels.compress.tasks.sequences import Classification, MultiLabelClassification, Regression
 from moebert_kernels.compress.tasks.task import EncodedData, Kind, TaskData
@@ -23,6 +25,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "regression": Regression(),
         "token_classification": TokenClassification(),
         "question_answering": QuestionAnswering(),
+        texts.KIND: texts.Texts(),
     }
 )
 
@@ -33,6 +36,14 @@ def auto_model_of(architectures: list[str] | None) -> Any | None:
         if any(name.endswith(kind.head) for name in architectures or ()):
             return kind.auto_model
     return None
+
+
+def kind_of_model(config: PretrainedConfig) -> str:
+    """The kind of task that a model with a head was fine-tuned on, a key of `KINDS`."""
+    for name in ("token_classification", "question_answering"):
+        if any(architecture.endswith(KINDS[name].head) for architecture in config.architectures or ()):
+            return name
+    return sequence_kind(config)
 
 
 def match_labels(data: TaskData, config: PretrainedConfig) -> TaskData:
@@ -46,13 +57,15 @@ def match_labels(data: TaskData, config: PretrainedConfig) -> TaskData:
         config: of the model.
 
     Returns:
-        `data`, or the same rows and label names in the model's order.
+        `data`, or the same rows and label names in the model's order; of texts without labels, `data`.
 
     Raises:
         UserError: the model has another head than the task needs, another number of outputs or of labels to
             a text, or other labels.
     """
     task, kind = data.task, KINDS[data.task.kind]
+    if task.kind == texts.KIND:
+        return data
     if config.architectures and not any(name.endswith(kind.head) for name in config.architectures):
         raise UserError(
             f"the model is a {' or '.join(config.architectures)}, but task {task.name} needs a model "

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from itertools import chain
 
+from moebert_kernels.compress.tasks import texts
 from moebert_kernels.compress.tasks.task import TaskData
 
 _MOST_LISTED = 10
@@ -19,6 +20,8 @@ def describe_labels(data: TaskData) -> str:
         '900 training rows, 100 to validate; 2 classes: neg (412), pos (488)'
     """
     task, rows = data.task, data.train
+    if task.kind == texts.KIND:
+        return f"{len(rows):,} training texts, {len(data.validation):,} held out; no labels"
     sizes = f"{len(rows):,} training rows, {len(data.validation):,} to validate"
     if task.kind == "question_answering":
         without = sum(not answers for answers in rows["answers"])

@@ -1,0 +1,162 @@
+"""Teacher and text in, student out: what cutting and fitting give without labels or training, and when.
+
+    python -m bench.fit runs/demo --to bench/results/fit.json
+
+runs/demo is what `moebert demo` has left: its teacher, and its snippets, of which the texts alone are read to
+make students. Their labels serve to score what comes out.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import resource
+import shutil
+import tempfile
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moebert_kernels.compress.artifacts import write_json
+from moebert_kernels.compress.evaluate import predict
+from moebert_kernels.compress.loading import load_model
+from moebert_kernels.compress.settings import CompressSettings
+from moebert_kernels.compress.tasks import CsvOptions, load_task, match_labels, tokenize
+from moebert_kernels.compress.tasks.texts import load_texts
+from moebert_kernels.compress.text_pipeline import compress_texts, likeness
+from moebert_kernels.environment import OtherWork, describe_environment
+
+LENGTH = 48  # of the demonstration
+SETTINGS = CompressSettings(
+    distill=False,
+    measure=False,
+    max_length=LENGTH,
+    importance_rows=2000,
+    fit_rows=2000,
+    comparisons=("narrow",),
+)
+STUDENTS = {
+    "affinity-4": SETTINGS,
+    "random-4": replace(SETTINGS, routing="hash-random", comparisons=()),
+}
+
+
+def measure(demo: Path, room: Path) -> dict[str, Any]:
+    """Make every student in `room`, and score it cut and fitted.
+
+    Returns:
+        "models", by name: accuracy, and agreement with and divergence from the teacher, on the validation
+        rows; "stages" of the first student, seconds and processor seconds of each; and what it took.
+    """
+    others = OtherWork()
+    for name in ("train", "validation"):
+        with (demo / "data" / f"{name}.csv").open(encoding="utf-8", newline="") as file:
+            texts = [" ".join(row["text"].split()) for row in csv.DictReader(file)]
+        (room / f"{name}.txt").write_text("\n".join(texts), encoding="utf-8")
+    data = load_texts(room / "train.txt", CsvOptions(validation_file=room / "validation.txt"))
+    folders = {"teacher": demo / "teacher"}
+    stages: dict[str, dict[str, float]] = {}
+    for name, settings in STUDENTS.items():
+        clock = Clock()
+        results = compress_texts(settings, data, demo / "teacher", room / name, progress=clock)
+        stages = stages or {
+            stage: {"seconds": seconds, "processor_seconds": clock.spent[stage]}
+            for stage, seconds in results["timings_s"].items()
+        }
+        variants = {"student": name} | ({"narrow": "narrow"} if settings.comparisons else {})
+        for folder, row in variants.items():
+            for state in ("adapted", "fitted"):
+                folders[f"{row} {state}"] = room / name / "work" / folder / state
+    return {
+        "environment": asdict(describe_environment()),
+        "rows": {"train": len(data.train), "validation": len(data.validation)},
+        "tokens": results["fitting"]["student"]["num_tokens"],
+        "models": scores(demo, folders),
+        "stages": stages,
+        "busy_cpus": others.busy_cpus() or 0.0,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+class Clock:
+    """A `Progress` that notes the processor seconds of every stage, over all threads."""
+
+    def __init__(self):
+        self.spent: dict[str, float] = {}
+        self._begun = 0.0
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Begin or end a stage."""
+        now = time.process_time()
+        if stage not in self.spent:
+            self._begun = now
+        self.spent[stage] = now - self._begun
+
+
+def scores(demo: Path, folders: dict[str, Path]) -> dict[str, dict[str, float]]:
+    """Score saved models on the demonstration's validation rows, by their labels and against the teacher."""
+    columns = CsvOptions(validation_file=demo / "data" / "validation.csv")
+    data = load_task("csv", demo / "data" / "train.csv", csv=columns)
+    found, theirs = {}, None
+    for name, folder in folders.items():
+        model, tokenizer = load_model(folder)
+        rows = tokenize(match_labels(data, model.config), tokenizer, LENGTH).validation_sets[""]
+        ours = predict(model, rows.rows, tokenizer)
+        theirs = ours if theirs is None else theirs
+        found[name] = rows.score(ours) | likeness("classification", ours, theirs)
+    return found
+
+
+def tables(found: dict[str, Any]) -> str:
+    """What `measure` found, for a README."""
+    models, environment = found["models"], found["environment"]
+    lines = ["| | accuracy | agrees with the teacher | divergence |", "|---|--:|--:|--:|"]
+    lines.append(f"| teacher | {models['teacher']['accuracy']:.3f} | | |")
+    for name in ("narrow", *STUDENTS):
+        cut, fitted = models[f"{name} adapted"], models[f"{name} fitted"]
+        cells = [
+            f"{cut[metric]:.3f} → **{fitted[metric]:.3f}**"
+            for metric in ("accuracy", "agreement", "divergence")
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    seconds = sum(stage["seconds"] for stage in found["stages"].values())
+    work = sum(stage["processor_seconds"] for stage in found["stages"].values())
+    parts = {
+        stage: found["stages"][stage]["processor_seconds"]
+        for stage in ("importance", "adapt student", "fit student", "fit narrow FFN")
+    }
+    lines += [
+        "",
+        f"*`python -m bench.fit`: as cut → **as fitted**, {found['rows']['validation']:,} validation rows; "
+        f"{found['rows']['train']:,} texts ({found['tokens']:,} tokens) to score and fit on, without labels. "
+        f"All of affinity-4 and narrow took {seconds:.0f} s, {work:.0f} s of processor time "
+        f"({', '.join(f'{name} {spent:.0f} s' for name, spent in parts.items())}), and "
+        f"{found['peak_bytes'] / 2**30:.1f} GiB at most; {environment['cpu']}, {environment['threads']} "
+        f"threads, {found['busy_cpus']:.1f} processors busy otherwise; commit {environment['commit']}.*",
+    ]
+    return "\n".join(lines)
+
+
+app = typer.Typer(help=__doc__, add_completion=False)
+
+
+@app.command()
+def run(
+    demo: Annotated[Path, typer.Argument(help="Folder of a finished `moebert demo`.")],
+    to: Annotated[Path, typer.Option(help="The json file to write.")] = Path("bench/results/fit.json"),
+) -> None:
+    """Measure, and write what was found."""
+    room = Path(tempfile.mkdtemp(prefix="bench-fit-"))
+    try:
+        found = measure(demo, room)
+    finally:
+        shutil.rmtree(room)
+    write_json(to, found)
+    print(tables(json.loads(to.read_text(encoding="utf-8"))))
+
+
+if __name__ == "__main__":
+    app()

@@ -34,13 +34,14 @@ class PlanTensors(NamedTuple):
             call costs several times what building the plans does.
         counts_LE: the slots of each expert.
         offsets_LE1: exclusive prefix sums of the counts; `offsets[E]` is the number of routed slots.
-        num_invalid: 0-dim, the unmasked token ids outside [0, V); always 0 for plans from expert ids.
+        num_invalid: 0-dim, the unmasked token ids outside [0, V); None for plans from expert ids, whose only
+            launch on a GPU would otherwise be preceded by another, for a zero.
     """
 
     slots_3LS: Tensor
     counts_LE: Tensor
     offsets_LE1: Tensor
-    num_invalid: Tensor
+    num_invalid: Tensor | None
 
     @property
     def expert_ids_LS(self) -> Tensor:
@@ -145,7 +146,6 @@ def build_plans_from_expert_ids(expert_ids_LS: Tensor, num_experts: int) -> Plan
     plans = _empty_plans(num_layers, num_slots, num_experts, device)
     source = (address(expert_ids_LS, device), expert_ids_LS.element_size())
     sizes = (num_layers, num_slots, num_experts)
-    plans.num_invalid.zero_()
     if device.type == "cpu":
         extension.from_expert_ids_cpu(*source, *sizes, *_addresses(plans), torch.get_num_threads())
     else:
@@ -191,6 +191,8 @@ def build_plans_from_input_ids(
     mask_T = None if mask_T is None else mask_T.contiguous()
     device = input_ids_T.device
     plans = _empty_plans(num_layers, num_tokens, num_experts, device)
+    num_invalid = torch.empty((), dtype=torch.int32, device=plans.offsets_LE1.device)
+    plans = plans._replace(num_invalid=num_invalid)
     source = (
         address(input_ids_T, device),
         input_ids_T.element_size(),
@@ -201,7 +203,7 @@ def build_plans_from_input_ids(
     sizes = (num_layers, num_tokens, num_experts)
     if device.type == "cpu":
         threads = torch.get_num_threads()
-        plans.num_invalid.fill_(extension.from_input_ids_cpu(*source, *sizes, *_addresses(plans), threads))
+        num_invalid.fill_(extension.from_input_ids_cpu(*source, *sizes, *_addresses(plans), threads))
     else:
         with torch.cuda.device(device):
             workspace = _workspace(extension, sizes, device)
@@ -210,7 +212,7 @@ def build_plans_from_input_ids(
                 *source,
                 *sizes,
                 *_addresses(plans),
-                address(plans.num_invalid, device),
+                address(num_invalid, device),
                 address(workspace, device),
                 stream,
             )
@@ -241,7 +243,7 @@ def _empty_plans(num_layers: int, num_slots: int, num_experts: int, device: torc
         return torch.empty(shape, dtype=torch.int32, device=device)
 
     slots_3LS = empty(3, num_layers, num_slots)
-    return PlanTensors(slots_3LS, empty(num_layers, num_experts), empty(num_layers, num_experts + 1), empty())
+    return PlanTensors(slots_3LS, empty(num_layers, num_experts), empty(num_layers, num_experts + 1), None)
 
 
 def _addresses(plans: PlanTensors) -> list[int]:

@@ -26,8 +26,12 @@ from kernel_checks import (
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::DeprecationWarning")
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
+
 from moebert_kernels import kernels  # noqa: E402
 from moebert_kernels.kernels import configs, launch  # noqa: E402
+from moebert_kernels.kernels.blocks import activate_with_slope  # noqa: E402
 from moebert_kernels.kernels.configs import Config, Tile  # noqa: E402
 
 SQUARE = Tile(16, 16, 16, 4, 2)
@@ -215,3 +219,29 @@ def test_an_experts_infinities_stay_with_its_tokens(device, monkeypatch):
         with torch.no_grad():
             finite_T = call(case, t, plan).isfinite().all(1)
         assert finite_T.cpu().equal(ids_TK[:, 0] != 1)
+
+
+@triton.jit
+def activate_kernel(h_ptr, a_ptr, slope_ptr, FAST: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    a, slope = activate_with_slope(tl.load(h_ptr + at), "gelu", FAST)
+    tl.store(a_ptr + at, a)
+    tl.store(slope_ptr + at, slope)
+
+
+def test_gelu_without_erf_is_right_to_half_a_unit_of_16_bits(device):
+    """Where it exceeds 1e-7, in float16 and in bfloat16; and its slope is that of the function."""
+    h = torch.linspace(-12, 12, 2**16, device=device)
+    found, slope = torch.empty_like(h), torch.empty_like(h)
+    activate_kernel[(1,)](h, found, slope, True, 2**16)
+    exact = h.double().requires_grad_()
+    a = torch.nn.functional.gelu(exact)
+    (exact_slope,) = torch.autograd.grad(a.sum(), exact)
+    a = a.detach()
+    off = (found.double() - a).abs()
+    for dtype in (torch.float16, torch.bfloat16):
+        info = torch.finfo(dtype)
+        unit = info.eps * 2.0 ** a.abs().clamp(min=info.tiny).log2().floor()
+        assert (off <= 0.5 * unit)[a.abs() > 1e-7].all(), dtype
+    assert off[a.abs() <= 1e-7].max() < 1e-9
+    assert (slope.double() - exact_slope).abs().max() < 6e-5

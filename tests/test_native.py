@@ -51,7 +51,7 @@ def test_plans_from_expert_ids_equal_a_stable_sort(size, dtype, manner, outside,
     )
     plans = native.build_plans_from_expert_ids(ids_LS, num_experts)
     assert_same_plans(plans, sorted_plans(ids_LS, num_experts))
-    assert plans.num_invalid == 0
+    assert plans.num_invalid is None
 
 
 @needs_extension

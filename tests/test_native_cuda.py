@@ -64,7 +64,7 @@ def test_plans_from_expert_ids_equal_a_stable_sort(size, dtype, manner):
     ids_LS = random_ids(generator, (num_layers, num_slots), num_experts, dtype, manner=manner, outside=True)
     plans = to_host(native.build_plans_from_expert_ids(*on_device(ids_LS), num_experts))
     assert_same_plans(plans, sorted_plans(ids_LS, num_experts))
-    assert plans.num_invalid == 0
+    assert plans.num_invalid is None
 
 
 @pytest.mark.parametrize("size", SIZES)

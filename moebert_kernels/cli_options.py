@@ -54,7 +54,8 @@ class DataOptions:
             "--data",
             metavar="PATH|hub",
             help="The folder of the original files; for csv the table, .csv, .tsv or .jsonl. Or hub: the "
-            "data set that the Hugging Face hub has of the task; hub:NAME or hub:NAME:CONFIG: another one.",
+            "data set that the Hugging Face hub has of the task; hub:NAME or hub:NAME:CONFIG: another one. "
+            "Without --task, where labels are not needed, text alone: a .txt with one a line, or a table.",
         ),
     ] = None
     text_column: Annotated[str | None, _table(help="The text.", show_default="text")] = None
@@ -223,7 +224,8 @@ class CompressDataOptions(DataOptions):
             metavar="PATH|hub",
             help="The folder of the original files; for csv the table, .csv, .tsv or .jsonl; for embed a "
             "table too, or a .txt with a sentence per line. Or hub: the data set that the Hugging Face hub "
-            "has of the task; hub:NAME or hub:NAME:CONFIG: another one.",
+            "has of the task; hub:NAME or hub:NAME:CONFIG: another one. Without --task, text alone, for a "
+            "model of any head: a .txt with one a line, or a table.",
         ),
     ] = None
 

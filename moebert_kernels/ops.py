@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, library
 from torch.autograd import forward_ad
-from torch.utils.flop_counter import register_flop_formula
 
 from moebert_kernels import backends, cpu_rows
 from moebert_kernels.arguments import NUM_TENSORS, Call, Gradients, Saved, check_call, check_kinds
+from moebert_kernels.awaited import when_imported
 from moebert_kernels.routing.plan import RoutingPlan
 from moebert_kernels.watchers import unwatched
 
@@ -280,13 +280,11 @@ class _DirectFFN(torch.autograd.Function):
         return None, *[grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
 
-@register_flop_formula(torch.ops.moebert_kernels.ffn)
-def _(*shapes, out_shape=None) -> int:
+def _forward_flops(*shapes, out_shape=None) -> int:
     return 2 * _gemm_flops(shapes)
 
 
-@register_flop_formula(torch.ops.moebert_kernels.ffn_backward)
-def _(*shapes, out_shape=None) -> int:
+def _backward_flops(*shapes, out_shape=None) -> int:
     needs = Gradients(*shapes[-1])
     da = (
         needs.x_TD
@@ -301,3 +299,13 @@ def _gemm_flops(shapes: Sequence[Any]) -> int:
     """2 per multiply-add of one grouped GEMM: the padding of experts' rows is nobody's wish."""
     (T, K), (_, F, D) = shapes[Call._fields.index("expert_ids_TK")], shapes[Call._fields.index("w1_EFD")]
     return 2 * T * K * F * D
+
+
+def _register_flops() -> None:
+    from torch.utils.flop_counter import register_flop_formula
+
+    register_flop_formula(torch.ops.moebert_kernels.ffn)(_forward_flops)
+    register_flop_formula(torch.ops.moebert_kernels.ffn_backward)(_backward_flops)
+
+
+when_imported("torch.utils.flop_counter", _register_flops)  # it imports Triton, which takes a second

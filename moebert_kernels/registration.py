@@ -8,47 +8,16 @@ configuration, the family's classes are made, see `models.modeling.moe_classes`,
 
 from __future__ import annotations
 
-import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
-from types import ModuleType
+from collections.abc import Mapping
 from typing import Any
 
-_AWAITED = "transformers.models.auto.configuration_auto"
+from moebert_kernels.awaited import when_imported
 
 
 def register_when_imported() -> None:
     """Register now if `AutoConfig` is there, otherwise when its module has been imported."""
-    if _AWAITED in sys.modules:
-        _register()
-    elif not any(isinstance(finder, _Awaiting) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Awaiting())
-
-
-class _Awaiting:
-    """Finds one module as all other finders do, and has something done when it has been executed."""
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        """See `importlib.abc.MetaPathFinder`."""
-        if name != _AWAITED:
-            return None
-        sys.meta_path.remove(self)
-        spec = find_spec(name)
-        if spec is not None and spec.loader is not None:
-            spec.loader.exec_module = _then_register(spec.loader.exec_module)  # type: ignore[method-assign, assignment]
-        return spec
-
-
-def _then_register(execute: Callable[[ModuleType], None]) -> Callable[[ModuleType], None]:
-    def execute_and_register(module: ModuleType) -> None:
-        execute(module)
-        _register()
-
-    return execute_and_register
+    when_imported("transformers.models.auto.configuration_auto", _register)
 
 
 def _register() -> None:

@@ -37,7 +37,7 @@ def expert_ffn_forward(
     activation: str,
     top_k: int,
     per_slot: bool,
-    save_preact: bool,
+    training: bool,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `ops.expert_ffn`."""
@@ -49,8 +49,8 @@ def expert_ffn_forward(
     order_S, offsets_E1 = order_S.contiguous(), offsets_E1.contiguous()
     b1_EF, b2_ED = _contiguous(b1_EF), _contiguous(b2_ED)
     gate_S, scale = _gate(gate_TK, top_k, per_slot)
-    saved = x_TD.new_empty(2 * S if save_preact else 0, F)
-    a_SF = saved[:S] if save_preact else x_TD.new_empty(S, F)
+    saved = x_TD.new_empty(2 * S if training else 0, F)
+    a_SF = saved[:S] if training else x_TD.new_empty(S, F)
     z_SD = x_TD.new_empty(S, D)
     with on_device_of(x_TD):
         launch(
@@ -63,7 +63,7 @@ def expert_ffn_forward(
             w1_ptr=w1_EFD,
             b1_ptr=b1_EF,
             a_ptr=a_SF,
-            slope_ptr=saved[S:] if save_preact else None,
+            slope_ptr=saved[S:] if training else None,
             num_slots=S,
             E=E,
             D=D,

@@ -27,6 +27,7 @@ from typing import IO, Protocol
 
 MOST_FILES, MOST_BYTES = 8, 2**24  # what may come back from a machine that is lent
 RESERVE_S = 10  # of a call, for what is said at its end
+NO_DEVICE = 3  # exit status of a part that finds no GPU: nothing else would
 LOG, SESSION = "gpu.log", "session.jsonl"
 ALWAYS = (LOG, SESSION)
 
@@ -151,7 +152,7 @@ def go_through(parts: Sequence[Part], limit: float, machine: Machine) -> Iterato
             continue
         code = machine.run(part, end - began - part.grace_s)
         became = "cut off" if code is None else "ok" if code == 0 else f"failed ({code})"
-        if part.stops and code:
+        if (part.stops and code) or code == NO_DEVICE:
             stopped = f"not run, since {part.name} {became}"
         yield Outcome(part.name, became, began, machine.now())
 
@@ -321,7 +322,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("call", choices=list(CALLS))
     parser.add_argument("--only", default="", help="parts, with commas; the second call asks for them")
-    parser.add_argument("--out", help="folder for everything that is kept; new or empty")
+    parser.add_argument(
+        "--out", help="new or empty folder for what is kept, from the repository's if relative"
+    )
     parser.add_argument("--limit", type=int, help="seconds for the whole call (default 480, 240)")
     parser.add_argument("--tests", help="what pytest is to run in place of -m gpu")
     parser.add_argument("--peer-path", help="folder with the sources of triton_kernels and scattermoe")
@@ -335,7 +338,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         options.parts = chosen(options.call, only)
     except ValueError as error:
         parser.error(str(error))
-    options.limit = options.limit or CALLS[options.call][1]
+    options.limit = CALLS[options.call][1] if options.limit is None else options.limit
     least = RESERVE_S + sum(part.grace_s + 2 for part in options.parts)
     if options.limit < least:
         parser.error(f"--limit must be at least {least} s for these parts, got {options.limit}")
@@ -344,6 +347,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             parser.error("--out is needed: the folder for everything that is kept")
         options.out = tempfile.mkdtemp()
     out = Path(options.out)
+    if out.exists() and not out.is_dir():
+        parser.error(f"--out must be a folder, {out} is none")
     if out.is_dir() and any(out.iterdir()):
         parser.error(f"--out must be a new or an empty folder, {out} has files")
     return options

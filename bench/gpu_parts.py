@@ -23,6 +23,7 @@ from moebert_kernels.environment import describe_environment
 from . import ceilings
 from .cases import TOY, Request
 from .ffn import BOUND, DENSE, FFN, OURS
+from .gpu import NO_DEVICE
 from .registry import Op
 from .results import Row, Run, write
 from .run import Settings, start
@@ -39,7 +40,8 @@ def machine(options: argparse.Namespace) -> None:
     """Versions, the card, its ceilings; meanwhile the layer's kernels are compiled."""
     device = torch.device("cpu" if options.toy else "cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
-        sys.exit("torch finds no CUDA device; --dry-run needs none")
+        print("torch finds no CUDA device; --dry-run needs none")
+        sys.exit(NO_DEVICE)
     compiling = {} if options.toy else {name: _start(command) for name, command in _COMPILED.items()}
     environment = describe_environment()
     versions = ", ".join(f"{name} {version}" for name, version in environment.versions.items() if version)

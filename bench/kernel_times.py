@@ -71,7 +71,8 @@ def record(inputs: FFNInputs) -> Step:
 def work_of(launch: Any, case: FFNCase) -> Work:
     """A product's multiply-adds, and every tensor that a launch is given, read or written once."""
     product = launch.kernel.__name__.startswith(_PRODUCTS)
-    flops = 2.0 * case.T * case.K * case.D * case.F if product else 0.0
+    both = all(launch.arguments.get(name) is not None for name in ("dw1_ptr", "dw2_ptr"))
+    flops = (2.0 + 2.0 * both) * case.T * case.K * case.D * case.F if product else 0.0
     tensors = {}
     for value in launch.arguments.values():
         tensor = getattr(value, "base", value) if not isinstance(value, Tensor) else value

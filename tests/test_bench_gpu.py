@@ -63,16 +63,23 @@ def test_what_a_part_leaves_of_its_time_is_the_next_ones():
 
 
 def test_a_part_that_fails_stops_no_other():
-    machine = Scripted(seconds=2, codes={"ffn": 1, "machine": 3})
+    machine = Scripted(seconds=2, codes={"ffn": 1, "machine": 2})
     became = {outcome.part: outcome.became for outcome in go_through(FIRST, 480, machine)}
     assert became == {
-        "machine": "failed (3)",
+        "machine": "failed (2)",
         "smoke": "ok",
         "ffn": "failed (1)",
         "kernels": "ok",
         "tests": "ok",
         "tiles": "ok",
     }
+
+
+def test_without_a_device_nothing_else_is_tried():
+    """A newcomer without a GPU was told that the layer is wrong."""
+    machine = Scripted(seconds=2, codes={"machine": gpu.NO_DEVICE})
+    became = {outcome.became for outcome in go_through(FIRST, 480, machine)}
+    assert became == {"failed (3)", "not run, since machine failed (3)"}
 
 
 def test_nothing_is_timed_of_a_layer_that_is_wrong():

@@ -194,7 +194,7 @@ def _logit(h, ACTIVATION: tl.constexpr):
 def _logit_slope(h, ACTIVATION: tl.constexpr):
     """v'(h) of `_logit`."""
     if ACTIVATION == "gelu":
-        z = h * h
+        z = tl.minimum(h * h, 64.0)  # beyond, its factor is 0: it must not be 0 * inf
         p = 1.2618150968535247e-08 * z - 1.0973197959174286e-06
         p = p * z + 3.530292815412395e-05
         p = p * z - 0.00045207326184026897

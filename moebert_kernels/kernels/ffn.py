@@ -163,7 +163,7 @@ def expert_ffn_backward(
             dx_TD = over_experts(dx_SD, top_k, x_TD.dtype)
         dgate_TK = None
         if need_gate:
-            dgate_TK = dy.new_empty(S // top_k, top_k)
+            dgate_TK = dy.new_empty(S // top_k, top_k, dtype=torch.float32)
             launch(
                 gate_grad_kernel,
                 (ceil_div(S, 16) + E if S else 0,),

@@ -86,7 +86,7 @@ def spread_weights(model: nn.Module) -> None:
     """Weights of unit gain, varied biases and scales: with the initial ones a wrong layer would not show."""
     for name, parameter in model.named_parameters():
         kind = name.rpartition(".")[2]
-        if parameter.dim() == 1 or kind in ("b1_EF", "b2_ED", "ln_w_ED", "ln_b_ED"):
+        if parameter.dim() == 1 or kind.startswith(("bias", "layernorm")):
             parameter.add_(torch.randn(parameter.shape) * 0.2)
         elif "embeddings" not in name:
             parameter.normal_(std=parameter.shape[-1] ** -0.5)
@@ -104,8 +104,13 @@ def _authors_experts(ffn: Any) -> AuthorsExperts:
     experts = []
     for e in range(ffn.num_experts):
         norm = nn.LayerNorm(ffn.hidden_size, eps=ffn.norm_eps)
-        norm.weight, norm.bias = nn.Parameter(ffn.ln_w_ED[e].detach()), nn.Parameter(ffn.ln_b_ED[e].detach())
-        w1_FD, b1_F, w2_DF, b2_D = (w[e].detach() for w in (ffn.w1_EFD, ffn.b1_EF, ffn.w2_EDF, ffn.b2_ED))
+        norm.weight, norm.bias = (
+            nn.Parameter(ffn.layernorm_weight_ED[e].detach()),
+            nn.Parameter(ffn.layernorm_bias_ED[e].detach()),
+        )
+        w1_FD, b1_F, w2_DF, b2_D = (
+            w[e].detach() for w in (ffn.w1_EFD, ffn.bias1_EF, ffn.w2_EDF, ffn.bias2_ED)
+        )
         experts.append(AuthorsExpert(w1_FD, b1_F, w2_DF, b2_D, norm))
     return AuthorsExperts(experts)
 
@@ -124,12 +129,12 @@ class _ReferenceFFN(nn.Module):
             x_BSD.flatten(0, 1),
             routing.plan.expert_ids_TK,
             ffn.w1_EFD,
-            ffn.b1_EF,
+            ffn.bias1_EF,
             ffn.w2_EDF,
-            ffn.b2_ED,
+            ffn.bias2_ED,
             activation=ffn.activation,
-            ln_w_ED=ffn.ln_w_ED,
-            ln_b_ED=ffn.ln_b_ED,
+            ln_w_ED=ffn.layernorm_weight_ED,
+            ln_b_ED=ffn.layernorm_bias_ED,
             ln_eps=ffn.norm_eps,
         )
         return y_TD.view(x_BSD.shape)

@@ -14,6 +14,14 @@ from moebert_kernels.ops import moe_ffn
 from moebert_kernels.routing.plan import RoutingPlan
 from moebert_kernels.routing.routers import RouterOutput, SentenceGate, TokenGate
 
+# What parameters were once called: state dicts with these names still load.
+FORMER_NAMES = {
+    "b1_EF": "bias1_EF",
+    "b2_ED": "bias2_ED",
+    "ln_w_ED": "layernorm_weight_ED",
+    "ln_b_ED": "layernorm_bias_ED",
+}
+
 
 class MoEFFN(nn.Module):
     """E feed-forward networks of F neurons, of which each token uses K.
@@ -41,8 +49,11 @@ class MoEFFN(nn.Module):
         dtype: of the parameters, as for `nn.Linear`.
 
     Attributes:
-        w1_EFD, b1_EF, w2_EDF, b2_ED: the experts, rows as in `nn.Linear`.
-        ln_w_ED, ln_b_ED: their LayerNorms; None in the plain form.
+        w1_EFD, bias1_EF, w2_EDF, bias2_ED: the experts, rows as in `nn.Linear`; no biases are None.
+        layernorm_weight_ED, layernorm_bias_ED: their LayerNorms; None in the plain form.
+
+    Rules that tell by names what weight decay is for, as that of transformers' `Trainer`, find the matrices
+    alone. State dicts from before the biases and LayerNorms had these names load, too.
 
     Raises:
         TypeError: an argument is of another kind.
@@ -105,24 +116,25 @@ class MoEFFN(nn.Module):
         E, F_, D = num_experts, expert_size, hidden_size
         self.w1_EFD = parameter(E, F_, D)
         self.w2_EDF = parameter(E, D, F_)
-        self.b1_EF = parameter(E, F_) if bias else None
-        self.b2_ED = parameter(E, D) if bias else None
-        self.ln_w_ED = parameter(E, D) if norm_eps is not None else None
-        self.ln_b_ED = parameter(E, D) if norm_eps is not None else None
+        self.bias1_EF = parameter(E, F_) if bias else None
+        self.bias2_ED = parameter(E, D) if bias else None
+        self.layernorm_weight_ED = parameter(E, D) if norm_eps is not None else None
+        self.layernorm_bias_ED = parameter(E, D) if norm_eps is not None else None
+        self.register_load_state_dict_pre_hook(_rename_former)
         self._kept: tuple[torch.dtype, list[tuple[tuple[int, int], Tensor] | None]] | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Initialise every expert as `nn.Linear` and `nn.LayerNorm` initialise themselves."""
         with torch.no_grad():
-            for weight, bias in ((self.w1_EFD, self.b1_EF), (self.w2_EDF, self.b2_ED)):
+            for weight, bias in ((self.w1_EFD, self.bias1_EF), (self.w2_EDF, self.bias2_ED)):
                 bound = weight.shape[-1] ** -0.5
                 weight.uniform_(-bound, bound)
                 if bias is not None:
                     bias.uniform_(-bound, bound)
-            if self.ln_w_ED is not None and self.ln_b_ED is not None:
-                self.ln_w_ED.fill_(1)
-                self.ln_b_ED.zero_()
+            if self.layernorm_weight_ED is not None and self.layernorm_bias_ED is not None:
+                self.layernorm_weight_ED.fill_(1)
+                self.layernorm_bias_ED.zero_()
 
     def forward(
         self,
@@ -157,8 +169,8 @@ class MoEFFN(nn.Module):
             _check_routing(routing, input_ids=input_ids, mask=mask)
         plan, gate_TK = (routing, None) if isinstance(routing, RoutingPlan) else routing[:2]
         dropout_p = self.dropout if self.training else 0.0
-        ln_w_ED, ln_b_ED = self.ln_w_ED, self.ln_b_ED
-        norm = None if ln_w_ED is None or ln_b_ED is None else (ln_w_ED, ln_b_ED)
+        weight_ED, bias_ED = self.layernorm_weight_ED, self.layernorm_bias_ED
+        norm = None if weight_ED is None or bias_ED is None else (weight_ED, bias_ED)
         y_TD = moe_ffn(
             x.reshape(-1, self.hidden_size),
             plan,
@@ -220,7 +232,7 @@ class MoEFFN(nn.Module):
         self._kept = None
         if dtype is None:
             return
-        parameters = (self.w1_EFD, self.b1_EF, self.w2_EDF, self.b2_ED)
+        parameters = (self.w1_EFD, self.bias1_EF, self.w2_EDF, self.bias2_ED)
         casts = [
             None if p is None or p.dtype == torch.float64 else (_state(p), p.detach().to(dtype))
             for p in parameters
@@ -229,7 +241,7 @@ class MoEFFN(nn.Module):
 
     def _experts(self, device: str) -> list[Any]:
         """w1, b1, w2 and b2, each by its kept cast where that can be used."""
-        parameters = [self.w1_EFD, self.b1_EF, self.w2_EDF, self.b2_ED]
+        parameters = [self.w1_EFD, self.bias1_EF, self.w2_EDF, self.bias2_ED]
         if self._kept is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return parameters
         dtype, casts = self._kept
@@ -252,6 +264,13 @@ class MoEFFN(nn.Module):
 def _state(parameter: Tensor) -> tuple[int, int]:
     """Changes when a parameter gets other memory, or is written to by what autograd can see."""
     return parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version
+
+
+def _rename_former(module: nn.Module, state_dict: dict[str, Any], prefix: str, *others: object) -> None:
+    """Before a state dict is loaded, give what it has under former names those of today."""
+    for former, name in FORMER_NAMES.items():
+        if prefix + former in state_dict and prefix + name not in state_dict:
+            state_dict[prefix + name] = state_dict.pop(prefix + former)
 
 
 def _check_routing(routing: object, **for_the_router: Tensor | None) -> None:

@@ -51,13 +51,13 @@ def test_the_gradient_is_that_of_a_plain_cast():
     layer, x, plan = layer_and_inputs()
     layer.keep_casts(torch.bfloat16)
     under_autocast(layer, x, plan, grad=True).sum().backward()
-    names = ("w1_EFD", "b1_EF", "w2_EDF", "b2_ED")
+    names = ("w1_EFD", "bias1_EF", "w2_EDF", "bias2_ED")
     leaves = [getattr(layer, name).detach().clone().requires_grad_() for name in names]
     y = moe_ffn(
         x.bfloat16(),
         plan,
         *[leaf.bfloat16() for leaf in leaves],
-        norm=(layer.ln_w_ED, layer.ln_b_ED),
+        norm=(layer.layernorm_weight_ED, layer.layernorm_bias_ED),
         residual_TD=x,
     )
     for name, grad in zip(names, torch.autograd.grad(y.sum(), leaves), strict=True):
@@ -81,7 +81,7 @@ def test_kept_casts_change_nothing():
         lambda layer: torch.optim.SGD(layer.parameters(), lr=1.0).step(),
         lambda layer: layer.load_state_dict({k: 2 * v for k, v in layer.state_dict().items()}),
         lambda layer: setattr(layer, "w1_EFD", nn.Parameter(torch.randn(E, F, D))),
-        lambda layer: setattr(layer.b1_EF, "data", torch.randn(E, F)),
+        lambda layer: setattr(layer.bias1_EF, "data", torch.randn(E, F)),
         lambda layer: layer.keep_casts(None),
     ],
     ids=["step", "load", "replace", "data", "give up"],

@@ -31,7 +31,7 @@ def test_tied_neurons_stay_alike_and_others_do_not():
     for module in student.modules():
         if isinstance(module, MoEFFN):
             neurons_EFD = torch.cat(
-                [module.w1_EFD, module.b1_EF.unsqueeze(2), module.w2_EDF.transpose(1, 2)], dim=2
+                [module.w1_EFD, module.bias1_EF.unsqueeze(2), module.w2_EDF.transpose(1, 2)], dim=2
             )
             assert torch.equal(neurons_EFD[:, :6], neurons_EFD[:1, :6].expand(4, -1, -1))
             assert not torch.equal(neurons_EFD[0, 6:], neurons_EFD[1, 6:])

@@ -76,15 +76,15 @@ def fit_by_reference(student, teacher, rows):
             mine = real_T & (expert_T == e)
             if not mine.any():
                 continue
-            a_tF = activation("gelu")(x_TD[mine] @ layer.w1_EFD[e].T + layer.b1_EF[e])
-            args = a_tF, s_TD[mine] - x_TD[mine], weight_T[mine], layer.w2_EDF[e], layer.b2_ED[e]
+            a_tF = activation("gelu")(x_TD[mine] @ layer.w1_EFD[e].T + layer.bias1_EF[e])
+            args = a_tF, s_TD[mine] - x_TD[mine], weight_T[mine], layer.w2_EDF[e], layer.bias2_ED[e]
             w2_DF, b2_D = ref.fit_output(*args, ref.strength(a_tF, weight_T[mine], RIDGE, RARE))
-            layer.w2_EDF.data[e], layer.b2_ED.data[e] = w2_DF, b2_D
+            layer.w2_EDF.data[e], layer.bias2_ED.data[e] = w2_DF, b2_D
         if routed[0].gate_TK is not None:
             ours = [output for _, _, output in calls_of(layer, student, rows)]
             scale = ref.gate_scale(tokens(ours)[real_T], tokens(wanted)[real_T])
-            layer.ln_w_ED.data *= scale
-            layer.ln_b_ED.data *= scale
+            layer.layernorm_weight_ED.data *= scale
+            layer.layernorm_bias_ED.data *= scale
     return student
 
 
@@ -266,7 +266,7 @@ def test_the_same_rows_give_the_same_student_and_leave_the_rest_alone():
         students.append(student.state_dict())
     for name, value in students[0].items():
         assert torch.equal(value, students[1][name]), name
-        changed = name.endswith(("w2_EDF", "b2_ED"))
+        changed = name.endswith(("w2_EDF", "bias2_ED"))
         assert torch.equal(value, cut[name]) != changed, name
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
     assert all("forward" not in module.__dict__ for module in [*teacher.modules(), *student.modules()])

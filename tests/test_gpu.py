@@ -264,15 +264,15 @@ def test_autocast_equals_explicit_casts():
     layer = MoEFFN(64, 96, 4, norm_eps=1e-12, device="cuda")
     x = torch.randn(50, 64, device="cuda")
     plan = RoutingPlan.from_expert_ids(torch.arange(50, device="cuda") % 4, 4)
-    half = {n: p.detach().bfloat16() for n, p in layer.named_parameters() if not n.startswith("ln")}
+    half = {n: p.detach().bfloat16() for n, p in layer.named_parameters() if not n.startswith("layernorm")}
     expected = moe_ffn(
         x.bfloat16(),
         plan,
         half["w1_EFD"],
-        half["b1_EF"],
+        half["bias1_EF"],
         half["w2_EDF"],
-        half["b2_ED"],
-        norm=(layer.ln_w_ED, layer.ln_b_ED),
+        half["bias2_ED"],
+        norm=(layer.layernorm_weight_ED, layer.layernorm_bias_ED),
         residual_TD=x,
     )
     for _ in range(2):

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from former_names import under_former_names
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -23,9 +24,9 @@ def test_experts_that_are_all_the_dense_ffn_are_the_dense_ffn(norm_eps):
     ffn = MoEFFN(8, 16, 4, router=HashRouter(table_V, 4), norm_eps=norm_eps)
     with torch.no_grad():
         for e in range(4):
-            for ours, theirs in ((ffn.w1_EFD, fc1.weight), (ffn.b1_EF, fc1.bias)):
+            for ours, theirs in ((ffn.w1_EFD, fc1.weight), (ffn.bias1_EF, fc1.bias)):
                 ours[e] = theirs
-            for ours, theirs in ((ffn.w2_EDF, fc2.weight), (ffn.b2_ED, fc2.bias)):
+            for ours, theirs in ((ffn.w2_EDF, fc2.weight), (ffn.bias2_ED, fc2.bias)):
                 ours[e] = theirs
     x, input_ids = torch.randn(2, 5, 8), torch.randint(0, 50, (2, 5))
     expected = fc2(nn.functional.gelu(fc1(x)))
@@ -44,7 +45,7 @@ def test_learned_gates_train(make_router):
     loss.backward()
     assert ffn.router.gate.weight.grad.abs().sum() > 0
     used = routing.plan.counts_E > 0
-    for p in (ffn.w1_EFD, ffn.w2_EDF, ffn.ln_w_ED):
+    for p in (ffn.w1_EFD, ffn.w2_EDF, ffn.layernorm_weight_ED):
         per_expert = p.grad.abs().flatten(1).sum(1)
         assert torch.equal(per_expert > 0, used)
 
@@ -86,6 +87,25 @@ def test_state_dict_round_trip_brings_the_routing_along():
     assert not torch.equal(first(x, input_ids=input_ids), second(x, input_ids=input_ids))
     second.load_state_dict(first.state_dict())
     assert torch.equal(first(x, input_ids=input_ids), second(x, input_ids=input_ids))
+
+
+@pytest.mark.parametrize("norm_eps", [None, 1e-12])
+@pytest.mark.parametrize("bias", [True, False])
+def test_state_dicts_with_former_names_load(norm_eps, bias):
+    saved, wrapped = (
+        nn.Sequential(nn.Linear(8, 8), MoEFFN(8, 6, 2, norm_eps=norm_eps, bias=bias)) for _ in range(2)
+    )
+    state = saved.state_dict()
+    former = under_former_names(state)
+    assert (former.keys() == state.keys()) == (norm_eps is None and not bias)
+    wrapped.load_state_dict(former, strict=True)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in wrapped.state_dict().items())
+    if bias:
+        former["1.b1_EF"] = torch.zeros(2, 5)
+        with pytest.raises(RuntimeError, match=r"size mismatch for 1\.bias1_EF"):
+            wrapped.load_state_dict(former)
+        with pytest.raises(RuntimeError, match=r"Unexpected key.* \"1\.b1_EF\""):
+            wrapped.load_state_dict({**state, "1.b1_EF": torch.zeros(2, 6)})
 
 
 def a_plan(num_tokens):

@@ -112,11 +112,11 @@ def test_layers_compute_what_the_specification_does(name):
             x_BSD.flatten(0, 1),
             expert_ids_T.unsqueeze(1).long(),
             ffn.w1_EFD,
-            ffn.b1_EF,
+            ffn.bias1_EF,
             ffn.w2_EDF,
-            ffn.b2_ED,
-            ln_w_ED=ffn.ln_w_ED,
-            ln_b_ED=ffn.ln_b_ED,
+            ffn.bias2_ED,
+            ln_w_ED=ffn.layernorm_weight_ED,
+            ln_b_ED=ffn.layernorm_bias_ED,
             ln_eps=ffn.norm_eps,
         )
         torch.testing.assert_close(y_BSD.flatten(0, 1), expected_TD, atol=1e-9, rtol=1e-9)
@@ -292,7 +292,7 @@ def test_models_from_scratch_are_initialised(routing):
     moe = classes.models[FAMILY["DistilBert"].heads[0]](config)
     for layer in moe.distilbert.transformer.layer:
         assert 0.01 < layer.ffn.w1_EFD.std() < 0.03
-        assert bool((layer.ffn.ln_w_ED == 1).all())
+        assert bool((layer.ffn.layernorm_weight_ED == 1).all())
     assert bool(moe(**batch()).logits.isfinite().all())
 
 

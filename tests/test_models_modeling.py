@@ -15,6 +15,8 @@ from transformers import (
     BertForSequenceClassification,
     BertForTokenClassification,
     BertModel,
+    Trainer,
+    TrainingArguments,
 )
 
 from moebert_kernels import HashRouter, MoEFFN, RoutingPlan, hash_random_tables
@@ -24,7 +26,6 @@ from moebert_kernels.models import (
     ROUTINGS,
     MoEBertConfig,
     MoEBertForSequenceClassification,
-    decay_parameters,
     to_moe,
 )
 
@@ -355,19 +356,28 @@ def test_resizing_the_vocabulary_resizes_the_tables(routing):
     assert torch.equal(model.bert.encoder.tables_LV, before[:, : VOCAB - 10])
 
 
-def test_weight_decay_is_for_matrices():
-    model = moe_of(BertForSequenceClassification, "gate-token")
-    decayed = set(decay_parameters(model))
-    names = {name for name, _ in model.named_parameters()}
-    assert decayed < names
-    for name in names - decayed:
-        assert name.endswith((".bias", "LayerNorm.weight", "b1_EF", "b2_ED", "ln_w_ED", "ln_b_ED"))
-    prefix = "bert.encoder.layer.0."
-    for name in ("attention.self.query.weight", "ffn.w1_EFD", "ffn.w2_EDF", "ffn.router.gate.weight"):
-        assert prefix + name in decayed
-    assert "bert.embeddings.word_embeddings.weight" in decayed
-    for name in ("ffn.b1_EF", "ffn.b2_ED", "ffn.ln_w_ED", "ffn.ln_b_ED", "attention.output.LayerNorm.weight"):
-        assert prefix + name not in decayed
+def decayed_by_a_plain_trainer(model, folder):
+    """Names of the parameters in the optimizer's groups that have a weight decay."""
+    trainer = Trainer(model, TrainingArguments(folder, use_cpu=True, weight_decay=0.1))
+    trainer.create_optimizer()
+    groups = trainer.optimizer.param_groups
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in decayed}
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_a_plain_trainer_decays_of_the_experts_their_matrices_alone(routing, tmp_path):
+    """It goes by names, and decayed 4 biases and LayerNorms a layer while theirs did not tell."""
+    expected = decayed_by_a_plain_trainer(build(BertForSequenceClassification), tmp_path)
+    for index in range(LAYERS):
+        layer = f"bert.encoder.layer.{index}."
+        expected -= {layer + "intermediate.dense.weight", layer + "output.dense.weight"}
+        expected |= {layer + "ffn.w1_EFD", layer + "ffn.w2_EDF"}
+        if routing in GATE_ROUTINGS:
+            expected |= {layer + "ffn.router.gate.weight"}
+    student = moe_of(BertForSequenceClassification, routing)
+    assert decayed_by_a_plain_trainer(student, tmp_path) == expected
 
 
 @pytest.mark.parametrize(

@@ -193,8 +193,8 @@ def tie_shared(student: PreTrainedModel, num_shared: int) -> None:
         if isinstance(module, MoEFFN):
             module.w1_EFD.register_hook(share(1))
             module.w2_EDF.register_hook(share(2))
-            if module.b1_EF is not None:
-                module.b1_EF.register_hook(share(1))
+            if module.bias1_EF is not None:
+                module.bias1_EF.register_hook(share(1))
 
 
 def _repeated(student: PreTrainedModel, num_shared: int) -> int:
@@ -203,5 +203,5 @@ def _repeated(student: PreTrainedModel, num_shared: int) -> int:
     for module in student.modules():
         if isinstance(module, MoEFFN):
             num_experts, _, hidden = module.w1_EFD.shape
-            copies += (num_experts - 1) * num_shared * (2 * hidden + (module.b1_EF is not None))
+            copies += (num_experts - 1) * num_shared * (2 * hidden + (module.bias1_EF is not None))
     return copies

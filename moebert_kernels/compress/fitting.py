@@ -240,10 +240,10 @@ class _Experts:
         self.layer = layer
         self._part = part
         if isinstance(part, MoEFFN):
-            if part.norm_eps is None or part.b1_EF is None or part.b2_ED is None:
+            if part.norm_eps is None or part.bias1_EF is None or part.bias2_ED is None:
                 raise ValueError("student must have experts with biases and LayerNorms, as adapt makes them")
-            self.w1_EFD, self.b1_EF = part.w1_EFD, part.b1_EF
-            self.w2_EDF, self.b2_ED = part.w2_EDF, part.b2_ED
+            self.w1_EFD, self.b1_EF = part.w1_EFD, part.bias1_EF
+            self.w2_EDF, self.b2_ED = part.w2_EDF, part.bias2_ED
         else:  # views: what is written to them is written to the layer
             self.w1_EFD, self.b1_EF = part.w1.weight[None], part.w1.bias[None]
             self.w2_EDF, self.b2_ED = part.w2.weight[None], part.w2.bias[None]
@@ -298,7 +298,7 @@ class _Experts:
     def scale_norms(self, factor: float) -> None:
         """Multiply the output of every expert."""
         part = cast(MoEFFN, self._part)
-        for parameter in (part.ln_w_ED, part.ln_b_ED):
+        for parameter in (part.layernorm_weight_ED, part.layernorm_bias_ED):
             assert parameter is not None
             parameter.mul_(factor)
 

@@ -21,7 +21,7 @@ from moebert_kernels.compress.losses import (
     prediction_of,
 )
 from moebert_kernels.compress.training_load import TrainingLoad
-from moebert_kernels.models import decay_parameters, is_moe
+from moebert_kernels.models import is_moe
 from moebert_kernels.routing.routers import RouterOutput
 
 
@@ -118,10 +118,6 @@ class DistillationTrainer(Trainer):
         """Train as `Trainer.train` does, resuming included."""
         self._reset_terms()
         return super().train(*args, **kwargs)
-
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Leave out the experts' biases and LayerNorms too, which are not `nn.LayerNorm` modules."""
-        return decay_parameters(model)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """Draw the batches of one optimizer step and count what its loss terms are means over."""

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     )
     from moebert_kernels.models.families import FAMILIES, DenseFFN, find_ffns, max_tokens
     from moebert_kernels.models.modeling import MoEPreTrainedModel
-    from moebert_kernels.models.parameters import decay_parameters
     from moebert_kernels.models.shrink import (
         evenly_spaced_layers,
         keep_layers,
@@ -36,7 +35,6 @@ __all__ = [
     "MoEConfig",
     "MoEPreTrainedModel",
     "count_parameters",
-    "decay_parameters",
     "encoder_flops_per_token",
     "evenly_spaced_layers",
     "ffn_flops_per_token",
@@ -63,7 +61,6 @@ _get = getter(
         ],
         "families": ["FAMILIES", "DenseFFN", "find_ffns", "max_tokens"],
         "modeling": ["MoEPreTrainedModel"],
-        "parameters": ["decay_parameters"],
         "shrink": ["evenly_spaced_layers", "keep_layers", "layers_of_equal_cost", "narrow_ffns"],
         "surgery": ["replace_ffns", "to_moe"],
     },

@@ -34,7 +34,7 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, capture_outputs
 
-from moebert_kernels.layer import MoEFFN
+from moebert_kernels.layer import FORMER_NAMES, MoEFFN
 from moebert_kernels.models.config import MoEConfig
 from moebert_kernels.models.families import FAMILIES, HEADS, DenseFFN, Family, LayerShape, find_ffns
 from moebert_kernels.routing import (
@@ -53,6 +53,8 @@ _AUTO_CLASSES = (  # of what `MoEClasses.models` holds, in its order
     AutoModelForQuestionAnswering,
     AutoModelForMaskedLM,
 )
+
+_FORMER_KEYS = {rf"\.ffn\.{former}$": f".ffn.{name}" for former, name in FORMER_NAMES.items()}
 
 
 class _View:
@@ -180,11 +182,11 @@ class MoEPreTrainedModel(PreTrainedModel):
         if isinstance(module, MoEFFN):
             for weight in (module.w1_EFD, module.w2_EDF):
                 init.normal_(weight, std=self.config.initializer_range)
-            for bias in (module.b1_EF, module.b2_ED, module.ln_b_ED):
+            for bias in (module.bias1_EF, module.bias2_ED, module.layernorm_bias_ED):
                 if bias is not None:
                     init.zeros_(bias)
-            if module.ln_w_ED is not None:
-                init.ones_(module.ln_w_ED)
+            if module.layernorm_weight_ED is not None:
+                init.ones_(module.layernorm_weight_ED)
         elif isinstance(module, MoEEncoder) and module.tables_LV is not None:
             init.copy_(module.tables_LV, _tables_from_scratch(self.config))
 
@@ -194,16 +196,25 @@ class MoEPreTrainedModel(PreTrainedModel):
         pretrained_model_name_or_path: Any,
         *args: Any,
         output_loading_info: bool = False,
+        key_mapping: dict[str, str] | None = None,
         **kwargs: Any,
     ) -> Any:
         """As in transformers, but for what it would draw at random in silence.
+
+        Parameters under names that they had once are found, too.
 
         Raises:
             ValueError: the checkpoint lacks experts or tables (a dense model's has none), or its tables name
                 experts that there are not.
         """
         source = pretrained_model_name_or_path
-        loaded: Any = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(
+            source,
+            *args,
+            output_loading_info=True,
+            key_mapping=_FORMER_KEYS | (key_mapping or {}),
+            **kwargs,
+        )
         model, found = loaded
         seeded = model.config.routing == "hash-random"  # its tables are drawn again as they were at first
         lacking = sorted(
@@ -225,6 +236,10 @@ class MoEPreTrainedModel(PreTrainedModel):
                         f"to {high}"
                     )
         return (model, found) if output_loading_info else model
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, but parameters get today's names, whichever they were loaded by."""
+        super().save_pretrained(*args, **{"save_original_format": False, **kwargs})
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """As in transformers; under hash routing, the tables change with the vocabulary.

@@ -206,11 +206,11 @@ def _cut(dense: DenseFFN, index_EF: Tensor, config: Any, generator: torch.Genera
     num_experts = config.num_experts
     state = {
         "w1_EFD": weight[index_EF],
-        "b1_EF": dense.w1.bias[index_EF],
+        "bias1_EF": dense.w1.bias[index_EF],
         "w2_EDF": dense.w2.weight[:, index_EF].transpose(0, 1).contiguous(),
-        "b2_ED": dense.w2.bias.repeat(num_experts, 1),
-        "ln_w_ED": dense.norm.weight.repeat(num_experts, 1),
-        "ln_b_ED": dense.norm.bias.repeat(num_experts, 1),
+        "bias2_ED": dense.w2.bias.repeat(num_experts, 1),
+        "layernorm_weight_ED": dense.norm.weight.repeat(num_experts, 1),
+        "layernorm_bias_ED": dense.norm.bias.repeat(num_experts, 1),
     }
     if config.is_gated:
         gate_ED = torch.empty(num_experts, dense.w1.in_features)

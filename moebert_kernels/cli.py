@@ -134,6 +134,8 @@ def finetune(
         )
     scores = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
     typer.echo(f"{output}: {scores} on {len(rows.validation):,} validation rows")
+    if rows.scarcity is not None:
+        typer.secho(rows.scarcity, fg="yellow")
     constant, metric = constant_score(rows), rows.task.main_metric
     if constant is not None and metrics[metric] <= constant:
         typer.secho(
@@ -188,7 +190,6 @@ def compress(
     a stage whose inputs are unchanged is reused.
     """
     from moebert_kernels.compress import embedding_pipeline, pipeline, processes, report, text_pipeline
-    from moebert_kernels.compress.summary import warnings_of
     from moebert_kernels.compress.tasks import describe_labels, texts
     from moebert_kernels.compress.terminal import StageBars, results_table
     from moebert_kernels.errors import UserError
@@ -220,8 +221,9 @@ def compress(
         results = make(settings, rows, teacher, output, progress=progress, say=console.print)
     processes.on_main(lambda: report.write_report(results, output / "report.html"))
     console.print(results_table(results))
-    for warning in warnings_of(results):
-        console.print(warning, style="yellow")
+    for warning in results["warnings"]:
+        if warning not in rows.oddities:  # said when they were read
+            console.print(warning, style="yellow", markup=False, soft_wrap=True)
     console.print(f"student: {output / 'student'}\nreport: {output / 'report.html'}", soft_wrap=True)
 
 

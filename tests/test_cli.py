@@ -1,5 +1,6 @@
 import csv
 import dataclasses
+import html
 import inspect
 import itertools
 import json
@@ -112,6 +113,27 @@ def test_compress_end_to_end(call, folder):
     assert again.exit_code == 0
     assert "distill student: reused" in again.stdout
     assert json.loads((folder / "out" / "results.json").read_text()) == results
+
+
+def test_what_makes_results_say_little_stands_in_results_report_and_terminal(call, folder):
+    """A teacher that has learned nothing, few rows and empty texts were accepted without a word."""
+    teacher = AutoModelForSequenceClassification.from_pretrained(folder / "teacher")
+    torch.nn.init.zeros_(teacher.classifier.weight)
+    shutil.copytree(folder / "teacher", folder / "dull")
+    teacher.save_pretrained(folder / "dull")
+    (folder / "odd.csv").write_text((folder / "reviews.csv").read_text() + " ,low\n")
+    options = TABLE.replace("reviews", "odd") + " --no-distill --no-fit --no-measure"
+    with pytest.warns(UserWarning, match="is empty") as at_once:
+        result = call(f"compress --teacher dull {options} --output odd")
+    assert result.exit_code == 0, result.output + result.stderr
+    told = json.loads((folder / "odd" / "results.json").read_text())["warnings"]
+    assert told[0].startswith("odd.csv, line 42: the text in column 'review' is empty")
+    assert told[1] == "Scores say little: there are 4 rows to validate on, fewer than 30."
+    assert told[2].startswith("The teacher is no better than one answer to all rows would be: accuracy 0.500")
+    assert [str(warning.message) for warning in at_once] == told[:1]
+    assert [sentence in result.stdout for sentence in told] == [False, True, True]
+    report = html.unescape((folder / "odd" / "report.html").read_text())
+    assert all(sentence in report for sentence in told)
 
 
 def test_a_moe_is_no_teacher(call):

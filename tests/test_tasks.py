@@ -1,4 +1,5 @@
 import csv
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -267,12 +268,18 @@ def test_a_label_of_which_no_row_is_left_to_train_on_is_refused(tmp_path):
 def test_empty_texts_and_few_rows_are_told(tmp_path):
     lines = [f"row {i},{i % 2}\n" for i in range(60)]
     data = write(tmp_path / "t.csv", "text,label\n" + "".join([*lines[:2], ",0\n", *lines, " ,1\n"]))
-    with pytest.warns(UserWarning, match="rows") as told:
-        assert len(load_task("csv", data).train) == 58
-    assert [str(warning.message) for warning in told] == [
-        f"{data}, line 4: the text in column 'text' is empty, and in 1 more rows; such rows are kept",
-        "scores will say little: rows to validate on are 6, fewer than 30",
-    ]
+    with pytest.warns(UserWarning, match="empty") as told:
+        found = load_task("csv", data)
+    assert len(found.train) == 58
+    assert found.oddities == (
+        f"{data}, line 4: the text in column 'text' is empty, and in 1 more rows; such rows are kept.",
+    )
+    assert [str(warning.message) for warning in told] == list(found.oddities)
+    assert found.scarcity == "Scores say little: there are 6 rows to validate on, fewer than 30."
+    assert replace(found, validation=found.train.select(range(30))).scarcity is None
+    second = write(tmp_path / "second.csv", "text,label\n,0\nx,1\n")
+    with pytest.warns(UserWarning, match="second.csv, line 2"):
+        assert len(load_task("csv", data, csv=CsvOptions(validation_file=second)).oddities) == 2
     with pytest.raises(UserError, match=r"no text in column 'text': it is empty in every row"):
         load_task("csv", write(tmp_path / "t.csv", "text,label\n" + ",a\n,b\n" * 9))
 

@@ -225,7 +225,7 @@ def _fingerprint(made_from: list[Any]) -> str:
 def _show(results: dict[str, Any], output_dir: Path, console: Console) -> None:
     console.print()
     console.print(results_table(results))
-    for paragraph in summarize(results):
+    for paragraph in [*results["warnings"], *summarize(results)]:
         console.print(paragraph)
         console.print()
     minutes = sum(results["timings_s"].values()) / 60

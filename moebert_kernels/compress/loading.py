@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -138,7 +139,7 @@ def save_encoder(
         model: goes there as transformers saves it.
         tokenizer: too.
         folder: made if need be.
-        trained_on: raw rows; noted beside the model for `warn_of_other_rows`.
+        trained_on: raw rows; noted beside the model for `compared_with_training`.
     """
     with replace_whole(folder) as fresh:
         model.save_pretrained(fresh)
@@ -147,25 +148,30 @@ def save_encoder(
             (fresh / _NOTES).write_text(json.dumps({"train_rows": rows_fingerprint(trained_on.train)}))
 
 
-def warn_of_other_rows(teacher_dir: Path, data: TaskData) -> None:
+def compared_with_training(teacher_dir: Path, data: TaskData) -> TaskData:
     """Warn if a model that `save_encoder` made notes of was trained on other rows than those of `data`.
+
+    Returns:
+        `data`; with the oddity that was warned of, if it was.
 
     Rows held out by another draw are in part those that the teacher has learned by heart: its own score and
     its student's would be too good. Of rows without labels nothing is said: none are scored by.
     """
     if data.task.kind == texts.KIND:
-        return
+        return data
     try:
         noted = json.loads((teacher_dir / _NOTES).read_text())["train_rows"]
     except (OSError, ValueError, KeyError, TypeError):
-        return
-    if noted != rows_fingerprint(data.train):
-        warnings.warn(
-            f"The training rows are not those {teacher_dir} was fine-tuned on. Unless that is meant, give "
-            "the same data, --split-seed and --validation-fraction: otherwise rows that the teacher was "
-            "trained on are among those held out, and scores are too good.",
-            stacklevel=2,
-        )
+        return data
+    if noted == rows_fingerprint(data.train):
+        return data
+    oddity = (
+        f"The training rows are not those {teacher_dir} was fine-tuned on. Unless that is meant, give "
+        "the same data, --split-seed and --validation-fraction: otherwise rows that the teacher was "
+        "trained on are among those held out, and scores are too good."
+    )
+    warnings.warn(oddity, stacklevel=2)
+    return replace(data, oddities=(*data.oddities, oddity))
 
 
 def check_no_model(folder: Path) -> None:

@@ -23,6 +23,10 @@ is the one of the last two that is nearer, and is what all else is told of.
 
 What speed was measured under is in "measuring": "dtype", and "busy_cpus", the processors that other work kept
 busy meanwhile. Without measurement it is null, as are the models' "latency_ms" and "throughput_per_s".
+
+What makes all this say less than it seems to is in "warnings", a sentence each: of the rows (empty texts, too
+few to validate on, others than the teacher's), the models (no better than chance) and the measurement. The
+report shows them first.
 """
 
 from __future__ import annotations
@@ -61,16 +65,17 @@ from moebert_kernels.compress.fitting import RARE, RIDGE, fit_experts, rows_to_f
 from moebert_kernels.compress.importance import Importance, compute_importance
 from moebert_kernels.compress.loading import (
     check_no_model,
+    compared_with_training,
     default_device,
     load_model,
     load_teacher,
     save_encoder,
-    warn_of_other_rows,
 )
 from moebert_kernels.compress.losses import Pooling
 from moebert_kernels.compress.measure import Speed, measure
 from moebert_kernels.compress.settings import CompressSettings, resolve
 from moebert_kernels.compress.stages import Progress, Report, Stages
+from moebert_kernels.compress.summary import warnings_of
 from moebert_kernels.compress.tasks import (
     KINDS,
     EncodedData,
@@ -148,8 +153,7 @@ def checked(
         teacher, tokenizer = load_teacher(teacher_dir)
     length = KINDS[data.task.kind].default_length
     settings = resolve(settings, teacher, tokenizer, num_rows=len(data.train), default_length=length)
-    warn_of_other_rows(teacher_dir, data)
-    data = match_labels(data, teacher.config)
+    data = match_labels(compared_with_training(teacher_dir, data), teacher.config)
     if settings.distill:
         processes.rows_each(settings.batch_size)  # refuses what does not divide
     return settings, data, teacher, tokenizer
@@ -320,7 +324,7 @@ class Run:
         speed = self.speed(saved) if self.settings.measure else None
         timings = dict.fromkeys(models, _NO_SPEED) if speed is None else speed.models
         task = self.raw.task
-        results = {
+        results: dict[str, Any] = {
             "format": FORMAT,
             "environment": asdict(describe_environment()),
             "task": {
@@ -344,6 +348,8 @@ class Run:
             **told,
             "timings_s": self.stages.timings,
         }
+        of_rows = [*self.raw.oddities, self.raw.scarcity]
+        results["warnings"] = [sentence for sentence in of_rows if sentence] + warnings_of(results)
         processes.on_main(lambda: write_json(self.output_dir / "results.json", results))
         return results
 

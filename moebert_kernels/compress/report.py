@@ -57,6 +57,9 @@ def render_report(results: dict[str, Any]) -> str:
     return template.substitute(
         title=escape(title),
         subtitle=escape(subtitle),
+        warnings="\n".join(
+            f'<p class="warning">{escape(sentence)}</p>' for sentence in results.get("warnings", ())
+        ),
         summary="\n".join(f"<p>{escape(sentence)}</p>" for sentence in summarize(results)),
         tiles=_tiles(results),
         table=_models_table(results),

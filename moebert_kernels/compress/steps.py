@@ -26,12 +26,12 @@ from moebert_kernels.compress.fitting import fit_experts, rows_to_fit
 from moebert_kernels.compress.importance import Importance, LossFunction, compute_importance
 from moebert_kernels.compress.loading import (
     check_new_folder,
+    compared_with_training,
     default_device,
     load_model,
     load_teacher,
     row_length,
     save_encoder,
-    warn_of_other_rows,
 )
 from moebert_kernels.compress.settings import CompressSettings, resolve
 from moebert_kernels.compress.stages import Progress
@@ -220,7 +220,7 @@ def distill_student(
             )
     length = KINDS[data.task.kind].default_length
     settings = resolve(settings, teacher, tokenizer, num_rows=len(data.train), default_length=length)
-    warn_of_other_rows(teacher_dir, data)
+    data = compared_with_training(teacher_dir, data)
     assert settings.learning_rate is not None
     assert settings.max_length is not None
     how = DistillSettings(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from moebert_kernels.compress.tasks.tables import FEW_VALIDATION_ROWS
 from moebert_kernels.compress.units import short_count
 from moebert_kernels.environment import BUSY
 
@@ -72,31 +71,34 @@ def summarize(results: dict[str, Any]) -> list[str]:
     text = f"A token uses few of the experts: {flops:.1f} times less work in the feed-forward networks."
     paragraphs.append(" ".join([text, *_speed_sentences(teacher, student)]))
     paragraphs.append(_storage_sentence(teacher, student))
-    return [*warnings_of(results), *paragraphs]
+    return paragraphs
 
 
 def warnings_of(results: dict[str, Any]) -> list[str]:
-    """What makes the figures say less than they seem to."""
-    found = (_chance_warning(results), _few_rows_warning(results), _busy_warning(results))
+    """What the figures show that makes them say less than they seem to."""
+    found = (_chance_warning(results), _busy_warning(results))
     return [warning for warning in found if warning]
 
 
 def _chance_warning(results: dict[str, Any]) -> str | None:
-    """That the teacher has learned nothing, if it has not."""
+    """That the teacher has learned nothing, or the student nothing from it, if so."""
     metric, constant = results["task"]["main_metric"], results["task"].get("constant_score")
-    quality = next(model["quality"][metric] for model in results["models"] if model["name"] == "teacher")
-    if constant is None or quality > constant:
+    quality = {model["name"]: model["quality"][metric] for model in results["models"]}
+    if constant is None:
         return None
-    return (
-        f"The teacher is no better than one answer to all rows would be: {metric.replace('_', ' ')} "
-        f"{quality:.3f}, against {constant:.3f}. Its student learns from it: see that it was fine-tuned on "
-        "this task, with a learning rate that is not too high."
-    )
-
-
-def _few_rows_warning(results: dict[str, Any]) -> str | None:
-    rows = results["task"]["validation_rows"]
-    return f"Scores say little: there are {rows} rows to validate on." if rows < FEW_VALIDATION_ROWS else None
+    remedies = {
+        "teacher": "Its student learns from it: see that it was fine-tuned on this task, with a learning "
+        "rate that is not too high.",
+        "student": "The teacher is better: try a lower learning rate, more rows to train on, or wider "
+        "experts.",
+    }
+    for name, remedy in remedies.items():
+        if quality[name] <= constant:
+            return (
+                f"The {name} is no better than one answer to all rows would be: {metric.replace('_', ' ')} "
+                f"{quality[name]:.3f}, against {constant:.3f}. {remedy}"
+            )
+    return None
 
 
 def _busy_warning(results: dict[str, Any]) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 from moebert_kernels.compress.tasks.conll import load_conll
@@ -33,6 +34,9 @@ def load_task(
         csv: the table's columns and its validation rows; only for "csv".
         answers: how answers are found; only for "squad" and "squad_v2".
 
+    Returns:
+        The rows. What is odd about them is warned of, and kept with them.
+
     Raises:
         UserError: an unknown name, data that is missing or of another form (the place is named), no rows.
     """
@@ -43,11 +47,19 @@ def load_task(
     if answers is not None and name not in SQUAD_NAMES:
         raise UserError(f"options for finding answers belong to {' and '.join(SQUAD_NAMES)}, not to {name}")
     with naming("data"):
-        source = HubName.parse(data) or Path(data)
-        if name == "csv":
-            return load_table(source, csv or CsvOptions())
-        if name == "conll":
-            return load_conll(source)
-        if name in SQUAD_NAMES:
-            return load_squad(name, source, answers or AnswerOptions())
-        return load_glue(name, source)
+        found = _load(name, HubName.parse(data) or Path(data), csv, answers)
+    for oddity in found.oddities:
+        warnings.warn(oddity, stacklevel=2)
+    return found
+
+
+def _load(
+    name: str, source: HubName | Path, csv: CsvOptions | None, answers: AnswerOptions | None
+) -> TaskData:
+    if name == "csv":
+        return load_table(source, csv or CsvOptions())
+    if name == "conll":
+        return load_conll(source)
+    if name in SQUAD_NAMES:
+        return load_squad(name, source, answers or AnswerOptions())
+    return load_glue(name, source)

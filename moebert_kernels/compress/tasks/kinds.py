@@ -104,11 +104,12 @@ def match_labels(data: TaskData, config: PretrainedConfig) -> TaskData:
         return Dataset.from_dict({**rows.remove_columns("label").to_dict(), "label": labels})
 
     in_order = tuple(task.label_names[new_ids.index(i)] for i in range(num_outputs))
-    return TaskData(
-        replace(task, label_names=in_order),
-        renumber(data.train),
-        renumber(data.validation),
-        {name: renumber(rows) for name, rows in data.further_validation.items()},
+    return replace(
+        data,
+        task=replace(task, label_names=in_order),
+        train=renumber(data.train),
+        validation=renumber(data.validation),
+        further_validation={name: renumber(rows) for name, rows in data.further_validation.items()},
     )
 
 

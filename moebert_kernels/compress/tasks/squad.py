@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -48,7 +47,7 @@ def load_squad(name: str, data: HubName | Path, options: AnswerOptions) -> TaskD
         options: how answers are found.
 
     An answer that does not stand at its "answer_start" is looked for near by. A training question whose
-    answer is not found is left out; warnings say which. To validate, a text that is no part of the context
+    answer is not found is left out; oddities say which. To validate, a text that is no part of the context
     remains an answer that no model finds, as in the official score.
 
     Raises:
@@ -71,14 +70,17 @@ def load_squad(name: str, data: HubName | Path, options: AnswerOptions) -> TaskD
     metrics = (*_METRICS, *_BEST_METRICS) if may_be_absent else _METRICS
     options = replace(options, may_be_absent=may_be_absent)
     task = Task(name, "question_answering", (), metrics, "f1", options)
-    train, validation = (
+    (train, of_train), (validation, of_validation) = (
         _rows(source, may_be_absent, to_train=to_train)
         for source, to_train in zip(sources, (True, False), strict=True)
     )
-    return TaskData(task, train, validation)
+    return TaskData(task, train, validation, oddities=(*of_train, *of_validation))
 
 
-def _rows(questions: Iterable[_Question], may_be_absent: bool, *, to_train: bool) -> Dataset:
+def _rows(
+    questions: Iterable[_Question], may_be_absent: bool, *, to_train: bool
+) -> tuple[Dataset, list[str]]:
+    """The rows, and what is to be said of answers that do not stand where they should."""
     columns: dict[str, list[Any]] = {"question": [], "context": [], "answers": [], "starts": []}
     moved: list[str] = []
     lost: list[str] = []
@@ -105,20 +107,19 @@ def _rows(questions: Iterable[_Question], may_be_absent: bool, *, to_train: bool
             column.append(value)
     if not columns["question"]:
         raise UserError(f"{source} has no question whose answer is a part of its context")
+    oddities = []
     if moved:
-        warnings.warn(
+        oddities.append(
             f"{source}: answers of {len(moved)} questions do not stand at their answer_start, and were found "
-            f"near by: {_listed(moved)}",
-            stacklevel=3,
+            f"near by: {_listed(moved)}."
         )
     if lost:
         remedy = "are not trained on" if to_train else "count all the same, though no model can find them"
-        warnings.warn(
+        oddities.append(
             f"{source}: answers of {len(lost)} questions do not stand near their answer_start, and {remedy}: "
-            f"{_listed(lost)}",
-            stacklevel=3,
+            f"{_listed(lost)}."
         )
-    return Dataset.from_dict(columns)
+    return Dataset.from_dict(columns), oddities
 
 
 def _locate(context: str, answer: str, start: int) -> tuple[str, int] | None:

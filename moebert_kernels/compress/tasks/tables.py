@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from moebert_kernels.compress.tasks.task import Task, TaskData
 from moebert_kernels.errors import ArgumentError, ColumnsError, UserError, naming
 
 _FEW_ROWS = 8  # too few to tell classes from labels that are all different
-FEW_VALIDATION_ROWS = 30  # one row more or less that is right moves the score by three points and more
 _KINDS = ("classification", "multi_label_classification", "regression")
 _SEPARATORS = "|;,"  # of the labels of a row: the first of these that a column has
 
@@ -59,8 +57,8 @@ def load_table(data: HubName | Path, options: CsvOptions) -> TaskData:
     Spaces around a label do not count, and numbers that are equal, 1 and 1.0, are one class.
 
     Returns:
-        The rows; the task bears the name of the file or data set. Texts that are empty are kept, and warned
-        of, as are validation rows so few that a score on them says little.
+        The rows; the task bears the name of the file or data set. Texts that are empty are kept, and told of
+        as an oddity.
 
     Raises:
         UserError: options, file and columns do not fit each other, a row does not fit (its place is named),
@@ -101,6 +99,8 @@ def load_table(data: HubName | Path, options: CsvOptions) -> TaskData:
         task = Task(name, kind, label_names, ("accuracy", "macro_f1"), "accuracy")
         label_ids = {label: i for i, label in enumerate(label_names)}
 
+    oddities: list[str] = []
+
     def load(table: Table) -> Dataset:
         rows = labelled_rows(
             table,
@@ -110,7 +110,7 @@ def load_table(data: HubName | Path, options: CsvOptions) -> TaskData:
             label_ids,
             several=kind == "multi_label_classification",
         )
-        _warn_of_empty_texts(table, options.text)
+        oddities.extend(_empty_texts(table, options.text))
         return rows
 
     rows = load(table)
@@ -129,8 +129,8 @@ def load_table(data: HubName | Path, options: CsvOptions) -> TaskData:
         out = _spread_over_labels(labels, held_out, options.seed)
         kept = np.setdiff1d(np.arange(len(rows)), out)
         data_of_task = TaskData(task, rows.select(kept), rows.select(out))
-    _check_numbers_of_rows(data_of_task, table.source)
-    return data_of_task
+    _check_rows_of_labels(data_of_task, table.source)
+    return replace(data_of_task, oddities=tuple(oddities))
 
 
 def check_columns(table: Table, **names: str | None) -> None:
@@ -141,19 +141,18 @@ def check_columns(table: Table, **names: str | None) -> None:
         raise ColumnsError(table.source, missing, table.columns)
 
 
-def _warn_of_empty_texts(table: Table, column: str) -> None:
+def _empty_texts(table: Table, column: str) -> list[str]:
+    """What is to be said of them, if there are any."""
     empty = [row for row, text in enumerate(table.column(column)) if not text.strip()]
     if len(empty) == len(table.rows):
         raise UserError(f"{table.source} has no text in column {column!r}: it is empty in every row")
-    if empty:
-        others = f", and in {len(empty) - 1} more rows" if len(empty) > 1 else ""
-        warnings.warn(
-            f"{table.place(empty[0])}: the text in column {column!r} is empty{others}; such rows are kept",
-            stacklevel=3,
-        )
+    if not empty:
+        return []
+    others = f", and in {len(empty) - 1} more rows" if len(empty) > 1 else ""
+    return [f"{table.place(empty[0])}: the text in column {column!r} is empty{others}; such rows are kept."]
 
 
-def _check_numbers_of_rows(data: TaskData, source: str) -> None:
+def _check_rows_of_labels(data: TaskData, source: str) -> None:
     labels = data.task.label_names
     several = data.task.kind == "multi_label_classification"
     there = set(chain.from_iterable(data.train["label"]) if several else data.train["label"])
@@ -162,12 +161,6 @@ def _check_numbers_of_rows(data: TaskData, source: str) -> None:
         raise UserError(
             f"{source} has too few rows: of the {len(data.train)} to train on, none has the label "
             f"{labels[missing[0]]!r}; add rows of that label, or take it out"
-        )
-    if len(data.validation) < FEW_VALIDATION_ROWS:
-        warnings.warn(
-            f"scores will say little: rows to validate on are {len(data.validation)}, fewer than "
-            f"{FEW_VALIDATION_ROWS}",
-            stacklevel=3,
         )
 
 

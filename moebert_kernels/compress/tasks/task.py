@@ -13,6 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from moebert_kernels.errors import ArgumentError
 
+_FEW_VALIDATION_ROWS = 30  # one row more or less that is right moves the score by three points and more
+
 
 @dataclass(frozen=True)
 class AnswerOptions:
@@ -84,17 +86,27 @@ class TaskData:
         train: the training rows.
         validation: the rows to evaluate on.
         further_validation: by name, sets that are evaluated beside `validation`; MNLI's "mismatched".
+        oddities: what was odd about the rows when they were read, a sentence each.
     """
 
     task: Task
     train: Dataset
     validation: Dataset
     further_validation: Mapping[str, Dataset] = field(default_factory=dict)
+    oddities: tuple[str, ...] = ()
 
     @property
     def validation_sets(self) -> dict[str, Dataset]:
         """All sets to evaluate on by name, `validation` first; its name is empty."""
         return {"": self.validation, **self.further_validation}
+
+    @property
+    def scarcity(self) -> str | None:
+        """That scores say little, if there are few rows to validate on."""
+        rows = len(self.validation)
+        if rows >= _FEW_VALIDATION_ROWS:
+            return None
+        return f"Scores say little: there are {rows} rows to validate on, fewer than {_FEW_VALIDATION_ROWS}."
 
 
 Outputs = Sequence[np.ndarray]

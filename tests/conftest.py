@@ -58,6 +58,13 @@ def device(request):
 
 
 @pytest.fixture
+def interpreter():
+    """For a test that can run the kernels in the interpreter alone."""
+    if not INTERPRETING:
+        pytest.skip("Triton is not interpreting: with a GPU, it compiles")
+
+
+@pytest.fixture
 def poisoned_memory():
     """Memory nobody has written reads as NaN: a row that a kernel forgets is seen, and so is one it reads."""
     before = torch.are_deterministic_algorithms_enabled()

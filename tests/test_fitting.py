@@ -303,7 +303,7 @@ def test_what_does_not_fit_is_said():
         fit_experts(student, teacher, batches(), ridge=0)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 @pytest.mark.parametrize("routing", ["hash-random", "gate-token"])
 def test_a_gpu_fits_the_same(routing):
     teacher = tiny_bert.build(BertForSequenceClassification)

@@ -101,7 +101,6 @@ def test_spread_is_the_tenth_and_ninetieth_percentile():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_cuda_the_device_is_timed_and_not_the_launch():
     class Work(nn.Module):
         device = torch.device("cuda")

@@ -10,7 +10,6 @@ from moebert_kernels import native
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
     pytest.mark.skipif(not native.status().cuda, reason=native.status().cuda_detail),
 ]
 

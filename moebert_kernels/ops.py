@@ -280,32 +280,36 @@ class _DirectFFN(torch.autograd.Function):
         return None, *[grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
 
-def _forward_flops(*shapes, out_shape=None) -> int:
-    return 2 * _gemm_flops(shapes)
+def _forward_flops(*arguments, out_val=None) -> int:
+    return 2 * _gemm_flops(arguments)
 
 
-def _backward_flops(*shapes, out_shape=None) -> int:
-    needs = Gradients(*shapes[-1])
+def _backward_flops(*arguments, out_val=None) -> int:
+    needs = Gradients(*arguments[-1])
     da = (
         needs.x_TD
         or needs.w1_EFD
         or needs.b1_EF
-        or (needs.gate_TK and shapes[Call._fields.index("ln_w_ED")] is None)
+        or (needs.gate_TK and arguments[Call._fields.index("ln_w_ED")] is None)
     )
-    return _gemm_flops(shapes) * (da + needs.x_TD + needs.w1_EFD + needs.w2_EDF)
+    return _gemm_flops(arguments) * (da + needs.x_TD + needs.w1_EFD + needs.w2_EDF)
 
 
-def _gemm_flops(shapes: Sequence[Any]) -> int:
-    """2 per multiply-add of one grouped GEMM: the padding of experts' rows is nobody's wish."""
-    (T, K), (_, F, D) = shapes[Call._fields.index("expert_ids_TK")], shapes[Call._fields.index("w1_EFD")]
-    return 2 * T * K * F * D
+def _gemm_flops(arguments: Sequence[Any]) -> int:
+    """2 per multiply-add of one grouped GEMM, for tokens that have an expert; for all where none is known."""
+    ids_TK, offsets_E1, w1_EFD = (
+        arguments[Call._fields.index(name)] for name in ("expert_ids_TK", "offsets_E1", "w1_EFD")
+    )
+    has_values = type(offsets_E1) is Tensor and not offsets_E1.is_meta
+    rows = int(offsets_E1[-1]) if has_values else ids_TK.numel()
+    return 2 * rows * w1_EFD[0].numel()
 
 
 def _register_flops() -> None:
     from torch.utils.flop_counter import register_flop_formula
 
-    register_flop_formula(torch.ops.moebert_kernels.ffn)(_forward_flops)
-    register_flop_formula(torch.ops.moebert_kernels.ffn_backward)(_backward_flops)
+    register_flop_formula(torch.ops.moebert_kernels.ffn, get_raw=True)(_forward_flops)
+    register_flop_formula(torch.ops.moebert_kernels.ffn_backward, get_raw=True)(_backward_flops)
 
 
 when_imported("torch.utils.flop_counter", _register_flops)  # it imports Triton, which takes a second

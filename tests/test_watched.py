@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from moebert_kernels import RoutingPlan, moe_ffn, ops
 
 T, D, F, E, K = 9, 6, 5, 3, 2
+USED = int((make_inputs(T, D, F, E, K)[1] >= 0).sum())  # by tokens that have an expert
 NAMES = ("x", "w1", "b1", "w2", "b2", "ln_w", "ln_b")
 # With row kernels, and in plain PyTorch.
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -62,9 +63,10 @@ def test_a_trace_computes_and_learns_as_the_layer(layer, dtype, norm, grad):
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("forward_counted", [False, True])
 def test_flops_are_counted(layer, dtype, norm, forward_counted):
-    """2 GEMMs forward and 4 backward, 2 per multiply-add, padding none; the counter read 0."""
+    """2 GEMMs forward and 4 backward, 2 per multiply-add, for padding none; the counter read 0."""
     inputs = leaves(dtype)[: 7 if norm else 5]
-    one = 2 * T * K * D * F
+    one = 2 * USED * D * F
+    assert USED < T * K
     counter = FlopCounterMode(display=False)
     if forward_counted:
         with counter:
@@ -77,13 +79,23 @@ def test_flops_are_counted(layer, dtype, norm, forward_counted):
     assert counter.get_total_flops() == 4 * one
 
 
+def test_flops_are_counted_where_there_are_no_values():
+    """On the meta device nobody knows which tokens are padding: all count."""
+    x, *weights = (t.detach().to("meta") for t in leaves(torch.float32)[:5])
+    plan = RoutingPlan.from_expert_ids(torch.full((T, K), -1, device="meta"), E)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        moe_ffn(x, plan, *weights)
+    assert counter.get_total_flops() == 2 * 2 * T * K * D * F
+
+
 def test_flops_of_what_is_not_wanted_are_not_counted(layer):
     x, *weights = (t.detach() for t in leaves(torch.float32))
     counter = FlopCounterMode(display=False)
     y = layer(x.requires_grad_(), *weights)
     with counter:
         y.sum().backward()
-    assert counter.get_total_flops() == 2 * 2 * T * K * D * F
+    assert counter.get_total_flops() == 2 * 2 * USED * D * F
 
 
 class Dispatched(TorchDispatchMode):

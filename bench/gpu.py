@@ -56,7 +56,7 @@ class Part:
 
 
 _MACHINE = Part(
-    "machine", 60, "versions, the card, its ceilings; kernels and extension are compiled", always=True
+    "machine", 60, "versions, the card, its ceilings; kernels and extension are made ready", always=True
 )
 FIRST = (
     _MACHINE,
@@ -82,7 +82,8 @@ SECOND = (
 )
 CALLS = {"first": (FIRST, 480), "second": (SECOND, 240)}
 # It takes 60 GiB: no test may run beside it.
-_DESELECTED = ("--deselect", "tests/test_gpu.py::test_elements_past_two_to_the_31")
+DESELECTED = ("--deselect", "tests/test_gpu.py::test_elements_past_two_to_the_31")
+KERNELS = Path(__file__).resolve().parents[1] / "build" / "kernels-sm_90.zip"
 _BENCHMARKS = ("machine", "ffn", "columns", "peers", "dispatch", "model")
 
 
@@ -250,6 +251,8 @@ def command_of(part: Part, seconds: float, options: argparse.Namespace) -> list[
     commit = ["--commit", options.commit] if options.commit else []
     if part.name in _BENCHMARKS:
         peers = ["--peer-path", options.peer_path] if options.peer_path else []
+        if part.name == "machine" and options.kernels:
+            peers += ["--kernels", options.kernels]
         chosen = [part.name, "--out", str(out), "--seconds", f"{seconds:.0f}"]
         return [*module, "bench.gpu_parts", *chosen, *peers, *commit, *toy]
     if part.name == "smoke":
@@ -259,7 +262,7 @@ def command_of(part: Part, seconds: float, options: argparse.Namespace) -> list[
     if part.name == "tests":
         report = [f"--junit-xml={out / 'tests.xml'}", "-rfE", "--tb=short", "--continue-on-collection-errors"]
         workers = ["--collect-only", "-q"] if options.dry_run else ["-n", "12", "--dist", "worksteal", "-v"]
-        which = shlex.split(options.tests) if options.tests else ["-m", "gpu", *_DESELECTED]
+        which = shlex.split(options.tests) if options.tests else ["-m", "gpu", *DESELECTED]
         return [*module, "pytest", *report, *workers, *which]
     if part.name == "memcheck":
         return [
@@ -274,7 +277,8 @@ def command_of(part: Part, seconds: float, options: argparse.Namespace) -> list[
         kernels = ["--kernel-name", "regex:gather|scatter|weight_grad|join|sum_tiles"]
         ncu = ["ncu", "--set", "full", "--clock-control", "none", "--csv", "--page", "raw", *kernels]
         return [*ncu, "--log-file", str(out / "counters.csv"), *launched, "--tokens", "16384"]
-    return [*module, "bench.tune", "--limit", f"{seconds:.0f}", "--out", str(out / "tiles.jsonl"), *toy]
+    tiles = ["--limit", f"{seconds:.0f}", "--out", str(out / "tiles.jsonl")]
+    return [*module, "bench.tune", *tiles, *commit, *toy]
 
 
 def rehearse(parts: Sequence[Part], limit: float) -> list[Outcome]:
@@ -308,24 +312,34 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     listed = "\n".join(
         f"{call}, {limit} s:\n"
-        + "\n".join(f"  {part.name:10} {part.seconds:4} s  {part.about}" for part in parts)
+        + "\n".join(
+            f"{'*' if part.always else ' '} {part.name:10} {part.seconds:4} s  {part.about}" for part in parts
+        )
         for call, (parts, limit) in CALLS.items()
     )
     parser = argparse.ArgumentParser(
         prog="bash bench/gpu.sh",
         description="What a machine with a GPU is needed for, a quarter of an hour in two calls.",
-        epilog=f"parts of a call and their shares of its time:\n{listed}\n\nPYTHON chooses the interpreter.",
+        epilog=f"parts of a call and their shares of its time; * always runs:\n{listed}\n\n"
+        "Nothing runs after a smoke test that fails. PYTHON chooses the interpreter.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("call", choices=list(CALLS))
-    parser.add_argument("--only", default="", help="parts, with commas; the second call asks for them")
     parser.add_argument(
-        "--out", help="new or empty folder for what is kept, from the repository's if relative"
+        "call",
+        choices=list(CALLS),
+        help="first: all its parts, in their order; second: what the first one's results ask for, by --only",
     )
+    parser.add_argument("--from", dest="caller", default=".", help=argparse.SUPPRESS)
+    parser.add_argument("--only", default="", help="parts, with commas; those marked * run all the same")
+    parser.add_argument("--out", help="new or empty folder for what is kept")
     parser.add_argument("--limit", type=int, help="seconds for the whole call (default 480, 240)")
     parser.add_argument("--tests", help="what pytest is to run in place of -m gpu")
     parser.add_argument("--peer-path", help="folder with the sources of triton_kernels and scattermoe")
     parser.add_argument("--commit", help="of the checkout, to be recorded where there is no git")
+    parser.add_argument(
+        "--kernels",
+        help="file of kernels compiled before (default build/kernels-sm_90.zip, if it is there)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="needs no GPU: tiny sizes on the CPU")
     options = parser.parse_args(arguments)
     only = [name for name in options.only.split(",") if name]
@@ -343,6 +357,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         if not options.dry_run:
             parser.error("--out is needed: the folder for everything that is kept")
         options.out = tempfile.mkdtemp()
+    for name in ("out", "peer_path", "kernels"):
+        if (path := getattr(options, name)) is not None:
+            setattr(options, name, os.path.join(options.caller, path))
+    if options.kernels is None and KERNELS.exists():
+        options.kernels = str(KERNELS)
+    if options.kernels is not None and not Path(options.kernels).is_file():
+        parser.error(f"--kernels must be a file, there is none at {options.kernels}")
     out = Path(options.out)
     if out.exists() and not out.is_dir():
         parser.error(f"--out must be a folder, {out} is none")

@@ -6,6 +6,7 @@ python -m bench.gpu_parts ffn --out DIR --seconds 90 [--peer-path DIR] [--toy]
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -37,12 +38,12 @@ _SHARE = 0.9  # of a part's time, after which nothing more is begun
 
 
 def machine(options: argparse.Namespace) -> None:
-    """Versions, the card, its ceilings; meanwhile the layer's kernels are compiled."""
+    """Versions, the card, its ceilings; meanwhile the layer's kernels are unpacked and compiled."""
     device = torch.device("cpu" if options.toy else "cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         print("torch finds no CUDA device; --dry-run needs none")
         sys.exit(NO_DEVICE)
-    compiling = {} if options.toy else {name: _start(command) for name, command in _COMPILED.items()}
+    compiling = {name: _start(command) for name, command in _commands(options).items()}
     environment = describe_environment()
     versions = ", ".join(f"{name} {version}" for name, version in environment.versions.items() if version)
     print(
@@ -70,16 +71,26 @@ def machine(options: argparse.Namespace) -> None:
         sys.exit(f"not compiled: {', '.join(failed)}")
 
 
-# Where one is missing, kernels are compiled when first launched, and PyTorch makes the plans.
-_COMPILED = {
-    "kernels": ["-m", "bench.ahead"],
-    "native extension": ["setup.py", "build_ext", "--inplace"],
-}
+def _commands(options: argparse.Namespace) -> dict[str, list[str]]:
+    """What is compiled meanwhile: kernels that no file brought, and the native extension that makes plans.
+
+    Where one fails, kernels are compiled when first launched, and PyTorch makes the plans.
+    """
+    if options.toy:
+        return {"kernels": ["-m", "bench.ahead", "--rehearse"]}
+    brought = ["--unpack", options.kernels] if options.kernels else []
+    return {
+        "kernels": ["-m", "bench.ahead", *brought],
+        "native extension": ["setup.py", "build_ext", "--inplace"],
+    }
 
 
 def _start(command: list[str]) -> tuple[subprocess.Popen[bytes], IO[bytes], float]:
     log = tempfile.TemporaryFile()  # noqa: SIM115 - read when the process has ended
-    process = subprocess.Popen([sys.executable, *command], stdout=log, stderr=subprocess.STDOUT)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    process = subprocess.Popen(
+        [sys.executable, *command], stdout=log, stderr=subprocess.STDOUT, env=environment
+    )
     return process, log, time.monotonic()
 
 
@@ -87,8 +98,8 @@ def _finished(name: str, process: subprocess.Popen[bytes], log: IO[bytes], began
     code = process.wait()
     log.seek(0)
     lines = log.read().decode(errors="replace").splitlines()
-    print(f"{name}: {'compiled' if code == 0 else f'failed ({code})'}, {time.monotonic() - began:.0f} s")
-    for line in lines[-1:] if code == 0 else lines[-20:]:
+    print(f"{name}: {'ready' if code == 0 else f'failed ({code})'}, {time.monotonic() - began:.0f} s")
+    for line in lines[-2:] if code == 0 else lines[-20:]:
         print(f"  {line[:300]}", flush=True)
     return code == 0
 
@@ -212,6 +223,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="folder for result files")
     parser.add_argument("--seconds", type=float, required=True, help="after nine tenths, nothing is begun")
     parser.add_argument("--peer-path", help="folder with the sources of triton_kernels and scattermoe")
+    parser.add_argument("--kernels", help="file of kernels compiled before, as bench.ahead packs them")
     parser.add_argument("--commit", help="of the checkout, where there is no git")
     parser.add_argument("--toy", action="store_true", help="tiny, on the CPU")
     options = parser.parse_args()

@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moebert_kernels.environment import describe_environment
+
 from .ahead import as_on, compile_launch
 from .cases import FFNCase
 from .ffn import footprint, make_inputs
@@ -204,7 +206,7 @@ def compile_all(case: FFNCase, wanted: list[Candidate], base: Any, jobs: int) ->
 class Bench:
     """The copies of one T's inputs, and the times of candidates on them."""
 
-    def __init__(self, case: FFNCase, device: torch.device) -> None:
+    def __init__(self, case: FFNCase, device: torch.device, commit: str | None = None) -> None:
         from moebert_kernels import RoutingPlan
         from moebert_kernels.kernels import configs
 
@@ -215,7 +217,7 @@ class Bench:
                 1, copies_past_cache(footprint(copies[0]), device) if device.type == "cuda" else 1
             )
         ]
-        self.case, self.device = case, device
+        self.case, self.device, self.commit = case, device, commit
         self.name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         self.base = configs.select(device, copies[0].x_TD.dtype, case.T, case.E)
         self.arguments: list[tuple[Any, ...]] = []
@@ -288,7 +290,8 @@ def measure(
         if time.monotonic() > deadline:
             print("no time left")
             break
-        row: dict[str, Any] = {"device": bench.name, "T": bench.case.T, **asdict(candidate)}
+        row: dict[str, Any] = {"device": bench.name, "commit": bench.commit, "T": bench.case.T}
+        row |= asdict(candidate)
         try:
             row["seconds"] = bench.seconds(candidate)
             found.setdefault(candidate.role, []).append((row["seconds"], candidate))
@@ -312,6 +315,7 @@ def main() -> None:
     parser.add_argument("--roles", default=",".join(ROLES), help=f"some of {', '.join(ROLES)}")
     parser.add_argument("--limit", type=float, default=400.0, help="seconds after which nothing is started")
     parser.add_argument("--jobs", type=int, default=14, help="processes that compile")
+    parser.add_argument("--commit", help="of the checkout, where there is no git")
     parser.add_argument("--toy", action="store_true", help="tiny, in Triton's interpreter")
     options = parser.parse_args()
     if unknown := [role for role in options.roles.split(",") if role not in ROLES]:
@@ -320,6 +324,7 @@ def main() -> None:
     from moebert_kernels.kernels.configs import Tile
 
     deadline = time.monotonic() + options.limit
+    commit = options.commit or describe_environment().commit
     wanted = [c for role in options.roles.split(",") for c in candidates(role)]
     device, cases = torch.device("cuda"), [FFNCase(int(word)) for word in options.tokens.split(",")]
     if options.toy:
@@ -336,7 +341,7 @@ def main() -> None:
     for case in cases:
         if time.monotonic() > deadline:
             break
-        found = measure(Bench(case, device), wanted, deadline, options.out)
+        found = measure(Bench(case, device, commit), wanted, deadline, options.out)
         for role, times in found.items():
             print(*_told(case.T, role, times, case), sep="\n", flush=True)
         if device.type == "cuda":

@@ -3,6 +3,7 @@ anything imports Triton."""
 
 import importlib.util
 import os
+from collections import Counter
 
 import pytest
 import torch
@@ -47,6 +48,41 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+KERNELS = Counter()  # that were compiled or found in Triton's cache, here and by the workers of xdist
+
+
+def pytest_configure(config):
+    """Count kernels where tests compile them: a cache that was brought along should have had them."""
+    if INTERPRETING or importlib.util.find_spec("triton") is None:
+        return
+    from triton import knobs
+
+    before = knobs.compilation.listener
+
+    def listener(**event):
+        KERNELS["found in the cache" if event["cache_hit"] else "compiled"] += 1
+        if before is not None:
+            before(**event)
+
+    knobs.compilation.listener = listener
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["kernels"] = dict(KERNELS)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    KERNELS.update(getattr(node, "workeroutput", {}).get("kernels", {}))
+
+
+def pytest_terminal_summary(terminalreporter):
+    if KERNELS:
+        counts = ", ".join(f"{count} {what}" for what, count in sorted(KERNELS.items()))
+        terminalreporter.write_line(f"Triton kernels: {counts}")
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], ids=["interpreter", "gpu"])

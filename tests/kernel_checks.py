@@ -197,6 +197,8 @@ def check(
 def slack_of_long_sums(case: Case) -> tuple[float, float]:
     """What two float32 GEMMs that add up in one chain may be off, where torch's may add up in several.
 
+    The weight gradients' do; the others have two chains, and are off by less.
+
     The k-th partial sum of terms of random sign and size s is about s sqrt(k), and rounding it adds at most
     u s sqrt(k / 3), u = 2^-24, in the mean. Over n terms that makes u s n / sqrt(6), or relative to the sum,
     s sqrt(n), u sqrt(n / 6). A chain of D terms, then one of F: u sqrt((D + F) / 6). The largest of some 10^5

@@ -118,6 +118,10 @@ def test_each_call_makes_its_bare_machine_ready():
         (["first"], "--out is needed"),
         (["first", "--dry-run", "--limit", "20"], "--limit must be at least 57 s for these parts, got 20"),
         (["first", "--out", str(ROOT)], "--out must be a new or an empty folder"),
+        (
+            ["first", "--dry-run", "--kernels", "none.zip"],
+            "--kernels must be a file, there is none at ./none.zip",
+        ),
     ],
 )
 def test_wrong_options_are_told_before_any_time_is_spent(wrong, message, capsys):
@@ -130,7 +134,12 @@ def test_wrong_options_are_told_before_any_time_is_spent(wrong, message, capsys)
 def test_the_commands_of_the_parts_exist(tmp_path):
     """An option that is gone would waste a GPU's time."""
     options = argparse.Namespace(
-        out=str(tmp_path), peer_path=str(tmp_path), tests=None, commit="abc", dry_run=False
+        out=str(tmp_path),
+        peer_path=str(tmp_path),
+        kernels=str(tmp_path / "kernels.zip"),
+        tests=None,
+        commit="abc",
+        dry_run=False,
     )
     for part in {part.name: part for parts, _ in CALLS.values() for part in parts}.values():
         command = command_of(part, 30.0, options)
@@ -149,7 +158,9 @@ def test_the_commands_of_the_parts_exist(tmp_path):
 
 @pytest.fixture
 def host(tmp_path):
-    options = argparse.Namespace(out=str(tmp_path), peer_path=None, tests=None, commit=None, dry_run=True)
+    options = argparse.Namespace(
+        out=str(tmp_path), peer_path=None, kernels=None, tests=None, commit=None, dry_run=True
+    )
     with (tmp_path / "gpu.log").open("ab") as log:
         yield Host(options, log)
 
@@ -208,18 +219,11 @@ def test_what_a_killed_run_had_measured_can_be_read(tmp_path):
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 def test_the_script_runs_without_a_gpu(tmp_path):
-    command = [
-        "bash",
-        "bench/gpu.sh",
-        "first",
-        "--dry-run",
-        "--only",
-        "smoke,kernels",
-        "--out",
-        str(tmp_path / "out"),
-    ]
+    """Its folder was looked for in the repository, wherever it was called."""
+    options = ["--dry-run", "--only", "smoke,kernels", "--out", "out"]
+    command = ["bash", str(ROOT / "bench" / "gpu.sh"), "first", *options]
     environment = os.environ | {"PYTHON": sys.executable}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"gpu.log", "session.jsonl", "smoke.jsonl", "kernels-cpu.jsonl"}
@@ -233,6 +237,22 @@ def test_the_script_runs_without_a_gpu(tmp_path):
         ("kernels", "ok"),
     ]
     assert "cpu: T=24" in done.stdout
+    assert "2 of 2 found when asked for" in done.stdout  # kernels that were carried
+
+
+def test_help_says_what_always_runs(capsys):
+    with pytest.raises(SystemExit):
+        gpu.parse(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "first: all its parts, in their order; second: what the first one's results ask for" in text
+    assert "* always runs: first, 480 s: * machine 60 s" in text
+
+
+@pytest.mark.parametrize("brought", [None, "kernels.zip"])
+def test_kernels_that_were_brought_are_unpacked_before_any_is_compiled(brought):
+    commands = gpu_parts._commands(argparse.Namespace(toy=False, kernels=brought))
+    assert commands["kernels"] == ["-m", "bench.ahead", *(["--unpack", brought] if brought else [])]
+    assert "native extension" in commands
 
 
 CASE = FFNCase(40, D=16, F=24, E=3, routing="dropped", dtype="float32", gate=True)
@@ -312,42 +332,3 @@ def test_aims_scale_with_the_card():
     assert target.aim_s(2 * target.floor_us * 1e-6) == pytest.approx(2 * target.aim_us * 1e-6)
     assert replace(target, aim_us=None).aim_s(1.0) is None
     assert gpu_parts.target_of(4097, "forward") is None
-
-
-AHEAD = """
-    import torch
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime.driver import driver
-
-    class Hopper:
-        def get_current_target(self): return GPUTarget("cuda", 90, 32)
-        def get_current_device(self): return 0
-        def get_current_stream(self, device=None): return 0
-
-    driver.set_active(Hopper())
-    from bench.ahead import Call, as_on, compile_launch, distinct, launches
-
-    call = Call(4096, gate=True, training=False)
-    with as_on("sm_90", 132):
-        ahead, real = launches(call), launches(call, "cpu")
-        assert len(distinct((call, call))) == len(ahead) == 2
-    assert [compile_launch(launch) for launch in ahead] == [False, False]
-    for launch in ahead:
-        launch.kernel.device_caches.clear()  # as in another process
-    assert [compile_launch(launch) for launch in real] == [True, True]
-"""
-
-
-def test_what_is_compiled_ahead_is_what_a_launch_looks_up(tmp_path):
-    """Meta tensors must be as aligned as real ones: otherwise all is compiled twice."""
-    pytest.importorskip("triton")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(AHEAD)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr

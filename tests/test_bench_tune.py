@@ -60,10 +60,11 @@ def test_candidates_are_distinct_and_of_their_role():
 
 
 def test_the_whole_pass_at_toy_size(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(sys, "argv", ["tune", "--toy", "--out", str(tmp_path / "tiles.jsonl")])
+    out = str(tmp_path / "tiles.jsonl")
+    monkeypatch.setattr(sys, "argv", ["tune", "--toy", "--commit", "abc", "--out", out])
     tune.main()
     rows = [json.loads(line) for line in (tmp_path / "tiles.jsonl").read_text().splitlines()]
-    assert {row["device"] for row in rows} == {"cpu"}
+    assert {(row["device"], row["commit"]) for row in rows} == {("cpu", "abc")}
     assert all(row["seconds"] > 0 for row in rows)
     assert "T=24 weight_grad" in capsys.readouterr().out
 

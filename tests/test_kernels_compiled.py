@@ -50,6 +50,19 @@ def run(*arguments):
     return done.stdout
 
 
+COUNT = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from moebert_kernels.kernels import configs, inspect
+for arithmetic in ("ieee", "half"):
+    config = configs.TABLE["sm_90", arithmetic, "large"]
+    dtype = inspect.ELEMENT[arithmetic]
+    for launch in inspect.launches(config, dtype):
+        if launch.kernel.__name__.startswith(("gather_kernel", "scatter", "gather_b")):
+            print(arithmetic, inspect.compiled(launch, "sm_90").asm["ttir"].count("tt.dot "))
+"""
+
+
 def check(readings):
     assert readings
     for r in readings:
@@ -122,3 +135,9 @@ def test_half_precision_at_other_sizes(family, sizes):
 def test_float32(family):
     """The same with TF32; IEEE arithmetic has no matrix instruction, but must not spill either."""
     check(read(family, "tf32", "ieee"))
+
+
+def test_float32_is_added_up_in_two_chains():
+    """In one, dx of seven tokens was off by more than its bound on an H200, where cuBLAS has two."""
+    counted = run("-c", COUNT).split("\n")[:-1]
+    assert sorted(set(counted)) == ["half 1", "ieee 2"]

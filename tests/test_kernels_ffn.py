@@ -34,9 +34,10 @@ from moebert_kernels.kernels import configs, launch  # noqa: E402
 from moebert_kernels.kernels.blocks import activate_with_slope  # noqa: E402
 from moebert_kernels.kernels.configs import Config, Tile  # noqa: E402
 
-SQUARE = Tile(16, 16, 16, 4, 2)
-WIDE = Tile(16, 32, 16, 4, 2, parts=4)
-PLAIN = Config(SQUARE, SQUARE, SQUARE, SQUARE, SQUARE)
+# 32 products a step, the least that are added up in two chains.
+SQUARE = Tile(16, 16, 32, 4, 2)
+WIDE = Tile(16, 32, 32, 4, 2, parts=4)
+PLAIN = Config(SQUARE, SQUARE, SQUARE, SQUARE, Tile(16, 16, 16, 4, 2))
 STREAMED = Config(WIDE, WIDE, WIDE, WIDE, Tile(16, 32, 16, 4, 2), stream_k=True, tma=True)
 
 

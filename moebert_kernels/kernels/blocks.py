@@ -90,8 +90,15 @@ def multiply(
 
     The rows are those from `a_begin` on of the descriptor `a` if A_TMA, else those at element offsets
     `a_offset_M` of the pointer `a`. What rows past the end of the group hold is the caller's not to store.
+
+    Where float32 is kept, the products of even k and those of odd k are added up apart: half as many
+    roundings in a row, as cuBLAS has them. In one row, errors were larger than PyTorch's.
     """
+    dtype: tl.constexpr = a.dtype if A_TMA else a.dtype.element_ty
+    # `tl.dot` takes 16 products a step at least.
+    IN_TWO: tl.constexpr = dtype == tl.float32 and PRECISION == "ieee" and BLOCK_K >= 32
     acc_MN = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    odd_MN = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k in tl.range(0, K, BLOCK_K):
         if A_TMA:
             a_MK = a.load([a_begin, k])
@@ -103,7 +110,15 @@ def multiply(
             else:
                 a_MK = tl.load(ptrs, mask=(cols_K < K)[None, :], other=0.0)
         w_KN = load_weight(w, expert, k, n, K, N, ROWS_ARE_N, W_TMA, BLOCK_K, BLOCK_N)
-        acc_MN = tl.dot(a_MK, w_KN, acc_MN, input_precision=PRECISION)
+        if IN_TWO:
+            a_even, a_odd = a_MK.reshape(BLOCK_M, BLOCK_K // 2, 2).split()
+            w_even, w_odd = w_KN.reshape(BLOCK_K // 2, 2, BLOCK_N).permute(0, 2, 1).split()
+            acc_MN = tl.dot(a_even, w_even, acc_MN, input_precision=PRECISION)
+            odd_MN = tl.dot(a_odd, w_odd, odd_MN, input_precision=PRECISION)
+        else:
+            acc_MN = tl.dot(a_MK, w_KN, acc_MN, input_precision=PRECISION)
+    if IN_TWO:
+        acc_MN += odd_MN
     return acc_MN
 
 

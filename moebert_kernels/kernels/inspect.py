@@ -79,10 +79,9 @@ class Reading:
     epilogue: float | None
 
 
-def read(launch: Launch, arch: str) -> Reading:
-    """Compile one recorded launch for `arch` and read what came out."""
-    limits = ARCHITECTURES[arch]
-    target = GPUTarget("cuda", limits.capability, 32)
+def compiled(launch: Launch, arch: str) -> Any:
+    """One recorded launch, compiled for `arch` by Triton."""
+    target = GPUTarget("cuda", ARCHITECTURES[arch].capability, 32)
     backend = make_backend(target)
     binder = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
     options = {"debug": False, "instrumentation_mode": ""}
@@ -91,7 +90,13 @@ def read(launch: Launch, arch: str) -> Reading:
         backend, {**extra, **options}, bound, specialization, extra
     )
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    binary = triton.compile(source, target=target, options=parsed.__dict__)
+    return triton.compile(source, target=target, options=parsed.__dict__)
+
+
+def read(launch: Launch, arch: str) -> Reading:
+    """Compile one recorded launch for `arch` and read what came out."""
+    limits = ARCHITECTURES[arch]
+    binary = compiled(launch, arch)
     ptx = binary.asm["ptx"]
     messages = _assembler_messages(ptx, limits.capability)
     registers, spilled = (

@@ -11,8 +11,8 @@ For 16-bit types. A kernel is predicted from five things, none of which needs a 
 Programs that share a multiprocessor start together and go through these phases side by side: the model adds
 the phases up and lets none hide behind another, which is what an H200 showed. A time is that of a launch in a
 CUDA graph that finds nothing cached. Constants marked "fitted" were fitted to `results/h200/tiles.jsonl` at
-T = 64 and 16384 alone: T = 512, 4096 and 65536, whole passes, and what others published, were not used (see
-`predictions`).
+T = 64 and 16384, by the squares of the ratios' logarithms, and rounded. `predictions` holds the model against
+the rest, and against what others reach.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MEMORY_CYCLES = 8  # of a scheduler for a load, store or shuffle: fitted
 STEP_CYCLES = 230  # of a step's waits and barriers, whatever else it does: fitted
 LOAD_SHARE = 0.6  # of the time by LOAD_BYTES: fitted; requests of neighbours for the same rows are joined
 SHARED_SHARE = 0.6  # of the time by SHARED_BYTES: fitted
-FIRST_LOADS = 2  # dependent loads before the first product: offsets, order; the rows are the loop's
+FIRST_LOADS = 2  # dependent loads before the loop: offsets, order
 BEGIN_S = 1.9e-6  # launch, and a GEMM's own code, 10 to 40 KB, brought in: fitted
 LAUNCH_S = 0.9e-6  # of a kernel with little code: fitted to `sum_tiles` of results/h200/kernels.jsonl
 

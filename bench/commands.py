@@ -58,6 +58,11 @@ def make_parser(prog: str) -> tuple[argparse.ArgumentParser, dict[str, argparse.
         _add_shapes(benchmark, TAKES.get(name, PARAMETERS))
         _add_method(benchmark)
     _add_general(command("host", "Microseconds of the host per call: no GPU is needed.", measure_host))
+    model = command("machine", "What a model of the GPU predicts, and which tiles it would choose.", predict)
+    model.add_argument("--card", help="as CUDA names it, for the choice of tiles (default: NVIDIA H200)")
+    model.add_argument(
+        "--results", type=_folder, default=Path("bench/results"), help="folder of result files"
+    )
     readme = command("readme", "Write the measured tables into a README.", update_readme)
     readme.add_argument(
         "file", type=_file, help="a markdown file with <!-- bench:NAME:begin/end --> markers", metavar="FILE"
@@ -266,6 +271,17 @@ def measure_host(given: argparse.Namespace) -> None:
 
     device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
     measure(device, toy=given.toy, out=given.out)
+
+
+def predict(given: argparse.Namespace) -> None:
+    """Print the model's tables beside what was measured."""
+    from .machine import CARDS, card_of
+    from .predictions import show
+
+    card = card_of(given.card or CARDS[0].name)
+    if card is None:
+        raise ValueError(f"--card must be one of {', '.join(c.name for c in CARDS)}, got {given.card!r}")
+    show(given.results, card)
 
 
 def update_readme(given: argparse.Namespace) -> None:

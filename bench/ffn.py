@@ -24,6 +24,7 @@ from .baselines.implementation import (
 )
 from .baselines.transformers_experts import implementations
 from .cases import DTYPES, TIMED_ROUTINGS, TIMED_TOKENS, FFNCase, Request, cpu_dtypes, expert_ids, tensors
+from .ceilings import Ceiling
 from .options import TAKES
 from .reference import specification
 from .registry import Entry, Op, Work
@@ -179,6 +180,13 @@ def work(inputs: FFNInputs, pass_: str, kind: str) -> Work:
     return Work(4 * T * neurons * D, weights + 2 * T * D * size)
 
 
+def predict(case: FFNCase, pass_: str, card: str, ceiling: Ceiling) -> float | None:
+    """What the model of the machine expects of ours."""
+    from .predictions import pass_us  # it knows of kernels, and what those import
+
+    return pass_us(case, card, ceiling, pass_)
+
+
 def footprint(inputs: FFNInputs) -> int:
     """Weights and tokens."""
     tensors = (inputs.x_TD, inputs.w1_EFD, inputs.w2_EDF)
@@ -198,4 +206,5 @@ FFN = Op(
     work=work,
     footprint=footprint,
     baselines=(DENSE, BOUND),
+    predict=predict,
 )

@@ -205,6 +205,8 @@ def line(run: Run, row: Row) -> str:
         return f"{head} did not run: {row.did_not_run}"
     seconds = row.seconds.median
     text = f"{head} {duration(seconds):>8} ±{half_width(row.seconds):<4.0%} floor {duration(row.floor_s)}"
+    if row.predicted_us is not None:
+        text += f", predicted {duration(row.predicted_us * 1e-6)}"
     target = target_of(row.case["T"], row.pass_)
     aimed_at = row.entry == OURS and (row.launch, row.cache) == ("graph", "cold")
     aim_s = target.aim_s(row.floor_s) if target is not None and aimed_at else None

@@ -131,6 +131,22 @@ def in_place(steps: list[Step]) -> list[Spread]:
     ]
 
 
+def predicted(
+    launches: tuple[Any, ...], case: FFNCase, device: torch.device, ceiling: Ceiling
+) -> list[float | None]:
+    """Microseconds that `machine` expects of each launch alone; None where it knows nothing."""
+    from .predictions import of_kernels
+
+    unknown: list[float | None] = [None] * len(launches)
+    if device.type != "cuda":
+        return unknown
+    found = of_kernels(case, torch.cuda.get_device_name(device), ceiling, "forward+backward")
+    names = [launch.kernel.__name__.removesuffix("_kernel").removesuffix("_stream") for launch in launches]
+    if found is None or [name for name, _ in found] != names:
+        return unknown
+    return [round(prediction.seconds * 1e6, 2) for _, prediction in found]
+
+
 def rows(case: FFNCase, device: torch.device, ceiling: Ceiling) -> Iterator[Row]:
     """A row for every launch of a pass, alone, and then in place."""
     copies = [make_inputs(case, device, 0)]
@@ -138,6 +154,7 @@ def rows(case: FFNCase, device: torch.device, ceiling: Ceiling) -> Iterator[Row]
     copies += [make_inputs(case, device, seed) for seed in range(1, count)]
     steps = [record(inputs) for inputs in copies]
     launches = steps[0].launches
+    expected = predicted(launches, case, device, ceiling)
 
     def row(index: int, cache: str, seconds: Spread | None, reason: str | None) -> Row:
         work = work_of(launches[index], case)
@@ -154,6 +171,7 @@ def rows(case: FFNCase, device: torch.device, ceiling: Ceiling) -> Iterator[Row]
             flops=work.flops,
             bytes=work.bytes,
             floor_s=ceiling.floor(work),
+            predicted_us=expected[index] if cache == "cold" else None,
         )
 
     for index in range(len(launches)):
@@ -180,10 +198,11 @@ def line(row: Row, ceiling: Ceiling) -> str:
     if row.seconds is None:
         return f"{head} did not run: {row.did_not_run}"
     time = row.seconds.median
+    expected = "" if row.predicted_us is None else f", predicted {duration(row.predicted_us * 1e-6)}"
     return (
         f"{head} {duration(time):>8} ±{half_width(row.seconds):<4.0%} {row.flops / time / 1e12:5.0f} TFLOP/s "
         f"({row.flops / time / ceiling.flops_per_s:.0%}), {row.bytes / time / 1e12:.2f} TB/s "
-        f"({row.bytes / time / ceiling.bytes_per_s:.0%})"
+        f"({row.bytes / time / ceiling.bytes_per_s:.0%}){expected}"
     )
 
 

@@ -2,7 +2,8 @@
 
 NAME is an operator and a kind of device, such as `ffn-cpu` or `model-gpu`, or `targets-gpu`, or `demo` for
 the results of `make demo`, kept as demo.json, or `fit` for those of `bench.fit`, or `quality-STUDY` for a
-study of `bench.quality`, or `quality-settings` for what its studies change. What was never measured says so.
+study of `bench.quality`, or `quality-settings` for what its studies change, or `machine-TABLE` for a table of
+`bench.predictions`. What was never measured says so.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ def update(text: str, folder: str | Path) -> str:
             content = demo(Path(folder))
         elif name == "fit":
             content = fit(Path(folder))
+        elif name.startswith("machine-"):
+            content = machine(name.removeprefix("machine-"), Path(folder))
         elif name.startswith("quality-"):
             content = quality(Path(folder) / "quality" / f"{name.removeprefix('quality-')}.jsonl")
         else:
@@ -106,6 +109,13 @@ def fit(folder: Path) -> str:
     if not path.is_file():
         return f"*`python -m bench.fit`: {NOT_MEASURED}.*"
     return tables(json.loads(path.read_text(encoding="utf-8")))
+
+
+def machine(name: str, folder: Path) -> str:
+    """A table of `python -m bench machine`."""
+    from .predictions import block  # it knows of kernels, and what those import
+
+    return block(name, folder)
 
 
 def quality(file: Path) -> str:

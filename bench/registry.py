@@ -74,6 +74,8 @@ class Op:
         footprint: inputs -> bytes one call reads, of which several copies defeat the caches.
         baselines: names of entries that ours is set in ratio to.
         default_passes: those timed unless others are asked for; empty for all.
+        predict: (case, pass, card's name, its ceiling) -> microseconds that ours should take in a CUDA graph
+            on cold caches, or None.
         needs: packages, by the names they are imported by, without which none of its entries runs.
     """
 
@@ -89,4 +91,5 @@ class Op:
     footprint: Callable[[Any], int]
     baselines: tuple[str, ...] = ()
     default_passes: tuple[str, ...] = ()
+    predict: Callable[[Any, str, str, Any], float | None] = lambda *_: None
     needs: tuple[str, ...] = ()

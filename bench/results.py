@@ -63,6 +63,7 @@ class Row:
         errors: rms error of each output against the float64 reference, relative.
         flops, bytes: the work of the case.
         floor_s: its roofline, by this run's ceilings.
+        predicted_us: microseconds that `machine` expects of it, None where it knows nothing.
     """
 
     case: dict[str, Any]
@@ -78,6 +79,7 @@ class Row:
     flops: float = 0.0
     bytes: float = 0.0
     floor_s: float = 0.0
+    predicted_us: float | None = None
 
 
 @dataclass(frozen=True)

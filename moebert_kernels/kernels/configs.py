@@ -63,9 +63,10 @@ def _config(
     weight_grad: Tile,
     down_backward: Tile | None = None,
     up_backward: Tile | None = None,
+    up: Tile | None = None,
     **options,
 ) -> Config:
-    return Config(gemm, gemm, down_backward or gemm, up_backward or gemm, weight_grad, **options)
+    return Config(up or gemm, gemm, down_backward or gemm, up_backward or gemm, weight_grad, **options)
 
 
 SAFE = _config(Tile(64, 64, 32, 4, 2, parts=4), Tile(64, 64, 32, 8, 3))
@@ -94,7 +95,9 @@ TABLE: dict[tuple[str, str, str], Config] = {
     ),
     # Hopper: half measured on an H200 (bench/results/h200/tiles.jsonl)
     ("sm_90", "half", "tiny"): _config(Tile(32, 32, 64, 4, 6), Tile(128, 128, 64, 8, 5), tma=True),
-    ("sm_90", "half", "small"): _config(Tile(64, 64, 64, 4, 4), Tile(128, 128, 64, 8, 5), tma=True),
+    ("sm_90", "half", "small"): _config(
+        Tile(64, 64, 64, 4, 4), Tile(128, 128, 64, 8, 5), up=Tile(64, 32, 64, 4, 4), tma=True
+    ),
     ("sm_90", "half", "medium"): _config(
         Tile(128, 64, 64, 4, 3, parts=2),
         Tile(128, 128, 64, 8, 5),

@@ -52,6 +52,27 @@ _WARPS, _PROGRAMS, _TENSOR_COLUMNS = 64, 32, 512
 
 
 @dataclass(frozen=True)
+class Instructions:
+    """What one thread executes around its products, by where it stands in the machine code.
+
+    Attributes:
+        before: up to the loop of products.
+        step: of that loop, for each BLOCK_K.
+        after: once the loop is left.
+        after_memory: of these, loads, stores and shuffles.
+        again: of these, what a loop of its own repeats.
+        again_memory: loads, stores and shuffles of that loop.
+    """
+
+    before: int
+    step: float
+    after: int
+    after_memory: int
+    again: int
+    again_memory: int
+
+
+@dataclass(frozen=True)
 class Reading:
     """One kernel's binary for one architecture.
 
@@ -65,6 +86,7 @@ class Reading:
         warnings: of the assembler by number; C75xx say that asynchronous products were serialised.
         waits: for asynchronous products: one in the loop, one after it.
         epilogue: instructions for each element of the tile after the last product; None without a product.
+        around: the products, a thread's instructions; None without a product.
     """
 
     kernel: str
@@ -77,6 +99,7 @@ class Reading:
     warnings: tuple[str, ...]
     waits: int
     epilogue: float | None
+    around: Instructions | None
 
 
 def compiled(launch: Launch, arch: str) -> Any:
@@ -113,7 +136,10 @@ def read(launch: Launch, arch: str) -> Reading:
         _TENSOR_COLUMNS // columns if columns else _PROGRAMS,
         _PROGRAMS,
     )
-    after = _instructions_after_products(binary.asm["cubin"])
+    code = _disassemble(binary.asm["cubin"])
+    products = [i for i, line in enumerate(code) if line.is_product]
+    after = len(code) - 1 - products[-1] if products else None
+    depth = launch.arguments.get("K", launch.arguments.get("D", 0))
     tile = launch.arguments.get("BLOCK_M", 1) * launch.arguments.get("BLOCK_N", 1)
     return Reading(
         launch.kernel.__name__,
@@ -126,6 +152,7 @@ def read(launch: Launch, arch: str) -> Reading:
         warnings=tuple(sorted(set(re.findall(r"\bC\d{4}\b", messages)))),
         waits=ptx.count("wgmma.wait_group"),
         epilogue=None if after is None else after * 32 * warps / tile,
+        around=_around(code, products, depth // launch.arguments["BLOCK_K"]) if products else None,
     )
 
 
@@ -148,15 +175,59 @@ def _number(pattern: str, text: str) -> int:
     return int(found[1])
 
 
-def _instructions_after_products(cubin: bytes) -> int | None:
+@dataclass(frozen=True)
+class _Line:
+    """One instruction, and the number of the one that it jumps to."""
+
+    name: str
+    target: int | None
+
+    @property
+    def is_product(self) -> bool:
+        return self.name.endswith("MMA") and self.name != "FFMA"
+
+    @property
+    def is_memory(self) -> bool:
+        return self.name.startswith(("LD", "ST", "SHFL", "ATOM", "RED")) and self.name != "LDGDEPBAR"
+
+
+def _disassemble(cubin: bytes) -> list[_Line]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         command = [triton.knobs.nvidia.nvdisasm.path, "-c", file.name]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    lines = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(\w+)", text, re.MULTILINE)
-    products = [i for i, name in enumerate(lines) if name.endswith("MMA") and name != "FFMA"]
-    return len(lines) - 1 - products[-1] if products else None
+    found: list[tuple[str, re.Match[str] | None]] = []
+    labels: dict[str, int] = {}
+    for line in text.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(found)
+        elif one := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(\w+)(.*)", line):
+            found.append((one[1], re.search(r"\.L_x_\d+", one[2]) if one[1] == "BRA" else None))
+    return [_Line(name, None if label is None else labels.get(label[0])) for name, label in found]
+
+
+def _around(code: list[_Line], products: list[int], steps: int) -> Instructions:
+    """Of a loop that is unrolled whole, `steps` times, each step but the first is counted."""
+    loops = [(line.target, i) for i, line in enumerate(code) if line.target is not None and line.target < i]
+    ours = [(begin, end) for begin, end in loops if any(begin <= i <= end for i in products)]
+    if ours:
+        first, last = min(ours, key=lambda loop: loop[1] - loop[0])
+        step = float(last - first + 1)
+    else:
+        first, last = products[0], products[-1]
+        step = (last - first) / max(1, steps - 1)
+    after = code[last + 1 :]
+    again = [code[begin : end + 1] for begin, end in loops if begin > last]
+    repeated = max(again, key=len, default=[])
+    return Instructions(
+        first,
+        round(step, 1),
+        len(after),
+        sum(line.is_memory for line in after),
+        len(repeated),
+        sum(line.is_memory for line in repeated),
+    )
 
 
 @dataclass(frozen=True)

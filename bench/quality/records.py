@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .contenders import CONTENDERS
-from .study import FOLDERS
+from .study import TASKS
 
 Record = dict[str, Any]
 
@@ -60,7 +60,7 @@ def table(records: Sequence[Record]) -> str:
     are several. "gain" is the mean over tasks of what is better than "narrow" after distillation, over the
     seeds that both have.
     """
-    tasks = sorted({record["task"] for record in records}, key=list(FOLDERS).index)
+    tasks = sorted({record["task"] for record in records}, key=list(TASKS).index)
     names = sorted({record["contender"] for record in records}, key=list(CONTENDERS).index)
     metrics = {record["task"]: record["metric"] for record in records}
     teachers = {record["task"]: record["teacher"] for record in records}
@@ -112,7 +112,7 @@ def settings_table(studies: Mapping[str, Sequence[Record]], base: str = "main") 
     }
     repeated = {_run(record) for records in others.values() for record in records}
     chosen = {base: [record for record in studies.get(base, ()) if _run(record) in repeated], **others}
-    tasks = sorted({record["task"] for record in chosen[base]}, key=list(FOLDERS).index)
+    tasks = sorted({record["task"] for record in chosen[base]}, key=list(TASKS).index)
     lines = [
         f"| study | | seeds | epochs | learning rate | lambda | {' | '.join(tasks)} | gain |",
         "|---|---|" + "--:|" * (len(tasks) + 5),
@@ -145,7 +145,7 @@ def _settings(record: Record) -> tuple[float, float, float]:
 
 
 def _place(record: Record) -> tuple[int, int]:
-    return list(FOLDERS).index(record["task"]), list(CONTENDERS).index(record["contender"])
+    return list(TASKS).index(record["task"]), list(CONTENDERS).index(record["contender"])
 
 
 def _of(records: Iterable[Record], task: str, contender: str) -> list[Record]:

@@ -22,8 +22,9 @@ import typer
 from moebert_kernels.compress.artifacts import exclusive
 
 from .contenders import CONTENDERS
-from .records import collect, read, table
+from .records import collect, read, read_rows
 from .study import TASKS, StudentBudget, Task, TeacherBudget, TrainingBudget, run, say
+from .tables import likeness_table, table
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 
@@ -92,8 +93,11 @@ def collect_command(
 
 @app.command("table")
 def table_command(file: Annotated[Path, typer.Argument(help="Of `collect`.")]) -> None:
-    """Print a study: main metrics as mean and standard deviation over seeds, times 100."""
-    typer.echo(table(read(file)))
+    """Print a study: qualities and, where every row's outcome is known, likeness to the teacher."""
+    records, rows = read(file), read_rows(file)
+    typer.echo(table(records, rows))
+    if rows is not None:
+        typer.echo(f"\n{likeness_table(records, rows)}")
 
 
 if __name__ == "__main__":

@@ -15,12 +15,13 @@ from bench.quality.__main__ import app
 from bench.quality.bootstrap import Interval, Resampled
 from bench.quality.contenders import CONTENDERS, tie_shared
 from bench.quality.records import read, read_rows
-from bench.quality.remembered import RememberedTeacher
+from bench.quality.remembered import RememberedLayers, RememberedTeacher
 from bench.quality.tables import Contrasts, settings_table, table
 from bench.readme import update
 from moebert_kernels.compress.adapt import split_neurons
+from moebert_kernels.compress.fitting import fit_experts
 from moebert_kernels.layer import MoEFFN
-from moebert_kernels.models import count_parameters, to_moe
+from moebert_kernels.models import count_parameters, find_ffns, to_moe
 
 WORDS = [f"w{i}" for i in range(60)]
 
@@ -61,6 +62,29 @@ def test_a_remembered_teacher_says_what_the_teacher_says():
             torch.testing.assert_close(our_BSD[real_BS], their_BSD[real_BS])
     remembered.teacher.forward = None  # from here on, memory alone
     remembered(**inputs)
+
+
+def test_layers_from_memory_fit_a_student_as_the_teacher_does():
+    """To the last bit, for the student that fills the memory and for those after it."""
+    teacher = build(BertForSequenceClassification, num_hidden_layers=3).eval()
+    batches = [batch(seed=seed) for seed in range(3)]
+
+    def cut(num_experts: int) -> torch.nn.Module:
+        scores_LF = torch.rand(3, WIDTH, generator=torch.Generator().manual_seed(0))
+        index_LEF = split_neurons(scores_LF, num_experts, 9, 3)
+        return to_moe(teacher, index_LEF, num_shared_neurons=3)
+
+    students, wanted = [cut(4), cut(2)], [cut(4), cut(2)]
+    for student in wanted:
+        fit_experts(student, teacher, batches)
+    remembered = RememberedLayers(teacher)
+    for ours, theirs in zip(students, wanted, strict=True):
+        with remembered.answering():
+            fit_experts(ours, teacher, batches)
+        state = theirs.state_dict()
+        assert all(torch.equal(value, state[name]) for name, value in ours.state_dict().items())
+        for ffn in find_ffns(teacher):  # from here on, memory alone
+            ffn.layer.attention = None
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 import typer
-from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moebert_kernels.compress.adapt import token_counts
@@ -21,9 +20,9 @@ from moebert_kernels.compress.artifacts import Stage, fingerprint
 from moebert_kernels.compress.batching import hold_out, sample_rows
 from moebert_kernels.compress.distill import DistillSettings, distill
 from moebert_kernels.compress.divergence import divergence
-from moebert_kernels.compress.evaluate import batches, expert_load, predict
+from moebert_kernels.compress.evaluate import batches, predict
 from moebert_kernels.compress.finetune import finetune
-from moebert_kernels.compress.fitting import fit_experts, rows_to_fit
+from moebert_kernels.compress.fitting import Fitted, fit_experts, rows_to_fit
 from moebert_kernels.compress.importance import Importance, compute_importance
 from moebert_kernels.compress.loading import load_teacher
 from moebert_kernels.compress.minilm import find_base_model
@@ -42,7 +41,7 @@ from moebert_kernels.models import encoder_flops_per_token, is_moe
 
 from .contenders import CONTENDERS, FewerLayers, Materials
 from .outcomes import Outcomes, outcomes, predictions
-from .remembered import RememberedTeacher
+from .remembered import RememberedLayers, RememberedTeacher
 
 
 def _banking77(folder: Path) -> TaskData:
@@ -159,7 +158,9 @@ class Task:
         self.raw: TaskData = source.load(folder) if source.load else load_task(name, folder)
         self.made_from = [name, str(self.model), asdict(self.budget)]
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        # Of one seed at a time: contender after contender asks for the same.
         self.importance = lru_cache(maxsize=1)(self._importance)
+        self.to_fit = lru_cache(maxsize=1)(self._to_fit)
 
     def prepare(self) -> None:
         """Make the teacher, or load it, and ask it about the validation rows."""
@@ -218,6 +219,29 @@ class Task:
         """What contenders are made of."""
         return Materials(self.teacher, self.importance(seed), self.counts_V, cost)
 
+    def _to_fit(self, seed: int, count: int) -> tuple[int, list[dict[str, torch.Tensor]], RememberedLayers]:
+        """How many rows there are to fit to, their batches, and the teacher's memory of them."""
+        rows, _ = hold_out(self.encoded.train, seed)
+        rows = rows_to_fit(rows, count, seed, self.teacher.config.hidden_size)
+        return len(rows), list(batches(rows, self.tokenizer)), RememberedLayers(self.teacher)
+
+    def fit(self, student: PreTrainedModel, seed: int, count: int) -> dict[str, Any]:
+        """Fit a student to so many rows at most; return what is to be told of it."""
+        num_rows, batches_to_fit, remembered = self.to_fit(seed, count)
+        with remembered.answering():
+            found: Fitted = fit_experts(student, self.teacher, batches_to_fit)
+        return {"rows": num_rows, **found._asdict()}
+
+    def largest_load(self, student: PreTrainedModel) -> float | None:
+        """How full the fullest expert of any layer is with the validation tokens, in units of the mean."""
+        if not is_moe(student.config):
+            return None
+        tables_LV = next(buffer for name, buffer in student.named_buffers() if name.endswith("tables_LV"))
+        counts_V = token_counts(self.encoded.validation, student.config.vocab_size)
+        loads_LE = torch.zeros(len(tables_LV), student.config.num_experts, dtype=torch.int64)
+        loads_LE.scatter_add_(1, tables_LV.cpu().long(), counts_V.expand(len(tables_LV), -1))
+        return int(loads_LE.max()) * student.config.num_experts / int(counts_V.sum())
+
     @cached_property
     def counts_V(self) -> torch.Tensor:
         """How often each token id occurs in training."""
@@ -260,20 +284,13 @@ def run(study: str, task: Task, name: str, budget: StudentBudget, seed: int) -> 
         made_of = task.materials(seed, budget.cost)
         student = contender.build(made_of, seed)
         measured = {"cut": task.measured(student)}
-        loads = None
-        if is_moe(student.config):
-            rows = batches(task.encoded.validation, task.tokenizer, device=task.device)
-            loads = max(map(max, expert_load(student, rows))) * student.config.num_experts
-        rows, held_out = hold_out(task.encoded.train, seed)
         fitting = None
         if budget.fit_rows is not None and contender.can_be_fitted:
-            to_fit = rows_to_fit(rows, budget.fit_rows, seed, task.teacher.config.hidden_size)
-            found = fit_experts(student, task.teacher, list(batches(to_fit, task.tokenizer)))
-            fitting = {"rows": len(to_fit), **found._asdict()}
+            fitting = task.fit(student, seed, budget.fit_rows)
             measured["fitted"] = task.measured(student)
         training, kept = None, list(measured)[-1]
         if budget.training is not None:
-            training, is_nearer = _distil(student, rows, held_out)
+            training, is_nearer = _distil(student)
             measured["distilled"] = task.measured(student)
             kept = "distilled" if is_nearer or fitting is None else kept
         return {
@@ -287,7 +304,7 @@ def run(study: str, task: Task, name: str, budget: StudentBudget, seed: int) -> 
             "kept": kept,
             "fitting": fitting,
             "training": training,
-            "largest_load": loads,
+            "largest_load": task.largest_load(student),
             "parameters_stored": contender.stored(made_of, student),
             "encoder_flops_per_token": encoder_flops_per_token(student),
             "validation_rows": len(task.encoded.validation),
@@ -297,7 +314,7 @@ def run(study: str, task: Task, name: str, budget: StudentBudget, seed: int) -> 
             "rows": {state: found for state, (_, found) in measured.items()},
         }
 
-    def _distil(student: PreTrainedModel, rows: Dataset, held_out: Dataset) -> tuple[dict[str, Any], bool]:
+    def _distil(student: PreTrainedModel) -> tuple[dict[str, Any], bool]:
         assert budget.training is not None
         how = budget.training
         settings = DistillSettings(
@@ -311,6 +328,7 @@ def run(study: str, task: Task, name: str, budget: StudentBudget, seed: int) -> 
         layer_map = None
         if isinstance(contender, FewerLayers):
             layer_map = contender.layer_map(task.materials(seed, budget.cost))
+        rows, held_out = hold_out(task.encoded.train, seed)
         rows = sample_rows(rows, how.train_rows, seed=0)
         before = divergence(student, task.teacher, held_out, task.tokenizer)
         distill(student, task.remembered, rows, task.tokenizer, settings, checkpoints, layer_map=layer_map)

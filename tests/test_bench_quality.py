@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from sklearn import metrics
 from tiny_bert import WIDTH, batch, build
 from transformers import BertForSequenceClassification, BertTokenizerFast
@@ -16,9 +17,11 @@ from bench.quality.bootstrap import Interval, Resampled
 from bench.quality.contenders import CONTENDERS, tie_shared
 from bench.quality.records import read, read_rows
 from bench.quality.remembered import RememberedLayers, RememberedTeacher
+from bench.quality.study import largest_load
 from bench.quality.tables import Contrasts, settings_table, table
 from bench.readme import update
 from moebert_kernels.compress.adapt import split_neurons
+from moebert_kernels.compress.evaluate import expert_load
 from moebert_kernels.compress.fitting import fit_experts
 from moebert_kernels.layer import MoEFFN
 from moebert_kernels.models import count_parameters, find_ffns, to_moe
@@ -62,6 +65,17 @@ def test_a_remembered_teacher_says_what_the_teacher_says():
             torch.testing.assert_close(our_BSD[real_BS], their_BSD[real_BS])
     remembered.teacher.forward = None  # from here on, memory alone
     remembered(**inputs)
+
+
+def test_the_largest_load_is_that_of_the_experts_in_a_pass():
+    """It is read off tables and token counts: what a pass of the student finds, padding left out."""
+    index_LEF = split_neurons(torch.rand(3, WIDTH), 4, 9, 3)
+    student = to_moe(
+        build(BertForSequenceClassification, num_hidden_layers=3), index_LEF, num_shared_neurons=3
+    )
+    inputs = batch(seed=5)
+    rows = Dataset.from_dict({name: inputs[name].tolist() for name in ("input_ids", "attention_mask")})
+    assert largest_load(student, rows) == pytest.approx(4 * max(map(max, expert_load(student, [inputs]))))
 
 
 def test_layers_from_memory_fit_a_student_as_the_teacher_does():

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import typer
+from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moebert_kernels.compress.adapt import token_counts
@@ -232,16 +233,6 @@ class Task:
             found: Fitted = fit_experts(student, self.teacher, batches_to_fit)
         return {"rows": num_rows, **found._asdict()}
 
-    def largest_load(self, student: PreTrainedModel) -> float | None:
-        """How full the fullest expert of any layer is with the validation tokens, in units of the mean."""
-        if not is_moe(student.config):
-            return None
-        tables_LV = next(buffer for name, buffer in student.named_buffers() if name.endswith("tables_LV"))
-        counts_V = token_counts(self.encoded.validation, student.config.vocab_size)
-        loads_LE = torch.zeros(len(tables_LV), student.config.num_experts, dtype=torch.int64)
-        loads_LE.scatter_add_(1, tables_LV.cpu().long(), counts_V.expand(len(tables_LV), -1))
-        return int(loads_LE.max()) * student.config.num_experts / int(counts_V.sum())
-
     @cached_property
     def counts_V(self) -> torch.Tensor:
         """How often each token id occurs in training."""
@@ -304,7 +295,7 @@ def run(study: str, task: Task, name: str, budget: StudentBudget, seed: int) -> 
             "kept": kept,
             "fitting": fitting,
             "training": training,
-            "largest_load": task.largest_load(student),
+            "largest_load": largest_load(student, task.encoded.validation),
             "parameters_stored": contender.stored(made_of, student),
             "encoder_flops_per_token": encoder_flops_per_token(student),
             "validation_rows": len(task.encoded.validation),
@@ -344,6 +335,20 @@ def run(study: str, task: Task, name: str, budget: StudentBudget, seed: int) -> 
         for state, metrics in result["states"].items()
     )
     say(f"{study}, {task.name}, {record.stem}: {main} {steps}")
+
+
+def largest_load(student: PreTrainedModel, rows: Dataset) -> float | None:
+    """How full the fullest expert of any layer is with some rows' tokens, in units of the mean.
+
+    Of a student with hash tables, which need no pass of it; None of one without experts.
+    """
+    if not is_moe(student.config):
+        return None
+    tables_LV = next(buffer for name, buffer in student.named_buffers() if name.endswith("tables_LV")).cpu()
+    counts_V = token_counts(rows, student.config.vocab_size)
+    loads_LE = torch.zeros(len(tables_LV), student.config.num_experts, dtype=torch.int64)
+    loads_LE.scatter_add_(1, tables_LV.long(), counts_V.expand(len(tables_LV), -1))
+    return int(loads_LE.max()) * student.config.num_experts / int(counts_V.sum())
 
 
 def say(text: str) -> None:

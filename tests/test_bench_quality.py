@@ -301,7 +301,7 @@ def contrast(rows: dict, seeds: int) -> Interval:
     for name in ("narrow", "affinity-4"):
         for seed in range(seeds):
             records.append({**record("s", "cola", name, seed, 0.5), "metric": "accuracy"})
-    return Contrasts(records, rows).gain("affinity-4", "narrow", ["cola"])
+    return Contrasts(records, rows).gain(Resampled.metric, "affinity-4", "narrow", ["cola"])
 
 
 def test_an_interval_pairs_rows_and_counts_what_seeds_make_of_it():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -61,9 +61,9 @@ def table(records: Sequence[Record], rows: Rows | None = None) -> str:
 def likeness_table(records: Sequence[Record], rows: Rows) -> str:
     """How alike students and teacher are, which needs no labels, and what is better than "narrow" by task.
 
-    Of each contender, over the seeds that it and "narrow" have: agreement and divergence on each task; then,
-    against "narrow", the main metric's gain and how many times narrow's the divergence is, with intervals,
-    on each task and as means over tasks, of ratios the geometric one.
+    Of each contender agreement and divergence on each task; then, over the seeds that it and "narrow" have,
+    the gain in the main metric and in agreement, and how many times narrow's the divergence is, with
+    intervals, on each task and as means over tasks, of ratios the geometric one.
     """
     tasks = tasks_of(records)
     sure = Contrasts(records, rows)
@@ -88,7 +88,8 @@ def likeness_table(records: Sequence[Record], rows: Rows) -> str:
             continue
         done = [task for task in tasks if sure.has(name, BASE, [task])]
         groups = [[task] if task in done else [] for task in tasks] + [done if done == tasks else []]
-        for what, tell in (("gain", sure.told), ("divergence", sure.ratio_told)):
+        tellers = (("metric", sure.told), ("agreement", sure.agreement_told), ("divergence", sure.ratio_told))
+        for what, tell in tellers:
             told = [tell(name, BASE, group) if group else "–" for group in groups]
             gains.append(f"| {name}, {what} | {' | '.join(told)} |")
     return "\n".join(
@@ -99,7 +100,7 @@ def likeness_table(records: Sequence[Record], rows: Rows) -> str:
             "",
             *gains,
             "",
-            f"*Against {BASE}.*",
+            f"*Against {BASE}: points of the main metric and of agreement; divergence, times {BASE}'s.*",
         ]
     )
 
@@ -121,28 +122,43 @@ class Contrasts:
         return all(self._runs(task, ours, theirs)[0] for task in tasks)
 
     def told(self, ours: str, theirs: str, tasks: Sequence[str]) -> str:
-        """What `gain` gives, with its interval."""
-        found = self.gain(ours, theirs, tasks)
-        return f"{found.found:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
+        """By how much a contender's main metric, times 100, is larger than another's, or the teacher's."""
+
+        return _signed(self.gain(Resampled.metric, ours, theirs, tasks))
+
+    def agreement_told(self, ours: str, theirs: str, tasks: Sequence[str]) -> str:
+        """By how much more often, in points, it says what the teacher says."""
+        return _signed(self.gain(Resampled.agreement, ours, theirs, tasks))
 
     def ratio_told(self, ours: str, theirs: str, tasks: Sequence[str]) -> str:
         """What `ratio` gives, with its interval."""
         found = self.ratio(ours, theirs, tasks)
         return f"× {found.found:.2f} [{found.low:.2f}, {found.high:.2f}]"
 
-    def gain(self, ours: str, theirs: str, tasks: Sequence[str]) -> Interval:
-        """By how much a contender's main metric, times 100, is larger than another's, or the teacher's."""
+    def gain(
+        self,
+        score: Callable[[Resampled, str, Sequence[np.ndarray]], np.ndarray],
+        ours: str,
+        theirs: str,
+        tasks: Sequence[str],
+    ) -> Interval:
+        """By how much a contender's score, times 100, is larger than another's, or the teacher's.
+
+        Args:
+            score: `Resampled.metric` or `Resampled.agreement`.
+            ours: the contender.
+            theirs: another, or "teacher".
+            tasks: to take the mean over.
+        """
         parts = []
         for task in tasks:
             mine, others = self._runs(task, ours, theirs)
             resampled = self._of(task, len(mine))
-            metric = mine[0]["metric"]
-            values = resampled.metric(metric, self._kept(mine, "predictions"))
-            if others:
-                base = resampled.metric(metric, self._kept(others, "predictions"))
-            else:
-                base = resampled.metric(metric, [self._rows[f"{task}/teacher"]])
-            parts.append(100 * (values - base))
+            said = self._kept(others, "predictions") if others else [self._rows[f"{task}/teacher"]]
+            name = mine[0]["metric"]
+            parts.append(
+                100 * (score(resampled, name, self._kept(mine, "predictions")) - score(resampled, name, said))
+            )
         return Interval.of(np.mean(parts, axis=0))
 
     def ratio(self, ours: str, theirs: str, tasks: Sequence[str]) -> Interval:
@@ -242,6 +258,10 @@ def _settings(record: Record) -> tuple[float, float, float]:
     if training is None:
         return 0, 0, 0
     return training["epochs"], training["learning_rate"], training["distill_weight"]
+
+
+def _signed(interval: Interval) -> str:
+    return f"{interval.found:+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]"
 
 
 def _steps(records: Sequence[Record]) -> str:

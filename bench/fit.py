@@ -3,13 +3,16 @@
     python -m bench.fit runs/demo --to bench/results/fit.json
 
 runs/demo is what `moebert demo` has left: its teacher, and its snippets, of which the texts alone are read to
-make students. Their labels serve to score what comes out.
+make students. Their labels serve to score what comes out. Besides, how long a model of BERT-base's size
+takes: its weights are random, its texts the demonstration's words one after the other, in rows of 64 tokens.
 """
 
 from __future__ import annotations
 
 import csv
+import itertools
 import json
+import multiprocessing
 import resource
 import shutil
 import tempfile
@@ -18,7 +21,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from moebert_kernels.compress.artifacts import write_json
 from moebert_kernels.compress.evaluate import predict
@@ -30,6 +35,7 @@ from moebert_kernels.compress.text_pipeline import compress_texts, likeness
 from moebert_kernels.environment import OtherWork, describe_environment
 
 LENGTH = 48  # of the demonstration
+BERT_BASE_ROWS, BERT_BASE_LENGTH = 2048, 64
 SETTINGS = CompressSettings(
     distill=False,
     measure=False,
@@ -62,10 +68,7 @@ def measure(demo: Path, room: Path) -> dict[str, Any]:
     for name, settings in STUDENTS.items():
         clock = Clock()
         results = compress_texts(settings, data, demo / "teacher", room / name, progress=clock)
-        stages = stages or {
-            stage: {"seconds": seconds, "processor_seconds": clock.spent[stage]}
-            for stage, seconds in results["timings_s"].items()
-        }
+        stages = stages or clock.stages(results)
         variants = {"student": name} | ({"narrow": "narrow"} if settings.comparisons else {})
         for folder, row in variants.items():
             for state in ("adapted", "fitted"):
@@ -76,6 +79,42 @@ def measure(demo: Path, room: Path) -> dict[str, Any]:
         "tokens": results["fitting"]["student"]["num_tokens"],
         "models": scores(demo, folders),
         "stages": stages,
+        "busy_cpus": others.busy_cpus() or 0.0,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def measure_bert_base(demo: Path, room: Path) -> dict[str, Any]:
+    """Take the time of a student of a teacher of BERT-base's size; to be called in a process of its own.
+
+    Returns:
+        "rows", "tokens", "stages" as `measure` has them, and "peak_bytes" of this process.
+    """
+    others = OtherWork()
+    with (demo / "data" / "train.csv").open(encoding="utf-8", newline="") as file:
+        words = [word for row in csv.DictReader(file) for word in row["text"].split()]
+    endless = itertools.cycle(words)
+    rows = [" ".join(itertools.islice(endless, BERT_BASE_LENGTH)) for _ in range(BERT_BASE_ROWS + 64)]
+    for name, part in (("train", rows[:-64]), ("validation", rows[-64:])):
+        (room / f"{name}.txt").write_text("\n".join(part), encoding="utf-8")
+    torch.manual_seed(0)
+    BertForSequenceClassification(BertConfig()).save_pretrained(room / "teacher")
+    AutoTokenizer.from_pretrained(demo / "teacher").save_pretrained(room / "teacher")
+    data = load_texts(room / "train.txt", CsvOptions(validation_file=room / "validation.txt"))
+    settings = replace(
+        SETTINGS,
+        max_length=BERT_BASE_LENGTH,
+        importance_rows=BERT_BASE_ROWS,
+        fit_rows=BERT_BASE_ROWS,
+        comparisons=(),
+    )
+    clock = Clock()
+    results = compress_texts(settings, data, room / "teacher", room / "student", progress=clock)
+    return {
+        "rows": BERT_BASE_ROWS,
+        "length": BERT_BASE_LENGTH,
+        "tokens": results["fitting"]["student"]["num_tokens"],
+        "stages": clock.stages(results),
         "busy_cpus": others.busy_cpus() or 0.0,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
@@ -94,6 +133,13 @@ class Clock:
         if stage not in self.spent:
             self._begun = now
         self.spent[stage] = now - self._begun
+
+    def stages(self, results: dict[str, Any]) -> dict[str, dict[str, float]]:
+        """Seconds and processor seconds of every stage of these results."""
+        return {
+            stage: {"seconds": seconds, "processor_seconds": self.spent[stage]}
+            for stage, seconds in results["timings_s"].items()
+        }
 
 
 def scores(demo: Path, folders: dict[str, Path]) -> dict[str, dict[str, float]]:
@@ -122,20 +168,26 @@ def tables(found: dict[str, Any]) -> str:
             for metric in ("accuracy", "agreement", "divergence")
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    seconds = sum(stage["seconds"] for stage in found["stages"].values())
-    work = sum(stage["processor_seconds"] for stage in found["stages"].values())
-    parts = {
-        stage: found["stages"][stage]["processor_seconds"]
-        for stage in ("importance", "adapt student", "fit student", "fit narrow FFN")
-    }
+    base = found["bert_base"]
+    lines += [
+        "",
+        f"| seconds | a student of MiniLM, {found['rows']['train']:,} texts (fitted to {found['tokens']:,} "
+        f"tokens) | of BERT-base, {base['rows']:,} texts of {base['length']} tokens |",
+        "|---|--:|--:|",
+    ]
+    ours = {stage: spent for stage, spent in found["stages"].items() if "narrow" not in stage}
+    for stage in ours:
+        cells = " | ".join(f"{stages[stage]['seconds']:.1f}" for stages in (ours, base["stages"]))
+        lines.append(f"| {stage} | {cells} |")
+    totals = [sum(stage["seconds"] for stage in stages.values()) for stages in (ours, base["stages"])]
+    lines.append(f"| **all** | **{totals[0]:.0f}** | **{totals[1]:.0f}** |")
     lines += [
         "",
         f"*`python -m bench.fit`: as cut → **as fitted**, {found['rows']['validation']:,} validation rows; "
-        f"{found['rows']['train']:,} texts ({found['tokens']:,} tokens) to score and fit on, without labels. "
-        f"All of affinity-4 and narrow took {seconds:.0f} s, {work:.0f} s of processor time "
-        f"({', '.join(f'{name} {spent:.0f} s' for name, spent in parts.items())}), and "
-        f"{found['peak_bytes'] / 2**30:.1f} GiB at most; {environment['cpu']}, {environment['threads']} "
-        f"threads, {found['busy_cpus']:.1f} processors busy otherwise; commit {environment['commit']}.*",
+        f"texts without labels to score and fit on; {found['peak_bytes'] / 2**30:.1f} GiB at most, at "
+        f"BERT-base's size {base['peak_bytes'] / 2**30:.1f}; {environment['cpu']}, {environment['threads']} "
+        f"threads, {found['busy_cpus']:.1f} and {base['busy_cpus']:.1f} processors busy otherwise; commit "
+        f"{environment['commit']}.*",
     ]
     return "\n".join(lines)
 
@@ -151,7 +203,10 @@ def run(
     """Measure, and write what was found."""
     room = Path(tempfile.mkdtemp(prefix="bench-fit-"))
     try:
-        found = measure(demo, room)
+        (room / "bert-base").mkdir()
+        with multiprocessing.get_context("spawn").Pool(1) as alone:  # its peak of memory is its own
+            bert_base = alone.apply(measure_bert_base, (demo, room / "bert-base"))
+        found = measure(demo, room) | {"bert_base": bert_base}
     finally:
         shutil.rmtree(room)
     write_json(to, found)

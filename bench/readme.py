@@ -2,8 +2,9 @@
 
 NAME is an operator and a kind of device, such as `ffn-cpu` or `model-gpu`, or `targets-gpu`, or `demo` for
 the results of `make demo`, kept as demo.json, or `fit` for those of `bench.fit`, or `quality-STUDY` for a
-study of `bench.quality`, or `quality-settings` for what its studies change, or `machine-TABLE` for a table of
-`bench.predictions`. What was never measured says so.
+study of `bench.quality`, `quality-likeness-STUDY` for how alike its students and their teachers are, or
+`quality-settings` for what its studies change, or `machine-TABLE` for a table of `bench.predictions`. What
+was never measured says so.
 """
 
 from __future__ import annotations
@@ -119,14 +120,21 @@ def machine(name: str, folder: Path) -> str:
 
 
 def quality(file: Path) -> str:
-    """The table of a study, as `python -m bench.quality collect` left it; `settings` compares all of them."""
-    from .quality.records import read, settings_table, table  # they know of models, and what those import
+    """A study's tables, as `python -m bench.quality collect` left it; `settings` compares all of them."""
+    from .quality.records import read, read_rows  # they know of models, and what those import
+    from .quality.tables import likeness_table, settings_table, table
 
     if file.stem == "settings":
         return settings_table({path.stem: read(path) for path in sorted(file.parent.glob("*.jsonl"))})
-    if not file.is_file():
-        return f"*`python -m bench.quality`, study {file.stem}: {NOT_MEASURED}.*"
-    return table(read(file))
+    study = file.with_name(file.name.removeprefix("likeness-"))
+    if not study.is_file():
+        return f"*`python -m bench.quality`, study {study.stem}: {NOT_MEASURED}.*"
+    records, rows = read(study), read_rows(study)
+    if study == file:
+        return table(records, rows)
+    if rows is None:
+        return f"*`python -m bench.quality`, study {study.stem}, row by row: {NOT_MEASURED}.*"
+    return likeness_table(records, rows)
 
 
 def block(name: str, results: Iterable[Results]) -> str:

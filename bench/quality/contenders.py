@@ -22,8 +22,6 @@ from moebert_kernels.models import (
     narrow_ffns,
 )
 
-_COST = 4  # a token is to meet the dense width / 4: the paper's cost
-
 
 @dataclass(frozen=True)
 class Materials:
@@ -33,16 +31,18 @@ class Materials:
         teacher: fine-tuned; left as it is.
         importance: of its neurons, with token scores.
         counts_V: how often each token id occurs in the training rows.
+        cost: a token is to meet the dense width divided by this; the paper's is 4.
     """
 
     teacher: PreTrainedModel
     importance: Importance
     counts_V: Tensor
+    cost: int
 
     @property
-    def width(self) -> int:
-        """Neurons of a dense feed-forward network."""
-        return find_ffns(self.teacher)[0].w1.out_features
+    def num_met(self) -> int:
+        """Neurons that a token is to meet in a layer."""
+        return find_ffns(self.teacher)[0].w1.out_features // self.cost
 
     @property
     def token_scores_LF(self) -> Tensor:
@@ -56,7 +56,7 @@ Score = Literal["sample", "token", "random"]
 
 @dataclass(frozen=True)
 class Experts:
-    """Experts of a quarter of the dense width, one of them for each token.
+    """Experts of a part of the dense width, one of them for each token.
 
     Attributes:
         routing: as `adapt` takes it.
@@ -74,7 +74,10 @@ class Experts:
     score: Score = "sample"
     tied: bool = False
 
-    is_drawn = True
+    @property
+    def can_be_fitted(self) -> bool:
+        """Whether the fit leaves it what it is; each expert's own fit would untie shared neurons."""
+        return not self.tied
 
     def build(self, made_of: Materials, seed: int) -> PreTrainedModel:
         """Make the student."""
@@ -87,7 +90,7 @@ class Experts:
             made_of.teacher,
             scores,
             num_experts=self.num_experts,
-            expert_size=made_of.width // _COST,
+            expert_size=made_of.num_met,
             num_shared=self._num_shared(made_of),
             routing=self.routing,
             seed=seed,
@@ -104,12 +107,12 @@ class Experts:
         return count_parameters(student) - _repeated(student, self._num_shared(made_of))
 
     def _num_shared(self, made_of: Materials) -> int:
-        return math.ceil(self.shared * (made_of.width // _COST) - 1e-9)
+        return math.ceil(self.shared * made_of.num_met - 1e-9)
 
 
 @dataclass(frozen=True)
 class Narrow:
-    """Dense feed-forward networks of a quarter of the width.
+    """Dense feed-forward networks of a part of the width.
 
     Attributes:
         score: as for `Experts`.
@@ -117,13 +120,13 @@ class Narrow:
 
     score: Score = "sample"
 
-    is_drawn = False
+    can_be_fitted = True
 
     def build(self, made_of: Materials, seed: int) -> PreTrainedModel:
         """Make the student; the seed has no part in it."""
         scores_LF = made_of.importance.scores_LF if self.score == "sample" else made_of.token_scores_LF
         order_LF = scores_LF.argsort(dim=1, descending=True, stable=True)
-        return narrow_ffns(made_of.teacher, order_LF[:, : made_of.width // _COST])
+        return narrow_ffns(made_of.teacher, order_LF[:, : made_of.num_met])
 
     def stored(self, made_of: Materials, student: PreTrainedModel) -> int:
         """How many parameters have to be stored."""
@@ -134,7 +137,7 @@ class Narrow:
 class FewerLayers:
     """As many of the teacher's layers as cost what the others do."""
 
-    is_drawn = False
+    can_be_fitted = False  # its layers are not one to one the teacher's
 
     def build(self, made_of: Materials, seed: int) -> PreTrainedModel:
         """Make the student; the seed has no part in it."""

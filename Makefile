@@ -43,7 +43,7 @@ installs: $(VENV)/installed
 $(VENV)/installed: pyproject.toml constraints.txt $(wildcard setup.py csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "moebert_kernels needs Python 3.10 or newer, but $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=/path/to/python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,test,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,export,test,dev]'
 	touch $@
 
 clean:

@@ -300,7 +300,7 @@ def save_sentence_encoder(encoder: SentenceEncoder, folder: str | Path, *, overw
 
 
 def copy_modules(encoder: SentenceEncoder, folder: Path, model_folder: str = "") -> None:
-    """Copy what `encoder.folder` has beside the encoder itself: the list of modules, their settings, the prompt.
+    """Copy what `encoder.folder` has beside the encoder: the list of modules, their settings, the prompt.
 
     Args:
         encoder: read from its `folder`.

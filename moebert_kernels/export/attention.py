@@ -1,12 +1,11 @@
 """Self-attention on rows: projections on [N, D], the padded form only between queries and context.
 
-The scale is folded into the queries' weights, queries, keys and values are one product, and relative positions,
-where a family has them, are looked up in tables that are made when the module is: a distance that falls on
-the border of two buckets in torch falls into the same one in any runtime.
+The scale is folded into the queries' weights, and queries, keys and values are one product.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -95,7 +94,7 @@ class Attention(nn.Module):
             torch.cat([query.bias * scale, key.bias, value.bias]),
         )
         self.output = Linear(output.weight, output.bias)
-        self.norm = norm
+        self.norm = copy.deepcopy(norm)
 
     def forward(self, x_ND: Tensor, before: Layout, after: Layout, batch: Batch) -> Tensor:
         """Apply to rows in the order `before`; the result is in the order `after`."""
@@ -126,7 +125,7 @@ class DisentangledAttention(Attention):
         kinds = config.pos_att_type
         # Queries are scaled already; the keys of "p2c" are not.
         self.key_Hdp = self._heads(own, "key", rel_embeddings) if "c2p" in kinds else None
-        self.query_Hdp = self._heads(own, "query", rel_embeddings * 1.0, scale) if "p2c" in kinds else None
+        self.query_Hdp = self._heads(own, "query", rel_embeddings, scale) if "p2c" in kinds else None
 
     def _heads(self, own: Any, name: str, rel_embeddings: Tensor, scale: float = 1.0) -> nn.Parameter:
         project = getattr(own, f"{name}_proj" if own.share_att_key else f"pos_{name}_proj")

@@ -7,6 +7,7 @@ runs, so that no layer has to sort its input and to undo it after.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -50,7 +51,7 @@ class DenseFFN(nn.Module):
         super().__init__()
         ffn = dense_ffn(layer, family.shape)
         self.w1, self.w2 = (Linear(linear.weight, linear.bias) for linear in (ffn.w1, ffn.w2))
-        self.norm, self.activation = ffn.norm, ffn.activation
+        self.norm, self.activation = copy.deepcopy(ffn.norm), ffn.activation
 
     def forward(self, x_ND: Tensor) -> Tensor:
         """Apply to rows."""
@@ -147,13 +148,13 @@ class RowEncoder(nn.Module):
         base, family = base_of(model)
         config: Any = base.config
         encoder: Any = getattr(base, family.encoder_name)
-        self.embeddings = base.embeddings
-        self.project = getattr(base, "embeddings_project", None)  # ELECTRA's
+        self.embeddings = copy.deepcopy(base.embeddings)  # the model keeps its own, and its mode
+        self.project = copy.deepcopy(getattr(base, "embeddings_project", None))  # ELECTRA's
         self.padding_id = self.embeddings.padding_idx if family.skips_positions else None
         self.has_token_types = getattr(self.embeddings, "token_type_embeddings", None) is not None
         self.positions = _relative_positions(encoder, config)
         self.attentions = nn.ModuleList(_attentions(encoder, family, config))
-        self.convolution = getattr(encoder, "conv", None)  # of the larger DeBERTas
+        self.convolution = copy.deepcopy(getattr(encoder, "conv", None))  # of the larger DeBERTas
         if getattr(base, "z_steps", 0) > 1:
             raise UserError(f"{type(base).__name__} with z_steps > 1 cannot be exported")
         self._add_ffns(encoder, family, config)
@@ -220,7 +221,7 @@ class RowEncoder(nn.Module):
     def _convolve(
         self, embedded_ND: Tensor, before: Layout, x_ND: Tensor, after: Layout, batch: Batch
     ) -> Tensor:
-        """The one step that looks at neighbours outside of attention: its input is put into the padded form."""
+        """The one step beside attention that looks at neighbours: its input is put into the padded form."""
         from transformers.activations import ACT2FN
 
         conv: Any = self.convolution

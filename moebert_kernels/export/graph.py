@@ -15,7 +15,8 @@ from moebert_kernels.errors import UserError
 from moebert_kernels.export.heads import ExportedModel
 from moebert_kernels.export.operator import translation_table
 
-OPSETS = (17, 18)
+OPSET = 18  # the newest that ONNX Runtime 1.14 and OpenVINO know, and what the exporter writes itself
+MOST_BYTES = 2**31 - 2**24  # of a file; a little is left for the graph itself
 
 
 def require_packages() -> None:
@@ -30,14 +31,15 @@ def require_packages() -> None:
         )
 
 
-def write_graph(model: ExportedModel, path: Path, *, opset: int = 18) -> None:
+def write_graph(model: ExportedModel, path: Path) -> None:
     """Write a model's graph, batch and length dynamic; weights go beside it where they are over 2 GiB.
 
     Args:
         model: in eval mode.
         path: of the .onnx file, in a folder that exists.
-        opset: 17 or 18.
     """
+    import onnx_ir
+
     batch, length = torch.export.Dim("batch_size"), torch.export.Dim("sequence_length")
     # Each a tensor of its own: of one that is given twice, the exporter makes one input.
     example = tuple(torch.ones(2, 7, dtype=torch.long) for _ in model.input_names)
@@ -47,7 +49,7 @@ def write_graph(model: ExportedModel, path: Path, *, opset: int = 18) -> None:
             example,
             dynamo=True,
             dynamic_shapes=tuple({0: batch, 1: length} for _ in example),
-            opset_version=opset,
+            opset_version=OPSET,
             custom_translation_table=translation_table(),
             input_names=model.input_names,
             output_names=model.output_names,
@@ -57,7 +59,14 @@ def write_graph(model: ExportedModel, path: Path, *, opset: int = 18) -> None:
     for node in program.model.graph:
         if node.op_type == "Split" and len(node.inputs) == 2:
             node.attributes.pop("num_outputs", None)
-    program.save(str(path))
+    content = program.model
+    # Tools look for weights beside the graph under this name.
+    outside = f"{path.name}_data" if _num_bytes(content) > MOST_BYTES else None
+    onnx_ir.save(content, path, external_data=outside)
+
+
+def _num_bytes(content: Any) -> int:
+    return sum(value.const_value.nbytes for value in content.graph.initializers.values())
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ NO_ANSWER = -10000.0  # a logit: no answer begins or ends at padding
 
 
 class _StatesBase(nn.Module):
-    """Stands for a base model: returns the hidden states it is given as `inputs_embeds`, pooled if need be."""
+    """Stands for a base model: returns the states it is given as `inputs_embeds`, pooled if need be."""
 
     def __init__(self, pooler: nn.Module | None):
         super().__init__()
@@ -38,7 +38,7 @@ class ExportedModel(nn.Module):
     """A model as it is exported: takes int64 [B, S] tensors and returns a tuple of tensors.
 
     Args:
-        model: a base model of one of our families, dense or with experts, or a head in `families.HEADS` on one.
+        model: a base model of one of our families, dense or with experts, or one of `families.HEADS` on it.
         pool: for a base model that embeds sentences: makes embeddings [B, D] of states [B, S, D] and a mask.
         token_types: whether `token_type_ids` are an input.
 
@@ -57,7 +57,8 @@ class ExportedModel(nn.Module):
         base, _ = base_of(model)
         self.head = None
         if self.kind is not None:
-            stub = _StatesBase(getattr(base, "pooler", None) if self.kind == SEQUENCE else None)
+            pooler = copy.deepcopy(getattr(base, "pooler", None)) if self.kind == SEQUENCE else None
+            stub = _StatesBase(pooler)
             self.head = copy.deepcopy(model, {id(base): stub})
         self.input_names = ["input_ids", "attention_mask"] + ["token_type_ids"] * token_types
         if self.kind is None:

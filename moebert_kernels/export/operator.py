@@ -2,7 +2,7 @@
 
 Its fake output has the shape of its rows, so that no size which data decide is met when it is traced; its
 translation is standard ONNX without If or Loop, each expert's matrices left as tensors of their own, which
-runtimes prepack and quantizers recognise. `moe_ffn`, the operator that trains, keeps all experts in one tensor.
+runtimes prepack and quantizers recognise. `moe_ffn`, which trains, keeps all experts in one tensor.
 """
 
 from __future__ import annotations

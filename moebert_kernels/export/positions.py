@@ -1,4 +1,8 @@
-"""Relative positions, in the families whose attention has them."""
+"""Relative positions, in the families whose attention has them.
+
+They are looked up by distance in tables that are made when the module is: a distance that falls on the border
+of two buckets in torch falls into the same one in any runtime.
+"""
 
 from __future__ import annotations
 

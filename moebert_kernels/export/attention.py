@@ -99,8 +99,9 @@ class Attention(nn.Module):
     def forward(self, x_ND: Tensor, before: Layout, after: Layout, batch: Batch) -> Tensor:
         """Apply to rows in the order `before`; the result is in the order `after`."""
         B, S, H = batch.batch_size, batch.length, self.num_heads
-        padded = before.padded(self.qkv(x_ND), B, S).view(B, S, 3, H, self.head_size)
-        q_BHSd, k_BHSd, v_BHSd = padded.permute(2, 0, 3, 1, 4).unbind(0)
+        qkv_T3D = self.qkv(x_ND).index_select(0, before.row_T)
+        qkv_B3HSd = qkv_T3D.view(B, S, 3 * H, self.head_size).transpose(1, 2)
+        q_BHSd, k_BHSd, v_BHSd = qkv_B3HSd.split(H, dim=1)
         scores_BHSS = torch.matmul(q_BHSd, k_BHSd.transpose(2, 3)) + batch.mask_B11S
         bias = self.bias(q_BHSd, k_BHSd, batch)
         if bias is not None:

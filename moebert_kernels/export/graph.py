@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from moebert_kernels import __version__
 from moebert_kernels.errors import UserError
 from moebert_kernels.export.heads import ExportedModel
 from moebert_kernels.export.operator import translation_table
@@ -56,13 +57,24 @@ def write_graph(model: ExportedModel, path: Path) -> None:
             optimize=True,
             verbose=False,
         )
-    for node in program.model.graph:
-        if node.op_type == "Split" and len(node.inputs) == 2:
-            node.attributes.pop("num_outputs", None)
     content = program.model
+    _tidy(content)
     # Tools look for weights beside the graph under this name.
     outside = f"{path.name}_data" if _num_bytes(content) > MOST_BYTES else None
     onnx_ir.save(content, path, external_data=outside)
+
+
+def _tidy(content: Any) -> None:
+    """Take off what the exporter notes of the source code, its paths among it, and what ONNX does not allow."""
+    content.producer_name, content.producer_version = "moebert-kernels", __version__
+    content.metadata_props.clear()
+    content.graph.metadata_props.clear()
+    for node in content.graph:
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
+        if node.op_type == "Split" and len(node.inputs) == 2:
+            node.attributes.pop("num_outputs", None)
 
 
 def _num_bytes(content: Any) -> int:

@@ -87,7 +87,26 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
             rows.append(op.LayerNormalization(z, ln_w, ln_b, axis=-1, epsilon=norm_eps)[0])
         return rows[0] if num_experts == 1 else op.Concat(*rows, axis=0)
 
-    return {torch.ops.moebert_kernels.sorted_experts.default: translate}
+    def gelu(self, approximate: str = "none"):
+        return _activation(op, "gelu" if approximate == "none" else "gelu_tanh", self)
+
+    def index_select(self, dim: int, index):
+        return op.Gather(self, index, axis=dim)
+
+    def unbind(self, dim: int = 0):
+        if dim or len(self.shape) != 2:
+            raise NotImplementedError(f"unbind of {self.shape} along {dim}")
+        flat = op.Reshape(self, op.Constant(value_ints=[-1]))
+        return op.Split(flat, axis=0, num_outputs=self.shape[0]) if self.shape[0] > 1 else [flat]
+
+    aten = torch.ops.aten
+    return {
+        torch.ops.moebert_kernels.sorted_experts.default: translate,
+        # Where the exporter's own forms are not fused by runtimes, or take more operators than are needed.
+        aten.gelu.default: gelu,
+        aten.index_select.default: index_select,
+        aten.unbind.int: unbind,
+    }
 
 
 def _activation(op: Any, name: str, h: Any) -> Any:

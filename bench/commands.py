@@ -63,6 +63,9 @@ def make_parser(prog: str) -> tuple[argparse.ArgumentParser, dict[str, argparse.
     model.add_argument(
         "--results", type=_folder, default=Path("bench/results"), help="folder of result files"
     )
+    _add_serve(
+        command("serve", "Encoders in serving runtimes, each in a process: fp32, int8, padded text.", serve)
+    )
     readme = command("readme", "Write the measured tables into a README.", update_readme)
     readme.add_argument(
         "file", type=_file, help="a markdown file with <!-- bench:NAME:begin/end --> markers", metavar="FILE"
@@ -152,6 +155,43 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="with triton_kernels' and scattermoe's sources",
     )
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    option = parser.add_argument
+    option("--toy", action="store_true", help="a tiny model: does everything run?")
+    option("--shape", type=_words, metavar="NAME,...", help="of minilm, bert-base (default: both)")
+    option("--text", metavar="FILE", help="sentences, a line each or a .tsv's column: a padded batch of 32")
+    option("--threads", type=_count, metavar="N", default=2, help="of each process (default: %(default)s)")
+    option(
+        "--rounds", type=_count, metavar="N", default=7, help="turns of each process (default: %(default)s)"
+    )
+    option(
+        "--seconds",
+        type=_seconds,
+        metavar="S",
+        default=0.1,
+        help="of a turn, at least (default: %(default)s)",
+    )
+    option(
+        "--limit",
+        type=_seconds,
+        metavar="S",
+        default=270.0,
+        help="seconds for a shape (default: %(default)s)",
+    )
+    option(
+        "--only", type=_words, metavar="NAME,...", help="of torch, onnxruntime, openvino (default: all here)"
+    )
+    option("--graphs", type=Path, metavar="FOLDER", help="where models and graphs are kept for the next run")
+    option("--prepare", action="store_true", help="fill --graphs, and time nothing")
+    option(
+        "--quality",
+        type=_folder,
+        metavar="RUN",
+        help="of a finished `moebert compress`: what its graphs answer",
+    )
+    option("--out", type=Path, metavar="FOLDER", help="for result files and plots (default: print only)")
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -282,6 +322,32 @@ def predict(given: argparse.Namespace) -> None:
     if card is None:
         raise ValueError(f"--card must be one of {', '.join(c.name for c in CARDS)}, got {given.card!r}")
     show(given.results, card)
+
+
+def serve(given: argparse.Namespace) -> None:
+    """Time models in serving runtimes, or score what their graphs answer."""
+    from .serve import SHAPES, ServeSettings, measure
+
+    if given.prepare and given.graphs is None:
+        raise ValueError("--prepare needs --graphs, where to keep what is made")
+    if given.out is not None:
+        given.out.mkdir(parents=True, exist_ok=True)
+    if given.quality is not None:
+        from .serving.quality import measure_quality
+
+        measure_quality(given.quality, given.out, print)
+        return
+    settings = ServeSettings(
+        shapes=("toy",) if given.toy else _among("--shape", given.shape, SHAPES) or SHAPES,
+        text=given.text,
+        threads=given.threads,
+        rounds=min(given.rounds, 3) if given.toy else given.rounds,
+        seconds=0.0 if given.toy else given.seconds,
+        limit=given.limit,
+        only=given.only,
+        graphs=given.graphs,
+    )
+    measure(settings, given.out, print, given.prepare)
 
 
 def update_readme(given: argparse.Namespace) -> None:

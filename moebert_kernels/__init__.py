@@ -10,7 +10,7 @@ from moebert_kernels.lazy import getter
 from moebert_kernels.registration import register_when_imported
 
 if TYPE_CHECKING:
-    from moebert_kernels import models
+    from moebert_kernels import export, models
     from moebert_kernels.layer import MoEFFN
     from moebert_kernels.ops import moe_ffn
     from moebert_kernels.routing import (
@@ -32,6 +32,7 @@ __all__ = [
     "RoutingPlan",
     "SentenceGate",
     "TokenGate",
+    "export",
     "hash_balance_tables",
     "hash_random_tables",
     "models",
@@ -41,6 +42,7 @@ __all__ = [
 __getattr__ = getter(
     __name__,
     {
+        "export": ["export"],
         "layer": ["MoEFFN"],
         "models": ["models"],
         "ops": ["moe_ffn"],

@@ -22,6 +22,7 @@ from moebert_kernels.cli_options import (
     DistillOptions,
     ExpertOptions,
     FinetuneOptions,
+    Quantization,
     RunOptions,
     ScoredPairs,
     ScoredRows,
@@ -392,6 +393,59 @@ def evaluate(
         typer.echo(f"{name} {value:.4f}")
     if output is not None:
         artifacts.write_json(output, metrics)
+
+
+@_command("export")
+def export(
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MODEL",
+            help="Folder of a model and its tokenizer, with experts or dense, as transformers or "
+            "sentence_transformers saves it.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", help="Folder to write; new or empty.")],
+    data: DataOptions,
+    quantize: Annotated[
+        Quantization | None,
+        typer.Option(
+            "--quantize",
+            help="int8: a second graph with products of 8 bits, but for layers that cost too much, which are "
+            "found by measurement.",
+            show_default=False,
+        ),
+    ] = None,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            help="Run the graphs beside PyTorch: on the validation rows of --task, the texts of --data, or "
+            "sentences of Python's standard library.",
+        ),
+    ] = False,
+) -> None:
+    """Write an ONNX folder for serving: ONNX Runtime, OpenVINO, text-embeddings-inference, transformers.js.
+
+    moebert export runs/sst2/student --output served --quantize int8
+
+    moebert export runs/sst2/student --output served --quantize int8 --check --task sst2 --data SST-2
+    """
+    import moebert_kernels
+    from moebert_kernels.errors import UserError
+
+    is_given = data.task is not None or data.data is not None
+    if is_given and not (check or quantize):
+        raise UserError("--data is for --check, or to measure --quantize on: give one of the two")
+    done = moebert_kernels.export(
+        model,
+        output,
+        quantize=quantize,
+        check=data.load(needs_labels=False) if is_given else check,
+        say=typer.echo,
+    )
+    typer.echo(f"{done.folder}: {', '.join(done.files)}")
 
 
 @_command("env")

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 GlueName = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
 TaskName = Literal[GlueName, "squad", "squad_v2", "conll", "csv", "embed"]
 Kind = Literal["classification", "multi_label_classification", "regression"]
+Quantization = Literal["int8"]
 Routing = Literal["hash-random", "hash-balance", "hash-affinity", "gate-token", "gate-sentence"]
 
 _TASKS = "With official metrics: GLUE's, SQuAD's, or conll, words with BIO tags. csv: a table of your own."

@@ -292,19 +292,37 @@ def save_sentence_encoder(encoder: SentenceEncoder, folder: str | Path, *, overw
     folder = Path(folder)
     if not overwrite and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not an empty folder; give another output folder")
-    modules = _read_modules(encoder.folder)
-    kept = ["modules.json", "config_sentence_transformers.json"]
-    kept.append(str(Path(encoder.model_folder) / "sentence_bert_config.json"))
     with replace_whole(folder) as fresh:
         target = fresh / encoder.model_folder
         encoder.model.save_pretrained(target)
         encoder.tokenizer.save_pretrained(target)
-        for name in kept:
-            if (encoder.folder / name).is_file():
-                shutil.copyfile(encoder.folder / name, fresh / name)
-        for module in modules[1:]:
-            if (encoder.folder / module["path"]).is_dir():  # Normalize may have no folder
-                shutil.copytree(encoder.folder / module["path"], fresh / module["path"])
+        copy_modules(encoder, fresh, encoder.model_folder)
+
+
+def copy_modules(encoder: SentenceEncoder, folder: Path, model_folder: str = "") -> None:
+    """Copy what `encoder.folder` has beside the encoder: the list of modules, their settings, the prompt.
+
+    Args:
+        encoder: read from its `folder`.
+        folder: to copy to.
+        model_folder: where in it the encoder is to be; "" for the top.
+
+    Raises:
+        UserError: `encoder.folder` is gone or no longer such a folder.
+    """
+    modules = _read_modules(encoder.folder)
+    modules[0]["path"] = model_folder
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "modules.json").write_text(json.dumps(modules, indent=2) + "\n", encoding="utf-8")
+    options = encoder.folder / encoder.model_folder / "sentence_bert_config.json"
+    general = encoder.folder / "config_sentence_transformers.json"
+    for path, target in ((options, folder / model_folder), (general, folder)):
+        if path.is_file():
+            target.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target / path.name)
+    for module in modules[1:]:
+        if (encoder.folder / module["path"]).is_dir():  # Normalize may have no folder
+            shutil.copytree(encoder.folder / module["path"], folder / module["path"])
 
 
 def _read_modules(folder: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,95 @@
+"""Real tokens as rows, [N, D], in whatever order an expert layer wants them.
+
+A batch [B, S] has T = B * S places. Hidden states exist at real tokens only; a `Layout` says which place each
+row is of and which row each place reads where attention needs the padded form.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Layout(NamedTuple):
+    """An order of the rows.
+
+    Attributes:
+        place_N: int64, the place of each row.
+        row_T: int64, the row of each place; 0 at padding, which is masked wherever it is read.
+    """
+
+    place_N: Tensor
+    row_T: Tensor
+
+    def ordered_as(self, other: Layout, x_ND: Tensor) -> Tensor:
+        """Rows in this order put into another's."""
+        return x_ND if other is self else x_ND.index_select(0, self.row_T.index_select(0, other.place_N))
+
+    def moved(self, rank_N: Tensor) -> Layout:
+        """The layout whose row `rank_N[i]` is this one's row i."""
+        place_N = torch.zeros_like(rank_N).scatter(0, rank_N, self.place_N)
+        return Layout(place_N, rank_N.index_select(0, self.row_T))
+
+    def padded(self, x_ND: Tensor, batch_size: int | torch.SymInt, length: int | torch.SymInt) -> Tensor:
+        """The rows at their places, [B, S, ...]; rows of any kind at padding."""
+        return x_ND.index_select(0, self.row_T).view(batch_size, length, *x_ND.shape[1:])
+
+
+def real_rows(mask_BS: Tensor) -> Layout:
+    """All real tokens in order.
+
+    Of a batch that is nothing but padding, one token counts as real: graphs do not read from empty tensors.
+    """
+    mask_T = (mask_BS != 0).flatten()
+    nobody = (mask_T.sum() == 0).unsqueeze(0)
+    place_T = torch.arange(mask_T.shape[0])
+    place_N = (mask_T | (nobody & (place_T == 0))).nonzero().squeeze(1)
+    return Layout(place_N, torch.zeros_like(place_T).scatter(0, place_N, torch.arange(place_N.shape[0])))
+
+
+class Sorted(NamedTuple):
+    """Rows sorted by expert, for each of U routings.
+
+    Attributes:
+        layouts: U, one of each routing.
+        counts_UE: int64, the rows of each expert.
+    """
+
+    layouts: list[Layout]
+    counts_UE: Tensor
+
+
+def sort_by_hash(tables_UV: Tensor, input_ids_T: Tensor, real: Layout, num_experts: int) -> Sorted:
+    """Sort the rows of real tokens by each table, in token order within one expert.
+
+    Args:
+        tables_UV: int64, the expert of every token id.
+        input_ids_T: of all places.
+        real: of the real tokens.
+        num_experts: E.
+    """
+    expert_UN = tables_UV.index_select(1, input_ids_T.index_select(0, real.place_N))
+    rank_UN, counts_UE = rank_by_expert(expert_UN, num_experts)
+    place_UN, nowhere_UN = real.place_N.expand(rank_UN.shape), torch.zeros_like(rank_UN)
+    nowhere_UT = torch.zeros(rank_UN.shape[0], real.row_T.shape[0], dtype=torch.long)
+    layouts_of = nowhere_UN.scatter(1, rank_UN, place_UN), nowhere_UT.scatter(1, place_UN, rank_UN)
+    return Sorted([Layout(*pair) for pair in zip(*map(torch.unbind, layouts_of), strict=True)], counts_UE)
+
+
+def rank_by_expert(expert_UN: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Where each row goes when rows are sorted by expert, stably, and how many rows each expert has.
+
+    By counting, in sizes that are known without the data.
+
+    Args:
+        expert_UN: int64, the expert of every row, for each of U routings.
+        num_experts: E.
+
+    Returns:
+        rank_UN and counts_UE, int64.
+    """
+    chosen_UEN = (expert_UN.unsqueeze(1) == torch.arange(num_experts).unsqueeze(1)).long()
+    upto_UEN = chosen_UEN.flatten(1).cumsum(1).view_as(chosen_UEN)
+    return (upto_UEN * chosen_UEN).sum(1) - 1, chosen_UEN.sum(2)

@@ -252,7 +252,8 @@ def kernels_table(folder: Path) -> str:
 
 def recorded_tiles(folder: Path) -> Iterator[tuple[int, str, Tile, float]]:
     """T, role, tile and seconds of tiles.jsonl, but for loads by pointers in the place of TMA."""
-    for line in (folder / "h200" / "tiles.jsonl").read_text(encoding="utf-8").splitlines():
+    path = folder / "h200" / "tiles.jsonl"
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         row = json.loads(line)
         if "seconds" in row and row["tma"]:
             yield row["T"], row["role"], Tile(**row["tile"], stream_k=row["stream_k"]), row["seconds"]
@@ -325,9 +326,8 @@ def ranked(role: str, shape: Shape, card: Card) -> list[tuple[float, Tile]]:
 def choices_table(folder: Path, card: Card = CARDS[0], least: float = 1.02) -> str:
     """What is committed beside the model's best and the best measured, where they differ by so much."""
     measured: dict[tuple[int, str], dict[Tile, float]] = {}
-    if (folder / "h200" / "tiles.jsonl").is_file():
-        for T, role, tile, seconds in recorded_tiles(folder):
-            measured.setdefault((T, role), {})[tile] = seconds
+    for T, role, tile, seconds in recorded_tiles(folder):
+        measured.setdefault((T, role), {})[tile] = seconds
     lines = []
     for T in TIMED_TOKENS:
         for role in ROLES:
@@ -339,10 +339,12 @@ def choices_table(folder: Path, card: Card = CARDS[0], least: float = 1.02) -> s
                 continue
             times = measured.get((T, role), {})
             fastest = min(times, key=lambda one: times[one]) if times else None
-            told = "–" if fastest is None else f"{_us(times.get(ours))} | {fastest}: {_us(times[fastest])}"
+            told = (
+                "– | –" if fastest is None else f"{_us(times.get(ours))} | {fastest}: {_us(times[fastest])}"
+            )
             lines.append(
                 f"| {T} | {role} | {ours} | {_us(predicted)} | {tile}: {_us(best)} | {predicted / best:.2f} "
-                f"| {told if fastest else '– | –'} |"
+                f"| {told} |"
             )
     return _table(
         f"| T | GEMM | committed | predicted, µs | {card.name}: best predicted | committed / best "

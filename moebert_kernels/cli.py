@@ -432,13 +432,13 @@ def export(
 
     moebert export runs/sst2/student --output served --quantize int8 --check --task sst2 --data SST-2
     """
-    import moebert_kernels
     from moebert_kernels.errors import UserError
+    from moebert_kernels.export import export
 
     is_given = data.task is not None or data.data is not None
     if is_given and not (check or quantize):
         raise UserError("--data is for --check, or to measure --quantize on: give one of the two")
-    done = moebert_kernels.export(
+    done = export(
         model,
         output,
         quantize=quantize,

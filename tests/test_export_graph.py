@@ -38,7 +38,7 @@ def worst(graph: Graph, inputs) -> float:
 @given(lengths=LENGTHS, seed=st.integers(0, 99), more=st.integers(0, 9))
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_batch_gives_what_the_model_gives(hashed, lengths, seed, more):
-    """Rows of nothing but padding, single tokens, experts without tokens, padding to more than the longest."""
+    """Rows of nothing but padding, single tokens, experts without any, padding to more than the longest."""
     assert worst(hashed, batch(lengths, longest=max(lengths) + more, seed=seed)) < 1e-4
 
 

@@ -58,7 +58,7 @@ def test_teachers_are_exported_too(name):
     ],
 )
 def test_the_forms_of_deberta(changes):
-    """Stops a form that a published DeBERTa has, such as the convolution of the larger ones, from being lost."""
+    """Stops a form that a published DeBERTa has, such as the larger ones' convolution, from being lost."""
     assert worst(student("DebertaV2", None, **changes), batch([12, 7, 1])) < 3e-5
 
 
@@ -117,7 +117,7 @@ def test_a_layout_knows_both_ways():
 
 
 def test_the_model_stays_as_it_is():
-    """Stops exporting from putting a model that is being trained into eval mode, or from changing its weights."""
+    """Stops exporting from putting a model that is being trained into eval mode, or changing its weights."""
     model = student("Bert", "ForSequenceClassification").train()
     before = copy.deepcopy(model.state_dict())
     ExportedModel(model).eval()
@@ -128,7 +128,7 @@ def test_the_model_stays_as_it_is():
 def test_other_models_are_refused():
     from transformers import BertForNextSentencePrediction, GPT2Config, GPT2Model
 
-    with pytest.raises(UserError, match="or have one of the heads .*, got BertForNextSentencePrediction"):
+    with pytest.raises(UserError, match=r"or have one of the heads .*, got BertForNextSentencePrediction"):
         ExportedModel(BertForNextSentencePrediction(build("Bert").config))
     with pytest.raises(UserError, match="GPT2Model holds 0"):
         ExportedModel(GPT2Model(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=VOCAB)))

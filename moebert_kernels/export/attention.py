@@ -6,7 +6,7 @@ The scale is folded into the queries' weights, and queries, keys and values are 
 from __future__ import annotations
 
 import copy
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,19 +26,29 @@ class Parts(NamedTuple):
 
 
 _BERT = Parts(
-    *(f"attention.self.{name}" for name in ("query", "key", "value")),
+    query="attention.self.query",
+    key="attention.self.key",
+    value="attention.self.value",
     output="attention.output.dense",
     norm="attention.output.LayerNorm",
 )
 _PARTS = {
-    "MPNet": Parts(*(f"attention.attn.{name}" for name in "qkvo"), norm="attention.LayerNorm"),
-    "DebertaV2": Parts(
-        *(f"attention.self.{name}_proj" for name in ("query", "key", "value")),
-        output="attention.output.dense",
-        norm="attention.output.LayerNorm",
+    "MPNet": Parts(
+        query="attention.attn.q",
+        key="attention.attn.k",
+        value="attention.attn.v",
+        output="attention.attn.o",
+        norm="attention.LayerNorm",
+    ),
+    "DebertaV2": _BERT._replace(
+        query="attention.self.query_proj", key="attention.self.key_proj", value="attention.self.value_proj"
     ),
     "DistilBert": Parts(
-        *(f"attention.{name}_lin" for name in "qkv"), output="attention.out_lin", norm="sa_layer_norm"
+        query="attention.q_lin",
+        key="attention.k_lin",
+        value="attention.v_lin",
+        output="attention.out_lin",
+        norm="sa_layer_norm",
     ),
 }
 
@@ -85,7 +95,7 @@ class Attention(nn.Module):
     def __init__(self, layer: nn.Module, family: Family, config: Any):
         super().__init__()
         paths = _PARTS.get(family.name, _BERT)
-        query, key, value, output, norm = (layer.get_submodule(path) for path in paths)
+        query, key, value, output, norm = (cast(Any, layer.get_submodule(path)) for path in paths)
         self.num_heads = config.num_attention_heads
         self.head_size = query.out_features // self.num_heads
         scale = (self.head_size * num_scores(config)) ** -0.5

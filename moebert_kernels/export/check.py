@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from torch import nn
 from transformers import PreTrainedModel
 
 from moebert_kernels.compress.evaluate import evaluate, predict
@@ -91,8 +90,8 @@ class Checker:
 
     def compare(self, graph: Path, other: Path) -> Likeness:
         """Compare two graphs on the rows."""
-        outputs = (self._predict(GraphModel(path, self._source.model.config)) for path in (graph, other))
-        return compare(*outputs, self._kind)
+        ours, theirs = (self._predict(GraphModel(path, self._source.model.config)) for path in (graph, other))
+        return compare(ours, theirs, self._kind)
 
     def _predict(self, model: Any) -> list[np.ndarray]:
         sentences = self._source.sentences

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ def base_of(model: nn.Module) -> tuple[PreTrainedModel, Family]:
         UserError: it is of no family that is known here.
     """
     if isinstance(model, MoEPreTrainedModel):
-        return model.base_model, model.family
+        return cast(PreTrainedModel, model.base_model), model.family
     try:
         return find_base(model)
     except ValueError as error:
@@ -69,22 +69,26 @@ class Experts(nn.Module):
 
     def forward(self, x_SD: Tensor, counts_E: Tensor) -> Tensor:
         """Apply to rows that are sorted by expert."""
-        weights = (self.w1_DF, self.b1_F, self.w2_FD, self.b2_D, self.ln_w_D, self.ln_b_D)
-        return sorted_experts(x_SD, counts_E, *map(list, weights), self.activation, self.norm_eps)
+        tensors = (list(cast(nn.ParameterList, getattr(self, name))) for name in _TENSORS)
+        return sorted_experts(x_SD, counts_E, *tensors, self.activation, self.norm_eps)
+
+
+_TENSORS = ("w1_DF", "b1_F", "w2_FD", "b2_D", "ln_w_D", "ln_b_D")  # in the operator's order
 
 
 def _tensors_of(ffn: MoEFFN) -> dict[str, list[Tensor]]:
     """Each expert's tensors: the one place that knows what `MoEFFN` calls them."""
+    stacked: tuple[Any, ...] = (
+        ffn.w1_EFD.transpose(1, 2),
+        ffn.b1_EF,
+        ffn.w2_EDF.transpose(1, 2),
+        ffn.b2_ED,
+        ffn.ln_w_ED,
+        ffn.ln_b_ED,
+    )
     return {
         name: [tensor.detach().contiguous().clone() for tensor in tensors]
-        for name, tensors in {
-            "w1_DF": ffn.w1_EFD.transpose(1, 2),
-            "b1_F": ffn.b1_EF,
-            "w2_FD": ffn.w2_EDF.transpose(1, 2),
-            "b2_D": ffn.b2_ED,
-            "ln_w_D": ffn.ln_w_ED,
-            "ln_b_D": ffn.ln_b_ED,
-        }.items()
+        for name, tensors in zip(_TENSORS, stacked, strict=True)
     }
 
 
@@ -143,14 +147,17 @@ class RowEncoder(nn.Module):
         UserError: it is none, or has a part that is not known here.
     """
 
+    tables_UV: Tensor | None
+
     def __init__(self, model: nn.Module):
         super().__init__()
+        base: Any
         base, family = base_of(model)
-        config: Any = base.config
+        config = base.config
         encoder: Any = getattr(base, family.encoder_name)
         self.embeddings = copy.deepcopy(base.embeddings)  # the model keeps its own, and its mode
         self.project = copy.deepcopy(getattr(base, "embeddings_project", None))  # ELECTRA's
-        self.padding_id = self.embeddings.padding_idx if family.skips_positions else None
+        self.padding_id = base.embeddings.padding_idx if family.skips_positions else None
         self.has_token_types = getattr(self.embeddings, "token_type_embeddings", None) is not None
         self.positions = _relative_positions(encoder, config)
         self.attentions = nn.ModuleList(_attentions(encoder, family, config))
@@ -182,18 +189,17 @@ class RowEncoder(nn.Module):
         layout = real if routed is None else routed.layouts[self.table_of_layer[0]]
         x_ND = embedded_ND = self._embed(layout, input_ids, token_type_ids)
         for number, (attention, ffn) in enumerate(zip(self.attentions, self.ffns, strict=True)):
-            before, embedded = layout, embedded_ND
+            before = layout
             if routed is not None:
-                layout = routed.layouts[self.table_of_layer[number]]
-            x_ND = attention(x_ND, before, layout, batch)
-            if isinstance(ffn, GatedExperts):
-                x_ND, layout = ffn(x_ND, layout, batch)
-            elif isinstance(ffn, Experts):
-                x_ND = ffn(x_ND, routed.counts_UE[self.table_of_layer[number]])
+                table = self.table_of_layer[number]
+                layout = routed.layouts[table]
+                x_ND = ffn(attention(x_ND, before, layout, batch), routed.counts_UE[table])
+            elif isinstance(ffn, GatedExperts):
+                x_ND, layout = ffn(attention(x_ND, before, layout, batch), layout, batch)
             else:
-                x_ND = ffn(x_ND)
+                x_ND = ffn(attention(x_ND, before, layout, batch))
             if number == 0 and self.convolution is not None:
-                x_ND = self._convolve(embedded, before, x_ND, layout, batch)
+                x_ND = self._convolve(embedded_ND, before, x_ND, layout, batch)
         return Encoded(x_ND, layout, batch)
 
     def _routed(self, input_ids: Tensor, real: Layout) -> Sorted | None:
@@ -209,14 +215,15 @@ class RowEncoder(nn.Module):
         if self.padding_id is None:
             position_ids = torch.arange(input_ids.shape[1]).expand(input_ids.shape)
         else:
-            real = (input_ids != self.padding_id).long()
+            real = input_ids.ne(self.padding_id).long()
             position_ids = real.cumsum(1) * real + self.padding_id
         arguments = {"input_ids": ids_1N, "position_ids": rows(position_ids)}
         if self.has_token_types:
             one = torch.zeros(1, 1, dtype=torch.long)  # one embedding for all rows
             arguments["token_type_ids"] = one if token_type_ids is None else rows(token_type_ids)
-        x_1ND = self.embeddings(**arguments)
-        return (x_1ND if self.project is None else self.project(x_1ND)).squeeze(0)
+        embeddings, project = cast(nn.Module, self.embeddings), cast(nn.Module | None, self.project)
+        x_1ND = embeddings(**arguments)
+        return (x_1ND if project is None else project(x_1ND)).squeeze(0)
 
     def _convolve(
         self, embedded_ND: Tensor, before: Layout, x_ND: Tensor, after: Layout, batch: Batch

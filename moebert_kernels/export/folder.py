@@ -23,7 +23,7 @@ from moebert_kernels.compress.checkpoint import load_weights, read_config
 from moebert_kernels.compress.embeddings import SentenceEncoder, copy_modules, load_sentence_encoder
 from moebert_kernels.compress.loading import load_tokenizer
 from moebert_kernels.compress.tasks import auto_model_of
-from moebert_kernels.errors import UserError, naming
+from moebert_kernels.errors import ArgumentError, UserError, naming
 from moebert_kernels.export.encoder import base_of
 from moebert_kernels.export.heads import head_of
 from moebert_kernels.models import is_moe
@@ -64,6 +64,11 @@ def open_source(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> Source
         return Source(model.model, tokenizer or model.tokenizer, model)
     if isinstance(model, PreTrainedModel):
         return Source(model, tokenizer)
+    if not isinstance(model, str | Path):
+        raise ArgumentError(
+            "model",
+            f"must be a model, a SentenceEncoder or a folder, got {type(model).__name__} {model!r:.60}",
+        )
     folder = Path(model)
     with naming("model"):
         if (folder / "modules.json").is_file():

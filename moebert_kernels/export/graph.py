@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import logging
 import warnings
@@ -16,15 +17,14 @@ from moebert_kernels.errors import UserError
 from moebert_kernels.export.heads import ExportedModel
 from moebert_kernels.export.operator import translation_table
 
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 OPSET = 18  # the newest that ONNX Runtime 1.14 and OpenVINO know, and what the exporter writes itself
 MOST_BYTES = 2**31 - 2**24  # of a file; a little is left for the graph itself
 
 
 def require_packages() -> None:
     """Raise a UserError unless the packages that write and run graphs are installed."""
-    from importlib.util import find_spec
-
-    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
             f"export needs {' and '.join(missing)}, which {'are' if missing[1:] else 'is'} not installed: "
@@ -65,7 +65,7 @@ def write_graph(model: ExportedModel, path: Path) -> None:
 
 
 def _tidy(content: Any) -> None:
-    """Take off what the exporter notes of the source code, its paths among it, and what ONNX does not allow."""
+    """Take off what the exporter notes of the source code, its paths among it, and what is not ONNX."""
     content.producer_name, content.producer_version = "moebert-kernels", __version__
     content.metadata_props.clear()
     content.graph.metadata_props.clear()

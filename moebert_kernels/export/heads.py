@@ -31,7 +31,8 @@ class _StatesBase(nn.Module):
 
     def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> BaseModelOutputWithPooling:
         pooled = None if self.pooler is None else self.pooler(inputs_embeds)
-        return BaseModelOutputWithPooling(last_hidden_state=inputs_embeds, pooler_output=pooled)
+        states: Any = inputs_embeds
+        return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=pooled)
 
 
 class ExportedModel(nn.Module):
@@ -79,10 +80,8 @@ class ExportedModel(nn.Module):
             first_B = encoded.layout.row_T.view(B, S)[:, 0]
             return (self.head(inputs_embeds=encoded.x_ND.index_select(0, first_B).unsqueeze(1)).logits,)
         found = self.head(inputs_embeds=encoded.x_ND.unsqueeze(0))
-        if self.kind == ANSWERS:
-            logits, fill = (found.start_logits, found.end_logits), NO_ANSWER
-        else:
-            logits, fill = (found.logits,), 0.0
+        fill = NO_ANSWER if self.kind == ANSWERS else 0.0
+        logits = [found[name] for name in self.output_names]
         return tuple(_padded(encoded, rows.squeeze(0), attention_mask, fill) for rows in logits)
 
 

@@ -54,15 +54,12 @@ def sorted_experts(
     Returns:
         [S, D], in the order of x.
     """
+    rows: list[Tensor] = []
     parts = zip(x_SD.split(counts_E.tolist()), w1_DF, b1_F, w2_FD, b2_D, ln_w_D, ln_b_D, strict=True)
-    return torch.cat(
-        [
-            F.layer_norm(
-                torch.addmm(b2, activate(activation, torch.addmm(b1, x, w1)), w2) + x, b2.shape, *ln, norm_eps
-            )
-            for x, w1, b1, w2, b2, *ln in parts
-        ]
-    )
+    for x, w1, b1, w2, b2, ln_w, ln_b in parts:
+        z = torch.addmm(b2, activate(activation, torch.addmm(b1, x, w1)), w2) + x
+        rows.append(F.layer_norm(z, b2.shape, ln_w, ln_b, norm_eps))
+    return torch.cat(rows)
 
 
 @sorted_experts.register_fake
@@ -72,7 +69,9 @@ def _(x_SD, *_):
 
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     """What `torch.onnx.export` takes as `custom_translation_table`."""
-    from onnxscript import opset18 as op
+    from onnxscript import opset18
+
+    op: Any = opset18
 
     def translate(x_SD, counts_E, w1_DF, b1_F, w2_FD, b2_D, ln_w_D, ln_b_D, activation, norm_eps):
         num_experts = len(w1_DF)

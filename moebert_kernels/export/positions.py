@@ -42,6 +42,9 @@ class RelativeNumbers(nn.Module):
         encoder: the family's, dense or with experts.
     """
 
+    query_key_P: Tensor
+    key_query_P: Tensor
+
     def __init__(self, encoder: Any):
         super().__init__()
         buckets, self.most = encoder.position_buckets, encoder.max_relative_positions

@@ -1,8 +1,8 @@
 """int8: a second graph whose large products are of 8 bits, by ONNX Runtime's own quantizer.
 
-Weights are of 8 bits a channel; activations are quantized when the graph runs, each product's by its own range,
-so that no data is needed beforehand, and each expert's by that of its own tokens. Layers that cost too much are
-left in 32 bits, chosen by measurement on text.
+Weights are of 8 bits, scaled by channel; activations are quantized when the graph runs, each product's by its
+own range: no data is needed beforehand, and each expert's tokens have a range of their own. Layers that cost
+too much are left in 32 bits, chosen by measurement on text.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def quantize(
 ) -> tuple[Likeness, tuple[str, ...]]:
     """Write an int8 graph that is as alike to the one of 32 bits as `check.LEAST` asks for.
 
-    If the whole encoder in int8 is not, each half of a layer is tried alone, and those that cost most are kept
-    in 32 bits, one after the other, until what is left is.
+    If the whole encoder in int8 is not, each half of a layer is tried alone, and those that cost most are
+    kept in 32 bits, one after the other, until what is left is.
 
     Args:
         graph: of 32 bits.

@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput
 
 
 class GraphModel(nn.Module):
-    """What `compress.evaluate` takes for a model: called with a batch, it returns the graph's outputs by name.
+    """What `compress.evaluate` takes for a model: called with a batch, it returns outputs by name.
 
     Args:
         graph: the .onnx file.

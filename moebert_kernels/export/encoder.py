@@ -80,11 +80,11 @@ def _tensors_of(ffn: MoEFFN) -> dict[str, list[Tensor]]:
     """Each expert's tensors: the one place that knows what `MoEFFN` calls them."""
     stacked: tuple[Any, ...] = (
         ffn.w1_EFD.transpose(1, 2),
-        ffn.b1_EF,
+        ffn.bias1_EF,
         ffn.w2_EDF.transpose(1, 2),
-        ffn.b2_ED,
-        ffn.ln_w_ED,
-        ffn.ln_b_ED,
+        ffn.bias2_ED,
+        ffn.layernorm_weight_ED,
+        ffn.layernorm_bias_ED,
     )
     return {
         name: [tensor.detach().contiguous().clone() for tensor in tensors]

@@ -183,6 +183,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     option(
         "--only", type=_words, metavar="NAME,...", help="of torch, onnxruntime, openvino (default: all here)"
     )
+    option("--models", type=_words, metavar="NAME,...", help="of teacher, narrow, ours (default: all)")
     option("--graphs", type=Path, metavar="FOLDER", help="where models and graphs are kept for the next run")
     option("--prepare", action="store_true", help="fill --graphs, and time nothing")
     option(
@@ -326,7 +327,7 @@ def predict(given: argparse.Namespace) -> None:
 
 def serve(given: argparse.Namespace) -> None:
     """Time models in serving runtimes, or score what their graphs answer."""
-    from .serve import SHAPES, ServeSettings, measure
+    from .serve import MODELS, SHAPES, ServeSettings, measure
 
     if given.prepare and given.graphs is None:
         raise ValueError("--prepare needs --graphs, where to keep what is made")
@@ -345,6 +346,7 @@ def serve(given: argparse.Namespace) -> None:
         seconds=0.0 if given.toy else given.seconds,
         limit=given.limit,
         only=given.only,
+        models=_among("--models", given.models, MODELS) or MODELS,
         graphs=given.graphs,
     )
     measure(settings, given.out, print, given.prepare)
@@ -375,4 +377,10 @@ def draw(given: argparse.Namespace) -> None:
     from .plot import plot
     from .results import read
 
-    print(plot(read(given.file), given.out or given.file.with_suffix(".svg")))
+    results, path = read(given.file), given.out or given.file.with_suffix(".svg")
+    if results.run.op != "serve":
+        print(plot(results, path))
+        return
+    from .serving.picture import draw as draw_serving
+
+    print(draw_serving(results, given.file.parent, path))

@@ -29,7 +29,7 @@ from moebert_kernels.compress.artifacts import write_json
 from moebert_kernels.compress.evaluate import predict
 from moebert_kernels.compress.loading import load_model
 from moebert_kernels.compress.settings import CompressSettings
-from moebert_kernels.compress.tasks import CsvOptions, load_task, match_labels, tokenize
+from moebert_kernels.compress.tasks import CsvOptions, TaskData, load_task, match_labels, tokenize
 from moebert_kernels.compress.tasks.texts import load_texts
 from moebert_kernels.compress.text_pipeline import compress_texts, likeness
 from moebert_kernels.environment import OtherWork, describe_environment
@@ -58,11 +58,7 @@ def measure(demo: Path, room: Path) -> dict[str, Any]:
         rows; "stages" of the first student, seconds and processor seconds of each; and what it took.
     """
     others = OtherWork()
-    for name in ("train", "validation"):
-        with (demo / "data" / f"{name}.csv").open(encoding="utf-8", newline="") as file:
-            texts = [" ".join(row["text"].split()) for row in csv.DictReader(file)]
-        (room / f"{name}.txt").write_text("\n".join(texts), encoding="utf-8")
-    data = load_texts(room / "train.txt", CsvOptions(validation_file=room / "validation.txt"))
+    data = unlabelled(demo, room)
     folders = {"teacher": demo / "teacher"}
     stages: dict[str, dict[str, float]] = {}
     for name, settings in STUDENTS.items():
@@ -118,6 +114,15 @@ def measure_bert_base(demo: Path, room: Path) -> dict[str, Any]:
         "busy_cpus": others.busy_cpus() or 0.0,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
+
+
+def unlabelled(demo: Path, room: Path) -> TaskData:
+    """The demonstration's snippets without their labels, by way of text files in `room`."""
+    for name in ("train", "validation"):
+        with (demo / "data" / f"{name}.csv").open(encoding="utf-8", newline="") as file:
+            texts = [" ".join(row["text"].split()) for row in csv.DictReader(file)]
+        (room / f"{name}.txt").write_text("\n".join(texts), encoding="utf-8")
+    return load_texts(room / "train.txt", CsvOptions(validation_file=room / "validation.txt"))
 
 
 class Clock:

@@ -3,8 +3,8 @@
 NAME is an operator and a kind of device, such as `ffn-cpu` or `model-gpu`, or `targets-gpu`, or `demo` for
 the results of `make demo`, kept as demo.json, or `fit` for those of `bench.fit`, or `quality-STUDY` for a
 study of `bench.quality`, `quality-likeness-STUDY` for how alike its students and their teachers are, or
-`quality-settings` for what its studies change, or `machine-TABLE` for a table of `bench.predictions`. What
-was never measured says so.
+`quality-settings` for what its studies change, or `machine-TABLE` for a table of `bench.predictions`, or
+`serve`, `serve-all` and `serve-quality` for `python -m bench serve`. What was never measured says so.
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ def update(text: str, folder: str | Path) -> str:
             content = fit(Path(folder))
         elif name.startswith("machine-"):
             content = machine(name.removeprefix("machine-"), Path(folder))
+        elif name in ("serve", "serve-all", "serve-quality"):
+            content = serve(name, Path(folder), results)
         elif name.startswith("quality-"):
             content = quality(Path(folder) / "quality" / f"{name.removeprefix('quality-')}.jsonl")
         else:
@@ -117,6 +119,24 @@ def machine(name: str, folder: Path) -> str:
     from .predictions import block  # it knows of kernels, and what those import
 
     return block(name, folder)
+
+
+def serve(name: str, folder: Path, results: Iterable[Results]) -> str:
+    """Tables of `python -m bench serve`: its main ones, all of them, or what the graphs answer."""
+    from .serving import quality, tables  # they know of models, and what those import
+
+    if name == "serve-quality":
+        path = folder / quality.FILE
+        if not path.is_file():
+            return f"*`python -m bench serve --quality`: {NOT_MEASURED}.*"
+        return quality.table(json.loads(path.read_text(encoding="utf-8")))
+    found = [result for result in results if result.run.op == "serve"]
+    if not found:
+        return f"*`python -m bench serve`: {NOT_MEASURED}.*"
+    drawn = tables.main_tables(found[0]) if name == "serve" else tables.all_tables(found[0])
+    return "\n\n".join(
+        [*map(markdown, drawn), provenance(found[0], f"{tables.LEGEND}. {tables.AIMS_LEGEND}")]
+    )
 
 
 def quality(file: Path) -> str:

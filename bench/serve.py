@@ -24,11 +24,13 @@ from moebert_kernels.environment import BUSY
 
 from . import ceilings
 from .cases import Request, token_ids
+from .plot import NotDrawn
 from .results import Results, Row, Run, slug, write
 from .run import Settings, describe_run
-from .serving.contenders import Contender, load_module, prepare
+from .serving.contenders import MODELS, Contender, load_module, prepare
+from .serving.picture import draw
 from .serving.rounds import Workers, take_turns, workers
-from .serving.tables import AIMS_LEGEND, LEGEND, aim_tables, time_tables
+from .serving.tables import AIMS_LEGEND, LEGEND, all_tables
 from .serving.worker import RUNTIMES, Feed
 from .tables import plain_text
 from .text import read_batch
@@ -59,6 +61,7 @@ class ServeSettings:
         seconds: of each turn, at least.
         limit: seconds that a shape's rounds may take, shared out to its cases.
         only: runtimes; None for all that are installed.
+        models: of `contenders.MODELS`.
         graphs: folder where models and graphs are kept for the next run; None for a temporary one.
     """
 
@@ -69,6 +72,7 @@ class ServeSettings:
     seconds: float = 0.1
     limit: float = 360.0
     only: tuple[str, ...] | None = None
+    models: tuple[str, ...] = MODELS
     graphs: Path | None = None
 
 
@@ -83,7 +87,7 @@ def measure(
     runtimes = _runtimes(settings.only)
     room = settings.graphs or Path(tempfile.mkdtemp(prefix="bench-serve-"))
     try:
-        made = {shape: prepare(shape, room, runtimes, say) for shape in settings.shapes}
+        made = {shape: prepare(shape, room, runtimes, settings.models, say) for shape in settings.shapes}
         if prepare_only:
             return None
         run = _describe(settings)
@@ -95,12 +99,17 @@ def measure(
             for _ in rows:
                 pass
         else:
-            say(f"{write(out, run, rows)} written: see {slug(run)}")
+            say(f"{write(out, run, rows)} written")
     finally:
         if settings.graphs is None:
             shutil.rmtree(room)
     results = Results(run, tuple(kept))
-    for table in (*time_tables(results), *aim_tables(results)):
+    if out is not None:
+        try:
+            say(f"{draw(results, out, out / f'{slug(run)}.svg')} drawn")
+        except NotDrawn as error:
+            say(f"no picture: {error}")
+    for table in all_tables(results):
         say(f"\n{plain_text(table)}")
     say(f"\n{LEGEND}. {AIMS_LEGEND.replace('**', '')}")
     return results

@@ -23,7 +23,7 @@ from moebert_kernels.compress.tasks import CsvOptions, load_task
 from moebert_kernels.errors import UserError
 from moebert_kernels.export import exporting
 from moebert_kernels.export.check import Checker, Likeness, compare
-from moebert_kernels.export.folder import Source, dense_config, open_source
+from moebert_kernels.export.folder import Source, dense_config, open_source, write_beside
 from moebert_kernels.export.quantize import quantize
 from moebert_kernels.models import to_moe
 
@@ -125,6 +125,14 @@ def test_an_encoder_in_a_folder_of_its_own_comes_to_the_top(tmp_path):
     assert json.loads((tmp_path / "served" / "modules.json").read_text())[0]["path"] == ""
     top = {path.name for path in (tmp_path / "served").iterdir()}
     assert {"config.json", "tokenizer.json", "sentence_bert_config.json", "onnx"} <= top
+
+
+def test_labels_have_names_in_the_configuration(tmp_path):
+    """Stops text-embeddings-inference from refusing a classifier whose labels nobody has named."""
+    write_beside(Source(student("Roberta", "ForSequenceClassification")), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["id2label"] == {"0": "LABEL_0", "1": "LABEL_1"}
+    assert config["label2id"] == {"LABEL_0": 0, "LABEL_1": 1}
 
 
 @pytest.mark.parametrize("name", ["Roberta", "DistilBert", "DebertaV2"])

@@ -109,7 +109,7 @@ def test_rows_are_sorted_stably():
 def test_a_layout_knows_both_ways():
     layout = real_rows(torch.tensor([[0, 1, 1], [1, 0, 0]]))
     assert layout.place_N.tolist() == [1, 2, 3]
-    assert layout.row_T.tolist() == [0, 0, 1, 2, 0, 0]
+    assert layout.row_T.tolist() == [0, 0, 1, 2, 2, 2]  # padding: its sequence's first
     moved = layout.moved(torch.tensor([2, 0, 1]))
     assert moved.place_N.tolist() == [2, 3, 1]
     assert moved.row_T[moved.place_N].tolist() == [0, 1, 2]
@@ -123,6 +123,22 @@ def test_the_model_stays_as_it_is():
     ExportedModel(model).eval()
     assert all(module.training for module in model.modules())
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["Bert", "MPNet"])
+def test_padding_weighs_nothing_whatever_the_scores(name):
+    """Stops the small number that masks padding from letting any through where scores are large."""
+    model = student(name, None, "dense")
+    with torch.no_grad():
+        for part, weight in model.named_parameters():
+            if part.endswith(("query.weight", "key.weight", "attn.q.weight", "attn.k.weight")):
+                weight.mul_(20)
+            if part.endswith("relative_attention_bias.weight"):
+                weight.mul_(50)
+        alone, beside = (
+            ExportedModel(model).eval()(*batch([5], longest=length).values())[0][0, :5] for length in (5, 30)
+        )
+    torch.testing.assert_close(beside, alone, atol=1e-4, rtol=1e-4)
 
 
 def test_other_models_are_refused():

@@ -38,7 +38,7 @@ MODELS = ("teacher", "narrow", "ours")
 PRECISIONS = ("fp32", "int8")
 FORMS = ("padded", "unpadded")
 EXPERTS = 4
-TOY = {"D": 32, "F": 16, "E": 4, "L": 2, "head_size": 8}
+TOY = {"D": 32, "F": 16, "E": 4, "L": 1, "head_size": 8}
 _NOTE = "made_from.json"
 NUM_LABELS = 2
 _FILES = {"fp32": GRAPH, "int8": QUANTIZED}
@@ -130,7 +130,11 @@ def _variants(teacher: Any) -> dict[str, Any]:
 
 
 def prepare(
-    shape: str, room: Path, runtimes: tuple[str, ...], say: Callable[[str], None] = print
+    shape: str,
+    room: Path,
+    runtimes: tuple[str, ...],
+    models: tuple[str, ...] = MODELS,
+    say: Callable[[str], None] = print,
 ) -> list[Contender]:
     """Make every model and graph of a shape under `room`, unless the same code has left them there.
 
@@ -138,18 +142,24 @@ def prepare(
         shape: as `make_models` takes it.
         room: folder; what is made for other shapes lies beside it.
         runtimes: of the contenders.
+        models: of `MODELS`, to be among them.
         say: is told what is being made.
     """
+    note = json.dumps({"shape": shape, "made by": _fingerprint()})
     folder = room / shape
-    note = {"shape": shape, "made by": _fingerprint()}
+    missing = [name for name in models if not _is_made(folder / name, note)]
+    made = make_models(shape) if missing else {}
+    for name in missing:
+        say(f"{shape}: saving and exporting {name}")
+        shutil.rmtree(folder / name, ignore_errors=True)
+        _write(made[name], name, folder)
+        (folder / name / _NOTE).write_text(note, encoding="utf-8")
+    return contenders(folder, runtimes, models)
+
+
+def _is_made(folder: Path, note: str) -> bool:
     path = folder / _NOTE
-    if not path.is_file() or json.loads(path.read_text(encoding="utf-8")) != note:
-        shutil.rmtree(folder, ignore_errors=True)
-        for name, model in make_models(shape).items():
-            say(f"{shape}: saving and exporting {name}")
-            _write(model, name, folder)
-        path.write_text(json.dumps(note), encoding="utf-8")
-    return contenders(folder, runtimes)
+    return path.is_file() and path.read_text(encoding="utf-8") == note
 
 
 def _write(model: Any, name: str, folder: Path) -> None:
@@ -178,16 +188,16 @@ def _quantize(folder: Path) -> None:
     quantize_products(graph, folder / _FILES["int8"], products)
 
 
-def contenders(folder: Path, runtimes: tuple[str, ...]) -> list[Contender]:
+def contenders(folder: Path, runtimes: tuple[str, ...], models: tuple[str, ...]) -> list[Contender]:
     """Those of a folder that `prepare` has filled; PyTorch's first."""
     found = []
-    for model in MODELS:
+    for model in models:
         form = "unpadded" if model == "ours" else "padded"
         if "torch" in runtimes:
             found.append(Contender(model, "torch", "fp32", form, folder / model / "torch"))
     for runtime in (name for name in runtimes if name != "torch"):
         for precision in PRECISIONS:
-            for model in MODELS:
+            for model in models:
                 for form in FORMS if model != "ours" else ("unpadded",):
                     path = folder / model / form / _FILES[precision]
                     found.append(Contender(model, runtime, precision, form, path))

@@ -44,6 +44,20 @@ def aim_tables(results: Results) -> Iterator[Table]:
                     yield Table(title, (*FORMS, "aim"), tuple(map(_aim_line, found)), ())
 
 
+def all_tables(results: Results) -> Iterator[Table]:
+    """Every time and every aim."""
+    yield from time_tables(results)
+    yield from aim_tables(results)
+
+
+def main_tables(results: Results) -> Iterator[Table]:
+    """Times in PyTorch and ONNX Runtime, and the aims in int8."""
+    rows = tuple(row for row in results.rows if row.case["runtime"] in ("torch", "onnxruntime"))
+    told = Results(results.run, rows)
+    yield from time_tables(told)
+    yield from (table for table in aim_tables(told) if table.title.endswith("int8"))
+
+
 def by_shape(results: Results) -> dict[str, list[Row]]:
     """The rows of each shape, in their order."""
     return _by(list(results.rows), lambda row: row.case["shape"])

@@ -27,7 +27,10 @@ from moebert_kernels.models.families import Family, dense_ffn, find_base
 from moebert_kernels.models.modeling import MoEPreTrainedModel
 from moebert_kernels.routing import SentenceGate
 
-PADDING_SCORE = torch.finfo(torch.float32).min
+# Added to scores at padding, whose keys are copies of the sequence's first (`Layout`): e^-60 of its weight is
+# far below what float32 adds to 1, and no denormal number, which the usual least float makes of padding's weights
+# and CPUs take ten times as long for. Relative positions move copies apart, by no more than `spread`.
+PADDING_SCORE = -60.0
 
 
 def base_of(model: nn.Module) -> tuple[PreTrainedModel, Family]:
@@ -159,7 +162,7 @@ class RowEncoder(nn.Module):
         self.project = copy.deepcopy(getattr(base, "embeddings_project", None))  # ELECTRA's
         self.padding_id = base.embeddings.padding_idx if family.skips_positions else None
         self.has_token_types = getattr(self.embeddings, "token_type_embeddings", None) is not None
-        self.positions = _relative_positions(encoder, config)
+        self.positions: Any = _relative_positions(encoder, config)
         self.attentions = nn.ModuleList(_attentions(encoder, family, config))
         self.convolution = copy.deepcopy(getattr(encoder, "conv", None))  # of the larger DeBERTas
         if getattr(base, "z_steps", 0) > 1:
@@ -182,7 +185,8 @@ class RowEncoder(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None) -> Encoded:
         """Encode; arguments are int64 [B, S]."""
         (B, S), real = input_ids.shape, real_rows(attention_mask)
-        mask_B11S = torch.where(attention_mask[:, None, None, :] != 0, 0.0, PADDING_SCORE)
+        masked = PADDING_SCORE if self.positions is None else PADDING_SCORE - self.positions.spread
+        mask_B11S = torch.where(attention_mask[:, None, None, :] != 0, 0.0, masked)
         relative = () if self.positions is None else self.positions(S)
         batch = Batch(B, S, mask_B11S, relative)
         routed = self._routed(input_ids, real)

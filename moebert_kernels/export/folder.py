@@ -7,6 +7,7 @@ them knows ours.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from moebert_kernels.compress.loading import load_tokenizer
 from moebert_kernels.compress.tasks import auto_model_of
 from moebert_kernels.errors import ArgumentError, UserError, naming
 from moebert_kernels.export.encoder import base_of
-from moebert_kernels.export.heads import head_of
+from moebert_kernels.export.heads import SEQUENCE, TOKENS, head_of
 from moebert_kernels.models import is_moe
 from moebert_kernels.models.config import MoEConfig
 
@@ -108,8 +109,19 @@ def dense_config(model: PreTrainedModel) -> PreTrainedConfig:
 
 def write_beside(source: Source, folder: Path) -> None:
     """Write everything but the graphs."""
-    dense_config(source.model).save_pretrained(folder)
+    config = dense_config(source.model)
+    config.save_pretrained(folder)
+    if head_of(source.model) in (SEQUENCE, TOKENS):
+        _name_labels(folder / "config.json", config)
     if source.tokenizer is not None:
         source.tokenizer.save_pretrained(folder)
     if source.sentences is not None:
         copy_modules(source.sentences, folder)
+
+
+def _name_labels(path: Path, config: PreTrainedConfig) -> None:
+    """Write labels' names also where they are LABEL_0 and so on, which transformers leaves out and tools need."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["id2label"] = {str(number): name for number, name in config.id2label.items()}
+    content["label2id"] = config.label2id
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -18,6 +18,9 @@ class RelativeBias(nn.Module):
     Args:
         encoder: the family's, dense or with experts.
         most: tokens of the longest row.
+
+    Attributes:
+        spread: the most by which two biases differ.
     """
 
     def __init__(self, encoder: Any, most: int):
@@ -26,6 +29,7 @@ class RelativeBias(nn.Module):
         bias_PH = encoder.relative_attention_bias(encoder.relative_position_bucket(distance_P))
         self.bias_PH = nn.Parameter(bias_PH.detach())
         self.most = most
+        self.spread = float(bias_PH.max() - bias_PH.min())
 
     def forward(self, length: Any) -> tuple[Tensor, ...]:
         """The bias, [1, H, S, S]."""
@@ -40,8 +44,12 @@ class RelativeNumbers(nn.Module):
 
     Args:
         encoder: the family's, dense or with experts.
+
+    Attributes:
+        spread: no bound is known of what they add to scores: all that padding can be moved by.
     """
 
+    spread = torch.finfo(torch.float32).max
     query_key_P: Tensor
     key_query_P: Tensor
 

@@ -17,7 +17,8 @@ class Layout(NamedTuple):
 
     Attributes:
         place_N: int64, the place of each row.
-        row_T: int64, the row of each place; 0 at padding, which is masked wherever it is read.
+        row_T: int64, the row of each place; at padding that of its sequence's first token: as a key, it scores
+            no higher than the highest, and a small number is enough to mask it.
     """
 
     place_N: Tensor
@@ -46,7 +47,10 @@ def real_rows(mask_BS: Tensor) -> Layout:
     nobody = (mask_T.sum() == 0).unsqueeze(0)
     place_T = torch.arange(mask_T.shape[0])
     place_N = (mask_T | (nobody & (place_T == 0))).nonzero().squeeze(1)
-    return Layout(place_N, torch.zeros_like(place_T).scatter(0, place_N, torch.arange(place_N.shape[0])))
+    count_B = (mask_BS != 0).long().sum(1)
+    first_B1 = (count_B.cumsum(0) - count_B).clamp(max=place_N.shape[0] - 1).unsqueeze(1)
+    row_BS = mask_T.long().cumsum(0).view_as(mask_BS) - 1
+    return Layout(place_N, torch.where(mask_BS != 0, row_BS, first_B1).flatten())
 
 
 class Sorted(NamedTuple):
@@ -72,9 +76,8 @@ def sort_by_hash(tables_UV: Tensor, input_ids_T: Tensor, real: Layout, num_exper
     """
     expert_UN = tables_UV.index_select(1, input_ids_T.index_select(0, real.place_N))
     rank_UN, counts_UE = rank_by_expert(expert_UN, num_experts)
-    place_UN, nowhere_UN = real.place_N.expand(rank_UN.shape), torch.zeros_like(rank_UN)
-    nowhere_UT = torch.zeros(rank_UN.shape[0], real.row_T.shape[0], dtype=torch.long)
-    layouts_of = nowhere_UN.scatter(1, rank_UN, place_UN), nowhere_UT.scatter(1, place_UN, rank_UN)
+    place_UN = torch.zeros_like(rank_UN).scatter(1, rank_UN, real.place_N.expand(rank_UN.shape))
+    layouts_of = place_UN, rank_UN.index_select(1, real.row_T)
     return Sorted([Layout(*pair) for pair in zip(*map(torch.unbind, layouts_of), strict=True)], counts_UE)
 
 
@@ -92,4 +95,5 @@ def rank_by_expert(expert_UN: Tensor, num_experts: int) -> tuple[Tensor, Tensor]
     """
     chosen_UEN = (expert_UN.unsqueeze(1) == torch.arange(num_experts).unsqueeze(1)).long()
     upto_UEN = chosen_UEN.flatten(1).cumsum(1).view_as(chosen_UEN)
-    return (upto_UEN * chosen_UEN).sum(1) - 1, chosen_UEN.sum(2)
+    # 1 is taken off before the sum: OpenVINO 2026.4 joins what follows a sum of integers to it, wrongly.
+    return ((upto_UEN - 1) * chosen_UEN).sum(1), chosen_UEN.sum(2)

@@ -5,14 +5,18 @@
 With `install`, or as a plugin of pytest, torch finds a CUDA device: its tensors lie on the CPU and hold
 whatever their memory held. Triton finds a driver whose target is Hopper and whose launcher does nothing. From
 a call of the layer down to `triton.compile` everything is what it is on a GPU, and so are the keys of
-Triton's cache. Tests that look at results fail, which is of no concern to who wants the kernels: the keys of
-these are appended to FILE, one a line.
+Triton's cache. Under pytest, what results are compared with is not computed, and whatever is compared is
+equal: a test that stopped there would launch no more. Most fail all the same, which is of no concern to who
+wants the kernels: the keys of these are appended to FILE, one a line.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
+import math
 import os
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -136,6 +140,21 @@ def pytest_addoption(parser: Any) -> None:
 def pytest_load_initial_conftests(early_config: Any) -> None:
     """Before any conftest asks for a GPU."""
     _keys_to(Path(early_config.known_args_namespace.kernels_to or os.devnull))
+
+
+def pytest_collection() -> None:
+    """Before any test imports what it compares results with; it is most of the time that tests take."""
+    checks = importlib.import_module("kernel_checks")
+    checks.reference = _no_reference
+    checks.plain_errors = lambda *_, **__: defaultdict(lambda: (math.inf, math.inf))
+    torch.equal = lambda *_: True
+    torch.testing.assert_close = lambda *_, **__: None
+
+
+def _no_reference(
+    case: Any, t: dict[str, torch.Tensor], ids_TK: torch.Tensor | None = None
+) -> dict[str, Any]:
+    return {"y": torch.zeros_like(t["x"])} | {f"d{k}": torch.zeros_like(v) for k, v in t.items() if k != "dy"}
 
 
 def _keys_to(path: Path) -> None:

@@ -90,7 +90,7 @@ def test_half_precision(family):
 
 @pytest.mark.slow
 def test_half_precision_on_hopper_in_every_variant():
-    """Training or inference, with gate and biases or without: no spills, and products run asynchronously.
+    """Training or inference, gate or none, biases or none, aligned or not: no spills, asynchronous products.
 
     Every weight gradient with a bias once waited for each product before the next (ptxas said C7515, nobody
     listened), and the gather without a bias spilled, which was never compiled.

@@ -15,6 +15,7 @@ from kernel_checks import (
     errors,
     inputs,
     leaves,
+    outputs,
     plain_errors,
     plan_of,
     reference,
@@ -113,6 +114,18 @@ def test_strides_of_x_and_of_the_gradient_do_not_matter(device):
         grads = dict(zip(names, torch.autograd.grad(y.sum(), [u[k] for k in names]), strict=True))
         for name, grad in grads.items():
             assert torch.equal(grad, expected["d" + name]), name
+
+
+def test_tensors_that_begin_anywhere_in_memory(device):
+    """Slices of larger ones: the gradient is copied to where wide loads can be."""
+    case = Case(13, gate=True)
+    t = inputs(case, torch.float32, device)
+    shifted = {k: torch.cat([v.flatten()[:1], v.flatten()])[1:].view(v.shape) for k, v in t.items()}
+    assert all(v.data_ptr() % 16 for v in shifted.values())
+    u = {k: v.requires_grad_(k != "dy") for k, v in shifted.items()}  # themselves: a copy would be aligned
+    found = outputs(call(case, u, plan_of(case, device)), u)
+    for name, value in run(case, t).items():
+        torch.testing.assert_close(found[name], value, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_any_subset_of_inputs_may_require_grad(device):

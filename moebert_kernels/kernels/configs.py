@@ -5,7 +5,7 @@ Nothing is tuned at run time. `python -m bench.tune` measures the candidates on 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -70,8 +70,13 @@ def _config(
 
 
 SAFE = _config(Tile(64, 64, 32, 4, 2, parts=4), Tile(64, 64, 32, 8, 3))
-_IEEE = replace(
-    _config(Tile(64, 64, 32, 4, 3, parts=4), Tile(64, 64, 32, 8, 5)), up=Tile(64, 64, 32, 4, 3, parts=2)
+_IN_HALVES, _IN_QUARTERS = (Tile(64, 64, 32, 4, 3, parts=parts) for parts in (2, 4))
+_IEEE = Config(
+    up=_IN_HALVES,
+    down=_IN_QUARTERS,
+    down_backward=_IN_HALVES,
+    up_backward=_IN_QUARTERS,
+    weight_grad=Tile(64, 64, 32, 8, 5),
 )
 
 TABLE: dict[tuple[str, str, str], Config] = {

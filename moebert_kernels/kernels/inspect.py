@@ -11,6 +11,7 @@ Triton's own specialisation.
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import sys
@@ -232,15 +233,20 @@ def _around(code: list[_Line], products: list[int], steps: int) -> Instructions:
 
 @dataclass(frozen=True)
 class Variant:
-    """A way in which the layer is called, which decides on what is compiled."""
+    """A way in which the layer is called, which decides on what is compiled.
+
+    Not `aligned`, tokens, their gradient and their order begin where nothing wider than an element can be
+    loaded: slices of a tensor, the order of an odd number of tokens.
+    """
 
     training: bool = True
     gate: bool = True
     bias: bool = True
+    aligned: bool = True
 
 
 FULL = Variant()
-VARIANTS = tuple(Variant(*choice) for choice in product((True, False), repeat=3))
+VARIANTS = tuple(Variant(*choice) for choice in product((True, False), repeat=4))
 
 
 def launches(
@@ -259,6 +265,10 @@ def launches(
     def meta(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
+    def given(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        first = 0 if variant.aligned else 1
+        return meta(first + math.prod(shape), dtype=dtype)[first:].view(shape)
+
     w1, w2 = meta(E, F, D), meta(E, D, F)
     b1, b2 = (meta(E, F), meta(E, D)) if variant.bias else (None, None)
     ln = meta(E, D, dtype=torch.float32)
@@ -266,10 +276,10 @@ def launches(
 
     def call(T: int) -> list[Any]:
         gate = meta(T, K, dtype=torch.float32) if variant.gate else None
-        return [meta(T * K, dtype=torch.int32), offsets, w1, b1, w2, b2, gate, "gelu", K, False]
+        return [given(T * K, dtype=torch.int32), offsets, w1, b1, w2, b2, gate, "gelu", K, False]
 
     with recorded() as record:
-        x, z, ids = meta(T, D), meta(T * K, D), meta(T, K, dtype=torch.int32)
+        x, z, ids = given(T, D), meta(T * K, D), meta(T, K, dtype=torch.int32)
         order, *_, gate, _, _, _ = of_call = call(T)
         _, hidden = ffn.expert_ffn_forward(x, *[*of_call, variant.training, config])
         norm_call = (ids, order, offsets, ln, ln, gate, seed if variant.training else None)
@@ -321,7 +331,7 @@ def _values(arguments: dict[str, Any]) -> dict[str, Any]:
 
     def value(v: Any) -> Any:
         if isinstance(v, torch.Tensor):
-            return v.dtype
+            return v.dtype, v.data_ptr() % 16 == 0
         return (v.base.dtype, v.block_shape) if hasattr(v, "block_shape") else v
 
     return {name: value(v) for name, v in arguments.items()}

@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moebert_kernels.activations import check_activation
 from moebert_kernels.checks import check_number, check_tensor
 from moebert_kernels.routing.plan import RoutingPlan
+
+_PLAIN = frozenset((Tensor, nn.Parameter))
+_PLAIN_OR_NONE = _PLAIN | {type(None)}
 
 
 class Call(NamedTuple):
@@ -60,13 +63,12 @@ class Saved(NamedTuple):
     """What a backend's forward leaves for its own backward, in rows of its own order; None where unused.
 
     `hidden` [*, F] are pre-activations, or activations and slopes; with norm `z` [*, D] the experts' outputs,
-    `mean_S` and `rstd_S` the statistics of each slot, float32 or wider.
+    `stats_2S` mean and 1/std of each slot, float32 or wider.
     """
 
     hidden: Tensor | None
     z: Tensor | None
-    mean_S: Tensor | None
-    rstd_S: Tensor | None
+    stats_2S: Tensor | None
 
 
 class Gradients(NamedTuple):
@@ -90,21 +92,17 @@ def check_kinds(x_TD, plan, w1_EFD, b1_EF, w2_EDF, b2_ED, gate_TK, norm, residua
     """Raise a TypeError that names what is not even of the right kind."""
     if not isinstance(plan, RoutingPlan):
         raise TypeError(f"plan must be a RoutingPlan, got {type(plan).__name__}")
-    for name, tensor in (("x_TD", x_TD), ("w1_EFD", w1_EFD), ("w2_EDF", w2_EDF)):
-        check_tensor(name, tensor)
-    for name, tensor in (
-        ("b1_EF", b1_EF),
-        ("b2_ED", b2_ED),
-        ("gate_TK", gate_TK),
-        ("residual_TD", residual_TD),
-    ):
-        if tensor is not None:
+    if norm is not None and not (isinstance(norm, tuple | list) and len(norm) == 2):
+        raise TypeError(f"norm must be a pair of tensors, weight and bias, got {type(norm).__name__}")
+    needed = (x_TD, w1_EFD, w2_EDF, *(norm or ()))
+    optional = (b1_EF, b2_ED, gate_TK, residual_TD)
+    if not (_PLAIN.issuperset(map(type, needed)) and _PLAIN_OR_NONE.issuperset(map(type, optional))):
+        names = ("x_TD", "w1_EFD", "w2_EDF", "norm's weight", "norm's bias")
+        for name, tensor in zip(names, needed, strict=False):
             check_tensor(name, tensor)
-    if norm is not None:
-        if not isinstance(norm, tuple | list) or len(norm) != 2:
-            raise TypeError(f"norm must be a pair of tensors, weight and bias, got {type(norm).__name__}")
-        check_tensor("norm's weight", norm[0])
-        check_tensor("norm's bias", norm[1])
+        for name, tensor in zip(("b1_EF", "b2_ED", "gate_TK", "residual_TD"), optional, strict=True):
+            if tensor is not None:
+                check_tensor(name, tensor)
     check_number("dropout_p", dropout_p)
 
 

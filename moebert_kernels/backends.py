@@ -1,7 +1,8 @@
 """Which backend computes a call.
 
-A backend is a module with `forward(call, training)` and `backward(call, saved, dy_TD, needs)`: `kernels`
-(Triton) on CUDA, `cpu_native` (C++ between torch's GEMMs) on the CPU, `cpu` (plain PyTorch) for all else.
+A backend is a module with `forward(call, training, kept)` and `backward(call, saved, dy_TD, needs, kept)`:
+`kernels` (Triton) on CUDA, `cpu_native` (C++ between torch's GEMMs) on the CPU, `cpu` (plain PyTorch) for all
+else. `kept` is a dictionary of its own for all calls of the same form.
 """
 
 from __future__ import annotations
@@ -9,13 +10,53 @@ from __future__ import annotations
 import warnings
 from functools import cache
 from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from moebert_kernels import cpu, cpu_native, native
-from moebert_kernels.arguments import Call
+from moebert_kernels.arguments import NUM_TENSORS, Call, Gradients, Saved, check_call
 from moebert_kernels.environment import why_not_triton
+
+_MOST_FORMS = 1024
+
+
+class Form(NamedTuple):
+    """What calls of the same shapes, dtypes, device and options have in common: they fit, and go this way."""
+
+    backend: ModuleType
+    kept: dict[Any, Any]
+
+    def forward(self, call: Call, training: bool) -> tuple[Tensor, Saved]:
+        """y_TD, and what `backward` needs if `training`."""
+        return self.backend.forward(call, training, self.kept)
+
+    def backward(self, call: Call, saved: Saved, dy_TD: Tensor, needs: Gradients) -> Gradients:
+        """The gradients, at least those that `needs` says."""
+        return self.backend.backward(call, saved, dy_TD, needs, self.kept)
+
+
+_forms: dict[tuple[Any, ...], Form] = {}
+
+
+def form_of(call: Call) -> Form:
+    """The form of a call of tensors that have values.
+
+    Raises:
+        ValueError: its arguments do not fit together.
+    """
+    key = (
+        *[None if t is None else (t.shape, t.dtype, t.device) for t in call.tensors],
+        *call[NUM_TENSORS:],
+    )
+    form = _forms.get(key)
+    if form is None:
+        check_call(call)
+        if len(_forms) >= _MOST_FORMS:
+            _forms.clear()
+        form = _forms[key] = Form(choose(call), {})
+    return form
 
 
 def choose(call: Call) -> ModuleType:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from moebert_kernels.activations import activate, activate_backward
 from moebert_kernels.arguments import Call, Gradients, Saved
 
 
-def forward(call: Call, training: bool) -> tuple[Tensor, Saved]:
+def forward(call: Call, training: bool, kept: dict[Any, Any]) -> tuple[Tensor, Saved]:
     """y_TD, and what `backward` needs if `training`; pre-activations in sorted order, z by slot."""
     x_TD, top_k, S = call.x_TD, call.top_k, call.order_S.shape[0]
     z_SD = x_TD.new_zeros(S, x_TD.shape[1])
@@ -34,12 +35,12 @@ def forward(call: Call, training: bool) -> tuple[Tensor, Saved]:
         z_SD.index_copy_(0, slots_R, z_RD)
     if call.ln_w_ED is None:
         y_TD = z_SD if top_k == 1 else z_SD.view(-1, top_k, z_SD.shape[1]).sum(1)
-        return y_TD, Saved(preact_SF, None, None, None)
-    y_TD, mean_S, rstd_S = _norm(call, z_SD)
-    return y_TD, Saved(preact_SF, z_SD, mean_S, rstd_S) if training else Saved(None, None, None, None)
+        return y_TD, Saved(preact_SF, None, None)
+    y_TD, stats_2S = _norm(call, z_SD)
+    return y_TD, Saved(preact_SF, z_SD, stats_2S) if training else Saved(None, None, None)
 
 
-def backward(call: Call, saved: Saved, dy_TD: Tensor, needs: Gradients) -> Gradients:
+def backward(call: Call, saved: Saved, dy_TD: Tensor, needs: Gradients, kept: dict[Any, Any]) -> Gradients:
     """The gradients that `needs` says."""
     dresidual_TD = dln_w_ED = dln_b_ED = dgate_TK = None
     x_TD, top_k, S = call.x_TD, call.top_k, call.order_S.shape[0]
@@ -93,7 +94,7 @@ def backward(call: Call, saved: Saved, dy_TD: Tensor, needs: Gradients) -> Gradi
     return Gradients(dx_TD, *grads, None if call.residual_TD is None else dresidual_TD)
 
 
-def _norm(call: Call, z_SD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _norm(call: Call, z_SD: Tensor) -> tuple[Tensor, Tensor]:
     """y_t = sum_k g_tk * LayerNorm_e(dropout(z_tk) + residual_t), mean and 1/std of each slot."""
     assert call.ln_w_ED is not None
     assert call.ln_b_ED is not None
@@ -102,7 +103,8 @@ def _norm(call: Call, z_SD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     expert_TK = call.expert_ids_TK.clamp(min=0)
     out_TKD = xhat_TKD * call.ln_w_ED[expert_TK] + call.ln_b_ED[expert_TK]
     y_TD = (out_TKD * _gate_of_routed(call, xhat_TKD.dtype)).sum(1).to(call.residual.dtype)
-    return torch.where(_routed_T1(call), y_TD, call.residual), mean.reshape(-1), rstd.reshape(-1)
+    stats_2S = torch.stack((mean.reshape(-1), rstd.reshape(-1)))
+    return torch.where(_routed_T1(call), y_TD, call.residual), stats_2S
 
 
 def _norm_backward(
@@ -110,14 +112,13 @@ def _norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """The gradients of `_norm`: of z, residual, ln_w, ln_b and, where asked for, of the gate."""
     assert saved.z is not None
-    assert saved.mean_S is not None
-    assert saved.rstd_S is not None
+    assert saved.stats_2S is not None
     assert call.ln_w_ED is not None
     assert call.ln_b_ED is not None
     top_k, residual_TD = call.top_k, call.residual
     u_TKD, keep_TKD = _residual_sum(call, saved.z[: call.order_S.shape[0]])
-    rstd_TK1 = saved.rstd_S.view(-1, top_k, 1)
-    xhat_TKD = (u_TKD - saved.mean_S.view(-1, top_k, 1)) * rstd_TK1
+    mean_TK1, rstd_TK1 = saved.stats_2S.view(2, -1, top_k, 1)
+    xhat_TKD = (u_TKD - mean_TK1) * rstd_TK1
     expert_TK = call.expert_ids_TK.clamp(min=0)
     w_TKD = call.ln_w_ED[expert_TK].to(xhat_TKD.dtype)
     dy_T1D = dy_TD.to(xhat_TKD.dtype).unsqueeze(1)

@@ -159,14 +159,15 @@ class MoEFFN(nn.Module):
                 `routing`; shapes do not fit; or `x` has no values, on the meta device.
         """
         check_tensor("x", x)
-        if x.shape[-1:] != (self.hidden_size,):
-            raise ValueError(f"x must end in hidden_size={self.hidden_size}, got shape {tuple(x.shape)}")
-        if x.device.type == "meta":
+        shape = x.shape
+        if not shape or shape[-1] != self.hidden_size:
+            raise ValueError(f"x must end in hidden_size={self.hidden_size}, got shape {tuple(shape)}")
+        if x.is_meta:
             raise ValueError("x must have values to be computed with, got a tensor on the meta device")
         if routing is None:
             routing = self.route(x, input_ids=input_ids, mask=mask)
         else:
-            _check_routing(routing, input_ids=input_ids, mask=mask)
+            _check_routing(routing, input_ids, mask)
         plan, gate_TK = (routing, None) if isinstance(routing, RoutingPlan) else routing[:2]
         dropout_p = self.dropout if self.training else 0.0
         weight_ED, bias_ED = self.layernorm_weight_ED, self.layernorm_bias_ED
@@ -174,7 +175,7 @@ class MoEFFN(nn.Module):
         y_TD = moe_ffn(
             x.reshape(-1, self.hidden_size),
             plan,
-            *self._experts(x.device.type),
+            *self._experts(x),
             gate_TK=gate_TK,
             activation=self.activation,
             norm=norm,
@@ -183,7 +184,7 @@ class MoEFFN(nn.Module):
         )
         if norm is None and dropout_p:
             y_TD = F.dropout(y_TD, dropout_p)
-        return y_TD.view(x.shape)
+        return y_TD.view_as(x)
 
     def route(
         self, x: Tensor, *, input_ids: Tensor | None = None, mask: Tensor | None = None
@@ -239,12 +240,13 @@ class MoEFFN(nn.Module):
         ]
         self._kept = (dtype, casts)
 
-    def _experts(self, device: str) -> list[Any]:
-        """w1, b1, w2 and b2, each by its kept cast where that can be used."""
+    def _experts(self, x: Tensor) -> list[Any]:
+        """w1, b1, w2 and b2, each by its kept cast where that can be used with x."""
         parameters = [self.w1_EFD, self.bias1_EF, self.w2_EDF, self.bias2_ED]
         if self._kept is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return parameters
         dtype, casts = self._kept
+        device = x.device.type
         if not torch.is_autocast_enabled(device) or torch.get_autocast_dtype(device) != dtype:
             return parameters
         return [
@@ -273,14 +275,14 @@ def _rename_former(module: nn.Module, state_dict: dict[str, Any], prefix: str, *
             state_dict[prefix + name] = state_dict.pop(prefix + former)
 
 
-def _check_routing(routing: object, **for_the_router: Tensor | None) -> None:
+def _check_routing(routing: object, input_ids: Tensor | None, mask: Tensor | None) -> None:
     """Refuse what is no decision about one layer, and what its router would have been asked with."""
-    if not isinstance(routing, RoutingPlan | RouterOutput):
+    if not isinstance(routing, RoutingPlan) and not isinstance(routing, RouterOutput):
         found, hint = type(routing).__name__, ""
         if isinstance(routing, tuple | list) and any(isinstance(part, RoutingPlan) for part in routing):
             found = f"a {found} of length {len(routing)}"
             hint = "; RoutingPlan.from_input_ids gives one plan per layer: pass this layer's"
         raise TypeError(f"routing must be a RoutingPlan or a RouterOutput, got {found}{hint}")
-    for name, value in for_the_router.items():
+    for name, value in (("input_ids", input_ids), ("mask", mask)):
         if value is not None:
             raise ValueError(f"{name} goes to the router, which routing replaces: pass one of the two")

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import importlib
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, reduce
+from operator import or_
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -34,14 +36,14 @@ class PlanTensors(NamedTuple):
             call costs several times what building the plans does.
         counts_LE: the slots of each expert.
         offsets_LE1: exclusive prefix sums of the counts; `offsets[E]` is the number of routed slots.
-        num_invalid: 0-dim, the unmasked token ids outside [0, V); None for plans from expert ids, whose only
-            launch on a GPU would otherwise be preceded by another, for a zero.
+        num_invalid: the unmasked token ids outside [0, V), on a GPU 0-dim; None for plans from expert ids,
+            whose only launch on a GPU would otherwise be preceded by another, for a zero.
     """
 
     slots_3LS: Tensor
     counts_LE: Tensor
     offsets_LE1: Tensor
-    num_invalid: Tensor | None
+    num_invalid: Tensor | int | None
 
     @property
     def expert_ids_LS(self) -> Tensor:
@@ -120,6 +122,25 @@ def address(tensor: Tensor | None, device: torch.device = _CPU) -> int:
     return place
 
 
+def addresses_of(
+    tensors: Sequence[Tensor | None], alignment: int = 1
+) -> tuple[Sequence[Tensor | None], list[int]]:
+    """Tensors with their elements in order, from multiples of `alignment` bytes on, and their addresses.
+
+    What is not so is copied; the address of None is 0. Where they lie is not looked at.
+
+    Raises:
+        ValueError: a tensor has lost its memory.
+    """
+    if not all([t is None or t.is_contiguous() for t in tensors]):
+        tensors = [None if t is None else t.contiguous() for t in tensors]
+    addresses = [0 if t is None else t.data_ptr() or address(t, t.device) for t in tensors]
+    if reduce(or_, addresses) % alignment:
+        tensors = [t.clone() if t is not None and t.data_ptr() % alignment else t for t in tensors]
+        addresses = [0 if t is None else t.data_ptr() for t in tensors]
+    return tensors, addresses
+
+
 def build_plans_from_expert_ids(expert_ids_LS: Tensor, num_experts: int) -> PlanTensors | None:
     """Sort the slots of L layers by expert, all layers in one call.
 
@@ -191,8 +212,6 @@ def build_plans_from_input_ids(
     mask_T = None if mask_T is None else mask_T.contiguous()
     device = input_ids_T.device
     plans = _empty_plans(num_layers, num_tokens, num_experts, device)
-    num_invalid = torch.empty((), dtype=torch.int32, device=plans.offsets_LE1.device)
-    plans = plans._replace(num_invalid=num_invalid)
     source = (
         address(input_ids_T, device),
         input_ids_T.element_size(),
@@ -203,8 +222,9 @@ def build_plans_from_input_ids(
     sizes = (num_layers, num_tokens, num_experts)
     if device.type == "cpu":
         threads = torch.get_num_threads()
-        num_invalid.fill_(extension.from_input_ids_cpu(*source, *sizes, *_addresses(plans), threads))
+        num_invalid = extension.from_input_ids_cpu(*source, *sizes, *_addresses(plans), threads)
     else:
+        num_invalid = torch.empty((), dtype=torch.int32, device=device)
         with torch.cuda.device(device):
             workspace = _workspace(extension, sizes, device)
             stream = torch.cuda.current_stream().cuda_stream
@@ -216,7 +236,7 @@ def build_plans_from_input_ids(
                 address(workspace, device),
                 stream,
             )
-    return plans
+    return plans._replace(num_invalid=num_invalid)
 
 
 def _check_tables(input_ids_T: Tensor, tables_LV: Tensor, mask_T: Tensor | None) -> None:
@@ -247,8 +267,11 @@ def _empty_plans(num_layers: int, num_slots: int, num_experts: int, device: torc
 
 
 def _addresses(plans: PlanTensors) -> list[int]:
-    tensors = (*plans.slots_3LS, plans.counts_LE, plans.offsets_LE1)
-    return [address(tensor, plans.slots_3LS.device) for tensor in tensors]
+    slots_3LS, counts_LE, offsets_LE1, _ = plans
+    (_, L, S), device = slots_3LS.shape, slots_3LS.device
+    slots = address(slots_3LS, device)
+    of_slots = [slots + i * L * S * slots_3LS.element_size() for i in range(3)]
+    return [*of_slots, address(counts_LE, device), address(offsets_LE1, device)]
 
 
 def _workspace(extension: Any, sizes: tuple[int, int, int], device: torch.device) -> Tensor:

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, library
 from torch.autograd import forward_ad
 
-from moebert_kernels import backends, cpu_rows
+from moebert_kernels import cpu_rows
 from moebert_kernels.arguments import NUM_TENSORS, Call, Gradients, Saved, check_call, check_kinds
 from moebert_kernels.awaited import when_imported
+from moebert_kernels.backends import Form, form_of
 from moebert_kernels.routing.plan import RoutingPlan
 from moebert_kernels.watchers import unwatched
 
@@ -101,19 +102,19 @@ def moe_ffn(
         float(norm_eps),
         float(dropout_p),
     )
-    check_call(call)
     tensors = call.tensors
-    differentiable: list[Any] = [call[i] for i in _GRADIENT_OF]
-    training = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in differentiable])
+    training = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
     if not ((x_TD.is_cpu or x_TD.is_cuda) and unwatched(tensors)):
+        check_call(call)
         _refuse_tangents(tensors)
         # A trace holds for both, and is compared with one made without gradients.
         return ffn(*call, training and not torch.jit.is_tracing())[0]
+    form = form_of(call)
     if forward_ad._current_level >= 0:
         _refuse_tangents(tensors)
     if training:
-        return _DirectFFN.apply(call, *differentiable)
-    return backends.choose(call).forward(call, False)[0]
+        return _apply(call, form, *[call[i] for i in _GRADIENT_OF])
+    return form.forward(call, False)[0]
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -140,7 +141,7 @@ _GRADIENT_OF = [Call._fields.index(name) for name in Gradients._fields]
 @library.custom_op(
     "moebert_kernels::ffn",
     mutates_args=(),
-    schema=f"({_CALL}, bool training) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({_CALL}, bool training) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def ffn(*arguments: Any) -> tuple[Tensor, ...]:
     """y_TD and the fields of `Saved`, for the arguments of a `Call` and whether to keep them for backward.
@@ -149,7 +150,7 @@ def ffn(*arguments: Any) -> tuple[Tensor, ...]:
     for what is not wanted, and zeros follow what a backend saves up to the most that one of this device may.
     """
     call, training = Call(*arguments[:-1]), arguments[-1]
-    y_TD, saved = backends.choose(call).forward(call, training)
+    y_TD, saved = form_of(call).forward(call, training)
     shapes = _saved_shapes(call, training)
     return y_TD, *(_filled_up(t, *like, call.x_TD) for t, like in zip(saved, shapes, strict=True))
 
@@ -172,7 +173,7 @@ def _saved_shapes(call: Call, training: bool) -> list[tuple[tuple[int, ...], tor
     return [
         ((rows if training else 0, F), call.x_TD.dtype),
         ((rows_of_z if with_norm else 0, D), call.x_TD.dtype),
-        *[((S if with_norm else 0,), stats)] * 2,
+        ((2, S if with_norm else 0), stats),
     ]
 
 
@@ -191,15 +192,15 @@ def _filled_up(tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype
     "moebert_kernels::ffn_backward",
     mutates_args=(),
     schema=(
-        f"({_CALL}, Tensor hidden, Tensor z, Tensor mean_S, Tensor rstd_S, Tensor dy_TD, bool[] needs) "
+        f"({_CALL}, Tensor hidden, Tensor z, Tensor stats_2S, Tensor dy_TD, bool[] needs) "
         f"-> ({', '.join(['Tensor'] * len(_GRADIENT_OF))})"
     ),
 )
 def ffn_backward(*arguments: Any) -> tuple[Tensor, ...]:
     """The fields of `Gradients` for a call of `ffn`; a 0-element tensor for each that `needs` omits."""
-    *of_call, hidden, z, mean_S, rstd_S, dy_TD, needs = arguments
+    *of_call, hidden, z, stats_2S, dy_TD, needs = arguments
     call = Call(*of_call)
-    grads = backends.choose(call).backward(call, Saved(hidden, z, mean_S, rstd_S), dy_TD, Gradients(*needs))
+    grads = form_of(call).backward(call, Saved(hidden, z, stats_2S), dy_TD, Gradients(*needs))
     return tuple(
         grad.to(of_call[i].dtype) if need and grad is not None else call.x_TD.new_empty(0)
         for i, grad, need in zip(_GRADIENT_OF, grads, needs, strict=True)
@@ -208,7 +209,7 @@ def ffn_backward(*arguments: Any) -> tuple[Tensor, ...]:
 
 @ffn_backward.register_fake
 def _(*arguments):
-    *of_call, _hidden, _z, _mean_S, _rstd_S, _dy_TD, needs = arguments
+    *of_call, _hidden, _z, _stats_2S, _dy_TD, needs = arguments
     return tuple(
         of_call[i].new_empty(of_call[i].shape) if need else of_call[0].new_empty(0)
         for i, need in zip(_GRADIENT_OF, needs, strict=True)
@@ -258,26 +259,30 @@ class _DirectFFN(torch.autograd.Function):
     """`ffn` and its backward past the dispatcher."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, *_differentiable: Tensor | None) -> Tensor:
+    def forward(ctx: Any, call: Call, form: Form, *_differentiable: Tensor | None) -> Tensor:
         # With setup_context apart, apply() would look up this function's signature in every call.
-        y_TD, saved = backends.choose(call).forward(call, True)
+        y_TD, saved = form.forward(call, True)
         _save(ctx, call, saved)
+        ctx.form = form
         return y_TD
 
     @staticmethod
     def backward(ctx: Any, dy_TD: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs = Gradients(*ctx.needs_input_grad[1:])
+        needs = Gradients(*ctx.needs_input_grad[2:])
         if dy_TD is None:
-            return None, *[None] * len(needs)
+            return None, None, *[None] * len(needs)
         saved = ctx.saved_tensors
         call = Call(*saved[:NUM_TENSORS], *ctx.options)
         # With create_graph someone may ask for a second derivative: the operator says that it has none.
         if torch.is_grad_enabled() or not unwatched((dy_TD,)):
             grads: Any = ffn_backward(*call, *saved[NUM_TENSORS:], dy_TD, list(needs))
         else:
-            of_forward = Saved(*saved[NUM_TENSORS:])
-            grads = backends.choose(call).backward(call, of_forward, dy_TD, needs)
-        return None, *[grad if need else None for grad, need in zip(grads, needs, strict=True)]
+            grads = ctx.form.backward(call, Saved(*saved[NUM_TENSORS:]), dy_TD, needs)
+        return None, None, *[grad if need else None for grad, need in zip(grads, needs, strict=True)]
+
+
+# Without what `apply` of PyTorch's class does about transforms: there are none.
+_apply = super(torch.autograd.Function, _DirectFFN).apply
 
 
 def _forward_flops(*arguments, out_val=None) -> int:

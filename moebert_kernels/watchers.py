@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-_PLAIN = {Tensor, nn.Parameter, type(None)}
+_PLAIN = frozenset((Tensor, nn.Parameter, type(None)))
 
 
 def unwatched(tensors: Iterable[Tensor | None]) -> bool:
@@ -18,9 +18,9 @@ def unwatched(tensors: Iterable[Tensor | None]) -> bool:
     """
     return (
         not torch.compiler.is_compiling()
-        and {type(t) for t in tensors} <= _PLAIN
+        and _PLAIN.issuperset(map(type, tensors))
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._len_torch_function_stack()
         and torch._C._functorch.peek_interpreter_stack() is None
-        and not torch.jit.is_tracing()
+        and not torch._C._is_tracing()
     )

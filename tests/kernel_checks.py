@@ -12,6 +12,7 @@ and hardly ever 1.5 times that: at N = 32 no further allowance is needed, in any
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +34,15 @@ Errors = dict[tuple[str, int], tuple[float, float]]  # by output and expert: rms
 def send_to(backend: ModuleType, patch: pytest.MonkeyPatch) -> None:
     """Let one backend run every call, on every device."""
     patch.setattr(backends, "choose", lambda _: backend)
+    patch.setattr(backends, "_forms", {})
+
+
+def use_config(config: Any, patch: pytest.MonkeyPatch) -> None:
+    """Let every call of the kernels have this config, and none be repeated as it was with another."""
+    from moebert_kernels.kernels import configs
+
+    patch.setattr(configs, "select", lambda *_: config)
+    patch.setattr(backends, "_forms", {})
 
 
 def call(case: Case, t: dict[str, Tensor], plan: RoutingPlan, **options) -> Tensor:

@@ -25,7 +25,7 @@ def run_cases(*, interpreted: bool = False) -> None:
     import pytest
     import torch
     from cases import Case
-    from kernel_checks import inputs, run, send_to
+    from kernel_checks import inputs, run, send_to, use_config
 
     from moebert_kernels import kernels
     from moebert_kernels.kernels import configs
@@ -46,7 +46,7 @@ def run_cases(*, interpreted: bool = False) -> None:
     tma = large.tma and "--pointers" not in sys.argv
     for config in (large, configs.SAFE):
         config = dataclasses.replace(config, tma=tma and config.tma)
-        configs.select = lambda *_, config=config: config
+        use_config(config, pytest.MonkeyPatch())
         for case in cases:
             run(case, inputs(case, dtype, device), **({"dropout_p": 0.1} if case.norm else {}))
     if not interpreted:

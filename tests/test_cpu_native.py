@@ -96,8 +96,8 @@ def test_values_and_gradients_equal_the_reference(T, sizes, E, K, gate, activati
 
 
 def both_ways(backend, call, dy_TD):
-    y_TD, saved = backend.forward(call, True)
-    return y_TD, backend.backward(call, saved, dy_TD, Gradients(*[True] * 9))
+    y_TD, saved = backend.forward(call, True, {})
+    return y_TD, backend.backward(call, saved, dy_TD, Gradients(*[True] * 9), {})
 
 
 @pytest.mark.parametrize("residual_dtype", [torch.float32, torch.bfloat16])
@@ -146,7 +146,7 @@ def test_dropout_drops_its_share_without_a_pattern():
     call = arguments(t, plan, norm=True, gate=False, dropout_p=0.25, residual=False)
 
     def dropped(seed):
-        y, _ = cpu_native.forward(call._replace(seed=torch.tensor([seed])), False)
+        y, _ = cpu_native.forward(call._replace(seed=torch.tensor([seed])), False, {})
         return (y < 0).float()
 
     mask = dropped(2**61 + 3)

@@ -1,4 +1,4 @@
-"""Launches without Triton's launcher: its private names, what tells forms apart, calls that are repeated.
+"""Launches without Triton's launcher: its private names, calls that are repeated.
 
 No GPU is needed: in the place of a compiled kernel stands a function that gets what the compiled one would,
 addresses and numbers, and runs the interpreter on them.
@@ -6,31 +6,29 @@ addresses and numbers, and runs the interpreter on them.
 
 import ctypes
 import dataclasses
-import itertools
+import gc
+import weakref
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 from cases import Case
-from kernel_checks import call, inputs, leaves, outputs, plan_of, send_to
-from torch.utils._python_dispatch import _disable_current_modes
+from kernel_checks import call, inputs, leaves, outputs, plan_of, send_to, use_config
+from torch.overrides import TorchFunctionMode
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::DeprecationWarning")
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia import driver as nvidia  # noqa: E402
-from triton.compiler import make_backend  # noqa: E402
 from triton.runtime import driver  # noqa: E402
-from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from moebert_kernels import kernels  # noqa: E402
+from moebert_kernels import backends, kernels  # noqa: E402
 from moebert_kernels.kernels import (  # noqa: E402
-    configs,
     direct,
     grouped,
-    launch,
     norm,
     replay,
     rows,
@@ -43,19 +41,16 @@ TENSOR_MAP = object()
 
 @pytest.fixture
 def no_device(monkeypatch):
-    """A driver that encodes descriptors as what it was given, and whose stream is 99."""
+    """A driver that makes of a descriptor what it was given."""
     made = []
 
     def fill(*arguments):
         made.append(arguments)
         return TENSOR_MAP
 
-    fake = SimpleNamespace(
-        utils=SimpleNamespace(fill_tma_descriptor=fill), get_current_stream=lambda device: 99 + device
-    )
+    fake = SimpleNamespace(utils=SimpleNamespace(fill_tma_descriptor=fill), get_current_stream=lambda _: 99)
     before = driver._active
     driver.set_active(fake)
-    monkeypatch.setattr(direct, "current_device", lambda: 0)
     yield made
     driver._active = before
 
@@ -81,23 +76,18 @@ def test_the_c_function_gets_what_triton_would_give_it(described, no_device):
     """Holds the private names of Triton, too: with another Triton this fails before a kernel does."""
     kernel, calls = compiled(described)
     w = torch.zeros(4, 64, 96, dtype=torch.bfloat16)
-    form = direct.direct_form(kernel, [False, False, False, True, True])
-    form((5, 2, 1), [64, direct.Place(w.data_ptr(), w.shape) if described else 128, 3])
     of_triton = TensorDescriptor.from_tensor(w, [1, 64, 32]) if described else 128
-    no_hooks = (None, None, None)
-    kernel.run(5, 2, 1, 99, 7, (4, 1, 0), *no_hooks, 64, of_triton, 3, None, None)
+    kernel.run(5, 2, 1, 99, 7, (4, 1, 0), None, None, None, 64, of_triton, 3, None, None)
+    entry = direct.entry_of(kernel)
+    of_w = [128]
+    if described:
+        shape, strides = of_triton.shape, of_triton.strides
+        of_w = [direct.tensor_map(shape, strides, entry.hows[0], w.data_ptr()), *shape, *strides]
+    entry.function(5, 2, 1, direct.current_stream(0), *entry.fixed, 64, *of_w, 3, None, None)
     assert len(calls) == 2
     assert calls[0] == calls[1]
     if described:
         assert [*map(repr, no_device[0])] == [repr(v) for v in no_device[1]]
-
-
-def test_descriptors_are_encoded_once_for_a_place(no_device):
-    kernel, _ = compiled(True)
-    form = direct.direct_form(kernel, [False, False, False, True, True])
-    for address, shape in ((64, (4, 64, 96)), (64, (4, 64, 96)), (128, (4, 64, 96)), (64, (4, 64, 64))):
-        form((1, 1, 1), [0, direct.Place(address, shape), 0])
-    assert len(no_device) == 3
 
 
 @pytest.mark.parametrize(
@@ -112,7 +102,7 @@ def test_descriptors_are_encoded_once_for_a_place(no_device):
 def test_what_is_not_known_is_left_to_triton(change, no_device):
     kernel, _ = compiled(True)
     change(kernel)
-    assert direct.direct_form(kernel, [False, False, False, True, True]) is None
+    assert direct.entry_of(kernel) is None
 
 
 KERNELS = [
@@ -121,57 +111,6 @@ KERNELS = [
     for name, value in vars(module).items()
     if name.endswith("_kernel") and value.fn.__module__ == module.__name__
 ]
-
-
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.fn.__name__)
-def test_constants_come_last(kernel):
-    """Where they do not, every launch goes through Triton's launcher."""
-    constants = [p.is_constexpr for p in JITFunction(kernel.fn).params]
-    assert constants == sorted(constants)
-
-
-def test_what_triton_compiles_apart_is_kept_apart(no_device):
-    """A form is for dtypes, alignment and divisibility: one started with others would read wrongly."""
-    kernel = JITFunction(grouped.scatter_kernel.fn, do_not_specialize=["num_slots"])
-    binder = create_function_from_signature(
-        kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32))
-    )
-    names = [p.name for p in kernel.params]
-    constants = {p.name: 1 for p in kernel.params if p.is_constexpr}
-    aligned = torch.zeros(4, 32, 32, dtype=torch.bfloat16)
-    tensors = [aligned, aligned.half(), aligned.flatten()[1:], aligned.flatten()[8:], None]
-    described = [direct.Described(aligned, (1, 16, 16)), direct.Described(aligned, (1, 16, 32))]
-    by_key = {}
-    for a, w, gate, number in itertools.product(
-        [*tensors[:-1], direct.Described(aligned[0], (16, 16))],
-        [*tensors[:-1], *described],
-        [*tensors, aligned.float()],
-        [0, 1, 2, 16, 17, 2**31, 2**31 + 16],
-    ):
-        rest = dict.fromkeys(names, aligned) | {"a": a, "w": w, "gate_ptr": gate, "num_slots": number}
-        arguments = rest | constants
-        site = direct._Site(kernel, arguments)
-        key, _ = direct._specialise(site.runtime(arguments), site.constants(arguments))
-        _, specialization, _ = binder(**direct.for_triton(arguments))
-        assert by_key.setdefault(key, specialization) == specialization
-    assert len(by_key) > 100
-
-
-def test_numbers_are_specialised_as_by_triton(no_device):
-    kernel = JITFunction(grouped.gather_kernel.fn, do_not_specialize=["num_slots"])
-    binder = create_function_from_signature(
-        kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32))
-    )
-    x = torch.zeros(32)
-    by_key = {}
-    for stride in (0, 1, 2, 8, 15, 16, 17, 32, 2**31 - 1, 2**31, 2**40):
-        arguments = {p.name: 1 if p.is_constexpr else x for p in kernel.params}
-        arguments |= {"x_stride": stride, "num_slots": 5}
-        site = direct._Site(kernel, arguments)
-        key, _ = direct._specialise(site.runtime(arguments), site.constants(arguments))
-        assert by_key.setdefault(key, binder(**arguments)[1]) == binder(**arguments)[1]
-    assert len(by_key) == 4  # 1, divisible by 16, neither, and wider than 31 bits
-
 
 SQUARE = Tile(16, 16, 16, 4, 2)
 PLAIN = Config(SQUARE, SQUARE, SQUARE, SQUARE, SQUARE)
@@ -185,41 +124,73 @@ def at(address, shape, dtype):
     return torch.frombuffer((ctypes.c_byte * size).from_address(address), dtype=dtype).view(shape)
 
 
+class Watched(TorchFunctionMode):
+    """Sends calls through the operator."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+class Compiled:
+    """In the place of what Triton compiles: functions that take addresses, and what they did.
+
+    Attributes:
+        entries: kernels compiled.
+        starts: kernels started by address.
+        encoded: addresses of which a tensor map was made.
+    """
+
+    def __init__(self):
+        self.entries, self.starts, self.encoded = [], [], []
+
+    def tensor_map(self, shape, strides, how, address):
+        self.encoded.append(address)
+        return address
+
+    def entry(self, kernel, grid, arguments):
+        self.entries.append(kernel.fn.__name__)
+        fixed = ("function", "flags")
+        constants, dtypes, described = {}, {}, {}
+        for name, value in arguments.items():
+            if isinstance(value, TensorDescriptor):
+                described[name] = ([*value.shape], [*value.strides], value.block_shape, value.base.dtype)
+            elif isinstance(value, torch.Tensor):
+                dtypes[name] = value.dtype
+            else:
+                constants[name] = value
+
+        def function(*values):
+            self.starts.append(kernel.fn.__name__)
+            assert values[3:6] == (99, *fixed)
+            left, given = iter(values[6:]), {}
+            for parameter in kernel.params:
+                name, value = parameter.name, next(left)
+                if name in described:
+                    shape, strides, block, dtype = described[name]
+                    assert [next(left) for _ in (*shape, *strides)] == [*shape, *strides]
+                    given[name] = TensorDescriptor(at(value, shape, dtype), shape, strides, block)
+                elif name in dtypes:
+                    given[name] = at(value, (1,), dtypes[name])
+                elif not parameter.is_constexpr:
+                    assert value == constants[name]
+            assert next(left, None) is None
+            kernel[values[:3]](**given, **constants)
+
+        return direct.Entry(function, fixed, [{}] * 2)
+
+
 @pytest.fixture
-def as_if_compiled(interpreter, monkeypatch, no_device):
-    """Kernels count as compiled: from the second launch on a form gets addresses, as on a GPU."""
-    starts = []
-
-    def compile_and_start(kernel, grid, arguments):
-        kernel[grid](**direct.for_triton(arguments))
-        names = [p.name for p in kernel.params if not p.is_constexpr]
-        constants = {name: value for name, value in arguments.items() if name not in names}
-        kinds = {name: arguments[name] for name in names}
-
-        def form(grid, values):
-            starts.append(kernel.fn.__name__)
-            given = {}
-            for (name, kind), value in zip(kinds.items(), values, strict=True):
-                if isinstance(kind, direct.Described):
-                    tensor = at(value.address, tuple(value.shape), kind.tensor.dtype)
-                    given[name] = TensorDescriptor.from_tensor(tensor, list(kind.block))
-                else:
-                    is_tensor = isinstance(kind, torch.Tensor) and value
-                    given[name] = at(value, (1,), kind.dtype) if is_tensor else value
-                    given[name] = None if kind is None else given[name]
-            with _disable_current_modes():  # the interpreter computes in PyTorch; a GPU does not
-                kernel[grid](**given, **constants)
-
-        return form
-
+def as_if_compiled(interpreter, monkeypatch):
+    """Kernels count as compiled: they are started with addresses, as on a GPU."""
+    standing_in = Compiled()
     for kernel in KERNELS:
         monkeypatch.setattr(kernel, "params", JITFunction(kernel.fn).params, raising=False)
-    monkeypatch.setattr(launch, "JITFunction", object)
-    monkeypatch.setattr(direct, "compile_and_start", compile_and_start)
-    monkeypatch.setattr(direct, "_sites", {})
-    monkeypatch.setattr(replay, "_kept", {})
+    monkeypatch.setattr(replay, "_INTERPRETED", False)
+    monkeypatch.setattr(direct, "entry", standing_in.entry)
+    monkeypatch.setattr(direct, "tensor_map", standing_in.tensor_map)
+    monkeypatch.setattr(direct, "current_stream", lambda _: 99)
     send_to(kernels, monkeypatch)
-    return starts
+    return standing_in
 
 
 WITH_NORM = Case(9, D=16, F=16, E=2, norm=True, gate=True)
@@ -232,13 +203,10 @@ REPEATED = {
 
 
 @pytest.mark.parametrize("name", REPEATED)
-def test_repeated_calls_compute_what_the_first_did(name, as_if_compiled, monkeypatch):
-    """Each with data and memory of its own: nothing may be left of the call that was noted."""
+def test_repeated_calls_compute_what_passes_as_written_do(name, as_if_compiled, monkeypatch):
+    """Each with data and memory of its own: nothing may be left of the call that was recorded."""
     case, config, training = REPEATED[name]
-    monkeypatch.setattr(configs, "select", lambda *_: config)
-    made = []
-    again = replay._Pass.again
-    monkeypatch.setattr(replay._Pass, "again", lambda *a: made.append(1) or again(*a))
+    use_config(config, monkeypatch)
 
     def compute(seed):
         t = inputs(case, torch.float32, "cpu", seed=seed)
@@ -250,36 +218,128 @@ def test_repeated_calls_compute_what_the_first_did(name, as_if_compiled, monkeyp
             return {"y": call(case, t, plan)}
 
     results = [compute(seed) for seed in (0, 1, 2, 0)]
-    assert len(made) == (4 if training else 2)  # the first is seen, the second noted
-    monkeypatch.setattr(launch, "JITFunction", JITFunction)
-    monkeypatch.setattr(replay, "_kept", {})
+    assert len(as_if_compiled.starts) == 3 * len(as_if_compiled.entries) > 0
+    monkeypatch.setattr(replay, "_INTERPRETED", True)
     for seed, result in zip((0, 1, 2, 0), results, strict=True):
         for name, value in compute(seed).items():
             assert torch.equal(result[name], value), f"{name} of seed {seed}"
 
 
-def test_what_else_a_pass_does_is_seen(as_if_compiled):
+def test_tensor_maps_are_made_once_for_an_address(as_if_compiled, monkeypatch):
+    """Making one takes longer than starting a kernel; one of another address reads what lies there."""
+    use_config(STREAMED, monkeypatch)
+    monkeypatch.setattr(replay, "_MOST_PLACES", 2)
+    case = Case(9, D=16, F=16, E=2)
+    layers = [inputs(case, torch.float32, "cpu", seed=seed) for seed in range(3)]
+    plan = plan_of(case, "cpu")
+    with torch.no_grad():
+        expected = [call(case, t, plan) for t in layers]
+        assert torch.equal(call(case, layers[2], plan), expected[2])
+        made = len(as_if_compiled.encoded)
+        assert torch.equal(call(case, layers[2], plan), expected[2])
+        assert layers[2]["w2"].data_ptr() in as_if_compiled.encoded[:made]
+        assert layers[2]["w2"].data_ptr() not in as_if_compiled.encoded[made:]
+        for t, y in zip(layers, expected, strict=True):
+            assert torch.equal(call(case, t, plan), y)
+
+
+@pytest.mark.parametrize("form", ["strided", "unaligned"])
+def test_arguments_of_another_layout_are_copied(form, as_if_compiled, monkeypatch):
+    """A kernel is compiled for aligned rows, one after the other."""
+    use_config(PLAIN, monkeypatch)
+    case = Case(9, norm=True, gate=True)
+    t, plan = inputs(case, torch.float32, "cpu"), plan_of(case, "cpu")
+
+    def moved(tensor):
+        wider = torch.zeros(*tensor.shape[:-1], tensor.shape[-1] + 1)
+        flat = torch.zeros(tensor.numel() + 1)
+        other = wider[..., 1:] if form == "strided" else flat[1:].view(tensor.shape)
+        return other.copy_(tensor)
+
+    with torch.no_grad():
+        expected = call(case, t, plan)
+        for _ in range(2):
+            assert torch.equal(
+                call(case, {name: moved(tensor) for name, tensor in t.items()}, plan), expected
+            )
+    assert as_if_compiled.starts
+
+
+@pytest.mark.parametrize("order", [(nullcontext, Watched), (Watched, nullcontext)], ids=["direct", "watched"])
+def test_direct_calls_and_the_operator_have_plans_in_common(order, as_if_compiled, monkeypatch):
+    """The operator returns a 0-element tensor for what it does not keep, a direct call nothing."""
+    use_config(STREAMED, monkeypatch)
+    case = Case(9, D=16, F=16, E=2)  # with norm the operator keeps what suits the CPU's backends
+    t, plan = leaves(inputs(case, torch.float32, "cpu")), plan_of(case, "cpu")
+    expected = outputs(call(case, t, plan), t)
+    backends._forms.clear()
+    for watched in order:
+        for _ in range(2):
+            with watched():
+                found = outputs(call(case, t, plan), t)
+            assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert as_if_compiled.starts
+
+
+def test_a_plan_keeps_no_memory(as_if_compiled, monkeypatch):
+    """Recorded on a call's own tensors, it would keep alive what that call was given."""
+    use_config(STREAMED, monkeypatch)
+    case = Case(9, D=16, F=16, E=2, norm=True)
+    t, plan = inputs(case, torch.float32, "cpu"), plan_of(case, "cpu")
+    kept = [weakref.ref(v.untyped_storage()) for v in t.values()]
+    for _ in range(2):
+        call(case, leaves(t), plan)
+        with torch.no_grad():
+            call(case, t, plan)
+    sizes = [
+        tensor.untyped_storage().nbytes()
+        for form in backends._forms.values()
+        for known in form.kept.values()
+        for tensor in known.forms
+        if tensor is not None
+    ]
+    assert sizes
+    assert not any(sizes)
+    del t
+    gc.collect()
+    assert [storage() for storage in kept] == [None] * len(kept)
+
+
+def test_a_pass_that_computes_outside_of_its_kernels_is_refused(as_if_compiled):
     """A sum in PyTorch between two launches would not be repeated."""
     x = torch.randn(8, 16)
 
-    def with_a_sum(tensors, options, config):
+    def with_a_sum(tensors, options):
         return (rows.over_experts(tensors[0] + 1, 2, torch.float32),)
 
-    def without(tensors, options, config):
+    def without(tensors, options):
         return (rows.over_experts(tensors[0], 2, torch.float32),)
 
-    for pass_, shift in ((with_a_sum, 1), (without, 0)):
-        for _ in range(4):
-            (y,) = replay.repeated(pass_, [x], (), PLAIN)
-            torch.testing.assert_close(y, (x + shift).view(4, 2, 16).sum(1))
-    kept = {key[0].__name__: value for key, (_, value) in replay._kept.items()}
-    assert kept["with_a_sum"] is None
-    assert isinstance(kept["without"], replay._Pass)
+    plans = {}
+    for _ in range(3):
+        (y,) = replay.repeated(without, [x], (), plans)
+        torch.testing.assert_close(y, x.view(4, 2, 16).sum(1))
+    replay.repeated(with_a_sum, [x], (), plans)
+    with pytest.raises(AssertionError, match="aten::add"):
+        replay.repeated(with_a_sum, [x], (), plans)
+
+
+def test_what_only_triton_can_start_is_run_as_written(as_if_compiled, monkeypatch):
+    monkeypatch.setattr(direct, "entry", lambda *_: None)
+    x, plans = torch.randn(8, 16), {}
+
+    def sums(tensors, options):
+        return (rows.over_experts(tensors[0], 2, torch.float32),)
+
+    for _ in range(3):
+        (y,) = replay.repeated(sums, [x], (), plans)
+        torch.testing.assert_close(y, x.view(4, 2, 16).sum(1))
+    assert not as_if_compiled.starts
 
 
 def test_other_values_of_options_are_other_passes(as_if_compiled, monkeypatch):
     """eps goes to the kernel as a number: noted, it would stay what it was."""
-    monkeypatch.setattr(configs, "select", lambda *_: PLAIN)
+    use_config(PLAIN, monkeypatch)
     case = Case(9, norm=True)
     t, plan = inputs(case, torch.float32, "cpu"), plan_of(case, "cpu")
     with torch.no_grad():
@@ -290,7 +350,7 @@ def test_other_values_of_options_are_other_passes(as_if_compiled, monkeypatch):
 
 def test_arguments_that_share_memory_are_told_apart_later(as_if_compiled, monkeypatch):
     """Noted while the residual was x, a call with another residual would still add x."""
-    monkeypatch.setattr(configs, "select", lambda *_: PLAIN)
+    use_config(PLAIN, monkeypatch)
     case = Case(9, norm=True)
     t, plan = inputs(case, torch.float32, "cpu"), plan_of(case, "cpu")
     with torch.no_grad():

@@ -21,6 +21,7 @@ from kernel_checks import (
     reference,
     run,
     send_to,
+    use_config,
 )
 
 # numpy on the NaN of poisoned memory, and on Triton's own index conversions
@@ -31,7 +32,7 @@ import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
 from moebert_kernels import kernels  # noqa: E402
-from moebert_kernels.kernels import configs, launch  # noqa: E402
+from moebert_kernels.kernels import launch  # noqa: E402
 from moebert_kernels.kernels.blocks import activate_with_slope  # noqa: E402
 from moebert_kernels.kernels.configs import Config, Tile  # noqa: E402
 
@@ -46,7 +47,7 @@ STREAMED = Config(WIDE, WIDE, WIDE, WIDE, Tile(16, 32, 16, 4, 2), stream_k=True,
 def through_the_kernels(device, monkeypatch, poisoned_memory):
     """CPU tensors go to the interpreted kernels, and tiles are small enough for small cases to have many."""
     send_to(kernels, monkeypatch)
-    monkeypatch.setattr(configs, "select", lambda *_: PLAIN)
+    use_config(PLAIN, monkeypatch)
 
 
 def test_the_kernels_are_what_runs(device):
@@ -80,7 +81,7 @@ STREAM_CASES = [c for c in CASES if c.T > 0 and c.E <= 4 and not c.norm and c.ac
 @pytest.mark.parametrize("case", STREAM_CASES, ids=str)
 def test_case_streamed_with_descriptors(case, device, monkeypatch):
     """Five programs share the weight gradients of up to a dozen tiles, so that most tiles are cut."""
-    monkeypatch.setattr(configs, "select", lambda *_: STREAMED)
+    use_config(STREAMED, monkeypatch)
     check(case, torch.float32, device)
 
 
@@ -199,7 +200,7 @@ def test_inference_equals_training_bit_for_bit(device):
 
 def test_streamed_gradients_do_not_depend_on_what_ran_before(device, monkeypatch):
     """Shares and workspaces are reused between routings: nothing of the last one may show."""
-    monkeypatch.setattr(configs, "select", lambda *_: STREAMED)
+    use_config(STREAMED, monkeypatch)
     case, other = Case(33, routing="skewed"), Case(33, routing="first empty")
     t, u = inputs(case, torch.float32, device), inputs(other, torch.float32, device, seed=1)
     first = run(case, t)
@@ -229,7 +230,7 @@ def test_an_experts_infinities_stay_with_its_tokens(device, monkeypatch):
     ids_TK = expert_ids(case)
     plan = plan_of(case, device)
     for config in (PLAIN, STREAMED):
-        monkeypatch.setattr(configs, "select", lambda *_, config=config: config)
+        use_config(config, monkeypatch)
         with torch.no_grad():
             finite_T = call(case, t, plan).isfinite().all(1)
         assert finite_T.cpu().equal(ids_TK[:, 0] != 1)

@@ -29,8 +29,8 @@ def mask_of(call, seed):
     z_SD, residual_TD, rest = call
     seed = torch.tensor([seed], device=z_SD.device)
     dy_TD = torch.randn(T, D, generator=torch.Generator().manual_seed(1)).to(z_SD.device)
-    _, mean_S, rstd_S = expert_norm_forward(z_SD, residual_TD, *rest, seed, 1e-12, P)
-    dz_SD, *_ = expert_norm_backward(dy_TD, z_SD, residual_TD, mean_S, rstd_S, *rest, seed, P, False)
+    _, stats_2S = expert_norm_forward(z_SD, residual_TD, *rest, seed, 1e-12, P)
+    dz_SD, *_ = expert_norm_backward(dy_TD, z_SD, residual_TD, stats_2S, *rest, seed, P, False)
     return (dz_SD != 0).float() / (1 - P)
 
 
@@ -38,11 +38,11 @@ def test_forward_and_backward_draw_the_same_mask(call):
     z_SD, residual_TD, rest = call
     seed = 2**40 + 3
     keep_SD = mask_of(call, seed)
-    y, mean, rstd = expert_norm_forward(
+    y, stats = expert_norm_forward(
         z_SD, residual_TD, *rest, torch.tensor([seed], device=z_SD.device), 1e-12, P
     )
     expected = expert_norm_forward(z_SD * keep_SD, residual_TD, *rest, None, 1e-12, 0.0)
-    for a, b in zip((y, mean, rstd), expected, strict=True):
+    for a, b in zip((y, stats), expected, strict=True):
         torch.testing.assert_close(a, b)
 
 

@@ -8,6 +8,8 @@
     ffn.py       what the experts' passes launch
     backend.py   experts and norm together: what `backends` calls
     launch.py    how kernels are started
+    replay.py    calls whose shapes come again
+    direct.py    what Triton's launcher calls in the end
     configs.py   the tuning table
     inspect.py   what the table compiles to, read without a GPU
 

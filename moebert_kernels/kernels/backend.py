@@ -1,4 +1,7 @@
-"""The operator on CUDA: the experts' kernels and the norm's together, under the signature of all backends."""
+"""The operator on CUDA: the experts' kernels and the norm's together, under the signature of all backends.
+
+A pass goes by shapes, dtypes and options alone: see `replay`.
+"""
 
 from __future__ import annotations
 
@@ -15,56 +18,53 @@ from moebert_kernels.kernels.norm import expert_norm_backward, expert_norm_forwa
 from moebert_kernels.kernels.replay import Results, repeated
 
 
-def forward(call: Call, training: bool) -> tuple[Tensor, Saved]:
+def forward(call: Call, training: bool, kept: dict[Any, Any]) -> tuple[Tensor, Saved]:
     """y_TD, and what `backward` needs if `training`; activations and slopes in sorted order, z by slot."""
-    y_TD, *saved = repeated(_forward, call.tensors, (training, *call[NUM_TENSORS:]), _config(call))
+    y_TD, *saved = repeated(_forward, call.tensors, (training, *call[NUM_TENSORS:]), kept)
     return y_TD, Saved(*saved)  # type: ignore[return-value]
 
 
-def backward(call: Call, saved: Saved, dy_TD: Tensor, needs: Gradients) -> Gradients:
+def backward(call: Call, saved: Saved, dy_TD: Tensor, needs: Gradients, kept: dict[Any, Any]) -> Gradients:
     """The gradients, at least those that `needs` says."""
     tensors = (*call.tensors, *saved, dy_TD)
-    grads = Gradients(*repeated(_backward, tensors, (needs, *call[NUM_TENSORS:]), _config(call)))
-    if call.residual_TD is not None or grads.residual_TD is None:
-        return grads
-    if grads.x_TD is not None:
-        grads.x_TD.add_(grads.residual_TD)
-    return grads._replace(residual_TD=None)
+    return Gradients(*repeated(_backward, tensors, (needs, *call[NUM_TENSORS:]), kept))
 
 
 def _config(call: Call) -> Config:
     return configs.select(call.x_TD.device, call.x_TD.dtype, call.order_S.shape[0], call.w1_EFD.shape[0])
 
 
-def _forward(tensors: Sequence[Any], options: tuple[Any, ...], config: Config) -> Results:
+def _forward(tensors: Sequence[Any], options: tuple[Any, ...]) -> Results:
     training, *rest = options
     call = Call(*tensors, *rest)
     with_norm = call.ln_w_ED is not None
-    y, hidden = expert_ffn_forward(*[call.x_TD, *_experts(call), with_norm, training, config])
+    y, hidden = expert_ffn_forward(*[call.x_TD, *_experts(call), with_norm, training, _config(call)])
     kept = hidden if training else None
     if not with_norm:
-        return y, kept, None, None, None
+        return y, kept, None, None
     of_norm = [*_norm(call), call.seed, call.norm_eps, call.dropout_p]
-    y_TD, mean_S, rstd_S = expert_norm_forward(*[y, call.residual, *of_norm])
-    return (y_TD, kept, y, mean_S, rstd_S) if training else (y_TD, None, None, None, None)
+    y_TD, stats_2S = expert_norm_forward(*[y, call.residual, *of_norm])
+    return (y_TD, kept, y, stats_2S) if training else (y_TD, None, None, None)
 
 
-def _backward(tensors: Sequence[Any], options: tuple[Any, ...], config: Config) -> Results:
+def _backward(tensors: Sequence[Any], options: tuple[Any, ...]) -> Results:
     needs, *rest = options
     call, saved, dy = Call(*tensors[:NUM_TENSORS], *rest), Saved(*tensors[NUM_TENSORS:-1]), tensors[-1]
     with_norm = call.ln_w_ED is not None
     dresidual_TD = dln_w_ED = dln_b_ED = dgate_TK = None
     if with_norm:
-        of_norm = [saved.z, call.residual, saved.mean_S, saved.rstd_S, *_norm(call), call.seed]
+        of_norm = [saved.z, call.residual, saved.stats_2S, *_norm(call), call.seed]
         grads = expert_norm_backward(*[dy, *of_norm, call.dropout_p, needs.gate_TK])
         dy, dresidual_TD, dln_w_ED, dln_b_ED, dgate_TK = grads
     wanted = [*needs[:5], needs.gate_TK and not with_norm]
     experts: Sequence[Tensor | None] = [None] * 6
     if any(wanted):
         of_forward = [call.x_TD, saved.hidden, *_experts(call)]
-        experts = expert_ffn_backward(*[dy, *of_forward, with_norm, wanted, config])
+        plus_TD = dresidual_TD if call.residual_TD is None else None
+        experts = expert_ffn_backward(*[dy, *of_forward, with_norm, wanted, _config(call), plus_TD])
     *of_experts, dgate_of_z = (grad if need else None for grad, need in zip(experts, wanted, strict=True))
     dgate_TK = dgate_TK if with_norm and needs.gate_TK else dgate_of_z
+    dresidual_TD = None if call.residual_TD is None else dresidual_TD
     return *of_experts, dgate_TK, dln_w_ED, dln_b_ED, dresidual_TD
 
 

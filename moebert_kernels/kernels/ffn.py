@@ -1,4 +1,4 @@
-"""`expert_ffn` and its backward on CUDA tensors: allocate, choose the config, launch. See `ops` for both.
+"""The experts' two GEMMs and their backward on CUDA tensors: allocate, choose the config, launch.
 
 Nothing here reads a device value on the host: grids and workspaces follow from shapes alone.
 """
@@ -40,7 +40,7 @@ def expert_ffn_forward(
     training: bool,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `ops.expert_ffn`."""
+    """y_TD, or with `per_slot` each slot's output [S, D]; if `training`, activations and slopes [2 S, F]."""
     S = order_S.shape[0]
     E, F, D = w1_EFD.shape
     config = config or configs.select(x_TD.device, x_TD.dtype, S, E)
@@ -92,8 +92,12 @@ def expert_ffn_backward(
     per_slot: bool,
     needs: list[bool],
     config: Config | None = None,
+    plus_TD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See `ops.expert_ffn_backward`."""
+    """The gradients of x, w1, b1, w2, b2 and gate, 0 elements for each that is not needed.
+
+    `plus_TD`, contiguous, is what x gets from elsewhere.
+    """
     need_x, need_w1, need_b1, need_w2, need_b2, need_gate = needs
     S = order_S.shape[0]
     E, F, D = w1_EFD.shape
@@ -162,7 +166,7 @@ def expert_ffn_backward(
                 config.tma,
                 config.up_backward,
             )
-            dx_TD = over_experts(dx_SD, top_k, x_TD.dtype)
+            dx_TD = over_experts(dx_SD, top_k, x_TD.dtype, plus_TD)
         dgate_TK = None
         if need_gate:
             dgate_TK = dy.new_empty(S // top_k, top_k, dtype=torch.float32)

@@ -283,11 +283,11 @@ def launches(
         order, *_, gate, _, _, _ = of_call = call(T)
         _, hidden = ffn.expert_ffn_forward(x, *[*of_call, variant.training, config])
         norm_call = (ids, order, offsets, ln, ln, gate, seed if variant.training else None)
-        _, mean, rstd = norm.expert_norm_forward(z, x, *norm_call, 1e-12, 0.1 * variant.training)
+        _, stats = norm.expert_norm_forward(z, x, *norm_call, 1e-12, 0.1 * variant.training)
         if variant.training:
             needs = [True, True, variant.bias, True, variant.bias, variant.gate]
             ffn.expert_ffn_backward(x, x, hidden, *[*of_call, needs, config])
-            norm.expert_norm_backward(x, z, x, mean, rstd, *norm_call, 0.1, variant.gate)
+            norm.expert_norm_backward(x, z, x, stats, *norm_call, 0.1, variant.gate)
     return record
 
 

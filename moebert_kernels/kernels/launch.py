@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
@@ -10,10 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
-from triton.runtime import JITFunction
-
-from moebert_kernels.kernels import direct
-from moebert_kernels.kernels.direct import Described, for_triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 class Launch(NamedTuple):
@@ -24,35 +22,39 @@ class Launch(NamedTuple):
     arguments: dict[str, Any]
 
 
-_record: list[Launch] | None = None
+class _Recorder(threading.local):
+    """Where this thread notes launches; None where it runs them."""
+
+    record: list[Launch] | None = None
+
+
+_recorder = _Recorder()
 
 
 @contextmanager
 def recorded() -> Iterator[list[Launch]]:
-    """Inside, kernels are not run but noted, in order. With meta tensors this needs no device."""
-    global _record
-    before, _record = _record, []
+    """Inside, this thread's kernels are not run but noted, in order. Meta tensors need no device."""
+    record: list[Launch] = []
+    before, _recorder.record = _recorder.record, record
     try:
-        yield _record
+        yield record
     finally:
-        _record = before
+        _recorder.record = before
 
 
 def is_recording() -> bool:
-    """Whether kernels are noted in the place of being run."""
-    return _record is not None
+    """Whether this thread's kernels are noted in the place of being run."""
+    return _recorder.record is not None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
     """Start `kernel` on the current stream unless its grid is empty."""
     if 0 in grid:
         return
-    if _record is not None:
-        _record.append(Launch(kernel, grid, for_triton(arguments)))
-    elif isinstance(kernel, JITFunction):
-        direct.start(kernel, grid, arguments)
-    else:  # interpreted
-        kernel[grid](**for_triton(arguments))
+    if _recorder.record is not None:
+        _recorder.record.append(Launch(kernel, grid, arguments))
+    else:
+        kernel[grid](**arguments)
 
 
 _HERE: AbstractContextManager[None] = nullcontext()
@@ -85,12 +87,12 @@ def descriptor_fits(tensor: Tensor) -> bool:
     )
 
 
-def describe(tensor: Tensor, *block: int) -> Described:
+def describe(tensor: Tensor, *block: int) -> TensorDescriptor:
     """A TMA descriptor, passed by value at launch: it is captured in a CUDA graph like any argument."""
-    return Described(tensor, block)
+    return TensorDescriptor.from_tensor(tensor, list(block))
 
 
-def weight(w: Tensor, tma: bool, *block: int) -> tuple[Tensor | Described, bool]:
+def weight(w: Tensor, tma: bool, *block: int) -> tuple[Tensor | TensorDescriptor, bool]:
     """An expert weight [E, *, *] as kernels take it, and whether it is a descriptor of [1, *block] tiles."""
     if tma and descriptor_fits(w):
         return describe(w, 1, *block), True

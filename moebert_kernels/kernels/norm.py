@@ -35,12 +35,12 @@ def expert_norm_forward(
     seed: Tensor | None,
     eps: float,
     dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See `ops.expert_norm`."""
+) -> tuple[Tensor, Tensor]:
+    """y_TD, and mean and 1/std of each slot as [2, S]."""
     (S, D), (T, K) = z_SD.shape, expert_ids_TK.shape
     residual_TD = with_contiguous_rows(residual_TD)
     y_TD = residual_TD.new_empty(T, D)
-    mean_S, rstd_S = (z_SD.new_empty(S, dtype=torch.float32) for _ in range(2))
+    stats_2S = z_SD.new_empty(2, S, dtype=torch.float32)
     with on_device_of(z_SD):
         launch(
             norm_kernel,
@@ -54,23 +54,21 @@ def expert_norm_forward(
             gate_ptr=None if gate_TK is None else gate_TK.contiguous(),
             seed_ptr=seed,
             y_ptr=y_TD,
-            mean_ptr=mean_S,
-            rstd_ptr=rstd_S,
+            stats_ptr=stats_2S,
             eps=eps,
             dropout_p=dropout_p,
             D=D,
             TOP_K=K,
             **_row(D),
         )
-    return y_TD, mean_S, rstd_S
+    return y_TD, stats_2S
 
 
 def expert_norm_backward(
     dy_TD: Tensor,
     z_SD: Tensor,
     residual_TD: Tensor,
-    mean_S: Tensor,
-    rstd_S: Tensor,
+    stats_2S: Tensor,
     expert_ids_TK: Tensor,
     order_S: Tensor,
     offsets_E1: Tensor,
@@ -81,7 +79,7 @@ def expert_norm_backward(
     dropout_p: float,
     need_gate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See `ops.expert_norm_backward`."""
+    """The gradients of z by slot, of residual, ln_w and ln_b, and of the gate (0 elements if not needed)."""
     (S, D), (T, K), E = z_SD.shape, expert_ids_TK.shape, ln_w_ED.shape[0]
     residual_TD, dy_TD = with_contiguous_rows(residual_TD), with_contiguous_rows(dy_TD)
     block = _rows_per_program(S, configs.multiprocessors(z_SD.device))
@@ -89,8 +87,8 @@ def expert_norm_backward(
     dz_SD = torch.empty_like(z_SD, memory_format=torch.contiguous_format)
     # Rounded once: after the sum over a token's experts.
     du_SD = residual_TD.new_empty(S, D, dtype=residual_TD.dtype if K == 1 else torch.float32)
-    dgate_TK = mean_S.new_empty((T, K) if need_gate else 0)
-    shares = mean_S.new_empty(2, tiles, D)
+    dgate_TK = stats_2S.new_empty((T, K) if need_gate else 0)
+    shares = stats_2S.new_empty(2, tiles, D)
     offsets_E1 = offsets_E1.contiguous()
     with on_device_of(z_SD):
         launch(
@@ -101,8 +99,7 @@ def expert_norm_backward(
             z_ptr=z_SD.contiguous(),
             residual_ptr=residual_TD,
             residual_stride=residual_TD.stride(0),
-            mean_ptr=mean_S,
-            rstd_ptr=rstd_S,
+            stats_ptr=stats_2S,
             expert_ids_ptr=expert_ids_TK.contiguous(),
             order_ptr=order_S.contiguous(),
             ln_w_ptr=ln_w_ED.contiguous(),
@@ -151,8 +148,7 @@ def norm_kernel(
     gate_ptr,  # [T, TOP_K], or None for 1 / TOP_K
     seed_ptr,  # [1] int64, or None without dropout
     y_ptr,  # out: [T, D]
-    mean_ptr,  # out: [S]
-    rstd_ptr,  # out: [S]
+    stats_ptr,  # out: [2, S], mean and 1 / std
     eps,
     dropout_p,
     D: tl.constexpr,
@@ -163,6 +159,7 @@ def norm_kernel(
     token = tl.program_id(0).to(tl.int64)
     cols_D = tl.arange(0, BLOCK_D)
     live_D = cols_D < D
+    rstd_ptr = stats_ptr + tl.num_programs(0).to(tl.int64) * TOP_K
     residual_D = tl.load(residual_ptr + token * residual_stride + cols_D, mask=live_D, other=0.0)
     y_D = tl.zeros((BLOCK_D,), tl.float32)
     routed = 0
@@ -180,7 +177,7 @@ def norm_kernel(
             ln_w_D = tl.load(ln_w_ptr + expert * D + cols_D, mask=live_D, other=0.0).to(tl.float32)
             ln_b_D = tl.load(ln_b_ptr + expert * D + cols_D, mask=live_D, other=0.0).to(tl.float32)
             y_D += _gate(gate_ptr, slot, TOP_K) * (centred_D * rstd * ln_w_D + ln_b_D)
-        tl.store(mean_ptr + slot, mean)
+        tl.store(stats_ptr + slot, mean)
         tl.store(rstd_ptr + slot, rstd)
     y_D = tl.where(routed == 1, y_D, residual_D.to(tl.float32))
     tl.store(y_ptr + token * D + cols_D, y_D.to(y_ptr.dtype.element_ty), mask=live_D)
@@ -193,8 +190,7 @@ def norm_backward_kernel(
     z_ptr,  # [S, D] by slot
     residual_ptr,  # [T, D], rows residual_stride apart
     residual_stride,
-    mean_ptr,  # [S]
-    rstd_ptr,  # [S]
+    stats_ptr,  # [2, S], mean and 1 / std
     expert_ids_ptr,  # [T, TOP_K]
     order_ptr,  # [S]
     offsets_ptr,  # [E + 1]
@@ -246,8 +242,8 @@ def norm_backward_kernel(
         token = slot // TOP_K
         residual_D = tl.load(residual_ptr + token * residual_stride + cols_D, mask=live_D, other=0.0)
         u_D, keep_D = _residual_sum(z_ptr, residual_D, seed_ptr, dropout_p, slot, cols_D, live_D, D, BLOCK_D)
-        rstd = tl.load(rstd_ptr + slot)
-        xhat_D = tl.where(live_D, (u_D - tl.load(mean_ptr + slot)) * rstd, 0.0)
+        rstd = tl.load(stats_ptr + num_slots + slot)
+        xhat_D = tl.where(live_D, (u_D - tl.load(stats_ptr + slot)) * rstd, 0.0)
         dy_D = tl.load(dy_ptr + token * dy_stride + cols_D, mask=live_D, other=0.0).to(tl.float32)
         if dgate_ptr is not None:
             tl.store(dgate_ptr + slot, tl.sum((xhat_D * ln_w_D + ln_b_D) * dy_D, 0))

@@ -11,9 +11,9 @@ from moebert_kernels.kernels.blocks import find_rows
 from moebert_kernels.kernels.launch import ceil_div, groups_of, launch
 
 
-def over_experts(z_SD: Tensor, top_k: int, dtype: torch.dtype) -> Tensor:
-    """The sum over each token's slots [T, D]; the slots themselves if there is one per token."""
-    if top_k == 1 and z_SD.dtype == dtype:
+def over_experts(z_SD: Tensor, top_k: int, dtype: torch.dtype, plus_TD: Tensor | None = None) -> Tensor:
+    """The sum over each token's slots and `plus_TD`, [T, D]; the slots themselves if nothing is to add."""
+    if top_k == 1 and z_SD.dtype == dtype and plus_TD is None:
         return z_SD
     T, D = z_SD.shape[0] // top_k, z_SD.shape[1]
     y_TD = z_SD.new_empty(T, D, dtype=dtype)
@@ -21,6 +21,7 @@ def over_experts(z_SD: Tensor, top_k: int, dtype: torch.dtype) -> Tensor:
         sum_slots_kernel,
         (T, ceil_div(D, 1024)),
         z_ptr=z_SD,
+        plus_ptr=plus_TD,
         y_ptr=y_TD,
         D=D,
         TOP_K=top_k,
@@ -67,17 +68,20 @@ def over_tiles(
 @triton.jit
 def sum_slots_kernel(
     z_ptr,  # [T * TOP_K, D] by slot
+    plus_ptr,  # [T, D], or None
     y_ptr,  # out: [T, D]
     D: tl.constexpr,
     TOP_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """y[t] = sum over k of z[t * TOP_K + k], in the order of k. Grid: (T, column tiles)."""
+    """y[t] = sum over k of z[t * TOP_K + k], in the order of k, + plus[t]. Grid: (T, column tiles)."""
     token = tl.program_id(0).to(tl.int64)
     cols_D = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     sum_D = tl.zeros((BLOCK_D,), tl.float32)
     for k in tl.static_range(TOP_K):
         sum_D += tl.load(z_ptr + (token * TOP_K + k) * D + cols_D, mask=cols_D < D, other=0.0).to(tl.float32)
+    if plus_ptr is not None:
+        sum_D += tl.load(plus_ptr + token * D + cols_D, mask=cols_D < D, other=0.0).to(tl.float32)
     tl.store(y_ptr + token * D + cols_D, sum_D.to(y_ptr.dtype.element_ty), mask=cols_D < D)
 
 

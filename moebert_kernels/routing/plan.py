@@ -130,7 +130,7 @@ class RoutingPlan:
         slots_3LT, offsets_LE1 = from_input_ids(
             input_ids.reshape(-1).to(torch.promote_types(input_ids.dtype, torch.int32)),
             tables_LV.to(torch.int32),
-            None if mask is None else mask.reshape(-1) != 0,
+            None if mask is None else (mask if mask.dtype == torch.bool else mask != 0).reshape(-1),
             num_experts,
         )
         return _per_layer(slots_3LT, offsets_LE1, top_k=1)
@@ -146,6 +146,7 @@ def _check_ids(name: str, ids: Tensor) -> Tensor:
 
 def _per_layer(slots_3LS: Tensor, offsets_LE1: Tensor, top_k: int) -> tuple[RoutingPlan, ...]:
     expert_ids_LS, order_LS, inverse_LS = slots_3LS.unbind()
-    expert_ids_LTK = expert_ids_LS.unflatten(1, (expert_ids_LS.shape[1] // top_k, top_k))
+    L, S = expert_ids_LS.shape
+    expert_ids_LTK = expert_ids_LS.view(L, S // top_k, top_k)
     layers = (expert_ids_LTK, order_LS, inverse_LS, offsets_LE1)
     return tuple(RoutingPlan(*layer) for layer in zip(*(t.unbind() for t in layers), strict=True))

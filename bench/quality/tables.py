@@ -285,14 +285,15 @@ def _provenance(records: Sequence[Record], tasks: Sequence[str], has_intervals: 
     for task in tasks:
         of_task = [record for record in records if record["task"] == task]
         record = of_task[0]
-        seeds = len({r["seed"] for r in of_task})
+        counts = sorted({len(select(of_task, task, name)) for name in contenders_of(of_task)})
+        seeds = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
         students = ""
         if record["training"] is not None:
             epochs, num_rows = record["budget"]["training"]["epochs"], record["training"]["rows"]
             students = f", students {epochs:g} on {num_rows:,} rows"
         parts.append(
             f"{task} ({record['metric']}): teacher {record['teacher_budget']['epochs']:g} epochs{students}, "
-            f"{record['validation_rows']:,} to validate, {seeds} seed{'s' if seeds > 1 else ''}"
+            f"{record['validation_rows']:,} to validate, {seeds} seed{'' if seeds == '1' else 's'}"
         )
     budget, environment = records[0]["budget"], records[0]["environment"]
     how = []

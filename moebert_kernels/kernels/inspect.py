@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -246,7 +246,9 @@ class Variant:
 
 
 FULL = Variant()
-VARIANTS = tuple(Variant(*choice) for choice in product((True, False), repeat=4))
+ALIGNED = tuple(Variant(*choice) for choice in product((True, False), repeat=3))
+UNALIGNED = tuple(replace(variant, aligned=False) for variant in ALIGNED)
+VARIANTS = ALIGNED + UNALIGNED
 
 
 def launches(

@@ -182,8 +182,8 @@ def tables(found: dict[str, Any]) -> str:
     ]
     ours = {stage: spent for stage, spent in found["stages"].items() if "narrow" not in stage}
     for stage in ours:
-        cells = " | ".join(f"{stages[stage]['seconds']:.1f}" for stages in (ours, base["stages"]))
-        lines.append(f"| {stage} | {cells} |")
+        both = " | ".join(f"{stages[stage]['seconds']:.1f}" for stages in (ours, base["stages"]))
+        lines.append(f"| {stage} | {both} |")
     totals = [sum(stage["seconds"] for stage in stages.values()) for stages in (ours, base["stages"])]
     lines.append(f"| **all** | **{totals[0]:.0f}** | **{totals[1]:.0f}** |")
     lines += [

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from moebert_kernels.export.rows import Layout
+from moebert_kernels.export.rows import Grid, Layout
 from moebert_kernels.models.families import Family
 
 
@@ -71,14 +71,14 @@ class Batch(NamedTuple):
     """What the attention of all layers shares.
 
     Attributes:
-        batch_size: B.
-        length: S.
+        grid: its sizes.
+        block_TH: see `Grid.context_blocks`.
         mask_B11S: 0 at real tokens and a very negative number at padding, added to scores.
         relative: what `RelativePositions` gives, for families that have them.
     """
 
-    batch_size: Any
-    length: Any
+    grid: Grid
+    block_TH: Tensor
     mask_B11S: Tensor
     relative: tuple[Tensor, ...]
 
@@ -108,17 +108,17 @@ class Attention(nn.Module):
 
     def forward(self, x_ND: Tensor, before: Layout, after: Layout, batch: Batch) -> Tensor:
         """Apply to rows in the order `before`; the result is in the order `after`."""
-        B, S, H = batch.batch_size, batch.length, self.num_heads
-        qkv_T3D = self.qkv(x_ND).index_select(0, before.row_T)
-        qkv_B3HSd = qkv_T3D.view(B, S, 3 * H, self.head_size).transpose(1, 2)
-        q_BHSd, k_BHSd, v_BHSd = qkv_B3HSd.split(H, dim=1)
+        (B, S, H), d = batch.grid, self.head_size
+        blocks = self.qkv(x_ND).view(-1, d)
+        assert before.heads is not None
+        q_BHSd, k_BHSd, v_BHSd = (blocks.index_select(0, of_P).view(B, H, S, d) for of_P in before.heads)
         scores_BHSS = torch.matmul(q_BHSd, k_BHSd.transpose(2, 3)) + batch.mask_B11S
         bias = self.bias(q_BHSd, k_BHSd, batch)
         if bias is not None:
             scores_BHSS = scores_BHSS + bias
-        context_BHSd = torch.matmul(scores_BHSS.softmax(-1), v_BHSd)
-        context_TD = context_BHSd.transpose(1, 2).reshape(-1, H * self.head_size)
-        context_ND = context_TD.index_select(0, after.place_N)
+        context = torch.matmul(scores_BHSS.softmax(-1), v_BHSd).view(-1, d)
+        block_NH = batch.block_TH.index_select(0, after.place_N)
+        context_ND = nn.functional.embedding(block_NH, context).flatten(1)
         return self.norm(self.output(context_ND) + before.ordered_as(after, x_ND))
 
     def bias(self, q_BHSd: Tensor, k_BHSd: Tensor, batch: Batch) -> Tensor | None:
@@ -147,7 +147,7 @@ class DisentangledAttention(Attention):
         """See `Attention`."""
         bias = None
         c2p_SS, p2c_SS = batch.relative
-        B, S = batch.batch_size, batch.length
+        B, S, _ = batch.grid
         if self.key_Hdp is not None:
             scores = torch.matmul(q_BHSd, self.key_Hdp)
             bias = scores.gather(3, c2p_SS.expand(B, self.num_heads, S, S))

@@ -18,9 +18,10 @@ from transformers import PreTrainedModel
 from moebert_kernels.activations import activate
 from moebert_kernels.errors import UserError
 from moebert_kernels.export.attention import Attention, Batch, DisentangledAttention, Linear
+from moebert_kernels.export.embeddings import Embeddings
 from moebert_kernels.export.operator import sorted_experts
 from moebert_kernels.export.positions import RelativeBias, RelativeNumbers
-from moebert_kernels.export.rows import Layout, Sorted, rank_by_expert, real_rows, sort_by_hash
+from moebert_kernels.export.rows import Grid, Layout, Sorted, rank_by_expert, real_rows, sort_by_hash
 from moebert_kernels.layer import MoEFFN
 from moebert_kernels.models import is_moe, max_tokens
 from moebert_kernels.models.families import Family, dense_ffn, find_base
@@ -28,8 +29,8 @@ from moebert_kernels.models.modeling import MoEPreTrainedModel
 from moebert_kernels.routing import SentenceGate
 
 # Added to scores at padding, whose keys are copies of the sequence's first (`Layout`): e^-60 of its weight is
-# far below what float32 adds to 1, and no denormal number, which the usual least float makes of padding's weights
-# and CPUs take ten times as long for. Relative positions move copies apart, by no more than `spread`.
+# far below what float32 adds to 1, and no denormal number, which the usual least float makes and CPUs take
+# ten times as long for. Relative positions move copies apart, by no more than `spread`.
 PADDING_SCORE = -60.0
 
 
@@ -125,8 +126,8 @@ class GatedExperts(nn.Module):
         """The K most probable experts' probabilities and numbers, [N, K]."""
         if not self.by_sentence:
             return self.gate(x_ND).softmax(-1).topk(self.top_k, dim=-1)
-        sentence_N = layout.place_N // batch.length
-        of_BN = (sentence_N == torch.arange(batch.batch_size).unsqueeze(1)).to(x_ND.dtype)
+        sentence_N = layout.place_N // batch.grid.length
+        of_BN = (sentence_N == torch.arange(batch.grid.batch_size).unsqueeze(1)).to(x_ND.dtype)
         mean_BD = torch.matmul(of_BN, x_ND) / of_BN.sum(1, keepdim=True).clamp(min=1)
         prob_BK, expert_BK = self.gate(mean_BD).softmax(-1).topk(self.top_k, dim=-1)
         return prob_BK.index_select(0, sentence_N), expert_BK.index_select(0, sentence_N)
@@ -157,11 +158,9 @@ class RowEncoder(nn.Module):
         base: Any
         base, family = base_of(model)
         config = base.config
+        self.num_heads = config.num_attention_heads
         encoder: Any = getattr(base, family.encoder_name)
-        self.embeddings = copy.deepcopy(base.embeddings)  # the model keeps its own, and its mode
-        self.project = copy.deepcopy(getattr(base, "embeddings_project", None))  # ELECTRA's
-        self.padding_id = base.embeddings.padding_idx if family.skips_positions else None
-        self.has_token_types = getattr(self.embeddings, "token_type_embeddings", None) is not None
+        self.embeddings = Embeddings(base, family)
         self.positions: Any = _relative_positions(encoder, config)
         self.attentions = nn.ModuleList(_attentions(encoder, family, config))
         self.convolution = copy.deepcopy(getattr(encoder, "conv", None))  # of the larger DeBERTas
@@ -184,14 +183,15 @@ class RowEncoder(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None) -> Encoded:
         """Encode; arguments are int64 [B, S]."""
-        (B, S), real = input_ids.shape, real_rows(attention_mask)
+        (B, S), real = attention_mask.shape, real_rows(attention_mask)
         masked = PADDING_SCORE if self.positions is None else PADDING_SCORE - self.positions.spread
         mask_B11S = torch.where(attention_mask[:, None, None, :] != 0, 0.0, masked)
         relative = () if self.positions is None else self.positions(S)
-        batch = Batch(B, S, mask_B11S, relative)
-        routed = self._routed(input_ids, real)
-        layout = real if routed is None else routed.layouts[self.table_of_layer[0]]
-        x_ND = embedded_ND = self._embed(layout, input_ids, token_type_ids)
+        grid = Grid(B, S, self.num_heads)
+        batch = Batch(grid, grid.context_blocks(), mask_B11S, relative)
+        routed = self._routed(input_ids, real, batch)
+        layout = real.with_heads(batch.grid) if routed is None else routed.layouts[self.table_of_layer[0]]
+        x_ND = embedded_ND = self.embeddings(layout, input_ids, token_type_ids)
         for number, (attention, ffn) in enumerate(zip(self.attentions, self.ffns, strict=True)):
             before = layout
             if routed is not None:
@@ -200,34 +200,17 @@ class RowEncoder(nn.Module):
                 x_ND = ffn(attention(x_ND, before, layout, batch), routed.counts_UE[table])
             elif isinstance(ffn, GatedExperts):
                 x_ND, layout = ffn(attention(x_ND, before, layout, batch), layout, batch)
+                layout = layout.with_heads(batch.grid)
             else:
                 x_ND = ffn(attention(x_ND, before, layout, batch))
             if number == 0 and self.convolution is not None:
                 x_ND = self._convolve(embedded_ND, before, x_ND, layout, batch)
         return Encoded(x_ND, layout, batch)
 
-    def _routed(self, input_ids: Tensor, real: Layout) -> Sorted | None:
+    def _routed(self, input_ids: Tensor, real: Layout, batch: Batch) -> Sorted | None:
         if self.tables_UV is None:
             return None
-        return sort_by_hash(self.tables_UV, input_ids.flatten(), real, self.num_experts)
-
-    def _embed(self, layout: Layout, input_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
-        def rows(of_BS: Tensor) -> Tensor:
-            return of_BS.flatten().index_select(0, layout.place_N).unsqueeze(0)
-
-        ids_1N = rows(input_ids)
-        if self.padding_id is None:
-            position_ids = torch.arange(input_ids.shape[1]).expand(input_ids.shape)
-        else:
-            real = input_ids.ne(self.padding_id).long()
-            position_ids = real.cumsum(1) * real + self.padding_id
-        arguments = {"input_ids": ids_1N, "position_ids": rows(position_ids)}
-        if self.has_token_types:
-            one = torch.zeros(1, 1, dtype=torch.long)  # one embedding for all rows
-            arguments["token_type_ids"] = one if token_type_ids is None else rows(token_type_ids)
-        embeddings, project = cast(nn.Module, self.embeddings), cast(nn.Module | None, self.project)
-        x_1ND = embeddings(**arguments)
-        return (x_1ND if project is None else project(x_1ND)).squeeze(0)
+        return sort_by_hash(self.tables_UV, input_ids.flatten(), real, self.num_experts, batch.grid)
 
     def _convolve(
         self, embedded_ND: Tensor, before: Layout, x_ND: Tensor, after: Layout, batch: Batch
@@ -236,8 +219,8 @@ class RowEncoder(nn.Module):
         from transformers.activations import ACT2FN
 
         conv: Any = self.convolution
-        real_BS1 = (batch.mask_B11S == 0).view(batch.batch_size, batch.length, 1)
-        padded_BSD = before.padded(embedded_ND, batch.batch_size, batch.length) * real_BS1
+        real_BS1 = (batch.mask_B11S == 0).view(batch.grid.batch_size, batch.grid.length, 1)
+        padded_BSD = before.padded(embedded_ND, batch.grid.batch_size, batch.grid.length) * real_BS1
         seen_BSD = conv.conv(padded_BSD.transpose(1, 2)).transpose(1, 2)
         seen_ND = seen_BSD.flatten(0, 1).index_select(0, after.place_N)
         return conv.LayerNorm(x_ND + ACT2FN[conv.conv_act](seen_ND))

@@ -120,8 +120,8 @@ def write_beside(source: Source, folder: Path) -> None:
 
 
 def _name_labels(path: Path, config: PreTrainedConfig) -> None:
-    """Write labels' names also where they are LABEL_0 and so on, which transformers leaves out and tools need."""
+    """Write labels' names also where they are LABEL_0 and so on, which transformers leaves out."""
     content = json.loads(path.read_text(encoding="utf-8"))
-    content["id2label"] = {str(number): name for number, name in config.id2label.items()}
+    content["id2label"] = {str(number): name for number, name in (config.id2label or {}).items()}
     content["label2id"] = config.label2id
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

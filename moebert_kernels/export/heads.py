@@ -87,7 +87,7 @@ class ExportedModel(nn.Module):
 
 def _padded(encoded: Encoded, rows: Tensor, mask_BS: Tensor, fill: float) -> Tensor:
     """Rows [N, ...] in their places, [B, S, ...], and `fill` at padding."""
-    padded = encoded.layout.padded(rows, encoded.batch.batch_size, encoded.batch.length)
+    padded = encoded.layout.padded(rows, encoded.batch.grid.batch_size, encoded.batch.grid.length)
     real = mask_BS != 0
     return torch.where(real if padded.dim() == 2 else real.unsqueeze(-1), padded, fill)
 

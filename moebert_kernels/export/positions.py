@@ -26,8 +26,8 @@ class RelativeBias(nn.Module):
     def __init__(self, encoder: Any, most: int):
         super().__init__()
         distance_P = torch.arange(-most, most + 1)
-        bias_PH = encoder.relative_attention_bias(encoder.relative_position_bucket(distance_P))
-        self.bias_PH = nn.Parameter(bias_PH.detach())
+        bias_PH = encoder.relative_attention_bias(encoder.relative_position_bucket(distance_P)).detach()
+        self.bias_PH = nn.Parameter(bias_PH)
         self.most = most
         self.spread = float(bias_PH.max() - bias_PH.min())
 

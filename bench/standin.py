@@ -27,11 +27,11 @@ import torch
 
 MULTIPROCESSORS = 132  # of an H100 and of an H200: the kernels that stream are compiled for their number
 _SHARED_BYTES = 232448
-_MAKERS = ("arange", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "randperm")
-_MAKERS += ("tensor", "as_tensor", "zeros", "empty_like", "zeros_like", "ones_like", "randn_like")
+_MAKERS = ["arange", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "randperm"]
+_MAKERS += ["tensor", "as_tensor", "zeros", "empty_like", "zeros_like", "ones_like", "randn_like"]
 _METHODS = ("to", "new_empty", "new_zeros", "new_ones", "new_full", "new_tensor")
-_DOES_NOTHING = ("CUDAGraph", "Event", "Stream", "device", "graph", "stream", "synchronize", "empty_cache")
-_DOES_NOTHING += ("current_stream", "set_sync_debug_mode", "_sleep", "set_rng_state", "manual_seed_all")
+_DOES_NOTHING = ["CUDAGraph", "Event", "Stream", "device", "graph", "stream", "synchronize", "empty_cache"]
+_DOES_NOTHING += ["current_stream", "set_sync_debug_mode", "_sleep", "set_rng_state", "manual_seed_all"]
 
 
 class Driver:
@@ -71,8 +71,14 @@ def install(compiled: Callable[[Path, bool], None]) -> None:
     from triton import knobs
     from triton.runtime.driver import driver
 
-    from moebert_kernels import backends, kernels
-    from moebert_kernels.kernels import configs, direct
+    from moebert_kernels import backends as backends_module
+    from moebert_kernels import kernels
+    from moebert_kernels.kernels import configs as configs_module
+
+    cuda: Any = torch.cuda  # a type checker is not to hold these to what they are
+    tensors: Any = torch.Tensor
+    backends: Any = backends_module
+    configs: Any = configs_module
 
     driver.set_active(Driver())
     knobs.compilation.listener = lambda **event: compiled(folder_of(event), event["cache_hit"])
@@ -85,22 +91,22 @@ def install(compiled: Callable[[Path, bool], None]) -> None:
         major=9,
         minor=0,
     )
-    torch.cuda.is_available = lambda: True
-    torch.cuda.device_count = lambda: 1
-    torch.cuda.current_device = direct.current_device = lambda: 0
-    torch.cuda.mem_get_info = lambda *_: (0, 0)  # tests that need much memory are skipped
-    torch.cuda.get_device_capability = lambda *_: (9, 0)
-    torch.cuda.get_device_name = lambda *_: "stand-in"
-    torch.cuda.get_device_properties = lambda *_: properties
+    cuda.is_available = lambda: True
+    cuda.device_count = lambda: 1
+    cuda.current_device = lambda: 0
+    cuda.mem_get_info = lambda *_: (0, 0)  # tests that need much memory are skipped
+    cuda.get_device_capability = lambda *_: (9, 0)
+    cuda.get_device_name = lambda *_: "stand-in"
+    cuda.get_device_properties = lambda *_: properties
     for name in _DOES_NOTHING:
         setattr(torch.cuda, name, mock.MagicMock())
     for name in _MAKERS:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     for name in _METHODS:
         setattr(torch.Tensor, name, _on_cpu(getattr(torch.Tensor, name)))
-    torch.Tensor.cuda = lambda tensor, *_, **__: tensor
-    torch.cuda.get_rng_state = lambda *_: torch.get_rng_state()
-    torch.autocast = _Autocast
+    tensors.cuda = lambda tensor, *_, **__: tensor
+    cuda.get_rng_state = lambda *_: torch.get_rng_state()
+    vars(torch)["autocast"] = _Autocast
 
     backends.choose = lambda call: backends.on_cuda(call.x_TD)
     backends._triton_backend = lambda _: kernels
@@ -144,7 +150,7 @@ def pytest_load_initial_conftests(early_config: Any) -> None:
 
 def pytest_collection() -> None:
     """Before any test imports what it compares results with; it is most of the time that tests take."""
-    checks = importlib.import_module("kernel_checks")
+    checks: Any = importlib.import_module("kernel_checks")
     checks.reference = _no_reference
     checks.plain_errors = lambda *_, **__: defaultdict(lambda: (math.inf, math.inf))
     torch.equal = lambda *_: True

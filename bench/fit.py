@@ -173,26 +173,25 @@ def tables(found: dict[str, Any]) -> str:
             for metric in ("accuracy", "agreement", "divergence")
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    base = found["bert_base"]
-    lines += [
-        "",
-        f"| seconds | a student of MiniLM, {found['rows']['train']:,} texts (fitted to {found['tokens']:,} "
-        f"tokens) | of BERT-base, {base['rows']:,} texts of {base['length']} tokens |",
-        "|---|--:|--:|",
-    ]
-    ours = {stage: spent for stage, spent in found["stages"].items() if "narrow" not in stage}
-    for stage in ours:
-        both = " | ".join(f"{stages[stage]['seconds']:.1f}" for stages in (ours, base["stages"]))
-        lines.append(f"| {stage} | {both} |")
-    totals = [sum(stage["seconds"] for stage in stages.values()) for stages in (ours, base["stages"])]
-    lines.append(f"| **all** | **{totals[0]:.0f}** | **{totals[1]:.0f}** |")
+    timed = {f"MiniLM, {found['rows']['train']:,} texts, {found['tokens']:,} tokens": found["stages"]}
+    memory = f"{found['peak_bytes'] / 2**30:.1f} GiB at most"
+    busy = f"{found['busy_cpus']:.1f}"
+    if base := found.get("bert_base"):
+        timed[f"BERT-base, {base['rows']:,} texts of {base['length']} tokens"] = base["stages"]
+        memory += f", at BERT-base's size {base['peak_bytes'] / 2**30:.1f}"
+        busy += f" and {base['busy_cpus']:.1f}"
+    stages = [stage for stage in found["stages"] if "narrow" not in stage]
+    lines += ["", f"| seconds | {' | '.join(timed)} |", "|---|" + "--:|" * len(timed)]
+    for stage in stages:
+        seconds = [f"{spent[stage]['seconds']:.1f}" for spent in timed.values()]
+        lines.append(f"| {stage} | {' | '.join(seconds)} |")
+    totals = [sum(spent[stage]["seconds"] for stage in stages) for spent in timed.values()]
+    lines.append(f"| **all** | {' | '.join(f'**{total:.0f}**' for total in totals)} |")
     lines += [
         "",
         f"*`python -m bench.fit`: as cut → **as fitted**, {found['rows']['validation']:,} validation rows; "
-        f"texts without labels to score and fit on; {found['peak_bytes'] / 2**30:.1f} GiB at most, at "
-        f"BERT-base's size {base['peak_bytes'] / 2**30:.1f}; {environment['cpu']}, {environment['threads']} "
-        f"threads, {found['busy_cpus']:.1f} and {base['busy_cpus']:.1f} processors busy otherwise; commit "
-        f"{environment['commit']}.*",
+        f"texts without labels to score and fit on; {memory}; {environment['cpu']}, {environment['threads']} "
+        f"threads, {busy} processors busy otherwise; commit {environment['commit']}.*",
     ]
     return "\n".join(lines)
 
@@ -204,14 +203,16 @@ app = typer.Typer(help=__doc__, add_completion=False)
 def run(
     demo: Annotated[Path, typer.Argument(help="Folder of a finished `moebert demo`.")],
     to: Annotated[Path, typer.Option(help="The json file to write.")] = Path("bench/results/fit.json"),
+    bert_base: Annotated[bool, typer.Option(help="Take the times of BERT-base's size, minutes.")] = True,
 ) -> None:
     """Measure, and write what was found."""
     room = Path(tempfile.mkdtemp(prefix="bench-fit-"))
     try:
-        (room / "bert-base").mkdir()
-        with multiprocessing.get_context("spawn").Pool(1) as alone:  # its peak of memory is its own
-            bert_base = alone.apply(measure_bert_base, (demo, room / "bert-base"))
-        found = measure(demo, room) | {"bert_base": bert_base}
+        found = measure(demo, room)
+        if bert_base:
+            (room / "bert-base").mkdir()
+            with multiprocessing.get_context("spawn").Pool(1) as alone:  # its peak of memory is its own
+                found["bert_base"] = alone.apply(measure_bert_base, (demo, room / "bert-base"))
     finally:
         shutil.rmtree(room)
     write_json(to, found)

@@ -169,17 +169,20 @@ def _write(model: Any, name: str, folder: Path) -> None:
     else:
         model.save_pretrained(folder / name / "torch")
     export(model, folder / name / "unpadded")
-    _quantize(folder / name / "unpadded")
+    quantize_all(folder / name / "unpadded")
     if name != "ours":
         pool = model.pool if isinstance(model, SentenceEncoder) else None
         write_padded(
             PaddedModel(getattr(model, "model", model), pool), folder / name / "padded" / _FILES["fp32"]
         )
-        _quantize(folder / name / "padded")
+        quantize_all(folder / name / "padded")
 
 
-def _quantize(folder: Path) -> None:
-    """Write the int8 graph beside that of a folder: every product of the encoder's, whatever that costs."""
+def quantize_all(folder: Path) -> None:
+    """Write the int8 graph beside that of a folder: every product of the encoder's, whatever that costs.
+
+    `moebert export` would leave some in 32 bits, of one model these and of another those.
+    """
     graph = folder / _FILES["fp32"]
     content: Any = onnx.load(graph, load_external_data=False).graph
     shapes = {tensor.name: tuple(tensor.dims) for tensor in content.initializer}

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from exported import TEXTS, session, student, tokenizer
@@ -21,7 +22,7 @@ from moebert_kernels import cli
 from moebert_kernels.compress.embeddings import load_sentence_encoder, save_sentence_encoder
 from moebert_kernels.compress.tasks import CsvOptions, load_task
 from moebert_kernels.errors import UserError
-from moebert_kernels.export import exporting
+from moebert_kernels.export import check, exporting
 from moebert_kernels.export.check import Checker, Likeness, compare
 from moebert_kernels.export.folder import Source, dense_config, open_source, write_beside
 from moebert_kernels.export.quantize import quantize
@@ -231,8 +232,7 @@ def test_layers_that_cost_most_stay_in_32_bits(run, tmp_path):
     tried = []
 
     class Scripted:
-        def compare(self, path, other):
-            assert other == graph
+        def measure(self, path):
             tried.append(path.stat().st_size)
             return Likeness(0.1, "agreement", next(alike), 8)
 
@@ -242,7 +242,21 @@ def test_layers_that_cost_most_stay_in_32_bits(run, tmp_path):
     assert tried[0] < tried[3] == tried[1]
     assert "int8 throughout: " in said[0]
     assert said[1] == "kept in 32 bits: feed-forward of layer 1"
+    alike = iter([0.5] * 9)  # stops the graph called quantized from having nothing in int8, or all of it
+    found, kept = quantize(graph, target, Scripted(), say=said.append)
+    assert (found.alike, kept) == (0.5, ("attention of layer 1",))
+    assert sum(node.op_type == "MatMulInteger" for node in onnx.load(target).graph.node) == 8
     assert [path.name for path in tmp_path.iterdir()] == ["small.onnx"]
+
+
+def test_trials_are_on_a_part_of_many_rows(saved, run, monkeypatch):
+    monkeypatch.setattr(check, "MOST_TRIED", 7)
+    checker = Checker(open_source(saved, None), TEXTS)
+    graph = run[0] / "onnx" / "model.onnx"
+    found = checker.measure(graph)
+    assert (found.num_texts, found.alike) == (6, 1.0)
+    assert found.largest_difference < 1e-4
+    assert checker.check(graph).num_texts == len(TEXTS)
 
 
 def test_rows_of_another_task_are_refused(saved, tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -111,7 +111,7 @@ def evaluate(
         as in "accuracy_mismatched".
     """
     total = sum(len(encoded.rows) for encoded in data.validation_sets.values())
-    metrics: dict[str, float] = {}
+    outputs: dict[str, list[np.ndarray]] = {}
     before = 0
     for name, encoded in data.validation_sets.items():
 
@@ -119,12 +119,19 @@ def evaluate(
             if progress is not None:
                 progress(before + done, total)
 
-        outputs = predict(
+        outputs[name] = predict(
             model, encoded.rows, tokenizer, pooling=pooling, batch_size=batch_size, progress=report
         )
-        suffix = f"_{name}" if name else ""
-        metrics |= {metric + suffix: value for metric, value in encoded.score(outputs).items()}
         before += len(encoded.rows)
+    return score(data, outputs)
+
+
+def score(data: EncodedData, outputs: Mapping[str, list[np.ndarray]]) -> dict[str, float]:
+    """Score what `predict` returned of each of `data.validation_sets`, by name; see `evaluate`."""
+    metrics: dict[str, float] = {}
+    for name, encoded in data.validation_sets.items():
+        suffix = f"_{name}" if name else ""
+        metrics |= {metric + suffix: value for metric, value in encoded.score(outputs[name]).items()}
     return metrics
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from moebert_kernels.compress.evaluate import evaluate, predict
+from moebert_kernels.compress.evaluate import predict, score
 from moebert_kernels.compress.loading import row_length
 from moebert_kernels.compress.tasks import KINDS, EncodedData, TaskData, match_labels, tokenize
 from moebert_kernels.compress.tasks import texts as plain_texts
@@ -21,6 +21,7 @@ from moebert_kernels.export.folder import Source
 from moebert_kernels.export.heads import ANSWERS, SEQUENCE, head_of
 from moebert_kernels.export.runtime import GraphModel
 
+MOST_TRIED = 512  # rows of a trial
 # The least that 8 bits may leave of each kind of likeness before layers are kept in 32.
 LEAST = {"agreement": 0.98, "correlation": 0.995, "cosine": 0.985}
 
@@ -64,6 +65,9 @@ class Checker:
         source: what is exported, with its tokenizer.
         texts: or the rows of a task, of which the validation rows are taken.
 
+    Attributes:
+        scores: the PyTorch model's metrics, where texts have labels.
+
     Raises:
         ArgumentError: there is no tokenizer, or no text.
         UserError: the rows are of another task than the model's.
@@ -76,38 +80,41 @@ class Checker:
             raise ArgumentError("check", "must have a text at least")
         self._source = source
         self._data = _encode(source, texts)
-        self._has_labels = isinstance(texts, TaskData) and texts.task.kind != plain_texts.KIND
+        self._has_labels = self._data.task.kind != plain_texts.KIND
         self._kind = _kind_of(source.model)
-        self._expected = self._predict(source.model)
-        #: The PyTorch model's metrics, where texts have labels.
-        self.scores = self._score(source.model)
+        self._expected = {
+            name: self._predict(source.model, encoded.rows)
+            for name, encoded in self._data.validation_sets.items()
+        }
+        self.scores = self._score(self._expected)
 
     def check(self, graph: Path) -> Likeness:
-        """Run a graph on the rows and compare it with PyTorch."""
+        """Run a graph on all rows and compare it with PyTorch."""
         model = GraphModel(graph, self._source.model.config)
-        outputs = self._predict(model)
-        return compare(outputs, self._expected, self._kind, scores=self._score(model))
+        outputs = {
+            name: self._predict(model, encoded.rows) for name, encoded in self._data.validation_sets.items()
+        }
+        ours, theirs = ([row for rows in of.values() for row in rows] for of in (outputs, self._expected))
+        return compare(ours, theirs, self._kind, scores=self._score(outputs))
 
-    def compare(self, graph: Path, other: Path) -> Likeness:
-        """Compare two graphs on the rows."""
-        ours, theirs = (self._predict(GraphModel(path, self._source.model.config)) for path in (graph, other))
-        return compare(ours, theirs, self._kind)
+    def measure(self, graph: Path) -> Likeness:
+        """Compare a graph with PyTorch on at most `MOST_TRIED` rows: one trial of many."""
+        name, encoded = next(iter(self._data.validation_sets.items()))
+        step = -(-len(encoded.rows) // MOST_TRIED)
+        chosen = range(0, len(encoded.rows), step)
+        model = GraphModel(graph, self._source.model.config)
+        outputs = self._predict(model, encoded.rows.select(chosen))
+        return compare(outputs, self._expected[name][::step], self._kind)
 
-    def _predict(self, model: Any) -> list[np.ndarray]:
-        sentences = self._source.sentences
+    def _predict(self, model: Any, rows: Dataset) -> list[np.ndarray]:
+        sentences, tokenizer = self._source.sentences, cast(Any, self._source.tokenizer)
         pooling: Any = None if sentences is None else sentences.pool
         if pooling is None and head_of(self._source.model) is None:
             pooling = _states
-        rows = (
-            predict(model, encoded.rows, self._source.tokenizer, pooling=pooling)  # type: ignore[arg-type]
-            for encoded in self._data.validation_sets.values()
-        )
-        return [row for of_set in rows for row in of_set]
+        return predict(model, rows, tokenizer, pooling=pooling)
 
-    def _score(self, model: Any) -> dict[str, float]:
-        if not self._has_labels:
-            return {}
-        return evaluate(model, self._data, self._source.tokenizer)  # type: ignore[arg-type]
+    def _score(self, outputs: dict[str, list[np.ndarray]]) -> dict[str, float]:
+        return score(self._data, outputs) if self._has_labels else {}
 
 
 def compare(

@@ -32,8 +32,7 @@ class Exported:
 
     Attributes:
         folder: with all of it.
-        graphs: by file, how alike each is: the first to PyTorch, the int8 one to the first, or to PyTorch too
-            with `check`; those that were measured.
+        graphs: by file, how alike each is to PyTorch; those that were measured.
         kept: parts of the int8 graph left in 32 bits.
     """
 
@@ -104,11 +103,9 @@ def export(
             )
         elif quantize:
             assert checker is not None
-            found[QUANTIZED.name], kept = quantize_measured(graph, small, checker, say=say)
-            say(f"{QUANTIZED.name} beside {GRAPH.name}: {found[QUANTIZED.name]}")
-            if asked:
-                found[QUANTIZED.name] = checker.check(small)
-                say(f"{QUANTIZED.name} beside PyTorch: {found[QUANTIZED.name]}")
+            measured, kept = quantize_measured(graph, small, checker, say=say)
+            found[QUANTIZED.name] = checker.check(small) if asked else measured
+            say(f"{QUANTIZED.name} beside PyTorch: {found[QUANTIZED.name]}")
     return Exported(output, found, kept)
 
 

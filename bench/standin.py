@@ -71,14 +71,8 @@ def install(compiled: Callable[[Path, bool], None]) -> None:
     from triton import knobs
     from triton.runtime.driver import driver
 
-    from moebert_kernels import backends as backends_module
-    from moebert_kernels import kernels
-    from moebert_kernels.kernels import configs as configs_module
-
-    cuda: Any = torch.cuda  # a type checker is not to hold these to what they are
-    tensors: Any = torch.Tensor
-    backends: Any = backends_module
-    configs: Any = configs_module
+    from moebert_kernels import backends, kernels
+    from moebert_kernels.kernels import configs, direct
 
     driver.set_active(Driver())
     knobs.compilation.listener = lambda **event: compiled(folder_of(event), event["cache_hit"])
@@ -91,27 +85,35 @@ def install(compiled: Callable[[Path, bool], None]) -> None:
         major=9,
         minor=0,
     )
-    cuda.is_available = lambda: True
-    cuda.device_count = lambda: 1
-    cuda.current_device = lambda: 0
-    cuda.mem_get_info = lambda *_: (0, 0)  # tests that need much memory are skipped
-    cuda.get_device_capability = lambda *_: (9, 0)
-    cuda.get_device_name = lambda *_: "stand-in"
-    cuda.get_device_properties = lambda *_: properties
-    for name in _DOES_NOTHING:
-        setattr(torch.cuda, name, mock.MagicMock())
-    for name in _MAKERS:
-        setattr(torch, name, _on_cpu(getattr(torch, name)))
-    for name in _METHODS:
-        setattr(torch.Tensor, name, _on_cpu(getattr(torch.Tensor, name)))
-    tensors.cuda = lambda tensor, *_, **__: tensor
-    cuda.get_rng_state = lambda *_: torch.get_rng_state()
-    vars(torch)["autocast"] = _Autocast
+    put: dict[Any, dict[str, Any]] = {
+        torch.cuda: {
+            "is_available": lambda: True,
+            "device_count": lambda: 1,
+            "current_device": lambda: 0,
+            "mem_get_info": lambda *_: (0, 0),  # tests that need much memory are skipped
+            "get_device_capability": lambda *_: (9, 0),
+            "get_device_name": lambda *_: "stand-in",
+            "get_device_properties": lambda *_: properties,
+            "get_rng_state": lambda *_: torch.get_rng_state(),
+        }
+        | {name: mock.MagicMock() for name in _DOES_NOTHING},
+        torch: {name: _on_cpu(getattr(torch, name)) for name in _MAKERS} | {"autocast": _Autocast},
+        torch.Tensor: {name: _on_cpu(getattr(torch.Tensor, name)) for name in _METHODS}
+        | {"cuda": lambda tensor, *_, **__: tensor},
+        backends: {
+            "choose": lambda call: backends.on_cuda(call.x_TD),
+            "_triton_backend": lambda _: kernels,
+        },
+        configs: {"family": lambda _: "sm_90", "multiprocessors": lambda _: MULTIPROCESSORS},
+        direct: {"current_device": lambda: 0},
+    }
+    _put(put)
 
-    backends.choose = lambda call: backends.on_cuda(call.x_TD)
-    backends._triton_backend = lambda _: kernels
-    configs.family = lambda _: "sm_90"
-    configs.multiprocessors = lambda _: MULTIPROCESSORS
+
+def _put(values: dict[Any, dict[str, Any]]) -> None:
+    for owner, named in values.items():
+        for name, value in named.items():
+            setattr(owner, name, value)
 
 
 def folder_of(event: Mapping[str, Any]) -> Path:
@@ -150,11 +152,17 @@ def pytest_load_initial_conftests(early_config: Any) -> None:
 
 def pytest_collection() -> None:
     """Before any test imports what it compares results with; it is most of the time that tests take."""
-    checks: Any = importlib.import_module("kernel_checks")
-    checks.reference = _no_reference
-    checks.plain_errors = lambda *_, **__: defaultdict(lambda: (math.inf, math.inf))
-    torch.equal = lambda *_: True
-    torch.testing.assert_close = lambda *_, **__: None
+    checks = {
+        "reference": _no_reference,
+        "plain_errors": lambda *_, **__: defaultdict(lambda: (math.inf, math.inf)),
+    }
+    _put(
+        {
+            importlib.import_module("kernel_checks"): checks,
+            torch: {"equal": lambda *_: True},
+            torch.testing: {"assert_close": lambda *_, **__: None},
+        }
+    )
 
 
 def _no_reference(

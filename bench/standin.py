@@ -72,7 +72,7 @@ def install(compiled: Callable[[Path, bool], None]) -> None:
     from triton.runtime.driver import driver
 
     from moebert_kernels import backends, kernels
-    from moebert_kernels.kernels import configs, direct
+    from moebert_kernels.kernels import configs
 
     driver.set_active(Driver())
     knobs.compilation.listener = lambda **event: compiled(folder_of(event), event["cache_hit"])
@@ -105,7 +105,6 @@ def install(compiled: Callable[[Path, bool], None]) -> None:
             "_triton_backend": lambda _: kernels,
         },
         configs: {"family": lambda _: "sm_90", "multiprocessors": lambda _: MULTIPROCESSORS},
-        direct: {"current_device": lambda: 0},
     }
     _put(put)
 

@@ -36,7 +36,10 @@ def runs(tmp_path_factory):
 def without_times(value):
     if isinstance(value, dict):
         return {name: without_times(part) for name, part in value.items() if name not in TIMES}
-    return [without_times(part) for part in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        # A warning of a busy machine says what else it did while speed was measured.
+        return [without_times(part) for part in value if "processors busy" not in str(part)]
+    return value
 
 
 def files(folder):

@@ -141,6 +141,7 @@ def read(launch: Launch, arch: str) -> Reading:
     products = [i for i, line in enumerate(code) if line.is_product]
     after = len(code) - 1 - products[-1] if products else None
     depth = launch.arguments.get("K", launch.arguments.get("D", 0))
+    step = launch.arguments.get("BLOCK_K")
     tile = launch.arguments.get("BLOCK_M", 1) * launch.arguments.get("BLOCK_N", 1)
     return Reading(
         launch.kernel.__name__,
@@ -153,7 +154,7 @@ def read(launch: Launch, arch: str) -> Reading:
         warnings=tuple(sorted(set(re.findall(r"\bC\d{4}\b", messages)))),
         waits=ptx.count("wgmma.wait_group"),
         epilogue=None if after is None else after * 32 * warps / tile,
-        around=_around(code, products, depth // launch.arguments["BLOCK_K"]) if products else None,
+        around=_around(code, products, depth // step) if products and step else None,
     )
 
 

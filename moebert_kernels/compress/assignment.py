@@ -63,7 +63,7 @@ def _by_prices(value_GE: Tensor, weight_G: Tensor, capacity: int) -> Tensor:
         # Half way to the last that stays, so that the first that leaves does not tie.
         rise = regret[order[max(first_out - 1, 0) : first_out + 1]].mean()
         net_GE[:, e] -= rise * weight_G
-        bin_G = net_GE.argmax(1)
+        bin_G[inside] = net_GE[inside].argmax(1)  # to all others this bin was less before
     return bin_G
 
 

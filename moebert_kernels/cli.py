@@ -16,6 +16,7 @@ from rich.console import Console
 
 from moebert_kernels.cli_command import command, run_app
 from moebert_kernels.cli_options import (
+    BFloat16,
     Comparisons,
     CompressDataOptions,
     DataOptions,
@@ -246,6 +247,7 @@ def importance(
             help="Score neurons for every token id too, as adapt --routing hash-affinity needs: up to 2 GiB.",
         ),
     ] = False,
+    bf16: BFloat16 = False,
 ) -> None:
     """Score the neurons of a fine-tuned model on its training rows, one backward pass per batch (Eq. 4).
 
@@ -268,7 +270,7 @@ def importance(
         processes.on_main(lambda: scores.save(output))
     else:
         assert teacher is not None
-        settings = compress_settings(run, importance_rows=importance_rows)
+        settings = compress_settings(run, importance_rows=importance_rows, bf16=bf16)
         with StageBars(console) as progress:
             scores = steps.score_teacher(
                 settings,
@@ -295,6 +297,7 @@ def adapt(
     random_split: Annotated[
         bool, typer.Option("--random-split", help="Instead: deal the neurons out at random, to compare.")
     ] = False,
+    bf16: BFloat16 = False,
 ) -> None:
     """Cut a fine-tuned model's feed-forward networks into experts, and fit each to the tokens that reach it.
 
@@ -310,7 +313,7 @@ def adapt(
 
     if (importance is None) != random_split:
         raise UserError("give --importance with the scores, or --random-split: one of the two")
-    settings = compress_settings(run, experts, routing=defaults.ROUTING_WITHOUT_DATA)
+    settings = compress_settings(run, experts, routing=defaults.ROUTING_WITHOUT_DATA, bf16=bf16)
     is_counted = settings.routing in COUNTING_ROUTINGS
     if settings.fit and not is_counted and data.task is data.data is None:
         raise UserError(

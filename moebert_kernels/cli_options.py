@@ -312,7 +312,7 @@ class ExpertOptions:
 
 
 BFloat16 = Annotated[
-    bool, _training("--bf16", help="Matrix products in bfloat16: faster on GPUs and some processors.")
+    bool, _training("--bf16", help="Encoders' products in bfloat16: faster on GPUs and some processors.")
 ]
 
 

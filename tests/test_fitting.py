@@ -316,3 +316,17 @@ def test_a_gpu_fits_the_same(routing):
     assert ours.fitted_L == pytest.approx(theirs.fitted_L, rel=1e-3)
     for one, other in zip(there.parameters(), here.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-3)
+
+
+def test_under_autocast_the_models_compute_in_bfloat16_and_the_sums_do_not():
+    """Sums and solutions in bfloat16 would have lost the fit; what the models compute in it costs little."""
+    teacher = tiny_bert.build(BertForSequenceClassification)
+    student = to_moe(teacher, tiny_bert.quarters(), num_shared_neurons=0, routing="hash-random")
+    plain = copy.deepcopy(student)
+    fit_experts(plain, teacher, batches())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = fit_experts(student, teacher, batches())
+    assert all(after < before for before, after in zip(found.cut_L, found.fitted_L, strict=True))
+    for ours, theirs in zip(experts_of(student), experts_of(plain), strict=True):
+        assert not torch.equal(ours.w2_EDF, theirs.w2_EDF)
+        assert (ours.w2_EDF - theirs.w2_EDF).norm() < 0.1 * theirs.w2_EDF.norm()

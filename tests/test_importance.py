@@ -196,6 +196,17 @@ def test_narrow_models_are_scored_in_float32(dtype, rtol):
     assert (scores_LF - expected).norm() < rtol * expected.norm()
 
 
+def test_autocast_leaves_the_sums_wide():
+    batches = split(make_samples("classification", [6] * 8), [3], 1)
+    model = make_model("classification").float()
+    expected = compute_importance(model, batches).scores_LF
+    with torch.autocast("cpu", torch.bfloat16):
+        scores_LF = compute_importance(model, batches).scores_LF
+    assert scores_LF.dtype == torch.float32
+    assert not torch.equal(scores_LF, expected)
+    assert (scores_LF - expected).norm() < 0.1 * expected.norm()
+
+
 def test_the_same_batches_give_the_same_bits():
     batches = split(make_samples("masked LM", [6] * 8), [3], 1)
     first, second = (compute_importance(make_model("masked LM").float(), batches) for _ in range(2))

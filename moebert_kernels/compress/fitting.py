@@ -102,7 +102,8 @@ def fit_experts(
 
     On the rows it saw, no expert's weighted error is larger than before. The same batches give the same
     student to the last bit on one machine. Several processes (torchrun) take the batches in turn, add up
-    their sums, collectively, and get one process's student but for rounding.
+    their sums, collectively, and get one process's student but for rounding. Under autocast the models' products
+    are computed in that dtype, and what is summed up and solved here in float32 or wider.
 
     Args:
         student: a MoE, or an encoder with narrower networks, made of the teacher: with as many layers, and
@@ -175,10 +176,12 @@ def _fit_layer(
             student_run.states[number] = given.x_BSD
             finish.append(given.finish)
             tokens.append((given, torch.cat(caught, 1), mask_BS))
-        sums.add(tokens)
+        with torch.autocast(dense.w1.weight.device.type, enabled=False):
+            sums.add(tokens)
         report(block[-1] + 1)
     sums.add_up()
-    errors = sums.solve(ridge, rare)
+    with torch.autocast(dense.w1.weight.device.type, enabled=False):
+        errors = sums.solve(ridge, rare)
     for number, compute in enumerate(finish):
         student_run.states[number] = compute()
     if experts.is_gated:

@@ -73,6 +73,7 @@ from moebert_kernels.compress.loading import (
 )
 from moebert_kernels.compress.losses import Pooling
 from moebert_kernels.compress.measure import Speed, measure
+from moebert_kernels.compress.precision import computing
 from moebert_kernels.compress.settings import CompressSettings, resolve
 from moebert_kernels.compress.stages import Progress, Report, Stages
 from moebert_kernels.compress.summary import warnings_of
@@ -278,6 +279,7 @@ class Run:
             settings.importance_rows,
             settings.seed,
             settings.routing == "hash-affinity",
+            settings.bf16,
         )
 
     def print_teacher(self) -> str:
@@ -404,7 +406,8 @@ class Run:
             group_V = None
             if self.settings.routing == "hash-affinity":
                 group_V = token_groups(self.teacher, token_counts(rows, self.teacher.config.vocab_size))
-            importance = self.scores(rows, group_V, lambda done: report(done, len(rows)))
+            with computing(self.settings.bf16):
+                importance = self.scores(rows, group_V, lambda done: report(done, len(rows)))
             processes.on_main(lambda: importance.save(path))
 
         self.stages.run("importance", self.importance_print, work, path, together=True)
@@ -441,7 +444,7 @@ class Run:
         s, (adapted, made_from) = self.settings, made
         folder = self.output_dir / "work" / trial.folder / "fitted"
         made_from = fingerprint(
-            made_from, self.teacher_print, self.train_print, s.fit_rows, s.seed, RIDGE, RARE
+            made_from, self.teacher_print, self.train_print, s.fit_rows, s.seed, RIDGE, RARE, s.bf16
         )
 
         def work(report: Report) -> dict[str, Any]:
@@ -453,7 +456,10 @@ class Run:
 
             cut = processes.on_main(distance)
             rows = rows_to_fit(rows, s.fit_rows, s.seed, self.teacher.config.hidden_size)
-            found = fit_experts(student, self.teacher, list(batches(rows, self.tokenizer)), progress=report)
+            with computing(s.bf16):
+                found = fit_experts(
+                    student, self.teacher, list(batches(rows, self.tokenizer)), progress=report
+                )
             processes.on_main(lambda: self.save(student, folder))
             distances = {"cut": cut, "fitted": processes.on_main(distance)}
             self._tell(

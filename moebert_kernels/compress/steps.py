@@ -33,6 +33,7 @@ from moebert_kernels.compress.loading import (
     row_length,
     save_encoder,
 )
+from moebert_kernels.compress.precision import computing
 from moebert_kernels.compress.settings import CompressSettings, resolve
 from moebert_kernels.compress.stages import Progress
 from moebert_kernels.compress.tasks import KINDS, EncodedData, TaskData, match_labels, texts, tokenize
@@ -55,7 +56,7 @@ def score_teacher(
     """Take importance on training rows and save it; see `compute_importance`. Collective, as that is.
 
     Args:
-        settings: `importance_rows`, `max_length` and `seed` are read.
+        settings: `importance_rows`, `max_length`, `seed` and `bf16` are read.
         data: raw rows. Without labels, by the teacher's own predictions: see `prediction_shift_loss`.
         teacher_dir: of the fine-tuned model.
         output: safetensors file to write.
@@ -76,15 +77,16 @@ def score_teacher(
     group_V = token_groups(teacher, token_counts(rows, teacher.config.vocab_size)) if per_token else None
     _place(teacher)
     processes.on_main(lambda: check_writable(output.parent))
-    importance = compute_importance(
-        teacher,
-        batches(rows, tokenizer, device=default_device()),
-        loss=loss,
-        task=data.task.name,
-        model_name=teacher_dir.resolve().name,
-        group_V=group_V,
-        progress=lambda done: progress("importance", done, len(rows)),
-    )
+    with computing(settings.bf16):
+        importance = compute_importance(
+            teacher,
+            batches(rows, tokenizer, device=default_device()),
+            loss=loss,
+            task=data.task.name,
+            model_name=teacher_dir.resolve().name,
+            group_V=group_V,
+            progress=lambda done: progress("importance", done, len(rows)),
+        )
     processes.on_main(lambda: importance.save(output))
     return importance
 
@@ -170,12 +172,13 @@ def _fit(
     _place(student)
     _place(teacher)
     rows = rows_to_fit(rows, settings.fit_rows, settings.seed, teacher.config.hidden_size)
-    found = fit_experts(
-        student,
-        teacher,
-        list(batches(rows, tokenizer)),
-        progress=lambda done, total: progress("fit", done, total),
-    )
+    with computing(settings.bf16):
+        found = fit_experts(
+            student,
+            teacher,
+            list(batches(rows, tokenizer)),
+            progress=lambda done, total: progress("fit", done, total),
+        )
     if say is not None:
         say(found.told(len(rows)))
 

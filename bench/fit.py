@@ -4,7 +4,8 @@
 
 runs/demo is what `moebert demo` has left: its teacher, and its snippets, of which the texts alone are read to
 make students. Their labels serve to score what comes out. Besides, how long a model of BERT-base's size
-takes: its weights are random, its texts the demonstration's words one after the other, in rows of 64 tokens.
+takes in bfloat16: its weights are random, its texts the demonstration's words one after the other, in rows of
+64 tokens.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ SETTINGS = CompressSettings(
 )
 STUDENTS = {
     "affinity-4": SETTINGS,
+    "affinity-4-bf16": replace(SETTINGS, bf16=True, comparisons=()),
     "random-4": replace(SETTINGS, routing="hash-random", comparisons=()),
 }
 
@@ -103,12 +105,14 @@ def measure_bert_base(demo: Path, room: Path) -> dict[str, Any]:
         importance_rows=BERT_BASE_ROWS,
         fit_rows=BERT_BASE_ROWS,
         comparisons=(),
+        bf16=True,
     )
     clock = Clock()
     results = compress_texts(settings, data, room / "teacher", room / "student", progress=clock)
     return {
         "rows": BERT_BASE_ROWS,
         "length": BERT_BASE_LENGTH,
+        "dtype": ", bfloat16",
         "tokens": results["fitting"]["student"]["num_tokens"],
         "stages": clock.stages(results),
         "busy_cpus": others.busy_cpus() or 0.0,
@@ -166,7 +170,7 @@ def tables(found: dict[str, Any]) -> str:
     models, environment = found["models"], found["environment"]
     lines = ["| | accuracy | agrees with the teacher | divergence |", "|---|--:|--:|--:|"]
     lines.append(f"| teacher | {models['teacher']['accuracy']:.3f} | | |")
-    for name in ("narrow", *STUDENTS):
+    for name in ("narrow", *(name for name in STUDENTS if f"{name} fitted" in models)):
         cut, fitted = models[f"{name} adapted"], models[f"{name} fitted"]
         cells = [
             f"{cut[metric]:.3f} → **{fitted[metric]:.3f}**"
@@ -177,7 +181,9 @@ def tables(found: dict[str, Any]) -> str:
     memory = f"{found['peak_bytes'] / 2**30:.1f} GiB at most"
     busy = f"{found['busy_cpus']:.1f}"
     if base := found.get("bert_base"):
-        timed[f"BERT-base, {base['rows']:,} texts of {base['length']} tokens"] = base["stages"]
+        timed[f"BERT-base, {base['rows']:,} texts of {base['length']} tokens{base.get('dtype', '')}"] = base[
+            "stages"
+        ]
         memory += f", at BERT-base's size {base['peak_bytes'] / 2**30:.1f}"
         busy += f" and {base['busy_cpus']:.1f}"
     stages = [stage for stage in found["stages"] if "narrow" not in stage]

@@ -102,8 +102,8 @@ def fit_experts(
 
     On the rows it saw, no expert's weighted error is larger than before. The same batches give the same
     student to the last bit on one machine. Several processes (torchrun) take the batches in turn, add up
-    their sums, collectively, and get one process's student but for rounding. Under autocast the models' products
-    are computed in that dtype, and what is summed up and solved here in float32 or wider.
+    their sums, collectively, and get one process's student but for rounding. Under autocast the models'
+    products are computed in that dtype, and what is summed up and solved here in float32 or wider.
 
     Args:
         student: a MoE, or an encoder with narrower networks, made of the teacher: with as many layers, and

@@ -193,8 +193,8 @@ def compute_importance(
     where each computes a batch as that process would (the same kind of device and number of threads), scores
     are equal to the last bit. Token scores are summed up by each process first, and equal to rounding.
 
-    The model is scored in evaluation mode and left as it was: modes, requires_grad and gradients. Under autocast
-    its products are computed in that dtype, and what is summed up here in float32 or wider.
+    The model is scored in evaluation mode and left as it was: modes, requires_grad and gradients. Under
+    autocast its products are computed in that dtype, and what is summed up here in float32 or wider.
 
     Args:
         model: a fine-tuned encoder whose layers `find_ffns` knows, on any device.

@@ -39,8 +39,8 @@ class CompressSettings:
         distill_weight: lambda, the weight of the distillation losses against the labels'.
         batch_size: rows of a distillation step, over all processes.
         weight_decay: of distillation.
-        bf16: score, fit and distil with matrix products in bfloat16, by autocast; weights, sums over tokens and what
-            is solved stay float32 or wider.
+        bf16: score, fit and distil with matrix products in bfloat16, by autocast; weights, sums over tokens
+            and what is solved stay float32 or wider.
         max_length: tokens a row is cut to; by default 128, or 384 for question answering, or as many as the
             model takes if those are fewer.
         importance_rows: training rows that importance is taken on, drawn at random; None for all.

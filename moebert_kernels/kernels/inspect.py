@@ -4,19 +4,21 @@
 
 prints, for each kernel, config and architecture: registers, spilled bytes, shared memory, how many programs
 fit one multiprocessor, which matrix instructions came out, whether the assembler had to serialise them, how
-often they are waited for, and how many instructions an element costs after the last of them. What is compiled
-is what production launches: the operators run on meta tensors and their launches are recorded and bound by
-Triton's own specialisation.
+often they are waited for, and how many instructions an element costs after the last of them; it exits with 1
+if anything spills or does not fit. What is compiled is what production launches, in every variant: the operators
+run on meta tensors and their launches are recorded and bound by Triton's own specialisation.
 """
 
 from __future__ import annotations
 
+import io
 import math
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -86,8 +88,9 @@ class Reading:
         instructions: kinds of matrix instructions.
         warnings: of the assembler by number; C75xx say that asynchronous products were serialised.
         waits: for asynchronous products: one in the loop, one after it.
-        epilogue: instructions for each element of the tile after the last product; None without a product.
-        around: the products, a thread's instructions; None without a product.
+        epilogue: instructions for each element of the tile after the last product; None without a product, or
+            where the machine code was not read.
+        around: the products, a thread's instructions; None there too.
     """
 
     kernel: str
@@ -117,12 +120,15 @@ def compiled(launch: Launch, arch: str) -> Any:
     return triton.compile(source, target=target, options=parsed.__dict__)
 
 
-def read(launch: Launch, arch: str) -> Reading:
-    """Compile one recorded launch for `arch` and read what came out."""
+def read(launch: Launch, arch: str, *, code: bool = True) -> Reading:
+    """Compile one recorded launch for `arch` and read what came out, with `code` the machine code too."""
     limits = ARCHITECTURES[arch]
-    binary = compiled(launch, arch)
-    ptx = binary.asm["ptx"]
-    messages = _assembler_messages(ptx, limits.capability)
+    said = io.StringIO()
+    with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope(), redirect_stdout(said):
+        triton.knobs.nvidia.dump_ptxas_log = True
+        triton.knobs.compilation.always_compile = True  # what is in the cache, no assembler speaks of
+        binary = compiled(launch, arch)
+    ptx, messages = binary.asm["ptx"], said.getvalue()
     registers, spilled = (
         _number(rf, messages) for rf in (r"Used (\d+) registers", r"(\d+) bytes spill stores")
     )
@@ -137,9 +143,9 @@ def read(launch: Launch, arch: str) -> Reading:
         _TENSOR_COLUMNS // columns if columns else _PROGRAMS,
         _PROGRAMS,
     )
-    code = _disassemble(binary.asm["cubin"])
-    products = [i for i, line in enumerate(code) if line.is_product]
-    after = len(code) - 1 - products[-1] if products else None
+    lines = _disassemble(binary.asm["cubin"]) if code else []
+    products = [i for i, line in enumerate(lines) if line.is_product]
+    after = len(lines) - 1 - products[-1] if products else None
     depth = launch.arguments.get("K", launch.arguments.get("D", 0))
     step = launch.arguments.get("BLOCK_K")
     tile = launch.arguments.get("BLOCK_M", 1) * launch.arguments.get("BLOCK_N", 1)
@@ -154,20 +160,8 @@ def read(launch: Launch, arch: str) -> Reading:
         warnings=tuple(sorted(set(re.findall(r"\bC\d{4}\b", messages)))),
         waits=ptx.count("wgmma.wait_group"),
         epilogue=None if after is None else after * 32 * warps / tile,
-        around=_around(code, products, depth // step) if products and step else None,
+        around=_around(lines, products, depth // step) if products and step else None,
     )
-
-
-def _assembler_messages(ptx: str, capability: int) -> str:
-    """What ptxas says of a kernel, verbosely."""
-    tools = triton.knobs.nvidia
-    tool = tools.ptxas_blackwell if capability >= 100 else tools.ptxas
-    target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        command = [tool.path, "-v", f"--gpu-name={target[1] if target else ''}", file.name, "-o", "/dev/null"]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stderr
 
 
 def _number(pattern: str, text: str) -> int:
@@ -344,16 +338,19 @@ def readings(
     family: str,
     arithmetics: tuple[str, ...] = configs.ARITHMETICS,
     variants: Iterable[Variant] = (FULL,),
+    *,
+    code: bool = True,
     **sizes: int,
 ) -> Iterator[tuple[str, Reading]]:
     """Compile and read everything the table can launch on a device family."""
     for name, of_config in distinct_launches(family, arithmetics, variants, **sizes).items():
         for launch in of_config:
-            yield name, read(launch, family)
+            yield name, read(launch, family, code=code)
 
 
-def main(families: list[str]) -> None:
-    """Print the table."""
+def main(families: list[str]) -> int:
+    """Print the table; return how many kernels spill or do not fit."""
+    faults = 0
     line = "{:13} {:7} {:26} {:>9} {:>9} {:>8} {:>8} {:>5} {:>9}  {}"
     columns = (
         "config",
@@ -373,7 +370,9 @@ def main(families: list[str]) -> None:
             sizes = (r.registers, r.spilled_bytes, r.shared_bytes, r.programs, r.waits, epilogue)
             matrix = ", ".join((*r.instructions, *(f"ptxas warns {number}" for number in r.warnings)))
             print(line.format(name, r.arch, r.kernel, *sizes, matrix), flush=True)
+            faults += r.spilled_bytes > 0 or r.programs < 1
+    return faults
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(min(main(sys.argv[1:]), 1))

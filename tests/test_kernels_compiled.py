@@ -102,9 +102,8 @@ def test_half_precision_on_hopper_in_every_variant():
         if r["kernel"] in GEMMS and r["config"] != "half/tiny":  # whose tiles are too small for wgmma
             assert r["instructions"] == ["wgmma"], r
             assert r["waits"] == 2, r  # one in the loop, for the products before the last; one after it
-        if r["config"] in ("half/medium", "half/large"):
-            if r["kernel"] in EPILOGUES:
-                assert 0 < r["epilogue"] <= EPILOGUES[r["kernel"]], r
+        if r["config"] in ("half/medium", "half/large") and r["kernel"] in EPILOGUES:
+            assert 0 < r["epilogue"] <= EPILOGUES[r["kernel"]], r
 
 
 @pytest.mark.slow

@@ -5,8 +5,8 @@
 prints, for each kernel, config and architecture: registers, spilled bytes, shared memory, how many programs
 fit one multiprocessor, which matrix instructions came out, whether the assembler had to serialise them, how
 often they are waited for, and how many instructions an element costs after the last of them; it exits with 1
-if anything spills or does not fit. What is compiled is what production launches, in every variant: the operators
-run on meta tensors and their launches are recorded and bound by Triton's own specialisation.
+if anything spills or does not fit. What is compiled is what production launches, in every variant: the
+operators run on meta tensors and their launches are recorded and bound by Triton's own specialisation.
 """
 
 from __future__ import annotations

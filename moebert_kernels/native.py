@@ -125,7 +125,7 @@ def address(tensor: Tensor | None, device: torch.device = _CPU) -> int:
 def addresses_of(
     tensors: Sequence[Tensor | None], alignment: int = 1
 ) -> tuple[Sequence[Tensor | None], list[int]]:
-    """Tensors with their elements in order, from multiples of `alignment` bytes on, and their addresses.
+    """Tensors with their elements in order, and their addresses; of floats, multiples of `alignment`.
 
     What is not so is copied; the address of None is 0. Where they lie is not looked at.
 
@@ -136,7 +136,10 @@ def addresses_of(
         tensors = [None if t is None else t.contiguous() for t in tensors]
     addresses = [0 if t is None else t.data_ptr() or address(t, t.device) for t in tensors]
     if reduce(or_, addresses) % alignment:
-        tensors = [t.clone() if t is not None and t.data_ptr() % alignment else t for t in tensors]
+        tensors = [
+            t.clone() if at % alignment and t is not None and t.is_floating_point() else t
+            for t, at in zip(tensors, addresses, strict=True)
+        ]
         addresses = [0 if t is None else t.data_ptr() for t in tensors]
     return tensors, addresses
 

@@ -118,7 +118,7 @@ def test_strides_of_x_and_of_the_gradient_do_not_matter(device):
 
 
 def test_tensors_that_begin_anywhere_in_memory(device):
-    """Slices of larger ones: the gradient is copied to where wide loads can be."""
+    """Slices of larger ones: they are copied to where wide loads can be, for which kernels are compiled."""
     case = Case(13, gate=True)
     t = inputs(case, torch.float32, device)
     shifted = {k: torch.cat([v.flatten()[:1], v.flatten()])[1:].view(v.shape) for k, v in t.items()}

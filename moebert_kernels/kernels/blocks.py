@@ -10,6 +10,9 @@ have no expert, which come last in the sorted order.
 import triton
 import triton.language as tl
 
+# A plan is one layer's part of tables for all of them, and begins anywhere: no kernel counts on more.
+OF_PLAN = ["order_ptr", "offsets_ptr", "expert_ids_ptr"]
+
 
 @triton.jit
 def find_rows(tile, offsets_ptr, num_slots, E: tl.constexpr, BLOCK_M: tl.constexpr, GROUPS: tl.constexpr):

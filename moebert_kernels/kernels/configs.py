@@ -69,7 +69,9 @@ def _config(
     return Config(up or gemm, gemm, down_backward or gemm, up_backward or gemm, weight_grad, **options)
 
 
-SAFE = _config(Tile(64, 64, 32, 4, 2, parts=4), Tile(64, 64, 32, 8, 3))
+SAFE = _config(
+    Tile(64, 64, 32, 4, 2, parts=4), Tile(64, 64, 32, 8, 3), down_backward=Tile(64, 32, 32, 4, 2, parts=2)
+)
 _IN_HALVES, _IN_QUARTERS = (Tile(64, 64, 32, 4, 3, parts=parts) for parts in (2, 4))
 _IEEE = Config(
     up=_IN_HALVES,

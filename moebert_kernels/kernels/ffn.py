@@ -103,8 +103,6 @@ def expert_ffn_backward(
     E, F, D = w1_EFD.shape
     config = config or configs.select(x_TD.device, x_TD.dtype, S, E)
     x_TD, dy = with_contiguous_rows(x_TD), with_contiguous_rows(dy)
-    if dy.data_ptr() % 16:
-        dy = dy.clone()  # loads of single elements would take more registers than there are
     w1_EFD, w2_EDF = w1_EFD.contiguous(), w2_EDF.contiguous()
     order_S, offsets_E1 = order_S.contiguous(), offsets_E1.contiguous()
     gate_S, scale = _gate(gate_TK, top_k, per_slot)

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from moebert_kernels.kernels.blocks import (
+    OF_PLAN,
     activate,
     activate_with_slope,
     find_rows,
@@ -26,7 +27,7 @@ from moebert_kernels.kernels.blocks import (
 )
 
 
-@triton.jit(do_not_specialize=["num_slots"])
+@triton.jit(do_not_specialize=["num_slots"], do_not_specialize_on_alignment=OF_PLAN)
 def gather_kernel(
     x_ptr,  # [T, D], rows x_stride apart
     x_stride,
@@ -97,7 +98,7 @@ def _finish_gather(
     _store(a_ptr, a_MN, begin, end, n, F)
 
 
-@triton.jit(do_not_specialize=["num_slots"])
+@triton.jit(do_not_specialize=["num_slots"], do_not_specialize_on_alignment=OF_PLAN)
 def gather_backward_kernel(
     dy_ptr,  # [S / DY_TOP_K, D], rows dy_stride apart
     dy_stride,
@@ -210,7 +211,7 @@ def _finish_gather_backward(
     return dgate_M
 
 
-@triton.jit(do_not_specialize=["num_slots"])
+@triton.jit(do_not_specialize=["num_slots"], do_not_specialize_on_alignment=OF_PLAN)
 def scatter_kernel(
     a,  # [S, K] sorted, pointer or descriptor
     order_ptr,  # [S]

@@ -12,14 +12,13 @@ operators run on meta tensors and their launches are recorded and bound by Trito
 from __future__ import annotations
 
 import io
-import math
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -230,20 +229,16 @@ def _around(code: list[_Line], products: list[int], steps: int) -> Instructions:
 class Variant:
     """A way in which the layer is called, which decides on what is compiled.
 
-    Not `aligned`, tokens, their gradient and their order begin where nothing wider than an element can be
-    loaded: slices of a tensor, the order of an odd number of tokens.
+    Where tensors begin does not: see `replay.repeated` and `blocks.OF_PLAN`.
     """
 
     training: bool = True
     gate: bool = True
     bias: bool = True
-    aligned: bool = True
 
 
 FULL = Variant()
-ALIGNED = tuple(Variant(*choice) for choice in product((True, False), repeat=3))
-UNALIGNED = tuple(replace(variant, aligned=False) for variant in ALIGNED)
-VARIANTS = ALIGNED + UNALIGNED
+VARIANTS = tuple(Variant(*choice) for choice in product((True, False), repeat=3))
 
 
 def launches(
@@ -262,10 +257,6 @@ def launches(
     def meta(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    def given(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        first = 0 if variant.aligned else 1
-        return meta(first + math.prod(shape), dtype=dtype)[first:].view(shape)
-
     w1, w2 = meta(E, F, D), meta(E, D, F)
     b1, b2 = (meta(E, F), meta(E, D)) if variant.bias else (None, None)
     ln = meta(E, D, dtype=torch.float32)
@@ -273,10 +264,10 @@ def launches(
 
     def call(T: int) -> list[Any]:
         gate = meta(T, K, dtype=torch.float32) if variant.gate else None
-        return [given(T * K, dtype=torch.int32), offsets, w1, b1, w2, b2, gate, "gelu", K, False]
+        return [meta(T * K, dtype=torch.int32), offsets, w1, b1, w2, b2, gate, "gelu", K, False]
 
     with recorded() as record:
-        x, z, ids = given(T, D), meta(T * K, D), meta(T, K, dtype=torch.int32)
+        x, z, ids = meta(T, D), meta(T * K, D), meta(T, K, dtype=torch.int32)
         order, *_, gate, _, _, _ = of_call = call(T)
         _, hidden = ffn.expert_ffn_forward(x, *[*of_call, variant.training, config])
         norm_call = (ids, order, offsets, ln, ln, gate, seed if variant.training else None)

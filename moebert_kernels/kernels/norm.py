@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moebert_kernels.kernels import configs
-from moebert_kernels.kernels.blocks import find_rows
+from moebert_kernels.kernels.blocks import OF_PLAN, find_rows
 from moebert_kernels.kernels.launch import ceil_div, groups_of, launch, on_device_of
 from moebert_kernels.kernels.launch import rows as with_contiguous_rows
 from moebert_kernels.kernels.rows import over_experts, over_tiles
@@ -137,7 +137,7 @@ def _rows_per_program(num_slots: int, programs: int) -> int:
     return min(max(triton.next_power_of_2(ceil_div(num_slots, 8 * programs)), 4), 128)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=OF_PLAN)
 def norm_kernel(
     z_ptr,  # [S, D] by slot
     residual_ptr,  # [T, D], rows residual_stride apart
@@ -183,7 +183,7 @@ def norm_kernel(
     tl.store(y_ptr + token * D + cols_D, y_D.to(y_ptr.dtype.element_ty), mask=live_D)
 
 
-@triton.jit(do_not_specialize=["num_slots"])
+@triton.jit(do_not_specialize=["num_slots"], do_not_specialize_on_alignment=OF_PLAN)
 def norm_backward_kernel(
     dy_ptr,  # [T, D], rows dy_stride apart
     dy_stride,

@@ -44,12 +44,15 @@ def repeated(
     `plans` are those of tensors of the same shapes, dtypes and device.
     """
     x_TD: Any = tensors[0]
-    if not 0 < x_TD.shape[0] <= _MOST_TOKENS or _INTERPRETED or launch.is_recording() or direct.hooked():
+    if _INTERPRETED or launch.is_recording():
         return pass_(tensors, options)
     if x_TD.is_cuda and x_TD.get_device() != torch.cuda.current_device():
         with torch.cuda.device(x_TD.device):
             return repeated(pass_, tensors, options, plans)
+    # Loads of single elements would take more registers than there are: no kernel is compiled for them.
     tensors, addresses = addresses_of(tensors, alignment=16)
+    if not 0 < x_TD.shape[0] <= _MOST_TOKENS or direct.hooked():
+        return pass_(tensors, options)
     key = (pass_, options, configs.arithmetic(x_TD.dtype))
     if key not in plans:
         plans[key] = None

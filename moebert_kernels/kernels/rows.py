@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moebert_kernels.kernels.blocks import find_rows
+from moebert_kernels.kernels.blocks import OF_PLAN, find_rows
 from moebert_kernels.kernels.launch import ceil_div, groups_of, launch
 
 
@@ -85,7 +85,7 @@ def sum_slots_kernel(
     tl.store(y_ptr + token * D + cols_D, sum_D.to(y_ptr.dtype.element_ty), mask=cols_D < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=OF_PLAN)
 def sum_tiles_kernel(
     left_parts_ptr,  # [row tiles, M] float32, or None
     right_parts_ptr,  # [row tiles, N] float32, or None
@@ -136,7 +136,7 @@ def _sum_tiles(
     tl.store(out_ptr + expert * N + cols_N, sum_N.to(out_ptr.dtype.element_ty), mask=cols_N < N)
 
 
-@triton.jit(do_not_specialize=["num_slots"])
+@triton.jit(do_not_specialize=["num_slots"], do_not_specialize_on_alignment=OF_PLAN)
 def gate_grad_kernel(
     parts_ptr,  # [COL_TILES, S] sorted, parts of <W2^T dy, a>
     dy_ptr,  # [S / DY_TOP_K, D], rows dy_stride apart

@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moebert_kernels.kernels import configs
+from moebert_kernels.kernels.blocks import OF_PLAN
 from moebert_kernels.kernels.configs import Config
 from moebert_kernels.kernels.launch import ceil_div, launch, rows_are_aligned
 
@@ -103,7 +104,7 @@ def weight_grads(
     return dw1, dw2
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=OF_PLAN)
 def weight_grad_kernel(
     left1_ptr,  # [S, F] sorted
     right1_ptr,  # [S / TOP_K1, D], rows right1_stride apart
@@ -141,7 +142,7 @@ def weight_grad_kernel(
     _store_grad(dw_MN, 0, dw1_ptr, dw2_ptr, expert, tile, F, D, SCALE1, SCALE2, BLOCK_M, BLOCK_N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=OF_PLAN)
 def weight_grad_stream_kernel(
     left1_ptr,  # as in weight_grad_kernel, down to dw2_ptr
     right1_ptr,
@@ -218,7 +219,7 @@ def _steps_before_cut(tile_first, steps, total):
     return tl.where(_share_begin(program, total, tl.num_programs(0)) < tile_first, taken, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=OF_PLAN)
 def join_kernel(
     partial_ptr,  # [PROGRAMS, 2, BLOCK_M, BLOCK_N] float32
     offsets_ptr,  # [E + 1]

@@ -137,7 +137,9 @@ TABLE: dict[tuple[str, str, str], Config] = {
         stream_k=True,
         tma=True,
     ),
-    ("sm_100", "tf32", "small"): _config(Tile(64, 64, 32, 4, 4, parts=2), Tile(64, 64, 32, 4, 4)),
+    ("sm_100", "tf32", "small"): _config(
+        Tile(64, 64, 32, 4, 4, parts=2), Tile(64, 64, 32, 4, 4), up=Tile(64, 64, 32, 4, 4, parts=4)
+    ),
     ("sm_100", "tf32", "medium"): _config(Tile(64, 128, 32, 4, 4, parts=4), Tile(64, 128, 32, 4, 4)),
     ("sm_100", "tf32", "large"): _config(
         Tile(128, 128, 32, 8, 4, parts=4), Tile(128, 128, 32, 8, 4), stream_k=True

@@ -22,6 +22,8 @@ from moebert_kernels.compress.losses import (
 )
 from moebert_kernels.compress.training_load import TrainingLoad
 from moebert_kernels.models import is_moe
+from moebert_kernels.models.pack import Pack, pack_if_worthwhile
+from moebert_kernels.models.packing import packed, why_not_packed
 from moebert_kernels.routing.routers import RouterOutput
 
 
@@ -102,6 +104,7 @@ class DistillationTrainer(Trainer):
         self.distill_weight = distill_weight
         self.layer_map = layer_map
         self.pooling = pooling
+        self._packs = False
         if is_moe(model.config) and self.args.n_gpu <= 1:  # DataParallel's replicas hand nothing out
             self.add_callback(TrainingLoad())
         # Says that compute_loss divides by what get_batch_samples counted, so that training_step does not.
@@ -117,7 +120,16 @@ class DistillationTrainer(Trainer):
     def train(self, *args, **kwargs):
         """Train as `Trainer.train` does, resuming included."""
         self._reset_terms()
-        return super().train(*args, **kwargs)
+        models = (self.accelerator.unwrap_model(self.model), self.teacher)
+        # DataParallel's replicas get parts of a batch.
+        if self.args.n_gpu > 1 or any(why_not_packed(model) is not None for model in models):
+            return super().train(*args, **kwargs)
+        with packed(models[0]), packed(models[1]):
+            self._packs = True
+            try:
+                return super().train(*args, **kwargs)
+            finally:
+                self._packs = False
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """Draw the batches of one optimizer step and count what its loss terms are means over."""
@@ -151,20 +163,22 @@ class DistillationTrainer(Trainer):
             if not labels:
                 raise ValueError(f"evaluation needs labels; the batch holds only {', '.join(inputs)}")
             outputs = model(**features)
-            loss = self._label_loss(outputs, labels)
+            loss = self._label_loss(outputs, labels, features.get("attention_mask"))
             return (loss, outputs) if return_outputs else loss
 
         routers: list[RouterOutput] = []
         load = self.load
+        pack = self._pack(features)
+        how = {} if pack is None else {"pack": pack}
         extra = {} if load is None else {"router_outputs": routers}
-        outputs = model(**features, **extra, output_hidden_states=True)
+        outputs = model(**features, **how, **extra, output_hidden_states=True)
         with torch.no_grad(), self.accelerator.autocast():
-            teacher_outputs = self.teacher(**features, output_hidden_states=True)
+            teacher_outputs = self.teacher(**features, **how, output_hidden_states=True)
         mask_BS = features.get("attention_mask")
         teacher_states = teacher_outputs.hidden_states
         if self.layer_map is not None:
             teacher_states = [teacher_states[0], *(teacher_states[1 + layer] for layer in self.layer_map)]
-        layers = layer_loss(outputs.hidden_states, teacher_states, mask_BS)
+        layers = layer_loss(outputs.hidden_states, teacher_states, mask_BS if pack is None else None)
         per_token = False
         if self.pooling is None:
             kind = self._kind(outputs)
@@ -172,7 +186,7 @@ class DistillationTrainer(Trainer):
             # Of tokens without a label nobody asks for a prediction, and the teacher has learned none.
             predicted_BS = labels["labels"] != IGNORED_LABEL if per_token and labels else mask_BS
             predictions = prediction_of(outputs), prediction_of(teacher_outputs)
-            terms = {"ce": self._label_loss(outputs, labels)} if labels else {}
+            terms = {"ce": self._label_loss(outputs, labels, mask_BS)} if labels else {}
             terms |= {"layer": layers, "prediction": prediction_loss(kind, *predictions, predicted_BS)}
         else:
             ours, theirs = (self.pooling(o.last_hidden_state, mask_BS) for o in (outputs, teacher_outputs))
@@ -218,15 +232,25 @@ class DistillationTrainer(Trainer):
     def _student_config(self):
         return self.accelerator.unwrap_model(self.model).config
 
+    def _pack(self, features: dict[str, Any]) -> Pack | None:
+        """The rows that both models compute, and whose hidden states are compared; None for all places."""
+        mask_BS = features.get("attention_mask")
+        if not self._packs or mask_BS is None:
+            return None
+        pack = pack_if_worthwhile(mask_BS).pack
+        return None if pack is None else pack.with_rows_kept()
+
     def _kind(self, outputs: Any) -> str:
         return prediction_kind(outputs, self._student_config)
 
-    def _label_loss(self, outputs: Any, labels: dict[str, Tensor]) -> Tensor:
+    def _label_loss(self, outputs: Any, labels: dict[str, Tensor], mask_BS: Tensor | None) -> Tensor:
         values = (
             labels["labels"] if "labels" in labels else (labels["start_positions"], labels["end_positions"])
         )
         smoothing = self.args.label_smoothing_factor
-        return label_loss(self._kind(outputs), prediction_of(outputs), values, label_smoothing=smoothing)
+        return label_loss(
+            self._kind(outputs), prediction_of(outputs), values, mask_BS, label_smoothing=smoothing
+        )
 
     def _shares_counts(self) -> bool:
         return self.args.world_size > 1 and self.args.average_tokens_across_devices

@@ -23,7 +23,7 @@ from moebert_kernels.compress.losses import (
 from moebert_kernels.compress.training_load import TrainingLoad
 from moebert_kernels.models import is_moe
 from moebert_kernels.models.pack import Pack, pack_if_worthwhile
-from moebert_kernels.models.packing import packed, why_not_packed
+from moebert_kernels.models.packing import drops_weights, packed, why_not_packed
 from moebert_kernels.routing.routers import RouterOutput
 
 
@@ -67,6 +67,8 @@ class DistillationTrainer(Trainer):
         layer_map: for each layer of a student that has another number of layers, the index, counted from 0,
             of the teacher's layer that it is compared with; None if they are compared one to one. The
             embedding outputs are compared in any case.
+        pack: while training, compute real tokens alone in both models, if both can be packed, and compare
+            their hidden states as rows; gradients are those of the padded form.
         pooling: makes a sentence's embedding of the last hidden states [B, S, D] and the mask [B, S]; None
             for models with a head.
         trainer_options: the other arguments of `Trainer`, such as `train_dataset`, `processing_class`,
@@ -86,6 +88,7 @@ class DistillationTrainer(Trainer):
         distill_weight: float = 1.0,
         layer_map: Sequence[int] | None = None,
         pooling: Pooling | None = None,
+        pack: bool = True,
         **trainer_options: Any,
     ):
         if distill_weight < 0:
@@ -104,6 +107,7 @@ class DistillationTrainer(Trainer):
         self.distill_weight = distill_weight
         self.layer_map = layer_map
         self.pooling = pooling
+        self.pack = pack
         self._packs = False
         if is_moe(model.config) and self.args.n_gpu <= 1:  # DataParallel's replicas hand nothing out
             self.add_callback(TrainingLoad())
@@ -122,7 +126,7 @@ class DistillationTrainer(Trainer):
         self._reset_terms()
         models = (self.accelerator.unwrap_model(self.model), self.teacher)
         # DataParallel's replicas get parts of a batch.
-        if self.args.n_gpu > 1 or any(why_not_packed(model) is not None for model in models):
+        if not self.pack or self.args.n_gpu > 1 or any(why_not_packed(model) for model in models):
             return super().train(*args, **kwargs)
         with packed(models[0]), packed(models[1]):
             self._packs = True
@@ -169,8 +173,10 @@ class DistillationTrainer(Trainer):
         routers: list[RouterOutput] = []
         load = self.load
         pack = self._pack(features)
-        how = {} if pack is None else {"pack": pack}
-        extra = {} if load is None else {"router_outputs": routers}
+        how: dict[str, Any] = {} if pack is None else {"pack": pack}
+        extra: dict[str, Any] = {} if load is None else {"router_outputs": routers}
+        if pack is None and is_moe(self._student_config):
+            extra["pack"] = False  # the teacher does not pack either
         outputs = model(**features, **how, **extra, output_hidden_states=True)
         with torch.no_grad(), self.accelerator.autocast():
             teacher_outputs = self.teacher(**features, **how, output_hidden_states=True)
@@ -233,11 +239,11 @@ class DistillationTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model).config
 
     def _pack(self, features: dict[str, Any]) -> Pack | None:
-        """The rows that both models compute, and whose hidden states are compared; None for all places."""
+        """What both models compute, whose hidden states are compared as rows; None for all places."""
         mask_BS = features.get("attention_mask")
         if not self._packs or mask_BS is None:
             return None
-        pack = pack_if_worthwhile(mask_BS).pack
+        pack = pack_if_worthwhile(mask_BS, dropout=drops_weights(self._student_config)).pack
         return None if pack is None else pack.with_rows_kept()
 
     def _kind(self, outputs: Any) -> str:

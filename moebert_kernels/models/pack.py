@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moebert_kernels.checks import check_mask, check_whole
-from moebert_kernels.models.windows import choose_windows
+from moebert_kernels.models.windows import DROPOUT, FLASH, Costs, choose_windows
 
 # On the CPU: a batch with fewer places of padding than one in so many is computed as it is.
 _LEAST_PADDING = 16
@@ -94,9 +94,11 @@ class Pack:
             check_whole("max_tokens", max_tokens, least=1)
             return _of_bounded(real_BS, min(max_tokens, mask.numel()), keep_rows)
         count_B = real_BS.sum(1)
-        if mask.device.type == "cpu":
+        if _on_host(mask):
             counts = count_B.tolist()
-            return _of_host(real_BS, counts, keep_rows) if any(counts) else _of_bounded(real_BS, 1, keep_rows)
+            if not any(counts):
+                return _of_bounded(real_BS, 1, keep_rows)
+            return _of_host(real_BS, counts, FLASH, keep_rows)
         total, longest = torch.stack([count_B.sum(), count_B.max()]).tolist()
         if not total:
             return _of_bounded(real_BS, 1, keep_rows)
@@ -148,7 +150,7 @@ class Verdict(NamedTuple):
     full: bool
 
 
-def pack_if_worthwhile(mask: Tensor, read_BS: Tensor | None = None) -> Verdict:
+def pack_if_worthwhile(mask: Tensor, read_BS: Tensor | None = None, *, dropout: bool = False) -> Verdict:
     """Pack a batch if that saves anything and changes nothing that anyone reads.
 
     That is where every sequence begins with a real token, which poolers and heads read, and wherever else
@@ -157,19 +159,20 @@ def pack_if_worthwhile(mask: Tensor, read_BS: Tensor | None = None) -> Verdict:
     Args:
         mask: [B, S], bool or integer, nonzero at real tokens.
         read_BS: bool, further places that are read.
+        dropout: whether attention will drop weights.
     """
     real_BS = mask if mask.dtype == torch.bool else mask != 0
     count_B, total = real_BS.sum(1), real_BS.numel()
     if not total:
         return Verdict(None, False)
-    if mask.device.type == "cpu":
+    if _on_host(mask):
         counts = count_B.tolist()
         num_real = sum(counts)
         if num_real == total:
             return Verdict(None, True)
         if (total - num_real) * _LEAST_PADDING < total or not _reads_real(real_BS, read_BS):
             return Verdict(None, False)
-        return Verdict(_of_host(real_BS, counts, False), False)
+        return Verdict(_of_host(real_BS, counts, DROPOUT if dropout else FLASH, False), False)
     found = torch.stack([count_B.sum(), count_B.max(), _reads_real(real_BS, read_BS)]).tolist()
     num_real, longest, reads_real = found
     if num_real == total:
@@ -177,15 +180,20 @@ def pack_if_worthwhile(mask: Tensor, read_BS: Tensor | None = None) -> Verdict:
     return Verdict(_of_device(real_BS, count_B, num_real, longest, False) if reads_real else None, False)
 
 
+def _on_host(mask: Tensor) -> bool:
+    """Whether the host can look at values without waiting for them."""
+    return mask.device.type == "cpu"
+
+
 def _reads_real(real_BS: Tensor, read_BS: Tensor | None) -> Tensor:
     first = real_BS[:, 0].all()
     return first if read_BS is None else first & (real_BS | ~read_BS).all()
 
 
-def _of_host(real_BS: Tensor, counts: list[int], keep_rows: bool) -> Pack:
+def _of_host(real_BS: Tensor, counts: list[int], costs: Costs, keep_rows: bool) -> Pack:
     """On the CPU."""
     B, S = real_BS.shape
-    groups = choose_windows(counts)
+    groups = choose_windows(counts, costs)
     order = [number for group in groups for window in group.windows for number in window]
     order_b = torch.tensor(order, dtype=torch.int64)
     rank_N, column_N = real_BS.index_select(0, order_b).nonzero(as_tuple=True)

@@ -40,6 +40,12 @@ def why_not_packed(model: nn.Module) -> str | None:
     return None
 
 
+def drops_weights(config: Any) -> bool:
+    """Whether the attention of a model of this configuration has dropout, in training."""
+    names = ("attention_probs_dropout_prob", "attention_dropout")  # the latter in DistilBERT
+    return any(getattr(config, name, 0.0) > 0 for name in names)
+
+
 @contextmanager
 def packed(model: nn.Module) -> Iterator[None]:
     """Have a dense encoder compute real tokens alone, as models with experts do by themselves.
@@ -123,7 +129,8 @@ def to_rows(
     if pack is None:
         if not _may_pack(base, family, given):
             return given
-        pack, full = pack_if_worthwhile(given["attention_mask"], read_BS)
+        dropout = base.training and drops_weights(base.config)
+        pack, full = pack_if_worthwhile(given["attention_mask"], read_BS, dropout=dropout)
         if full:
             return {**given, "attention_mask": None}
         if pack is None:

@@ -10,11 +10,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-# Microseconds of one head's attention over a window of n rows, c0 + c1 n + c2 n^2, and of a further call.
-_BLOCK_US = (2.0, 0.07, 0.0014)
-_CALL_US = 30.0
 _HEADS = 12  # for which a choice is good enough
-SIZES = (64, 128, 256)
+
+
+class Costs(NamedTuple):
+    """What attention costs, in microseconds.
+
+    Attributes:
+        block: c0, c1 and c2 of one head over a window of n rows, c0 + c1 n + c2 n^2.
+        call: of each group's further call.
+        sizes: of windows that may be best; 1 has every sequence in a window of its own.
+    """
+
+    block: tuple[float, float, float]
+    call: float
+    sizes: tuple[int, ...]
+
+
+# Forward, by flash attention: small windows are all overhead.
+FLASH = Costs((2.0, 0.07, 0.0014), 30.0, (64, 128, 256))
+# Forward and backward with dropout, for which PyTorch writes all weights to memory, several times.
+DROPOUT = Costs((3.0, 0.0, 0.035), 200.0, (1, 32, 64))
 
 
 class Group(NamedTuple):
@@ -29,18 +45,19 @@ class Group(NamedTuple):
     windows: list[list[int]]
 
 
-def choose_windows(lengths: Sequence[int]) -> list[Group]:
+def choose_windows(lengths: Sequence[int], costs: Costs = FLASH) -> list[Group]:
     """Windows for sequences of these lengths, of the size that is expected to cost least.
 
     Args:
         lengths: rows of each sequence; those of none are in no window.
+        costs: `FLASH` or `DROPOUT`.
     """
     longest = max(lengths, default=0)
     chosen: list[Group] = []
     least = float("inf")
-    for size in SIZES:
+    for size in costs.sizes:
         groups = fill_windows(lengths, size)
-        cost = _cost_us(groups)
+        cost = cost_us(groups, costs)
         if cost < least:
             chosen, least = groups, cost
         if size >= longest:
@@ -83,8 +100,9 @@ def _fullest(lengths: list[int], room: int) -> list[int]:
     return chosen[::-1]
 
 
-def _cost_us(groups: list[Group]) -> float:
-    c0, c1, c2 = _BLOCK_US
+def cost_us(groups: Sequence[Group], costs: Costs) -> float:
+    """What attention over these windows is expected to take, in microseconds of one thread."""
+    c0, c1, c2 = costs.block
     return sum(
-        _CALL_US + _HEADS * len(windows) * (c0 + c1 * size + c2 * size * size) for size, windows in groups
+        costs.call + _HEADS * len(windows) * (c0 + c1 * size + c2 * size * size) for size, windows in groups
     )

@@ -24,12 +24,13 @@ class Windows(NamedTuple):
     Attributes:
         number: of windows.
         size: rows of each.
-        together: bool [number, 1, size, size], which rows are of the same sequence; None if all of a window.
+        apart: float32 [number, 1, size, size], what is added to scores: 0 within a sequence and -inf between
+            two; None where each window is one. Of bools PyTorch would make as much in every layer.
     """
 
     number: int
     size: int
-    together: Tensor | None
+    apart: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,11 +201,12 @@ def _of_host(real_BS: Tensor, counts: list[int], costs: Costs, keep_rows: bool) 
     place_N = order_b.index_select(0, rank_N) * S + column_N
     windows, ranks = [], rank_N.split([len(group.windows) * group.size for group in groups])
     for (size, members), rank_n in zip(groups, ranks, strict=True):
-        together = None
+        apart = None
         if any(len(window) > 1 for window in members):
             rank_WR = rank_n.view(len(members), size)
-            together = (rank_WR.unsqueeze(2) == rank_WR.unsqueeze(1)).unsqueeze(1)
-        windows.append(Windows(len(members), size, together))
+            differ_WRR = rank_WR.unsqueeze(2) != rank_WR.unsqueeze(1)
+            apart = torch.zeros(differ_WRR.shape).masked_fill_(differ_WRR, -torch.inf).unsqueeze(1)
+        windows.append(Windows(len(members), size, apart))
     return Pack(B, S, place_N, None, tuple(windows), max(counts), None, None, None, None, keep_rows)
 
 

@@ -77,10 +77,9 @@ def attend_in_windows(
     sizes = [window.number * window.size for window in pack.windows]
     contexts = []
     for window, *qkv in zip(pack.windows, *(x.split(sizes) for x in (q_NHd, k_NHd, v_NHd)), strict=True):
-        q, k, v = (x.unflatten(0, window[:2]).transpose(1, 2) for x in qkv)
-        context = scaled_dot_product_attention(
-            q, k, v, attn_mask=window.together, dropout_p=dropout, scale=scaling
-        )
+        q, k, v = (x.reshape(window.number, window.size, *x.shape[1:]).transpose(1, 2) for x in qkv)
+        apart = None if window.apart is None else window.apart.to(q.dtype)
+        context = scaled_dot_product_attention(q, k, v, attn_mask=apart, dropout_p=dropout, scale=scaling)
         contexts.append(context.transpose(1, 2).flatten(0, 1))
     return torch.cat(contexts)
 

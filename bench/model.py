@@ -105,12 +105,13 @@ def _bind(kind: str, change: Callable[[Any], Any] | None, inputs: ModelInputs, p
     model = _model(inputs, kind)
     if change is not None:
         model = change(model)
-    return _passes(model, inputs, pass_)
+    # The published code computes padding.
+    return _passes(model, inputs, pass_, {"pack": False} if change is with_authors_dispatch else {})
 
 
-def _passes(model: Any, inputs: ModelInputs, pass_: str) -> Thunk:
+def _passes(model: Any, inputs: ModelInputs, pass_: str, options: dict[str, Any]) -> Thunk:
     dy_BSD = inputs.dy_BSD.to(next(model.parameters()).dtype)
-    batch = {"input_ids": inputs.ids_BS}
+    batch = {"input_ids": inputs.ids_BS, **options}
     if inputs.mask_BS is not None:
         batch["attention_mask"] = inputs.mask_BS
 
@@ -148,7 +149,7 @@ def reference(inputs: ModelInputs, pass_: str, kind: str) -> dict[str, Tensor]:
     model = copy.deepcopy(_model(inputs, kind)).double()
     if kind == "experts":
         model = with_reference_experts(model)
-    return _passes(model, inputs, pass_)()
+    return _passes(model, inputs, pass_, {})()
 
 
 def check(
@@ -167,14 +168,13 @@ def check(
 def work(inputs: ModelInputs, pass_: str, kind: str) -> Work:
     """Multiply-adds of projections and attention, three times as many with backward; parameters read once.
 
-    The experts need not compute padding; dense networks, as transformers has them, do.
+    Encoders with experts need not compute padding; dense networks, as transformers has them, do.
     """
     case = inputs.case
     layers = max(1, case.L // 2) if kind == "half" else case.L
     neurons = case.E * case.F if kind in ("dense", "half") else case.F
-    tokens = case.batch * case.sequence
-    routed = case.real if kind == "experts" and case.real is not None else tokens
-    mults = tokens * (4 * case.D**2 + 2 * case.sequence * case.D) + routed * 2 * case.D * neurons
+    tokens = case.real if kind == "experts" and case.real is not None else case.batch * case.sequence
+    mults = tokens * (4 * case.D**2 + 2 * case.sequence * case.D + 2 * case.D * neurons)
     networks = case.E if kind == "experts" else 1
     parameters = layers * (4 * case.D**2 + 2 * case.D * neurons * networks)
     passes = 3 if pass_.endswith("backward") else 1

@@ -49,18 +49,31 @@ def read_batch(path: str, vocabulary: int) -> TextBatch:
     Raises:
         ValueError: the file has no sentences.
     """
-    sentences = read_sentences(path)[:_MOST_SENTENCES]
-    if not sentences:
-        raise ValueError(f"{path} has no sentences")
-    encode, tokenizer = _encoder(vocabulary)
-    rows = encode(sentences)
+    rows, tokenizer = _rows(path, vocabulary, _MOST_SENTENCES)
     batches = [rows[begin : begin + BATCH] for begin in range(0, len(rows), BATCH)]
     full = [batch for batch in batches if len(batch) == BATCH] or batches
     chosen = sorted(full, key=lambda batch: max(map(len, batch)))[len(full) // 2]
-    ids_BS = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in chosen], batch_first=True)
-    lengths_B = torch.tensor([len(row) for row in chosen])
-    mask_BS = (torch.arange(ids_BS.shape[1]) < lengths_B.unsqueeze(1)).long()
-    return TextBatch(ids_BS, mask_BS, tokenizer)
+    return TextBatch(*pad(chosen), tokenizer)
+
+
+def encode_sentences(path: str, vocabulary: int) -> list[list[int]]:
+    """The token ids of a file's first sentences, in their order; as for `read_batch`."""
+    return _rows(path, vocabulary, _MOST_SENTENCES)[0]
+
+
+def pad(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Rows of token ids as ids and mask, int64 [B, S], 0 at padding."""
+    ids_BS = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    lengths_B = torch.tensor([len(row) for row in rows])
+    return ids_BS, (torch.arange(ids_BS.shape[1]) < lengths_B.unsqueeze(1)).long()
+
+
+def _rows(path: str, vocabulary: int, most: int) -> tuple[list[list[int]], str]:
+    sentences = read_sentences(path)[:most]
+    if not sentences:
+        raise ValueError(f"{path} has no sentences")
+    encode, tokenizer = _encoder(vocabulary)
+    return encode(sentences), tokenizer
 
 
 def read_sentences(path: str | Path) -> list[str]:

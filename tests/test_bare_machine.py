@@ -32,7 +32,8 @@ NEVER_THERE = (
 )
 # Modules with tests of a GPU that run where these are installed besides.
 NEEDING_MORE = {
-    "test_fitting.py": ("transformers", "accelerate", "datasets", "scikit-learn", "scipy", "hypothesis")
+    "test_fitting.py": ("transformers", "accelerate", "datasets", "scikit-learn", "scipy", "hypothesis"),
+    "test_packing_device.py": ("transformers",),
 }
 
 

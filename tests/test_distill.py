@@ -307,6 +307,35 @@ def test_mixed_precision_runs_both_models_low_and_the_losses_high(tmp_path, toke
         assert low["loss"] == pytest.approx(high["loss"], rel=0.05)
 
 
+@pytest.mark.parametrize("routing", ["hash-random", "gate-sentence"])
+def test_real_tokens_alone_train_what_the_padded_form_does(tmp_path, tokenizer, routing):
+    """Student and teacher on the same rows, whose hidden states are compared without a mask."""
+    trained, shapes = {}, {True: set(), False: set()}
+    for pack in (True, False):
+        teacher = tiny_bert(0)
+        index_LEF = torch.arange(64).view(4, 16).expand(2, 4, 16)
+        student = to_moe(tiny_bert(1), index_LEF, num_shared_neurons=0, routing=routing)
+        for model in (student, teacher):
+            model.bert.encoder.layer[1].register_forward_pre_hook(
+                lambda _, args, pack=pack: shapes[pack].add(args[0].shape[0])
+            )
+        trainer = DistillationTrainer(
+            student,
+            teacher,
+            args=arguments(tmp_path, optim="sgd", learning_rate=0.05),
+            train_dataset=make_rows(),
+            processing_class=tokenizer,
+            pack=pack,
+        )
+        trainer.train()
+        assert teacher.config._attn_implementation == "sdpa"  # as it was
+        trained[pack] = student.state_dict(), [log["loss"] for log in training_logs(trainer)]
+    assert shapes == {True: {1}, False: {8}}
+    assert trained[True][1] == pytest.approx(trained[False][1], rel=1e-4)
+    for name, weight in trained[False][0].items():
+        torch.testing.assert_close(trained[True][0][name], weight, atol=1e-5, rtol=1e-4, msg=name)
+
+
 class StopAt(TrainerCallback):
     def __init__(self, step):
         self.step = step

@@ -19,7 +19,7 @@ from transformers import (
 
 from moebert_kernels.compress.fitting import RARE, RIDGE, fit_experts, rows_to_fit
 from moebert_kernels.layer import MoEFFN
-from moebert_kernels.models import find_ffns, narrow_ffns, replace_ffns
+from moebert_kernels.models import find_ffns, is_moe, narrow_ffns, replace_ffns
 from moebert_kernels.models.surgery import to_moe
 from python_ref import fitting as ref
 from python_ref.ffn import activation
@@ -50,8 +50,9 @@ def calls_of(module, model, rows):
         found.append((args[0], kwargs, output))
 
     hook = module.register_forward_hook(note, with_kwargs=True)
+    as_it_is = {"pack": False} if is_moe(model.config) else {}
     for batch in rows:
-        model(**batch)
+        model(**batch, **as_it_is)
     hook.remove()
     return found
 

@@ -143,6 +143,33 @@ def test_label_loss_is_the_heads_own():
     torch.testing.assert_close(label_loss("question_answering", (start, end), positions), expected)
 
 
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+def test_answers_are_chosen_among_real_positions(label_smoothing):
+    """What a model gives at padding depends on how its batch was computed: it must not be in the loss."""
+    torch.manual_seed(0)
+    start, end = torch.randn(2, 3, 6).unbind()
+    mask = (torch.arange(6) < torch.tensor([[6], [2], [4]])).long()
+    positions = torch.tensor([5, 1, 6]), torch.tensor([5, 0, 3])  # 6 lies outside
+    loss = label_loss("question_answering", (start, end), positions, mask, label_smoothing=label_smoothing)
+
+    def alone(logits, row, position):
+        length = int(mask[row].sum())
+        return F.cross_entropy(
+            logits[row : row + 1, :length], torch.tensor([position]), label_smoothing=label_smoothing
+        )
+
+    expected = [
+        torch.stack([alone(start, 0, 5), alone(start, 1, 1)]).mean(),
+        torch.stack([alone(end, 0, 5), alone(end, 1, 0), alone(end, 2, 3)]).mean(),
+    ]
+    torch.testing.assert_close(loss, torch.stack(expected).mean())
+    elsewhere = torch.where(mask.bool(), start, 99.0)
+    torch.testing.assert_close(
+        label_loss("question_answering", (elsewhere, end), positions, mask, label_smoothing=label_smoothing),
+        loss,
+    )
+
+
 def test_a_batch_without_labels_has_loss_zero():
     """A mean over nothing is NaN, and one NaN micro-batch spoils the whole accumulated step."""
     logits = torch.randn(2, 3, requires_grad=True)

@@ -206,7 +206,7 @@ def send_to_the_first(student, rows, tokenizer):
         layer.ffn.router.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         for layer in student.bert.encoder.layer
     ]
-    student.eval()(**batch)
+    student.eval()(**batch, pack=False)
     for hook, layer, x_BSD in zip(hooks, student.bert.encoder.layer, seen, strict=True):
         hook.remove()
         mean_D = x_BSD[batch["attention_mask"].bool()].mean(0)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moebert_kernels.models import is_moe
+
 
 class Layerwise:
     """Runs an encoder's own code, in which each layer computes when it is its turn and hands on otherwise.
@@ -30,6 +32,8 @@ class Layerwise:
         self._base = base
         self._layers = list(layers)
         self._batches = batches
+        # States are [B, S, D] in every model, whatever a model with experts would make of padding.
+        self._as_it_is = {"pack": False} if is_moe(getattr(base, "config", None)) else {}
         self._beside: tuple | None = (
             None  # what a layer returns beside hidden states; None: it returns them alone
         )
@@ -63,7 +67,7 @@ class Layerwise:
         with ExitStack() as replaced:
             for place, layer in enumerate(self._layers):
                 replaced.enter_context(forward_replaced(layer, turn(place)))
-            self._base(**self._batches[number])
+            self._base(**self._batches[number], **self._as_it_is)
         (output,) = made
         return output
 

@@ -122,8 +122,18 @@ def prediction_loss(
     return symmetric_kl(student, teacher, mask_BS if kind == "token_classification" else None)
 
 
-def label_loss(kind: str, student: Prediction, labels: Prediction, *, label_smoothing: float = 0.0) -> Tensor:
+def label_loss(
+    kind: str,
+    student: Prediction,
+    labels: Prediction,
+    mask_BS: Tensor | None = None,
+    *,
+    label_smoothing: float = 0.0,
+) -> Tensor:
     """The task's own loss, as the transformers heads take it: cross-entropies, or MSE for regression.
+
+    But for padding, which is not among the places that start and end of an answer are chosen from: what a
+    model gives there depends on how its batch was computed.
 
     Args:
         kind: one of `PREDICTION_KINDS`.
@@ -131,6 +141,7 @@ def label_loss(kind: str, student: Prediction, labels: Prediction, *, label_smoo
         labels: [B] or [B, 1] classes, [B, C] of 0 and 1 for multi-label classification, [B] or [B, C] targets
             for regression, [B, S] classes of tokens, or the pair of start and end positions [B]. Items
             labelled -100, and positions outside the sequence, do not count.
+        mask_BS: nonzero at real tokens; read for question answering. None if all are.
         label_smoothing: of the cross-entropies over classes.
 
     Returns:
@@ -141,7 +152,7 @@ def label_loss(kind: str, student: Prediction, labels: Prediction, *, label_smoo
     """
     if isinstance(student, tuple) and isinstance(labels, tuple) and kind == "question_answering":
         pairs = zip(student, labels, strict=True)
-        start, end = (_position_ce(logits, positions, label_smoothing) for logits, positions in pairs)
+        start, end = (_position_ce(*pair, mask_BS, label_smoothing) for pair in pairs)
         return (start + end) / 2
     if isinstance(student, tuple) or isinstance(labels, tuple) or kind not in _ONE_TENSOR_KINDS:
         raise _wrong_kind(kind, student, labels)
@@ -213,15 +224,8 @@ def _position_kl(student_BS: Tensor, teacher_BS: Tensor, mask_BS: Tensor | None)
     """Eq. 6 with the real positions of a sequence as its classes."""
     if mask_BS is None:
         return symmetric_kl(student_BS, teacher_BS)
-    padding_BS = mask_BS == 0
-
-    def log_probs(logits_BS: Tensor) -> Tensor:
-        logits_BS = _wide(logits_BS)
-        # The lowest finite number, not -inf: a sequence without real positions must not become NaN.
-        lowest = torch.finfo(logits_BS.dtype).min
-        return logits_BS.masked_fill(padding_BS, lowest).log_softmax(-1).masked_fill(padding_BS, 0)
-
-    return _divergence(log_probs(student_BS), log_probs(teacher_BS)).mean()
+    log_p_BS, log_q_BS = (_log_probs_of_real(logits_BS, mask_BS) for logits_BS in (student_BS, teacher_BS))
+    return _divergence(log_p_BS, log_q_BS).mean()
 
 
 def _cross_entropy(logits_NC: Tensor, labels_N: Tensor, label_smoothing: float) -> Tensor:
@@ -235,7 +239,25 @@ def _cross_entropy(logits_NC: Tensor, labels_N: Tensor, label_smoothing: float) 
     return total / (labels_N != IGNORED_LABEL).sum().clamp(min=1)
 
 
-def _position_ce(logits_BS: Tensor, positions: Tensor, label_smoothing: float) -> Tensor:
+def _position_ce(
+    logits_BS: Tensor, positions: Tensor, mask_BS: Tensor | None, label_smoothing: float
+) -> Tensor:
+    """Cross-entropy with the real positions of a sequence as its classes."""
     positions_B = positions.reshape(-1)
     outside_B = (positions_B < 0) | (positions_B >= logits_BS.shape[1])
-    return _cross_entropy(logits_BS, positions_B.masked_fill(outside_B, IGNORED_LABEL), label_smoothing)
+    labels_B = positions_B.masked_fill(outside_B, IGNORED_LABEL)
+    if mask_BS is None:
+        return _cross_entropy(logits_BS, labels_B, label_smoothing)
+    log_p_BS = _log_probs_of_real(logits_BS, mask_BS)
+    exact_B = log_p_BS.gather(1, positions_B.masked_fill(outside_B, 0).unsqueeze(1)).squeeze(1)
+    even_B = log_p_BS.sum(1) / (mask_BS != 0).sum(1).clamp(min=1)
+    loss_B = torch.lerp(exact_B, even_B, label_smoothing).neg().masked_fill(outside_B, 0)
+    return loss_B.sum() / (~outside_B).sum().clamp(min=1)
+
+
+def _log_probs_of_real(logits_BS: Tensor, mask_BS: Tensor) -> Tensor:
+    """A sequence's log-probabilities over its real positions; 0 at the others."""
+    logits_BS, padding_BS = _wide(logits_BS), mask_BS == 0
+    # The lowest finite number, not -inf: a sequence without real positions must not become NaN.
+    lowest = torch.finfo(logits_BS.dtype).min
+    return logits_BS.masked_fill(padding_BS, lowest).log_softmax(-1).masked_fill(padding_BS, 0)

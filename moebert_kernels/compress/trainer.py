@@ -22,6 +22,8 @@ from moebert_kernels.compress.losses import (
 )
 from moebert_kernels.compress.training_load import TrainingLoad
 from moebert_kernels.models import is_moe
+from moebert_kernels.models.pack import Pack, pack_if_worthwhile
+from moebert_kernels.models.packing import drops_weights, packed, why_not_packed
 from moebert_kernels.routing.routers import RouterOutput
 
 
@@ -65,6 +67,8 @@ class DistillationTrainer(Trainer):
         layer_map: for each layer of a student that has another number of layers, the index, counted from 0,
             of the teacher's layer that it is compared with; None if they are compared one to one. The
             embedding outputs are compared in any case.
+        pack: while training, compute real tokens alone in both models, if both can be packed, and compare
+            their hidden states as rows; gradients are those of the padded form.
         pooling: makes a sentence's embedding of the last hidden states [B, S, D] and the mask [B, S]; None
             for models with a head.
         trainer_options: the other arguments of `Trainer`, such as `train_dataset`, `processing_class`,
@@ -84,6 +88,7 @@ class DistillationTrainer(Trainer):
         distill_weight: float = 1.0,
         layer_map: Sequence[int] | None = None,
         pooling: Pooling | None = None,
+        pack: bool = True,
         **trainer_options: Any,
     ):
         if distill_weight < 0:
@@ -102,6 +107,8 @@ class DistillationTrainer(Trainer):
         self.distill_weight = distill_weight
         self.layer_map = layer_map
         self.pooling = pooling
+        self.pack = pack
+        self._packs = False
         if is_moe(model.config) and self.args.n_gpu <= 1:  # DataParallel's replicas hand nothing out
             self.add_callback(TrainingLoad())
         # Says that compute_loss divides by what get_batch_samples counted, so that training_step does not.
@@ -117,7 +124,16 @@ class DistillationTrainer(Trainer):
     def train(self, *args, **kwargs):
         """Train as `Trainer.train` does, resuming included."""
         self._reset_terms()
-        return super().train(*args, **kwargs)
+        models = (self.accelerator.unwrap_model(self.model), self.teacher)
+        # DataParallel's replicas get parts of a batch.
+        if not self.pack or self.args.n_gpu > 1 or any(why_not_packed(model) for model in models):
+            return super().train(*args, **kwargs)
+        with packed(models[0]), packed(models[1]):
+            self._packs = True
+            try:
+                return super().train(*args, **kwargs)
+            finally:
+                self._packs = False
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """Draw the batches of one optimizer step and count what its loss terms are means over."""
@@ -151,20 +167,24 @@ class DistillationTrainer(Trainer):
             if not labels:
                 raise ValueError(f"evaluation needs labels; the batch holds only {', '.join(inputs)}")
             outputs = model(**features)
-            loss = self._label_loss(outputs, labels)
+            loss = self._label_loss(outputs, labels, features.get("attention_mask"))
             return (loss, outputs) if return_outputs else loss
 
         routers: list[RouterOutput] = []
         load = self.load
-        extra = {} if load is None else {"router_outputs": routers}
-        outputs = model(**features, **extra, output_hidden_states=True)
+        pack = self._pack(features)
+        how: dict[str, Any] = {} if pack is None else {"pack": pack}
+        extra: dict[str, Any] = {} if load is None else {"router_outputs": routers}
+        if pack is None and is_moe(self._student_config):
+            extra["pack"] = False  # the teacher does not pack either
+        outputs = model(**features, **how, **extra, output_hidden_states=True)
         with torch.no_grad(), self.accelerator.autocast():
-            teacher_outputs = self.teacher(**features, output_hidden_states=True)
+            teacher_outputs = self.teacher(**features, **how, output_hidden_states=True)
         mask_BS = features.get("attention_mask")
         teacher_states = teacher_outputs.hidden_states
         if self.layer_map is not None:
             teacher_states = [teacher_states[0], *(teacher_states[1 + layer] for layer in self.layer_map)]
-        layers = layer_loss(outputs.hidden_states, teacher_states, mask_BS)
+        layers = layer_loss(outputs.hidden_states, teacher_states, mask_BS if pack is None else None)
         per_token = False
         if self.pooling is None:
             kind = self._kind(outputs)
@@ -172,7 +192,7 @@ class DistillationTrainer(Trainer):
             # Of tokens without a label nobody asks for a prediction, and the teacher has learned none.
             predicted_BS = labels["labels"] != IGNORED_LABEL if per_token and labels else mask_BS
             predictions = prediction_of(outputs), prediction_of(teacher_outputs)
-            terms = {"ce": self._label_loss(outputs, labels)} if labels else {}
+            terms = {"ce": self._label_loss(outputs, labels, mask_BS)} if labels else {}
             terms |= {"layer": layers, "prediction": prediction_loss(kind, *predictions, predicted_BS)}
         else:
             ours, theirs = (self.pooling(o.last_hidden_state, mask_BS) for o in (outputs, teacher_outputs))
@@ -218,15 +238,25 @@ class DistillationTrainer(Trainer):
     def _student_config(self):
         return self.accelerator.unwrap_model(self.model).config
 
+    def _pack(self, features: dict[str, Any]) -> Pack | None:
+        """What both models compute, whose hidden states are compared as rows; None for all places."""
+        mask_BS = features.get("attention_mask")
+        if not self._packs or mask_BS is None:
+            return None
+        pack = pack_if_worthwhile(mask_BS, dropout=drops_weights(self._student_config)).pack
+        return None if pack is None else pack.with_rows_kept()
+
     def _kind(self, outputs: Any) -> str:
         return prediction_kind(outputs, self._student_config)
 
-    def _label_loss(self, outputs: Any, labels: dict[str, Tensor]) -> Tensor:
+    def _label_loss(self, outputs: Any, labels: dict[str, Tensor], mask_BS: Tensor | None) -> Tensor:
         values = (
             labels["labels"] if "labels" in labels else (labels["start_positions"], labels["end_positions"])
         )
         smoothing = self.args.label_smoothing_factor
-        return label_loss(self._kind(outputs), prediction_of(outputs), values, label_smoothing=smoothing)
+        return label_loss(
+            self._kind(outputs), prediction_of(outputs), values, mask_BS, label_smoothing=smoothing
+        )
 
     def _shares_counts(self) -> bool:
         return self.args.world_size > 1 and self.args.average_tokens_across_devices

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     )
     from moebert_kernels.models.families import FAMILIES, DenseFFN, find_ffns, max_tokens
     from moebert_kernels.models.modeling import MoEPreTrainedModel
+    from moebert_kernels.models.pack import Pack
+    from moebert_kernels.models.packing import packed, why_not_packed
     from moebert_kernels.models.shrink import (
         evenly_spaced_layers,
         keep_layers,
@@ -34,6 +36,7 @@ __all__ = [
     "DenseFFN",
     "MoEConfig",
     "MoEPreTrainedModel",
+    "Pack",
     "count_parameters",
     "encoder_flops_per_token",
     "evenly_spaced_layers",
@@ -44,9 +47,11 @@ __all__ = [
     "layers_of_equal_cost",
     "max_tokens",
     "narrow_ffns",
+    "packed",
     "parameters_used_per_token",
     "replace_ffns",
     "to_moe",
+    "why_not_packed",
 ]
 
 _get = getter(
@@ -61,6 +66,8 @@ _get = getter(
         ],
         "families": ["FAMILIES", "DenseFFN", "find_ffns", "max_tokens"],
         "modeling": ["MoEPreTrainedModel"],
+        "pack": ["Pack"],
+        "packing": ["packed", "why_not_packed"],
         "shrink": ["evenly_spaced_layers", "keep_layers", "layers_of_equal_cost", "narrow_ffns"],
         "surgery": ["replace_ffns", "to_moe"],
     },

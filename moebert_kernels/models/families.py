@@ -94,6 +94,8 @@ class Family:
         moe_type: the `model_type` of its configuration with experts.
         shape: of a layer.
         skips_positions: whether the first token's position is the one after the padding token's id.
+        attends_by_interface: whether its attention is called through transformers' AttentionInterface, with
+            queries, keys and values alone: if so, batches can be packed. The others add relative positions.
         layer_class: one layer's class.
         encoder_class: the class of what holds the layers, as `layer`.
         encoder_name: the encoder's name in the base model.
@@ -105,6 +107,7 @@ class Family:
     moe_type: str
     shape: LayerShape = _BERT_LAYER
     skips_positions: bool = False
+    attends_by_interface: bool = True
     layer_class: str = ""
     encoder_class: str = ""
     encoder_name: str = "encoder"
@@ -171,8 +174,21 @@ FAMILIES = (
     Family("Data2VecText", "data2vec.modeling_data2vec_text", "moe-data2vec-text", skips_positions=True),
     Family("Electra", "electra.modeling_electra", "moe-electra"),
     Family("Ernie", "ernie.modeling_ernie", "moe-ernie"),
-    Family("MPNet", "mpnet.modeling_mpnet", "moe-mpnet", _MPNET_LAYER, skips_positions=True),
-    Family("DebertaV2", "deberta_v2.modeling_deberta_v2", "moe-deberta-v2", _MPNET_LAYER),
+    Family(
+        "MPNet",
+        "mpnet.modeling_mpnet",
+        "moe-mpnet",
+        _MPNET_LAYER,
+        skips_positions=True,
+        attends_by_interface=False,
+    ),
+    Family(
+        "DebertaV2",
+        "deberta_v2.modeling_deberta_v2",
+        "moe-deberta-v2",
+        _MPNET_LAYER,
+        attends_by_interface=False,
+    ),
     Family(
         "DistilBert",
         "distilbert.modeling_distilbert",

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -37,6 +37,8 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, capture_ou
 from moebert_kernels.layer import FORMER_NAMES, MoEFFN
 from moebert_kernels.models.config import MoEConfig
 from moebert_kernels.models.families import FAMILIES, HEADS, DenseFFN, Family, LayerShape, find_ffns
+from moebert_kernels.models.pack import Pack
+from moebert_kernels.models.packing import argument_names, to_padded, to_rows
 from moebert_kernels.routing import (
     RouterOutput,
     RoutingPlan,
@@ -53,6 +55,9 @@ _AUTO_CLASSES = (  # of what `MoEClasses.models` holds, in its order
     AutoModelForQuestionAnswering,
     AutoModelForMaskedLM,
 )
+
+_HEADS_OF_TOKENS = ("ForTokenClassification", "ForMaskedLM")
+IGNORED = -100  # the label of tokens that are not in their losses
 
 _FORMER_KEYS = {rf"\.ffn\.{former}$": f".ffn.{name}" for former, name in FORMER_NAMES.items()}
 
@@ -94,15 +99,17 @@ class MoELayer(nn.Module):
         *args: Any,
         plan: RoutingPlan | None = None,
         token_mask: Tensor | None = None,
+        pack: Pack | None = None,
         **kwargs: Any,
     ) -> tuple:
-        """Apply to `hidden_states` [B, S, D].
+        """Apply to `hidden_states` [B, S, D], or to rows [1, N, D].
 
         Args:
             hidden_states: the layer's input.
             args: for the attention, as the family passes them.
             plan: where the tokens go; None asks the layer's router.
-            token_mask: [B, S], nonzero at real tokens, for the router.
+            token_mask: [B, S] or [1, N], nonzero at real tokens, for the router.
+            pack: which rows belong together.
             kwargs: as args.
 
         Returns:
@@ -110,8 +117,16 @@ class MoELayer(nn.Module):
             beside hidden states, None if nothing: side by side, because reentrant checkpointing carries
             gradients through the top level of a tuple only.
         """
+        if pack is not None:
+            kwargs["pack"] = pack
         x_BSD, others = self.shape.attend(self, hidden_states, *args, **kwargs)
-        routing = self.ffn.route(x_BSD, mask=token_mask) if plan is None else RouterOutput(plan, None, None)
+        if plan is not None:
+            routing = RouterOutput(plan, None, None)
+        elif pack is not None and isinstance(self.ffn.router, SentenceGate):
+            sentence_N = pack.sentence_N()
+            routing = self.ffn.router.route_rows(x_BSD.squeeze(0), sentence_N, pack.batch_size)
+        else:
+            routing = self.ffn.route(x_BSD, mask=token_mask)
         return self.ffn(x_BSD, routing=routing), *routing, others
 
 
@@ -139,8 +154,8 @@ class MoEEncoder(nn.Module):
 
         Args:
             args: as the family passes them.
-            routing_ids: [B, S] token ids; needed under hash routing.
-            routing_mask: [B, S], nonzero at real tokens; None if all are. The others skip the experts.
+            routing_ids: [B, S] or [1, N] token ids; needed under hash routing.
+            routing_mask: like them, nonzero at real tokens; None if all are. The others skip the experts.
             router_outputs: each layer's `RouterOutput` is appended to it.
             kwargs: as args.
 
@@ -256,9 +271,15 @@ class MoEPreTrainedModel(PreTrainedModel):
 class MoEModel(MoEPreTrainedModel):
     """A family's base model with experts.
 
-    It is called as the family's is, and takes one argument more: `router_outputs`, a list to which every
-    layer appends its `RouterOutput`, in order. Tokens that a [B, S] `attention_mask` marks as padding use no
-    expert.
+    It is called as the family's is, and takes two arguments more: `router_outputs`, a list to which every
+    layer appends its `RouterOutput`, in order, and `pack`. Tokens that a [B, S] `attention_mask` marks as
+    padding use no expert.
+
+    Nor are they computed at all where the family's attention allows it: real tokens are packed, and hidden
+    states are 0 at padding. That is decided for each batch; a batch whose sequences do not all begin with a
+    real token, and any call in a graph that is compiled or captured, is computed as it is. `pack` decides it
+    otherwise: False packs nothing, a `Pack` of the batch's mask packs by it, in compiled and captured graphs
+    too.
 
     Example:
         >>> model = MoEBertModel(MoEBertConfig())
@@ -295,26 +316,63 @@ def _model_forward(family: Family) -> Callable[..., Any]:
     transformers' decorators go around ours: they need the model itself, where the family's code sees a view.
     """
     dense = inspect.unwrap(family.model.forward)
-    always = {"return_dict": True} if "return_dict" in inspect.signature(dense).parameters else {}
+    names = argument_names(family)
+    always = {"return_dict": True} if "return_dict" in names else {}
 
-    @merge_with_config_defaults
     @capture_outputs
-    @functools.wraps(family.model.forward)
-    def forward(self, *args, router_outputs: list[RouterOutput] | None = None, **kwargs):
-        given = {**dict(zip(("input_ids", "attention_mask"), args, strict=False)), **kwargs}
-        mask = given.get("attention_mask")
+    def compute(self, router_outputs: list[RouterOutput] | None, **given):
+        pack, mask = given.get("pack"), given.get("attention_mask")
+        if pack is not None:
+            routing_mask = None if pack.real_N is None else pack.real_N.unsqueeze(0)
+        else:
+            # A mask that is not [B, S] says nothing about padding: every token is routed.
+            routing_mask = mask != 0 if mask is not None and mask.dim() == 2 else None
         arguments = {
             "routing_ids": given.get("input_ids"),
-            # A mask that is not [B, S] says nothing about padding: every token is routed.
-            "routing_mask": mask != 0 if mask is not None and mask.dim() == 2 else None,
+            "routing_mask": routing_mask,
             "router_outputs": router_outputs,
         }
+        children: dict[str, Any] = {
+            family.encoder_name: _View(getattr(self, family.encoder_name), arguments=arguments)
+        }
+        if pack is not None:
+            children["pooler"] = None  # it reads of sequences, and is asked when they are padded again
+        return dense(_View(self, children), **given, **always)
+
+    @merge_with_config_defaults
+    @functools.wraps(family.model.forward)
+    def forward(
+        self,
+        *args,
+        router_outputs: list[RouterOutput] | None = None,
+        pack: Pack | Literal[False] | None = None,
+        read_BS: Tensor | None = None,
+        **kwargs,
+    ):
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
         if given.get("input_ids") is not None:
             _check_in_vocabulary(given["input_ids"], self.config.vocab_size)
-        encoder = _View(getattr(self, family.encoder_name), arguments=arguments)
-        return dense(_View(self, {family.encoder_name: encoder}), *args, **kwargs, **always)
+        as_tuple = not given.get("return_dict", self.config.return_dict)
+        given = to_rows(self, family, given, pack, read_BS)
+        pack = given.get("pack")
+        if pack is None:
+            return compute(self, router_outputs, **given)
+        ours: list[RouterOutput] = []
+        output = to_padded(self, compute(self, ours, **given), pack)
+        if router_outputs is not None:
+            router_outputs += ours if pack.keep_rows else [_at_places(routing, pack) for routing in ours]
+        return output.to_tuple() if as_tuple else output
 
     return forward
+
+
+def _at_places(routing: RouterOutput, pack: Pack) -> RouterOutput:
+    """What was decided for rows, for the tokens of the padded batch; padding has no expert."""
+    plan, gate_NK, balance_loss = routing
+    expert_ids_BSK = pack.padded(plan.expert_ids_TK, fill=-1)
+    gate_TK = None if gate_NK is None else pack.padded(gate_NK).flatten(0, 1)
+    plan = RoutingPlan.from_expert_ids(expert_ids_BSK.flatten(0, 1), plan.num_experts)
+    return RouterOutput(plan, gate_TK, balance_loss)
 
 
 def _check_in_vocabulary(input_ids: Tensor, vocab_size: int) -> None:
@@ -332,11 +390,26 @@ def _check_in_vocabulary(input_ids: Tensor, vocab_size: int) -> None:
 def _head_forward(family: Family, dense_head: type[PreTrainedModel]) -> Callable[..., Any]:
     """The dense head's forward, which takes `router_outputs` and adds the load-balance loss to its own."""
 
+    names = list(inspect.signature(dense_head.forward).parameters)[1:]
+
     @can_return_tuple
     @functools.wraps(dense_head.forward)
-    def forward(self, *args, router_outputs: list[RouterOutput] | None = None, **kwargs):
+    def forward(
+        self,
+        *args,
+        router_outputs: list[RouterOutput] | None = None,
+        pack: Pack | Literal[False] | None = None,
+        **kwargs,
+    ):
         ours: list[RouterOutput] = []
-        base = _View(self.base_model, arguments={"router_outputs": ours})
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        if pack is None and given.get("start_positions") is not None:
+            pack = False  # its loss is over all places, padding among them
+        arguments = {"router_outputs": ours, "pack": pack}
+        labels = given.get("labels")
+        if labels is not None and dense_head.__name__.endswith(_HEADS_OF_TOKENS):
+            arguments["read_BS"] = labels != IGNORED
+        base = _View(self.base_model, arguments=arguments)
         view = _View(self, {family.base_name: base})
         output = dense_head.forward(view, *args, return_dict=True, **kwargs)
         balance = [routing.balance_loss for routing in ours if routing.balance_loss is not None]

@@ -217,3 +217,29 @@ class SentenceGate(_Gate):
             v.repeat_interleave(sentence_length, 0) for v in self._choose(self._logits(mean_BD))
         )
         return self._output(probs_TE, gate_TK, expert_ids_TK, mask_T)
+
+    def route_rows(self, x_ND: Tensor, sentence_N: Tensor, num_sentences: int) -> RouterOutput:
+        """Route tokens without padding, the same way.
+
+        Args:
+            x_ND: of the tokens of all sentences, in any order.
+            sentence_N: int64, which sentence each is of; `num_sentences` for none, and so without an expert.
+            num_sentences: how many there are.
+
+        Raises:
+            ValueError: `x_ND` is not [N, D].
+        """
+        if x_ND.dim() != 2 or sentence_N.shape != x_ND.shape[:1]:
+            raise ValueError(
+                f"x_ND must be [N, D] and sentence_N [N], got {tuple(x_ND.shape)} and "
+                f"{tuple(sentence_N.shape)}"
+            )
+        sentence_B1 = torch.arange(num_sentences, device=sentence_N.device).unsqueeze(1)
+        # A product, not a sum by index: it adds up in the same order every time, on any device.
+        of_BN = sentence_N == sentence_B1
+        mean_BD = of_BN.to(x_ND.dtype) @ x_ND / of_BN.sum(1, keepdim=True).clamp(min=1)
+        which_N = sentence_N.clamp(max=num_sentences - 1)
+        probs_NE, gate_NK, expert_ids_NK = (
+            v.index_select(0, which_N) for v in self._choose(self._logits(mean_BD))
+        )
+        return self._output(probs_NE, gate_NK, expert_ids_NK, sentence_N < num_sentences)

@@ -22,7 +22,7 @@ from transformers import (
     BertTokenizerFast,
 )
 
-from moebert_kernels.compress import pipeline
+from moebert_kernels.compress import distill, pipeline
 from moebert_kernels.compress.adapt import token_counts
 from moebert_kernels.compress.artifacts import Stage, exclusive, fingerprint, replace_whole, write_json
 from moebert_kernels.compress.importance import Importance
@@ -155,6 +155,7 @@ def test_fit_is_told_of_and_the_better_student_is_kept(finished):
         assert all(fitted < cut for cut, fitted in zip(fitting["cut_L"], fitting["fitted_L"], strict=True))
         distances = fitting["divergence"]
         assert distances["fitted"] < distances["cut"]
+        assert distances["distilled"] == min(fitting["epochs"])
         nearer = min(("fitted", "distilled"), key=distances.__getitem__)
         assert fitting["kept"] == nearer
     kept = load_file(output / "student" / "model.safetensors")
@@ -167,14 +168,18 @@ def test_fit_is_told_of_and_the_better_student_is_kept(finished):
 @pytest.mark.parametrize("is_nearer", [True, False])
 def test_what_is_kept_is_said_and_evaluated(teacher, tmp_path, monkeypatch, is_nearer):
     """Stops a student that is worse for having been trained."""
-    distances = iter([3.0, 2.0, 1.0 if is_nearer else 2.5])  # cut, fitted, distilled
-    monkeypatch.setattr(pipeline, "divergence", lambda *models, **how: next(distances))
+    # Cut, fitted; as training begins, after two epochs.
+    distances = iter([3.0, 2.0, 2.0, 1.0 if is_nearer else 2.5, 3.5])
+    for module in (pipeline, distill):
+        monkeypatch.setattr(module, "divergence", lambda *models, **how: next(distances))
     said = []
-    settings = replace(SETTINGS, epochs=1, comparisons=(), measure=False, measure_length=None)
+    settings = replace(SETTINGS, epochs=2, comparisons=(), measure=False, measure_length=None)
     results = compress(settings, make_data(), teacher, tmp_path / "out", say=said.append)
     kept = "distilled" if is_nearer else "fitted"
     assert results["fitting"]["student"]["kept"] == kept
-    assert ("student: kept as it was fitted" in " ".join(said)) != is_nearer
+    assert results["fitting"]["student"]["divergence"]["distilled"] == (1.0 if is_nearer else 2.5)
+    told = "as after epoch 1 of 2" if is_nearer else "as it began"
+    assert f"distill student, kept {told}: " in " ".join(said)
     student, expected = (
         load_file(tmp_path / "out" / folder / "model.safetensors")
         for folder in ("student", f"work/student/{kept}")

@@ -19,7 +19,7 @@ from moebert_kernels.compress.artifacts import (
     rows_fingerprint,
     workroom,
 )
-from moebert_kernels.compress.batching import sample_rows
+from moebert_kernels.compress.batching import hold_out, sample_rows
 from moebert_kernels.compress.distill import Distilled, DistillSettings, distill
 from moebert_kernels.compress.evaluate import batches, evaluate
 from moebert_kernels.compress.fitting import fit_experts, rows_to_fit
@@ -106,8 +106,8 @@ def split_teacher(
         teacher_dir: of the fine-tuned model.
         importance: the scores' file; None for a split at random.
         output_dir: of the new model; a new or an empty folder.
-        data: raw rows, which need no labels, to fit to, and whose tokens are counted for `COUNTING_ROUTINGS`;
-            otherwise none are needed.
+        data: raw rows, which need no labels: to fit to, but for some that are held out (see `hold_out`), and
+            whose tokens are counted for `COUNTING_ROUTINGS`; otherwise none are needed.
         progress: hears (stage, done, total): layers of "hash-affinity", batches of the fit.
         say: hears in a sentence what the fit has brought.
 
@@ -169,6 +169,7 @@ def _fit(
 ) -> None:
     _place(student)
     _place(teacher)
+    rows, _ = hold_out(rows, settings.seed)
     rows = rows_to_fit(rows, settings.fit_rows, settings.seed, teacher.config.hidden_size)
     found = fit_experts(
         student,
@@ -191,6 +192,9 @@ def distill_student(
     say: Callable[[str], None] | None = None,
 ) -> Distilled:
     """Distil a saved MoE from its teacher and save the result; see `distill`. Collective, as that is.
+
+    Some rows are held out of training: those that `split_teacher` holds out of the fit, given the same data
+    and seed. What is saved is never farther from the teacher on them than the MoE that was given.
 
     Interrupted and called again with the same arguments, it goes on from its last checkpoint.
 
@@ -241,7 +245,7 @@ def distill_student(
         settings.max_length,
         asdict(how),
     )
-    rows = tokenize(data, tokenizer, settings.max_length).train
+    rows, held_out = hold_out(tokenize(data, tokenizer, settings.max_length).train, settings.seed)
     _place(student)
     _place(teacher)
     with workroom(output_dir, made_from) as room:
@@ -253,6 +257,7 @@ def distill_student(
                 tokenizer,
                 how,
                 room,
+                held_out=held_out,
                 progress=lambda done, total: progress("distill", done, total),
                 say=say,
             )

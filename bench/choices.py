@@ -62,8 +62,8 @@ BASE = Choice()
 NARROW = Choice(experts=0, tables="")
 # Shared neurons that are stored once and fitted jointly: a row as soon as a student can be made so.
 CHOICES = {
-    "narrow": NARROW,
     "4 experts": BASE,
+    "narrow": NARROW,
     "8 experts": Choice(8),
     "16 experts": Choice(16),
     "random tables": Choice(tables="random"),
@@ -215,14 +215,22 @@ def compare(subject: Subject, records: Records, seeds: int, wanted: list[str]) -
 
             def make(maker: Maker = maker, choice: Choice = choice) -> dict[str, Any]:
                 found, likeness = maker.judged(choice)
-                return found | {
+                told = {
                     "divergence": likeness.divergence,
                     "agreement": likeness.agreement,
                     "choice": asdict(choice),
                     "rows_judged": len(subject.validation),
-                    "rows_fitted": min(choice.rows, len(subject.train)),
-                    "rows_N": likeness.rows_N.tolist(),
+                    "rows": len(subject.rows(choice.rows, seed)[0]),
                 }
+                if choice == BASE:
+                    return found | told | {"row_by_row": likeness.written()}
+                return found | told | {"times": likeness.times(base())}
+
+            def base(seed: int = seed) -> Likeness:
+                row = records.find({"subject": subject.name, "name": "4 experts", "seed": seed})
+                if row is None:
+                    raise typer.BadParameter("the row '4 experts' is what others are compared with: make it")
+                return Likeness.read(row)
 
             records.row({"subject": subject.name, "name": name, "seed": seed}, make)
 

@@ -132,6 +132,15 @@ class Likeness(NamedTuple):
     agreement: float
     rows_N: np.ndarray
 
+    def written(self) -> str:
+        """The divergences of all rows as a line."""
+        return " ".join(f"{value:.3g}" for value in self.rows_N)
+
+    @classmethod
+    def read(cls, row: Mapping[str, Any]) -> Likeness:
+        """Of a record that has what `written` gives as "row_by_row"."""
+        return cls(row["divergence"], row["agreement"], np.array(row["row_by_row"].split(), float))
+
     def times(self, base: Likeness) -> list[float]:
         """This divergence by that of another student on the same rows, and where 95 % of resamples lie."""
         nothing_N = np.zeros(len(self.rows_N))
@@ -184,9 +193,13 @@ class Records:
             json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
         )
 
+    def find(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The row of this key, if it is there."""
+        return next((row for row in self.rows if key.items() <= row.items()), None)
+
     def row(self, key: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> None:
         """Make the row of this key, unless it is there."""
-        if any(all(row.get(name) == value for name, value in key.items()) for row in self.rows):
+        if self.find(key) is not None:
             return
         began = time.monotonic()
         found = make()

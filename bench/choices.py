@@ -213,7 +213,7 @@ def compare(subject: Subject, records: Records, seeds: int, wanted: list[str]) -
         for name in wanted:
             choice = CHOICES[name]
 
-            def make(maker: Maker = maker, choice: Choice = choice) -> dict[str, Any]:
+            def make(maker: Maker = maker, choice: Choice = choice, seed: int = seed) -> dict[str, Any]:
                 found, likeness = maker.judged(choice)
                 told = {
                     "divergence": likeness.divergence,

@@ -340,6 +340,9 @@ class DistillOptions:
         int, _training(help="Rows of a step, over all processes; 8 to 64 in the paper.")
     ] = defaults.BATCH_SIZE
     weight_decay: Annotated[float, _training(help="Of AdamW; 0 to 0.1 in the paper.")] = defaults.WEIGHT_DECAY
+    warmup: Annotated[
+        float, _training(help="Share of the steps, from 0 to below 1, in which the learning rate rises.")
+    ] = defaults.WARMUP
     bf16: BFloat16 = False
 
     def settings(self) -> dict[str, Any]:
@@ -350,6 +353,7 @@ class DistillOptions:
             "distill_weight": self.distill_weight,
             "batch_size": self.batch_size,
             "weight_decay": self.weight_decay,
+            "warmup": self.warmup,
             "bf16": self.bf16,
         }
 

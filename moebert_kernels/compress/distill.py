@@ -28,6 +28,7 @@ from moebert_kernels.compress.losses import Pooling
 from moebert_kernels.compress.nearest import KeepNearest, Nearest
 from moebert_kernels.compress.precision import check_bf16
 from moebert_kernels.compress.report_steps import ReportSteps
+from moebert_kernels.compress.settings import CompressSettings
 from moebert_kernels.compress.trainer import DistillationTrainer
 from moebert_kernels.compress.training_load import SayLoad
 from moebert_kernels.compress.writing import writing
@@ -58,8 +59,23 @@ class DistillSettings:
     weight_decay: float = defaults.WEIGHT_DECAY
     seed: int = 0
     bf16: bool = False
-    warmup: float = 0.0
+    warmup: float = defaults.WARMUP
     dropout: bool = True
+
+    @classmethod
+    def of(cls, settings: CompressSettings, seed: int) -> DistillSettings:
+        """Those of a run's resolved settings, with one of its seeds."""
+        assert settings.learning_rate is not None
+        return cls(
+            epochs=settings.epochs,
+            learning_rate=settings.learning_rate,
+            distill_weight=settings.distill_weight,
+            batch_size=settings.batch_size,
+            weight_decay=settings.weight_decay,
+            seed=seed,
+            bf16=settings.bf16,
+            warmup=settings.warmup,
+        )
 
 
 class Distilled(NamedTuple):

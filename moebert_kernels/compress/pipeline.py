@@ -468,10 +468,7 @@ class Run:
         """Distil it; return it, and what is known of the training."""
         s, room = self.settings, self.output_dir / "work" / trial.folder
         (adapted, made_from), folder = made, room / "distilled"
-        assert s.learning_rate is not None  # resolved
-        how = DistillSettings(
-            s.epochs, s.learning_rate, s.distill_weight, s.batch_size, s.weight_decay, trial.seed, s.bf16
-        )
+        how = DistillSettings.of(s, trial.seed)
         made_from = fingerprint(made_from, self.teacher_print, self.train_print, s.fit, asdict(how))
         checkpoints = room / f"checkpoints-{made_from[:16]}"
         name, say = f"distill {trial.name}", self.say

@@ -39,6 +39,7 @@ class CompressSettings:
         distill_weight: lambda, the weight of the distillation losses against the labels'.
         batch_size: rows of a distillation step, over all processes.
         weight_decay: of distillation.
+        warmup: share of the steps of distillation in which the learning rate rises from 0.
         bf16: distil with matrix products in bfloat16, by autocast; weights stay float32.
         max_length: tokens a row is cut to; by default 128, or 384 for question answering, or as many as the
             model takes if those are fewer.
@@ -70,6 +71,7 @@ class CompressSettings:
     distill_weight: float = defaults.DISTILL_WEIGHT
     batch_size: int = defaults.BATCH_SIZE
     weight_decay: float = defaults.WEIGHT_DECAY
+    warmup: float = defaults.WARMUP
     bf16: bool = False
     max_length: int | None = None
     importance_rows: int | None = defaults.IMPORTANCE_ROWS
@@ -97,6 +99,10 @@ class CompressSettings:
         for name in ("distill_weight", "weight_decay", "seed"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ArgumentError(name, f"must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.warmup < 1:
+            raise ArgumentError(
+                "warmup", f"must be a share of the steps, from 0 to below 1, got {self.warmup}"
+            )
         if self.seed + self.seeds > MAX_SEED + 1:
             raise ArgumentError(
                 "seed", f"must be at most {MAX_SEED}, as must the last of {self.seeds}; got {self.seed}"

@@ -225,17 +225,8 @@ def distill_student(
     length = KINDS[data.task.kind].default_length
     settings = resolve(settings, teacher, tokenizer, num_rows=len(data.train), default_length=length)
     data = compared_with_training(teacher_dir, data)
-    assert settings.learning_rate is not None
     assert settings.max_length is not None
-    how = DistillSettings(
-        epochs=settings.epochs,
-        learning_rate=settings.learning_rate,
-        distill_weight=settings.distill_weight,
-        batch_size=settings.batch_size,
-        weight_decay=settings.weight_decay,
-        seed=settings.seed,
-        bf16=settings.bf16,
-    )
+    how = DistillSettings.of(settings, settings.seed)
     data = match_labels(data, teacher.config)
     made_from = fingerprint(
         model_fingerprint(student_dir),

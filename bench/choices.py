@@ -218,6 +218,7 @@ def compare(subject: Subject, records: Records, seeds: int, wanted: list[str]) -
                 told = {
                     "divergence": likeness.divergence,
                     "agreement": likeness.agreement,
+                    "accuracy": likeness.accuracy,
                     "choice": asdict(choice),
                     "rows_judged": len(subject.validation),
                     "rows": len(subject.rows(choice.rows, seed)[0]),

@@ -122,14 +122,16 @@ class Subject:
         ours = predict(student, self.validation, self.tokenizer)
         found = likeness(self.kind, ours, self.theirs)
         rows = np.array(outcomes(self.kind, ours, self.theirs)["divergence"])
-        return Likeness(found["divergence"], found["agreement"], rows)
+        said = np.stack(ours).argmax(1) == np.array(self.validation["labels"])
+        return Likeness(found["divergence"], found["agreement"], float(said.mean()), rows)
 
 
 class Likeness(NamedTuple):
-    """Divergence from the teacher, in the mean and of every row, and the share of rows that agree."""
+    """Divergence from the teacher, in the mean and of every row; shares of rows that agree, and are right."""
 
     divergence: float
     agreement: float
+    accuracy: float
     rows_N: np.ndarray
 
     def written(self) -> str:
@@ -139,7 +141,8 @@ class Likeness(NamedTuple):
     @classmethod
     def read(cls, row: Mapping[str, Any]) -> Likeness:
         """Of a record that has what `written` gives as "row_by_row"."""
-        return cls(row["divergence"], row["agreement"], np.array(row["row_by_row"].split(), float))
+        rows_N = np.array(row["row_by_row"].split(), float)
+        return cls(row["divergence"], row["agreement"], row["accuracy"], rows_N)
 
     def times(self, base: Likeness) -> list[float]:
         """This divergence by that of another student on the same rows, and where 95 % of resamples lie."""

@@ -57,7 +57,7 @@ class Training:
 
     student: str = "affinity-4"
     learning_rate: float = 1e-4
-    epochs: float = 3.0
+    epochs: float = 2.0
     warmup: float = 0.0
     dropout: bool = True
     bf16: bool = False
@@ -99,12 +99,12 @@ def train(subject: Subject, fits: Fits, how: Training) -> dict[str, Any]:
     fitted, before = fits.fitted(how.student)
     student = copy.deepcopy(fitted)
     after: list[Likeness] = []
-    found: dict[str, Any] = {"fitted": [before.divergence, before.agreement]}
+    found: dict[str, Any] = {"training": asdict(how), "fitted": told(before)}
     if how.local_steps:
         take_local_steps(subject, student, how.local_steps)
         subject.fit(student)
         local = subject.likeness(student)
-        found["local"] = [local.divergence, local.agreement]
+        found["local"] = told(local)
         found["layer_error"] = [subject.layer_error(model) for model in (fitted, student)]
     if how.learning_rate:
         rows, held_out = subject.rows(how.rows, 0)
@@ -123,7 +123,7 @@ def train(subject: Subject, fits: Fits, how: Training) -> dict[str, Any]:
         )
         room = Path(tempfile.mkdtemp(prefix="bench-training-"))
         try:
-            told = distill(
+            trained = distill(
                 student,
                 teacher,
                 rows,
@@ -135,16 +135,21 @@ def train(subject: Subject, fits: Fits, how: Training) -> dict[str, Any]:
             )
         finally:
             shutil.rmtree(room)
-        assert told.nearest is not None
-        found["held_out"], found["kept"] = told.nearest
-        found["layer_losses"] = [told.losses[0]["layer"], told.losses[-1]["layer"]]
+        assert trained.nearest is not None
+        found["held_out"], found["kept"] = trained.nearest
+        found["layer_losses"] = [trained.losses[0]["layer"], trained.losses[-1]["layer"]]
     else:
         after.append(local)
-    found["epochs"] = [[each.divergence, each.agreement] for each in after]
+    found["epochs"] = [told(each) for each in after]
     found["divergence"] = after[-1].divergence
-    found["agreement"] = after[-1].agreement
+    found["agreement"], found["accuracy"] = after[-1].agreement, after[-1].accuracy
     found["times"] = after[-1].times(before)
     return found
+
+
+def told(found: Likeness) -> list[float]:
+    """Divergence, agreement and accuracy, to four places."""
+    return [round(value, 4) for value in (found.divergence, found.agreement, found.accuracy)]
 
 
 class _AfterEpochs(TrainerCallback):
@@ -253,26 +258,26 @@ def _caught(layers: list[tuple[DenseFFN, MoEFFN]]) -> Iterator[list[list[Tensor]
         yield caught
 
 
-TODAY = Training()
-STILL = Training(dropout=False)
-TRAININGS = (
-    TODAY,
-    STILL,
-    Training(learning_rate=3e-5),
-    Training(dropout=False, learning_rate=3e-5),
-    Training(dropout=False, labels=False),
-    Training(dropout=False, warmup=0.1),
-    Training(dropout=False, labels=False, rows=1 << 30),
-    Training(dropout=False, learning_rate=1e-5),
-    Training(dropout=False, learning_rate=3e-4),
-    Training(learning_rate=0.0, local_steps=600),
-    Training(dropout=False, labels=False, local_steps=600),
-    Training(dropout=False, labels=False, student="narrow"),
-    Training(dropout=False, distill_weight=5.0),
-    Training(learning_rate=1e-5),
-    Training(dropout=False, learning_rate=3e-6),
-    Training(dropout=False, bf16=True),
-)
+TRAININGS = {
+    "as from the cut": Training(),
+    "no labels": Training(labels=False),
+    "no labels, dropout off": Training(labels=False, dropout=False),
+    "dropout off": Training(dropout=False),
+    "no labels, dropout off, 3e-5": Training(labels=False, dropout=False, learning_rate=3e-5),
+    "no labels, dropout off, 3e-4": Training(labels=False, dropout=False, learning_rate=3e-4),
+    "no labels, dropout off, more text": Training(labels=False, dropout=False, rows=1 << 30),
+    "no labels, dropout off, warm-up": Training(labels=False, dropout=False, warmup=0.1),
+    "local steps": Training(learning_rate=0.0, local_steps=300),
+    "narrow, no labels, dropout off": Training(labels=False, dropout=False, student="narrow"),
+    "no labels, dropout off, 1e-5": Training(labels=False, dropout=False, learning_rate=1e-5),
+    "3e-5": Training(learning_rate=3e-5),
+    "dropout off, lambda 5": Training(dropout=False, distill_weight=5.0),
+    "no labels, dropout off, bfloat16": Training(labels=False, dropout=False, bf16=True),
+    "no labels, dropout off, 4 epochs": Training(labels=False, dropout=False, epochs=4.0),
+    "local steps, no labels, dropout off": Training(labels=False, dropout=False, local_steps=300),
+    "1e-5": Training(learning_rate=1e-5),
+    "no labels, dropout off, 3e-6": Training(labels=False, dropout=False, learning_rate=3e-6),
+}
 
 app = typer.Typer(help=__doc__, add_completion=False)
 
@@ -286,7 +291,7 @@ def run(
     train_rows: Annotated[Path | None, typer.Option("--train", help="A table of texts and labels.")] = None,
     validation: Annotated[Path | None, typer.Option(help="Another.")] = None,
     label: Annotated[str, typer.Option(help="Column of the labels.")] = "label",
-    first: Annotated[int | None, typer.Option(help="So many of the trainings.")] = None,
+    only: Annotated[str | None, typer.Option(help="Rows by name; between them |.")] = None,
 ) -> None:
     """Compare, or go on with it."""
     if train_rows is None or validation is None:
@@ -294,8 +299,8 @@ def run(
     else:
         subject = table_of_texts(folder, train_rows, validation, label, 64)
     records, fits = Records(to), Fits(subject)
-    for how in TRAININGS[:first]:
-        records.row({"subject": subject.name, **asdict(how)}, partial(train, subject, fits, how))
+    for name in only.split("|") if only else TRAININGS:
+        records.row({"subject": subject.name, "name": name}, partial(train, subject, fits, TRAININGS[name]))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ docstrings if nothing else is said, and held against the teacher on docstrings t
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -236,6 +235,49 @@ def compare(subject: Subject, records: Records, seeds: int, wanted: list[str]) -
             records.row({"subject": subject.name, "name": name, "seed": seed}, make)
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """What was found, for a README: of each subject a table."""
+    drawn = []
+    for subject in dict.fromkeys(row["subject"] for row in rows):
+        mine = [row for row in rows if row["subject"] == subject]
+        lines = [
+            f"| {subject} | rows | layer error | divergence | times that of the first | agreement | accuracy "
+            "| parameters stored | seconds |",
+            "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+        ]
+        for name in [name for name in CHOICES if any(row["name"] == name for row in mine)]:
+            seeds = [row for row in mine if row["name"] == name]
+            first, *others = seeds
+            mean = {key: float(np.mean([row[key] for row in seeds])) for key in _MEASURED}
+            times = "–"
+            if "times" in first:
+                found, low, high = first["times"]
+                times = f"{found:.2f} [{low:.2f}, {high:.2f}]"
+                times += "".join(f"; {row['times'][0]:.2f}" for row in others)
+            cells = [
+                name,
+                f"{first['rows']:,}",
+                f"{mean['layer_error']:.3f}",
+                f"{mean['divergence']:.4f}",
+                times,
+                f"{mean['agreement']:.3f}",
+                f"{mean['accuracy']:.3f}",
+                f"{first['parameters_stored'] / 1e6:.1f} M",
+                f"{first['seconds']:.0f}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+        commits = ", ".join(dict.fromkeys(row["environment"]["commit"] for row in mine))
+        lines += [
+            "",
+            f"*`python -m bench.choices`: held against the teacher on {mine[0]['rows_judged']:,} rows that neither "
+            f"has seen; {mine[0]['environment']['cpu']}, one thread, beside other work; commit {commits}.*",
+        ]
+        drawn.append("\n".join(lines))
+    return "\n\n".join(drawn)
+
+
+_MEASURED = ("layer_error", "divergence", "agreement", "accuracy")
+
 app = typer.Typer(help=__doc__, add_completion=False)
 
 
@@ -257,7 +299,7 @@ def run(
     else:
         subject = table_of_texts(folder, train_rows, validation, label, 64)
     compare(subject, Records(to), seeds, only.split("|") if only else list(CHOICES))
-    typer.echo(json.dumps(len(Records(to).rows)))
+    typer.echo(table(Records(to).rows))
 
 
 if __name__ == "__main__":

@@ -192,6 +192,8 @@ class Records:
 
     def __init__(self, path: Path):
         self.path = path
+        environment = asdict(describe_environment())  # as it is now, when the code has been read
+        self._environment = {name: environment[name] for name in ("cpu", "threads", "versions", "commit")}
         self.rows: list[dict[str, Any]] = (
             json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
         )
@@ -206,15 +208,8 @@ class Records:
             return
         began = time.monotonic()
         found = make()
-        environment = asdict(describe_environment())
-        self.rows.append(
-            dict(key)
-            | found
-            | {
-                "seconds": round(time.monotonic() - began, 1),
-                "environment": {name: environment[name] for name in ("cpu", "threads", "versions", "commit")},
-            }
-        )
+        seconds = round(time.monotonic() - began, 1)
+        self.rows.append(dict(key) | found | {"seconds": seconds, "environment": self._environment})
         write_json(self.path, {"rows": self.rows})
         told = ", ".join(f"{name} {value:.4g}" for name, value in found.items() if isinstance(value, float))
         typer.echo(f"{time.strftime('%H:%M:%S')} {' '.join(map(str, key.values()))}: {told}")

@@ -279,6 +279,42 @@ TRAININGS = {
     "no labels, dropout off, 3e-6": Training(labels=False, dropout=False, learning_rate=3e-6),
 }
 
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """What was found, for a README: of each subject a table."""
+    drawn = []
+    for subject in dict.fromkeys(row["subject"] for row in rows):
+        mine = [row for row in rows if row["subject"] == subject]
+        lines = [
+            f"| {subject} | divergence, as fitted → after each epoch | times as fitted | agreement | accuracy "
+            "| kept, by held-out rows | seconds |",
+            "|---|--:|--:|--:|--:|--:|--:|",
+        ]
+        for row in sorted(mine, key=lambda row: list(TRAININGS).index(row["name"])):
+            (first, agreed, right), *after = row["fitted"], *row["epochs"]
+            found, low, high = row["times"]
+            kept = row.get("kept")
+            cells = [
+                row["name"],
+                f"{first:.4f} → {' → '.join(f'{divergence:.4f}' for divergence, _, _ in after)}",
+                f"{found:.2f} [{low:.2f}, {high:.2f}]",
+                f"{agreed:.3f} → {row['agreement']:.3f}",
+                f"{right:.3f} → {row['accuracy']:.3f}",
+                "–" if kept is None else f"epoch {kept}" if kept else "as fitted",
+                f"{row['seconds']:.0f}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+        commits = ", ".join(dict.fromkeys(row["environment"]["commit"] for row in mine))
+        lines += [
+            "",
+            "*`python -m bench.training`: learning rate 1e-4, two epochs, lambda 1, labels and dropout unless a "
+            f"row says otherwise; {mine[0]['environment']['cpu']}, one thread, beside other work; commit "
+            f"{commits}.*",
+        ]
+        drawn.append("\n".join(lines))
+    return "\n\n".join(drawn)
+
+
 app = typer.Typer(help=__doc__, add_completion=False)
 
 
@@ -301,6 +337,7 @@ def run(
     records, fits = Records(to), Fits(subject)
     for name in only.split("|") if only else TRAININGS:
         records.row({"subject": subject.name, "name": name}, partial(train, subject, fits, TRAININGS[name]))
+    typer.echo(table(records.rows))
 
 
 if __name__ == "__main__":

@@ -269,8 +269,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         commits = ", ".join(dict.fromkeys(row["environment"]["commit"] for row in mine))
         lines += [
             "",
-            f"*`python -m bench.choices`: held against the teacher on {mine[0]['rows_judged']:,} rows that neither "
-            f"has seen; {mine[0]['environment']['cpu']}, one thread, beside other work; commit {commits}.*",
+            f"*`python -m bench.choices`: judged on {mine[0]['rows_judged']:,} rows that neither student nor "
+            f"teacher has seen; {mine[0]['environment']['cpu']}, one thread, beside other work; commit "
+            f"{commits}.*",
         ]
         drawn.append("\n".join(lines))
     return "\n\n".join(drawn)

@@ -286,8 +286,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     for subject in dict.fromkeys(row["subject"] for row in rows):
         mine = [row for row in rows if row["subject"] == subject]
         lines = [
-            f"| {subject} | divergence, as fitted → after each epoch | times as fitted | agreement | accuracy "
-            "| kept, by held-out rows | seconds |",
+            f"| {subject} | divergence, as fitted → after each epoch | times as fitted | agreement "
+            "| accuracy | kept, by held-out rows | seconds |",
             "|---|--:|--:|--:|--:|--:|--:|",
         ]
         for row in sorted(mine, key=lambda row: list(TRAININGS).index(row["name"])):
@@ -307,9 +307,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         commits = ", ".join(dict.fromkeys(row["environment"]["commit"] for row in mine))
         lines += [
             "",
-            "*`python -m bench.training`: learning rate 1e-4, two epochs, lambda 1, labels and dropout unless a "
-            f"row says otherwise; {mine[0]['environment']['cpu']}, one thread, beside other work; commit "
-            f"{commits}.*",
+            "*`python -m bench.training`: learning rate 1e-4, two epochs, lambda 1, labels and dropout, "
+            f"unless a row says otherwise; {mine[0]['environment']['cpu']}, one thread, beside other work; "
+            f"commit {commits}.*",
         ]
         drawn.append("\n".join(lines))
     return "\n\n".join(drawn)

@@ -1,4 +1,4 @@
-"""What `bench.choices` and `bench.training` add to the package: alternatives that are what they say they are."""
+"""What `bench.choices` and `bench.training` compare the package with is what they say it is."""
 
 import json
 
@@ -15,6 +15,7 @@ from bench.alternatives import (
     experts_see,
     greedy_neurons,
     layers_see,
+    means_of_cut,
     products,
 )
 from moebert_kernels.models import find_ffns
@@ -90,9 +91,7 @@ def test_means_of_what_was_cut_leave_no_mean_error(subject):
     maker = choices.Maker(subject, 0)
     choice = choices.Choice(experts=0, tables="", fit="means")
     student, index_LEF, _ = maker._cut(choice)
-    choices.alternatives.means_of_cut(
-        student, index_LEF, lambda layer: maker._products(choice, layer, None), subject.teacher
-    )
+    means_of_cut(student, index_LEF, lambda layer: maker._products(choice, layer, None), subject.teacher)
     seen = layers_see(subject.teacher, subject.to_fit(choice.rows, 0)[0])[0]
     dense, narrow = (find_ffns(model)[0] for model in (subject.teacher, student))
     with torch.no_grad():

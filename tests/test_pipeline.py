@@ -107,6 +107,7 @@ def test_results_hold_what_the_report_needs(finished):
     assert results["settings"]["expert_size"] == 16
     assert results["settings"]["num_shared"] == 11
     assert results["settings"]["importance_rows"] == 48
+    assert results["settings"]["labels"] is results["settings"]["dropout"] is False
     models = {model["name"]: model for model in results["models"]}
     assert list(models) == [
         "teacher",
@@ -135,8 +136,7 @@ def test_results_hold_what_the_report_needs(finished):
         assert all(len(shares) == 4 and sum(shares) == pytest.approx(1) for shares in first)
         curve = results["losses"][name]
         assert [point["step"] for point in curve] == list(range(1, 13))
-        assert set(curve[0]) == {"step", "ce", "layer", "prediction", "total"}
-        assert curve[-1]["layer"] < curve[0]["layer"]
+        assert set(curve[0]) == {"step", "layer", "prediction", "total"}  # fitted, so without labels
     for curve in results["importance"]["share_curve_LQ"]:
         assert curve[0] == 0
         assert curve[-1] == pytest.approx(1)
@@ -357,7 +357,7 @@ def test_unchanged_stages_are_reused_and_changed_ones_are_not(teacher, tmp_path)
 
 def test_regression_and_learned_gates_run_through(tmp_path):
     teacher = make_teacher(tmp_path / "teacher", num_labels=1)
-    settings = replace(SETTINGS, epochs=1, routing="gate-token", top_k=2, comparisons=())
+    settings = replace(SETTINGS, epochs=1, routing="gate-token", top_k=2, comparisons=(), labels=True)
     results = compress(settings, make_data(kind="regression"), teacher, tmp_path / "out")
     assert results["task"]["kind"] == "regression"
     assert set(results["models"][0]["quality"]) == {"pearson", "spearman"}

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from moebert_kernels.compress import defaults, processes
-from moebert_kernels.compress.batching import LengthGroupedTrainer, RowCollator
+from moebert_kernels.compress.batching import LABEL_COLUMNS, LengthGroupedTrainer, RowCollator
 from moebert_kernels.compress.divergence import divergence
 from moebert_kernels.compress.finetune import last_checkpoint
 from moebert_kernels.compress.losses import Pooling
@@ -50,6 +50,7 @@ class DistillSettings:
         bf16: compute matrix products in bfloat16, by autocast; weights stay float32.
         warmup: share of the steps in which the learning rate rises from 0.
         dropout: whether the student's dropout is on.
+        labels: whether labels are learned from, where rows have them.
     """
 
     epochs: float = defaults.EPOCHS
@@ -61,20 +62,33 @@ class DistillSettings:
     bf16: bool = False
     warmup: float = defaults.WARMUP
     dropout: bool = True
+    labels: bool = True
 
     @classmethod
-    def of(cls, settings: CompressSettings, seed: int) -> DistillSettings:
-        """Those of a run's resolved settings, with one of its seeds."""
-        assert settings.learning_rate is not None
+    def of(
+        cls, settings: CompressSettings, *, seed: int, is_fitted: bool, hidden_size: int
+    ) -> DistillSettings:
+        """Those of a run's settings for one of its students.
+
+        Args:
+            settings: what they leave open is filled in.
+            seed: of the student.
+            is_fitted: whether it is.
+            hidden_size: of it.
+        """
+        small, large = (3e-5, 1e-5) if is_fitted else (1e-4, 3e-5)
+        default = small if hidden_size <= 512 else large
         return cls(
             epochs=settings.epochs,
-            learning_rate=settings.learning_rate,
+            learning_rate=default if settings.learning_rate is None else settings.learning_rate,
             distill_weight=settings.distill_weight,
             batch_size=settings.batch_size,
             weight_decay=settings.weight_decay,
             seed=seed,
             bf16=settings.bf16,
             warmup=settings.warmup,
+            dropout=not is_fitted if settings.dropout is None else settings.dropout,
+            labels=not is_fitted if settings.labels is None else settings.labels,
         )
 
 
@@ -138,6 +152,8 @@ def distill(
         OutputError: a checkpoint cannot be written.
     """
     check_bf16(settings.bf16)
+    if not settings.labels:
+        rows = rows.remove_columns([name for name in LABEL_COLUMNS if name in rows.column_names])
     rows_each = processes.rows_each(settings.batch_size)
     processes.join()
     say = say if processes.is_main() else None

@@ -337,7 +337,7 @@ class Run:
                 "validation_rows": len(self.raw.validation),
                 "constant_score": constant_score(self.raw),
             },
-            "settings": asdict(self.settings),
+            "settings": asdict(self.settings) | self._training_settings(),
             "models": [{"name": name, **models[name], **timings[name]} for name in models],
             "measuring": speed and {"dtype": speed.dtype, "busy_cpus": speed.busy_cpus},
             "importance": {
@@ -354,6 +354,13 @@ class Run:
         results["warnings"] = [sentence for sentence in of_rows if sentence] + warnings_of(results)
         processes.on_main(lambda: write_json(self.output_dir / "results.json", results))
         return results
+
+    def _training_settings(self) -> dict[str, Any]:
+        """What settings leave open of the student's training."""
+        if not self.settings.distill:
+            return {}
+        how = self.training(Trial(STUDENT, self.settings.seed, True))
+        return {name: getattr(how, name) for name in ("learning_rate", "dropout", "labels")}
 
     def tried(self, trial: Trial, start: Start | None) -> tuple[Start, Tried]:
         """Make a trial's model, and evaluate it before it is distilled and after.
@@ -468,7 +475,7 @@ class Run:
         """Distil it; return it, and what is known of the training."""
         s, room = self.settings, self.output_dir / "work" / trial.folder
         (adapted, made_from), folder = made, room / "distilled"
-        how = DistillSettings.of(s, trial.seed)
+        how = self.training(trial)
         made_from = fingerprint(made_from, self.teacher_print, self.train_print, s.fit, asdict(how))
         checkpoints = room / f"checkpoints-{made_from[:16]}"
         name, say = f"distill {trial.name}", self.say
@@ -498,6 +505,15 @@ class Run:
         processes.on_main(lambda: remove_folders(room.glob("checkpoints-*")))
         nearest = found["nearest"] and Nearest(**found["nearest"])
         return Model(folder, made_from), Distilled(**found | {"nearest": nearest})
+
+    def training(self, trial: Trial) -> DistillSettings:
+        """How its model is distilled."""
+        return DistillSettings.of(
+            self.settings,
+            seed=trial.seed,
+            is_fitted=trial.is_fitted(self.settings),
+            hidden_size=self.teacher.config.hidden_size,
+        )
 
     def _tell(self, sentence: str) -> None:
         if self.say is not None and processes.is_main():

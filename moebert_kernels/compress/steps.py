@@ -199,7 +199,7 @@ def distill_student(
     Interrupted and called again with the same arguments, it goes on from its last checkpoint.
 
     Args:
-        settings: those of training.
+        settings: those of training; None is filled in by whether the MoE is fitted.
         data: raw rows.
         student_dir: of the MoE, left as it is.
         teacher_dir: of the model it was made of.
@@ -226,7 +226,12 @@ def distill_student(
     settings = resolve(settings, teacher, tokenizer, num_rows=len(data.train), default_length=length)
     data = compared_with_training(teacher_dir, data)
     assert settings.max_length is not None
-    how = DistillSettings.of(settings, settings.seed)
+    how = DistillSettings.of(
+        settings,
+        seed=settings.seed,
+        is_fitted=student.config.is_fitted,
+        hidden_size=student.config.hidden_size,
+    )
     data = match_labels(data, teacher.config)
     made_from = fingerprint(
         model_fingerprint(student_dir),

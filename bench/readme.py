@@ -1,8 +1,9 @@
 """README tables from result files, between markers `<!-- bench:NAME:begin -->` and `<!-- bench:NAME:end -->`.
 
 NAME is an operator and a kind of device, such as `ffn-cpu` or `model-gpu`, or `targets-gpu`, or `demo` for
-the results of `make demo`, kept as demo.json, or `fit` for those of `bench.fit`, or `quality-STUDY` for a
-study of `bench.quality`, `quality-likeness-STUDY` for how alike its students and their teachers are, or
+the results of `make demo`, kept as demo.json, or `fit`, `choices` or `training` for those of `bench.fit` and
+so on, or `quality-STUDY` for a study of `bench.quality`, `quality-likeness-STUDY` for how alike its students
+and their teachers are, or
 `quality-settings` for what its studies change, or `machine-TABLE` for a table of `bench.predictions`, or
 `serve`, `serve-all` and `serve-quality` for `python -m bench serve`. What was never measured says so.
 """
@@ -57,6 +58,8 @@ def update(text: str, folder: str | Path) -> str:
             content = demo(Path(folder))
         elif name == "fit":
             content = fit(Path(folder))
+        elif name in ("choices", "training"):
+            content = made(name, Path(folder))
         elif name.startswith("machine-"):
             content = machine(name.removeprefix("machine-"), Path(folder))
         elif name in ("serve", "serve-all", "serve-quality"):
@@ -112,6 +115,20 @@ def fit(folder: Path) -> str:
     if not path.is_file():
         return f"*`python -m bench.fit`: {NOT_MEASURED}.*"
     return tables(json.loads(path.read_text(encoding="utf-8")))
+
+
+def made(name: str, folder: Path) -> str:
+    """The tables of `python -m bench.choices` or `bench.training`, all subjects."""
+    from . import choices, training  # they know of models, and what those import
+
+    rows = [
+        row
+        for path in sorted(folder.glob(f"{name}*.json"))
+        for row in json.loads(path.read_text(encoding="utf-8"))["rows"]
+    ]
+    if not rows:
+        return f"*`python -m bench.{name}`: {NOT_MEASURED}.*"
+    return choices.table(rows) if name == "choices" else training.table(rows)
 
 
 def machine(name: str, folder: Path) -> str:

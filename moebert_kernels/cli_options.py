@@ -327,7 +327,7 @@ class DistillOptions:
         float | None,
         _training(
             help="Learning rate; 1e-5 to 5e-5 in the paper.",
-            show_default="3e-5; 1e-4 up to hidden size 512",
+            show_default="3e-5, 1e-4 up to hidden size 512; of fitted students 1e-5 and 3e-5",
         ),
     ] = None
     distill_weight: Annotated[
@@ -340,6 +340,25 @@ class DistillOptions:
         int, _training(help="Rows of a step, over all processes; 8 to 64 in the paper.")
     ] = defaults.BATCH_SIZE
     weight_decay: Annotated[float, _training(help="Of AdamW; 0 to 0.1 in the paper.")] = defaults.WEIGHT_DECAY
+    warmup: Annotated[
+        float, _training(help="Share of the steps, from 0 to below 1, in which the learning rate rises.")
+    ] = defaults.WARMUP
+    labels: Annotated[
+        bool | None,
+        _training(
+            "--labels/--no-labels",
+            help="Learn from labels too, where rows have them.",
+            show_default="by students that are not fitted",
+        ),
+    ] = None
+    dropout: Annotated[
+        bool | None,
+        _training(
+            "--dropout/--no-dropout",
+            help="Train with the teacher's dropout.",
+            show_default="of students that are not fitted",
+        ),
+    ] = None
     bf16: BFloat16 = False
 
     def settings(self) -> dict[str, Any]:
@@ -350,6 +369,9 @@ class DistillOptions:
             "distill_weight": self.distill_weight,
             "batch_size": self.batch_size,
             "weight_decay": self.weight_decay,
+            "warmup": self.warmup,
+            "labels": self.labels,
+            "dropout": self.dropout,
             "bf16": self.bf16,
         }
 

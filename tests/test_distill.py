@@ -22,6 +22,7 @@ from transformers import (
 
 from moebert_kernels.compress.distill import DistillSettings, distill
 from moebert_kernels.compress.finetune import last_checkpoint
+from moebert_kernels.compress.settings import CompressSettings
 from moebert_kernels.compress.trainer import DistillationTrainer
 from moebert_kernels.errors import UserError
 from moebert_kernels.models import to_moe
@@ -398,6 +399,50 @@ def test_a_run_resumes_from_a_checkpoint_with_former_names(tmp_path, tokenizer):
     save_file(former, weights)
     for name, value in run(tmp_path / "cut").items():
         assert torch.equal(value, undisturbed[name]), name
+
+
+def test_a_fitted_student_is_trained_by_its_teacher_alone_unless_asked_otherwise():
+    """Stops training that undoes the fit: noise and labels lead away from the teacher."""
+
+    def how(is_fitted, **given):
+        return DistillSettings.of(CompressSettings(**given), seed=3, is_fitted=is_fitted, hidden_size=768)
+
+    fitted, cut = how(True), how(False)
+    assert (fitted.labels, fitted.dropout) == (False, False)
+    assert (cut.labels, cut.dropout, cut.learning_rate) == (True, True, 3e-5)
+    assert fitted.learning_rate < cut.learning_rate
+    asked = how(True, labels=True, dropout=True, learning_rate=1e-3, warmup=0.1)
+    assert (asked.labels, asked.dropout, asked.learning_rate, asked.warmup) == (True, True, 1e-3, 0.1)
+
+
+def test_labels_that_are_not_wanted_are_not_read(tmp_path, tokenizer):
+    """Whatever they are, the same student comes out, and nothing of them is logged."""
+    settings = DistillSettings(epochs=1, batch_size=8, learning_rate=1e-3, labels=False)
+    states = []
+    for changed in (False, True):
+        rows, student = make_rows(16), tiny_bert(1)
+        if changed:
+            rows = rows.map(lambda row: {"labels": 1 - row["labels"]})
+        found = distill(student, tiny_bert(0), rows, tokenizer, settings, tmp_path / str(changed))
+        assert "ce" not in found.losses[0]
+        states.append(student.state_dict())
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name
+
+
+def test_the_learning_rate_rises_as_long_as_is_said(tmp_path, tokenizer):
+    rates = []
+
+    class Rates(TrainerCallback):
+        def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    settings = DistillSettings(epochs=2, batch_size=8, learning_rate=1e-3, warmup=0.25)
+    distill(
+        tiny_bert(1), tiny_bert(0), make_rows(64), tokenizer, settings, tmp_path / "run", callbacks=[Rates()]
+    )
+    assert rates[:5] == pytest.approx([0, 2.5e-4, 5e-4, 7.5e-4, 1e-3])
+    assert rates[4:] == sorted(rates[4:], reverse=True)
 
 
 def test_divergence_is_said_in_words(tmp_path, tokenizer):

@@ -22,7 +22,7 @@ from transformers import (
     BertTokenizerFast,
 )
 
-from moebert_kernels.compress import pipeline
+from moebert_kernels.compress import distill, pipeline
 from moebert_kernels.compress.adapt import token_counts
 from moebert_kernels.compress.artifacts import Stage, exclusive, fingerprint, replace_whole, write_json
 from moebert_kernels.compress.importance import Importance
@@ -107,6 +107,7 @@ def test_results_hold_what_the_report_needs(finished):
     assert results["settings"]["expert_size"] == 16
     assert results["settings"]["num_shared"] == 11
     assert results["settings"]["importance_rows"] == 48
+    assert results["settings"]["labels"] is results["settings"]["dropout"] is False
     models = {model["name"]: model for model in results["models"]}
     assert list(models) == [
         "teacher",
@@ -135,8 +136,7 @@ def test_results_hold_what_the_report_needs(finished):
         assert all(len(shares) == 4 and sum(shares) == pytest.approx(1) for shares in first)
         curve = results["losses"][name]
         assert [point["step"] for point in curve] == list(range(1, 13))
-        assert set(curve[0]) == {"step", "ce", "layer", "prediction", "total"}
-        assert curve[-1]["layer"] < curve[0]["layer"]
+        assert set(curve[0]) == {"step", "layer", "prediction", "total"}  # fitted, so without labels
     for curve in results["importance"]["share_curve_LQ"]:
         assert curve[0] == 0
         assert curve[-1] == pytest.approx(1)
@@ -155,6 +155,7 @@ def test_fit_is_told_of_and_the_better_student_is_kept(finished):
         assert all(fitted < cut for cut, fitted in zip(fitting["cut_L"], fitting["fitted_L"], strict=True))
         distances = fitting["divergence"]
         assert distances["fitted"] < distances["cut"]
+        assert distances["distilled"] == min(fitting["epochs"])
         nearer = min(("fitted", "distilled"), key=distances.__getitem__)
         assert fitting["kept"] == nearer
     kept = load_file(output / "student" / "model.safetensors")
@@ -167,14 +168,18 @@ def test_fit_is_told_of_and_the_better_student_is_kept(finished):
 @pytest.mark.parametrize("is_nearer", [True, False])
 def test_what_is_kept_is_said_and_evaluated(teacher, tmp_path, monkeypatch, is_nearer):
     """Stops a student that is worse for having been trained."""
-    distances = iter([3.0, 2.0, 1.0 if is_nearer else 2.5])  # cut, fitted, distilled
-    monkeypatch.setattr(pipeline, "divergence", lambda *models, **how: next(distances))
+    # Cut, fitted; as training begins, after two epochs.
+    distances = iter([3.0, 2.0, 2.0, 1.0 if is_nearer else 2.5, 3.5])
+    for module in (pipeline, distill):
+        monkeypatch.setattr(module, "divergence", lambda *models, **how: next(distances))
     said = []
-    settings = replace(SETTINGS, epochs=1, comparisons=(), measure=False, measure_length=None)
+    settings = replace(SETTINGS, epochs=2, comparisons=(), measure=False, measure_length=None)
     results = compress(settings, make_data(), teacher, tmp_path / "out", say=said.append)
     kept = "distilled" if is_nearer else "fitted"
     assert results["fitting"]["student"]["kept"] == kept
-    assert ("student: kept as it was fitted" in " ".join(said)) != is_nearer
+    assert results["fitting"]["student"]["divergence"]["distilled"] == (1.0 if is_nearer else 2.5)
+    told = "as after epoch 1 of 2" if is_nearer else "as it began"
+    assert f"distill student, kept {told}: " in " ".join(said)
     student, expected = (
         load_file(tmp_path / "out" / folder / "model.safetensors")
         for folder in ("student", f"work/student/{kept}")
@@ -352,7 +357,7 @@ def test_unchanged_stages_are_reused_and_changed_ones_are_not(teacher, tmp_path)
 
 def test_regression_and_learned_gates_run_through(tmp_path):
     teacher = make_teacher(tmp_path / "teacher", num_labels=1)
-    settings = replace(SETTINGS, epochs=1, routing="gate-token", top_k=2, comparisons=())
+    settings = replace(SETTINGS, epochs=1, routing="gate-token", top_k=2, comparisons=(), labels=True)
     results = compress(settings, make_data(kind="regression"), teacher, tmp_path / "out")
     assert results["task"]["kind"] == "regression"
     assert set(results["models"][0]["quality"]) == {"pearson", "spearman"}

@@ -34,6 +34,11 @@ class RememberedTeacher(nn.Module):
         self.config = teacher.config
         self._kept: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
 
+    @property
+    def device(self) -> torch.device:
+        """Of the teacher."""
+        return self.teacher.device
+
     def forward(
         self,
         input_ids: Tensor,

@@ -48,7 +48,7 @@ class Recipe:
         teacher_epochs: of fine-tuning.
         student_epochs: of distillation, of the student and of the random split.
         batch_size: of both; there are few rows, and small batches make more steps of them.
-        learning_rate: of both; the published model is small and takes a high one.
+        learning_rate: of fine-tuning; the published model is small and takes a high one.
         importance_rows: training rows that importance is taken on.
         measure_length: tokens of the sequences that speed is measured on.
     """
@@ -103,7 +103,6 @@ def run_demo(
     )
     settings = CompressSettings(
         epochs=recipe.student_epochs,
-        learning_rate=recipe.learning_rate,
         batch_size=recipe.batch_size,
         max_length=recipe.max_length,
         importance_rows=recipe.importance_rows,

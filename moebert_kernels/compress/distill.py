@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, cast
 
 import torch
 from datasets import Dataset
+from torch import nn
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -19,15 +21,19 @@ from transformers import (
 )
 
 from moebert_kernels.compress import defaults, processes
-from moebert_kernels.compress.batching import LengthGroupedTrainer, RowCollator
+from moebert_kernels.compress.batching import LABEL_COLUMNS, LengthGroupedTrainer, RowCollator
+from moebert_kernels.compress.divergence import divergence
 from moebert_kernels.compress.finetune import last_checkpoint
 from moebert_kernels.compress.losses import Pooling
+from moebert_kernels.compress.nearest import KeepNearest, Nearest
 from moebert_kernels.compress.precision import check_bf16
 from moebert_kernels.compress.report_steps import ReportSteps
+from moebert_kernels.compress.settings import CompressSettings
 from moebert_kernels.compress.trainer import DistillationTrainer
 from moebert_kernels.compress.training_load import SayLoad
 from moebert_kernels.compress.writing import writing
 from moebert_kernels.errors import UserError
+from moebert_kernels.layer import MoEFFN
 
 
 @dataclass(frozen=True)
@@ -36,12 +42,15 @@ class DistillSettings:
 
     Attributes:
         epochs: passes over the training rows; may be a fraction.
-        learning_rate: at the start; it falls linearly to 0.
+        learning_rate: the highest; it falls linearly to 0.
         distill_weight: lambda.
         batch_size: rows of a step, over all processes.
         weight_decay: of AdamW; biases and LayerNorms are exempt.
         seed: of data order and dropout.
         bf16: compute matrix products in bfloat16, by autocast; weights stay float32.
+        warmup: share of the steps in which the learning rate rises from 0.
+        dropout: whether the student's dropout is on.
+        labels: whether labels are learned from, where rows have them.
     """
 
     epochs: float = defaults.EPOCHS
@@ -51,6 +60,36 @@ class DistillSettings:
     weight_decay: float = defaults.WEIGHT_DECAY
     seed: int = 0
     bf16: bool = False
+    warmup: float = defaults.WARMUP
+    dropout: bool = True
+    labels: bool = True
+
+    @classmethod
+    def of(
+        cls, settings: CompressSettings, *, seed: int, is_fitted: bool, hidden_size: int
+    ) -> DistillSettings:
+        """Those of a run's settings for one of its students.
+
+        Args:
+            settings: what they leave open is filled in.
+            seed: of the student.
+            is_fitted: whether it is.
+            hidden_size: of it.
+        """
+        small, large = (3e-5, 1e-5) if is_fitted else (1e-4, 3e-5)
+        default = small if hidden_size <= 512 else large
+        return cls(
+            epochs=settings.epochs,
+            learning_rate=default if settings.learning_rate is None else settings.learning_rate,
+            distill_weight=settings.distill_weight,
+            batch_size=settings.batch_size,
+            weight_decay=settings.weight_decay,
+            seed=seed,
+            bf16=settings.bf16,
+            warmup=settings.warmup,
+            dropout=not is_fitted if settings.dropout is None else settings.dropout,
+            labels=not is_fitted if settings.labels is None else settings.labels,
+        )
 
 
 class Distilled(NamedTuple):
@@ -61,10 +100,12 @@ class Distilled(NamedTuple):
             with learned gates "balance", and "total", averaged since the log before.
         load_NLE: for each of the N epochs, the share of a layer's real tokens that each expert got; empty
             for a student without experts.
+        nearest: of held-out rows; None if there were none.
     """
 
     losses: list[dict[str, float]]
     load_NLE: list[list[list[float]]]
+    nearest: Nearest | None = None
 
 
 def distill(
@@ -75,6 +116,7 @@ def distill(
     settings: DistillSettings,
     checkpoints: Path,
     *,
+    held_out: Dataset | None = None,
     layer_map: Sequence[int] | None = None,
     pooling: Pooling | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -94,11 +136,14 @@ def distill(
         tokenizer: pads, and is saved with each checkpoint.
         settings: the same when resuming.
         checkpoints: folder for this run's checkpoints and nothing else.
+        held_out: tokenised rows, not among `rows`; their labels are not read. The student is, in the end,
+            what it was when its predictions of them were nearest to the teacher's (see `divergence`): after
+            one of the epochs, or as it began. Without them it is what it is after the last step.
         layer_map: as for `DistillationTrainer`.
         pooling: as for `DistillationTrainer`.
         progress: called with (steps done, steps in all), at the start and after each step.
         say: hears in a sentence that training goes on from a checkpoint and, at the end of each epoch, how
-            full the fullest expert was; in the main process alone.
+            full the fullest expert was, and which weights were kept; in the main process alone.
         callbacks: of the Trainer.
 
     Raises:
@@ -107,6 +152,8 @@ def distill(
         OutputError: a checkpoint cannot be written.
     """
     check_bf16(settings.bf16)
+    if not settings.labels:
+        rows = rows.remove_columns([name for name in LABEL_COLUMNS if name in rows.column_names])
     rows_each = processes.rows_each(settings.batch_size)
     processes.join()
     say = say if processes.is_main() else None
@@ -119,6 +166,7 @@ def distill(
         per_device_train_batch_size=rows_each,
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
+        warmup_steps=settings.warmup,
         seed=settings.seed,
         bf16=settings.bf16,
         logging_steps=logging_steps,
@@ -154,16 +202,44 @@ def distill(
     trainer.remove_callback(PrinterCallback)
     if say is not None and trainer.load is not None:
         trainer.add_callback(SayLoad(trainer.load, say))
-    with writing(checkpoints):
+    keep = None
+    if held_out is not None:
+        keep = KeepNearest(
+            student,
+            checkpoints / "nearest.safetensors",
+            lambda: divergence(student, teacher, held_out, tokenizer, pooling=pooling),
+            steps_per_epoch,
+        )
+        trainer.add_callback(keep)
+    with writing(checkpoints), nullcontext() if settings.dropout else without_dropout(student):
         trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
     processes.wait_for_all()  # the others may still be writing their part of the last checkpoint
+    nearest = None if keep is None else keep.restore(trainer.state)
+    if nearest is not None and say is not None:
+        say(nearest.told(settings.epochs))
     terms = ("ce", "layer", "prediction", "embedding", "balance")
     losses = [
         {"step": entry["step"], **{t: entry[t] for t in terms if t in entry}, "total": entry["loss"]}
         for entry in trainer.state.log_history
         if "layer" in entry
     ]
-    return Distilled(losses, [] if trainer.load is None else trainer.load.shares())
+    return Distilled(losses, [] if trainer.load is None else trainer.load.shares(), nearest)
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Let a model compute in training mode what it computes in evaluation mode."""
+    kept: list[tuple[nn.Module, str, float]] = []
+    for module in model.modules():
+        name = "p" if isinstance(module, nn.Dropout) else "dropout" if isinstance(module, MoEFFN) else None
+        if name is not None:
+            kept.append((module, name, getattr(module, name)))
+            setattr(module, name, 0.0)
+    try:
+        yield
+    finally:
+        for module, name, probability in kept:
+            setattr(module, name, probability)
 
 
 class _LengthGroupedDistillationTrainer(DistillationTrainer, LengthGroupedTrainer):

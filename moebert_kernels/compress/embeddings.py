@@ -240,6 +240,7 @@ def distill_embeddings(
     settings: DistillSettings,
     checkpoints: Path,
     *,
+    held_out: Dataset | None = None,
     progress: Callable[[int, int], None] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Distilled:
@@ -251,6 +252,7 @@ def distill_embeddings(
         rows: from `tokenize_texts`; no labels.
         settings: the same when resuming.
         checkpoints: folder for this run's checkpoints and nothing else.
+        held_out: as for `distill`.
         progress: called with (steps done, steps in all).
         say: as for `distill`.
 
@@ -270,6 +272,7 @@ def distill_embeddings(
         student.tokenizer,
         settings,
         checkpoints,
+        held_out=held_out,
         pooling=student.pool,
         progress=progress,
         say=say,

@@ -24,6 +24,7 @@ from moebert_kernels.compress import processes
 from moebert_kernels.compress.batching import LABEL_COLUMNS, row_lengths, sample_rows
 from moebert_kernels.compress.layerwise import Layerwise, evaluating, forward_replaced
 from moebert_kernels.layer import MoEFFN
+from moebert_kernels.models import is_moe
 from moebert_kernels.models.families import DenseFFN, find_base, find_ffns
 from moebert_kernels.models.modeling import MoELayer, MoEModel
 from moebert_kernels.routing import RouterOutput
@@ -95,6 +96,8 @@ def fit_experts(
 ) -> Fitted:
     """Choose w2 and b2 of every expert anew, in place; see `python_ref.fitting` for the formula.
 
+    A MoE's configuration records it, as `is_fitted`.
+
     Layer by layer, on the hidden states that the student itself has there: what earlier layers could not mend
     is mended by later ones. Under a learned gate, which makes hidden states smaller, the LayerNorms of a
     layer's experts are scaled too, by one number. Of a token's several experts each is fitted to do alone
@@ -149,6 +152,8 @@ def fit_experts(
     num_tokens, cut_L, fitted_L = zip(*layers, strict=True)
     if num_tokens[0] == 0:
         raise ValueError("batches hold no tokens: experts are fitted to rows of text")
+    if is_moe(student.config):
+        student.config.is_fitted = True
     return Fitted(num_tokens[0], list(cut_L), list(fitted_L))
 
 

@@ -18,8 +18,9 @@ In results.json the load of experts is told twice, as shares of real tokens that
     training_load_NLE       while it was trained: by model, as in "losses", such a table for each of N epochs
 
 How experts were fitted is told by model in "fitting": `Fitted`'s fields, and "divergence" from the teacher on
-rows held out of the training rows, of the model as it was "cut", "fitted" and, if it was, "distilled". "kept"
-is the one of the last two that is nearer, and is what all else is told of.
+rows held out of the training rows, of the model as it was "cut", "fitted" and, if it was, "distilled": after
+the epoch after which it was least. "kept" is the one of the last two that is nearer, and is what all else is
+told of; "epochs" are the divergences after each epoch.
 
 What speed was measured under is in "measuring": "dtype", and "busy_cpus", the processors that other work kept
 busy meanwhile. Without measurement it is null, as are the models' "latency_ms" and "throughput_per_s".
@@ -73,6 +74,7 @@ from moebert_kernels.compress.loading import (
 )
 from moebert_kernels.compress.losses import Pooling
 from moebert_kernels.compress.measure import Speed, measure
+from moebert_kernels.compress.nearest import Nearest
 from moebert_kernels.compress.precision import computing
 from moebert_kernels.compress.settings import CompressSettings, resolve
 from moebert_kernels.compress.stages import Progress, Report, Stages
@@ -337,7 +339,7 @@ class Run:
                 "validation_rows": len(self.raw.validation),
                 "constant_score": constant_score(self.raw),
             },
-            "settings": asdict(self.settings),
+            "settings": asdict(self.settings) | self._training_settings(),
             "models": [{"name": name, **models[name], **timings[name]} for name in models],
             "measuring": speed and {"dtype": speed.dtype, "busy_cpus": speed.busy_cpus},
             "importance": {
@@ -354,6 +356,13 @@ class Run:
         results["warnings"] = [sentence for sentence in of_rows if sentence] + warnings_of(results)
         processes.on_main(lambda: write_json(self.output_dir / "results.json", results))
         return results
+
+    def _training_settings(self) -> dict[str, Any]:
+        """What settings leave open of the student's training."""
+        if not self.settings.distill:
+            return {}
+        how = self.training(Trial(STUDENT, self.settings.seed, True))
+        return {name: getattr(how, name) for name in ("learning_rate", "dropout", "labels")}
 
     def tried(self, trial: Trial, start: Start | None) -> tuple[Start, Tried]:
         """Make a trial's model, and evaluate it before it is distilled and after.
@@ -378,19 +387,16 @@ class Run:
                 self.student_flops = record["encoder_flops_per_token"]
         fitting = start.fitting
         if self.settings.distill:
-            model, training, distance = self.distilled(trial, start.model)
-            if fitting is not None:
-                is_nearer = distance <= fitting["divergence"]["fitted"]
+            model, training = self.distilled(trial, start.model)
+            if fitting is not None and training.nearest is not None:
+                _, *after = training.nearest.distances
                 fitting = fitting | {
-                    "divergence": {**fitting["divergence"], "distilled": distance},
-                    "kept": "distilled" if is_nearer else "fitted",
+                    "divergence": {**fitting["divergence"], "distilled": min(after)},
+                    "kept": "distilled" if training.nearest.kept else "fitted",
+                    "epochs": after,
                 }
-                if not is_nearer:
+                if not training.nearest.kept:
                     model = start.model
-                    self._tell(
-                        f"{trial.name}: kept as it was fitted; distilled, it is farther from the teacher on "
-                        f"held-out rows, {distance:.4g} in the place of {fitting['divergence']['fitted']:.4g}"
-                    )
             found.rows[name] = model, self.evaluated(trial.name, model)
             found.told.update(losses=training.losses, training_load_NLE=training.load_NLE)
         found.told["fitting"] = fitting
@@ -471,14 +477,11 @@ class Run:
         found = self.stages.run(f"fit {trial.name}", made_from, work, folder, together=True)
         return Start(Model(folder, made_from), found)
 
-    def distilled(self, trial: Trial, made: Model) -> tuple[Model, Distilled, float]:
-        """Distil it; return it, what is known of the training, and its divergence on held-out rows."""
+    def distilled(self, trial: Trial, made: Model) -> tuple[Model, Distilled]:
+        """Distil it; return it, and what is known of the training."""
         s, room = self.settings, self.output_dir / "work" / trial.folder
         (adapted, made_from), folder = made, room / "distilled"
-        assert s.learning_rate is not None  # resolved
-        how = DistillSettings(
-            s.epochs, s.learning_rate, s.distill_weight, s.batch_size, s.weight_decay, trial.seed, s.bf16
-        )
+        how = self.training(trial)
         made_from = fingerprint(made_from, self.teacher_print, self.train_print, s.fit, asdict(how))
         checkpoints = room / f"checkpoints-{made_from[:16]}"
         name, say = f"distill {trial.name}", self.say
@@ -494,23 +497,29 @@ class Run:
                 self.tokenizer,
                 how,
                 checkpoints,
+                held_out=held_out if len(held_out) else None,
                 layer_map=trial.variant.kept_layers(self),
                 pooling=self.pooling,
                 progress=report,
                 say=say and (lambda sentence: say(f"{name}, {sentence}")),
             )
             processes.on_main(lambda: self.save(student, folder))
-            distance = 0.0
-            if trial.is_fitted(s):
-                distance = processes.on_main(
-                    lambda: divergence(student, self.teacher, held_out, self.tokenizer, pooling=self.pooling)
-                )
-            return {"distilled": found._asdict(), "divergence": distance}
+            return found._asdict() | {"nearest": found.nearest and found.nearest._asdict()}
 
         recorded = fingerprint(made_from, Distilled._fields)
         found = self.stages.run(name, recorded, work, folder, together=True)
         processes.on_main(lambda: remove_folders(room.glob("checkpoints-*")))
-        return Model(folder, made_from), Distilled(**found["distilled"]), found["divergence"]
+        nearest = found["nearest"] and Nearest(**found["nearest"])
+        return Model(folder, made_from), Distilled(**found | {"nearest": nearest})
+
+    def training(self, trial: Trial) -> DistillSettings:
+        """How its model is distilled."""
+        return DistillSettings.of(
+            self.settings,
+            seed=trial.seed,
+            is_fitted=trial.is_fitted(self.settings),
+            hidden_size=self.teacher.config.hidden_size,
+        )
 
     def _tell(self, sentence: str) -> None:
         if self.say is not None and processes.is_main():

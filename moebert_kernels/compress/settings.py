@@ -35,10 +35,15 @@ class CompressSettings:
         distill: train the student; without, it is done when it has been cut and fitted.
         epochs: of distillation.
         learning_rate: of distillation; by default 3e-5, the paper's for BERT-base, and 1e-4 for models of
-            hidden size 512 or less.
+            hidden size 512 or less; of students that are fitted 1e-5 and 3e-5.
         distill_weight: lambda, the weight of the distillation losses against the labels'.
         batch_size: rows of a distillation step, over all processes.
         weight_decay: of distillation.
+        warmup: share of the steps of distillation in which the learning rate rises from 0.
+        dropout: whether the student's dropout is on while it is distilled; by default only if it is not
+            fitted: noise moves weights away from where least squares has put them.
+        labels: whether it learns from labels too, where rows have them; by default only if it is not fitted:
+            labels lead away from the teacher.
         bf16: score, fit and distil with matrix products in bfloat16, by autocast; weights, sums over tokens
             and what is solved stay float32 or wider.
         max_length: tokens a row is cut to; by default 128, or 384 for question answering, or as many as the
@@ -71,6 +76,9 @@ class CompressSettings:
     distill_weight: float = defaults.DISTILL_WEIGHT
     batch_size: int = defaults.BATCH_SIZE
     weight_decay: float = defaults.WEIGHT_DECAY
+    warmup: float = defaults.WARMUP
+    dropout: bool | None = None
+    labels: bool | None = None
     bf16: bool = False
     max_length: int | None = None
     importance_rows: int | None = defaults.IMPORTANCE_ROWS
@@ -98,6 +106,10 @@ class CompressSettings:
         for name in ("distill_weight", "weight_decay", "seed"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ArgumentError(name, f"must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.warmup < 1:
+            raise ArgumentError(
+                "warmup", f"must be a share of the steps, from 0 to below 1, got {self.warmup}"
+            )
         if self.seed + self.seeds > MAX_SEED + 1:
             raise ArgumentError(
                 "seed", f"must be at most {MAX_SEED}, as must the last of {self.seeds}; got {self.seed}"
@@ -159,15 +171,11 @@ def resolve(
     # A random split, to compare, deals neurons out: its experts cannot overlap.
     overlapping = settings.routing == "hash-affinity" and "random" not in settings.comparisons
     check_sizes(width, settings.num_experts, size, shared, overlapping=overlapping)
-    rate = settings.learning_rate
-    if rate is None:
-        rate = 1e-4 if teacher.config.hidden_size <= 512 else 3e-5
     rows = settings.importance_rows and min(settings.importance_rows, num_rows)
     return replace(
         settings,
         expert_size=size,
         num_shared=shared,
-        learning_rate=rate,
         importance_rows=rows,
         max_length=length("max_length"),
         measure_length=length("measure_length") if settings.measure else None,

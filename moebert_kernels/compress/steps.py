@@ -19,7 +19,7 @@ from moebert_kernels.compress.artifacts import (
     rows_fingerprint,
     workroom,
 )
-from moebert_kernels.compress.batching import sample_rows
+from moebert_kernels.compress.batching import hold_out, sample_rows
 from moebert_kernels.compress.distill import Distilled, DistillSettings, distill
 from moebert_kernels.compress.evaluate import batches, evaluate
 from moebert_kernels.compress.fitting import fit_experts, rows_to_fit
@@ -108,8 +108,8 @@ def split_teacher(
         teacher_dir: of the fine-tuned model.
         importance: the scores' file; None for a split at random.
         output_dir: of the new model; a new or an empty folder.
-        data: raw rows, which need no labels, to fit to, and whose tokens are counted for `COUNTING_ROUTINGS`;
-            otherwise none are needed.
+        data: raw rows, which need no labels: to fit to, but for some that are held out (see `hold_out`), and
+            whose tokens are counted for `COUNTING_ROUTINGS`; otherwise none are needed.
         progress: hears (stage, done, total): layers of "hash-affinity", batches of the fit.
         say: hears in a sentence what the fit has brought.
 
@@ -171,6 +171,7 @@ def _fit(
 ) -> None:
     _place(student)
     _place(teacher)
+    rows, _ = hold_out(rows, settings.seed)
     rows = rows_to_fit(rows, settings.fit_rows, settings.seed, teacher.config.hidden_size)
     with computing(settings.bf16):
         found = fit_experts(
@@ -195,10 +196,13 @@ def distill_student(
 ) -> Distilled:
     """Distil a saved MoE from its teacher and save the result; see `distill`. Collective, as that is.
 
+    Some rows are held out of training: those that `split_teacher` holds out of the fit, given the same data
+    and seed. What is saved is never farther from the teacher on them than the MoE that was given.
+
     Interrupted and called again with the same arguments, it goes on from its last checkpoint.
 
     Args:
-        settings: those of training.
+        settings: those of training; None is filled in by whether the MoE is fitted.
         data: raw rows.
         student_dir: of the MoE, left as it is.
         teacher_dir: of the model it was made of.
@@ -224,16 +228,12 @@ def distill_student(
     length = KINDS[data.task.kind].default_length
     settings = resolve(settings, teacher, tokenizer, num_rows=len(data.train), default_length=length)
     data = compared_with_training(teacher_dir, data)
-    assert settings.learning_rate is not None
     assert settings.max_length is not None
-    how = DistillSettings(
-        epochs=settings.epochs,
-        learning_rate=settings.learning_rate,
-        distill_weight=settings.distill_weight,
-        batch_size=settings.batch_size,
-        weight_decay=settings.weight_decay,
+    how = DistillSettings.of(
+        settings,
         seed=settings.seed,
-        bf16=settings.bf16,
+        is_fitted=student.config.is_fitted,
+        hidden_size=student.config.hidden_size,
     )
     data = match_labels(data, teacher.config)
     made_from = fingerprint(
@@ -244,7 +244,7 @@ def distill_student(
         settings.max_length,
         asdict(how),
     )
-    rows = tokenize(data, tokenizer, settings.max_length).train
+    rows, held_out = hold_out(tokenize(data, tokenizer, settings.max_length).train, settings.seed)
     _place(student)
     _place(teacher)
     with workroom(output_dir, made_from) as room:
@@ -256,6 +256,7 @@ def distill_student(
                 tokenizer,
                 how,
                 room,
+                held_out=held_out,
                 progress=lambda done, total: progress("distill", done, total),
                 say=say,
             )

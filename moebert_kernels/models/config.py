@@ -64,6 +64,8 @@ class MoEConfig:
         top_k: K, experts per token; a hash has 1.
         balance_loss_weight: of the load-balance loss that heads add to theirs while a gate is trained.
         hash_seed: of the random tables of a model made from scratch.
+        is_fitted: whether the experts were fitted to the layers that they are cut from; a record, by which
+            training is chosen.
 
     Raises:
         ValueError: a value is out of range, or asks for a decoder or for a chunked feed-forward.
@@ -76,6 +78,7 @@ class MoEConfig:
     top_k: int = 1
     balance_loss_weight: float | int = 0.01
     hash_seed: int = 0
+    is_fitted: bool = False
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)  # type: ignore[misc]  # that of the dense family's configuration

@@ -66,8 +66,9 @@ class Sizes(NamedTuple):
         ln_dtype = call.x_TD.dtype if call.ln_w_ED is None else call.ln_w_ED.dtype
         dtypes = [DTYPES[dtype] for dtype in (call.x_TD.dtype, call.residual.dtype, ln_dtype)]
         bounded = call.x_TD.dtype != torch.float32
-        # With shared neurons a row added costs their products too, and E calls of what is left are short.
-        max_fill = -1 if C else min(_MOST_FILL, _MAX_BATCH_FILL // (F * D))
+        # With shared neurons a row added costs their products too; calls of MKL's for what is left are short,
+        # those of oneDNN's are not.
+        max_fill = -1 if C and not bounded else min(_MOST_FILL, _MAX_BATCH_FILL // ((C + F) * D))
         code = _ACTIVATIONS[call.activation]
         return cls(dtypes[0], code, K, T * K, E, F, D, C, bounded, max_fill, (dtypes, [T, K, D, E]))
 
@@ -227,11 +228,12 @@ def forward(rows: SortedRows, call: Call, training: bool) -> tuple[Tensor, Tenso
     h_PC = None
     if call.shared_w1_CD is not None and call.shared_w2_DC is not None:
         rows.fill_with_zeros(z_PD)
-        h_PC = z_PD @ call.shared_w1_CD.t()
+        flat_PD = z_PD.view(-1, D)
+        h_PC = flat_PD @ call.shared_w1_CD.t()
         a_PC = torch.empty_like(h_PC) if training else h_PC
         where = (h_PC.data_ptr(), at.shared_b1_C, a_PC.data_ptr())
         kernels.activate_rows(rows.as_one(), dtype, code, *where, C, threads)
-        torch.mm(a_PC, call.shared_w2_DC.t(), out=z_PD)
+        torch.mm(a_PC, call.shared_w2_DC.t(), out=flat_PD)
     _multiply(rows, a_PF, call.w2_EDF.mT, z_PD, add=h_PC is not None)
     return z_PD, h_PF if training else None, h_PC if training else None
 
@@ -296,10 +298,10 @@ def backward(
         if dw1_EFD is not None:
             _multiply_transposed(rows, dh_PF, dz_PD, dw1_EFD)
         if of_shared is not None and of_shared.dw1_CD is not None:
-            torch.mm(of_shared.dh_PC.t(), dz_PD, out=of_shared.dw1_CD)
+            torch.mm(of_shared.dh_PC.t(), dz_PD.view(-1, D), out=of_shared.dw1_CD)
     if need_x:
         if of_shared is not None:
-            torch.mm(of_shared.dh_PC, call.shared_w1_CD, out=dz_PD)  # type: ignore[arg-type]
+            torch.mm(of_shared.dh_PC, call.shared_w1_CD, out=dz_PD.view(-1, D))  # type: ignore[arg-type]
         _multiply(rows, dh_PF, w1_EFD, dz_PD, add=of_shared is not None)
     shared = (None, None, None) if of_shared is None else of_shared[1:]
     return dz_PD if need_x else None, dw1_EFD, db1_EF, dw2_EDF, *shared
@@ -321,6 +323,7 @@ def _shared_backward(
     assert w1_CD is not None
     assert w2_DC is not None
     rows.fill_with_zeros(dz_PD)
+    dz_PD = dz_PD.view(-1, dz_PD.shape[-1])
     dh_PC, a_PC = dz_PD @ w2_DC, torch.empty_like(preact_PC)
     db1_C = dense_like(b1_C) if needs.shared_b1_C and b1_C is not None else None
     places = (preact_PC.data_ptr(), rows.at.shared_b1_C, a_PC.data_ptr(), dh_PC.data_ptr(), address(db1_C))
@@ -339,7 +342,9 @@ def _multiply(
 ) -> Tensor:
     """out[rows of e] = a[rows of e] @ w[e], or += with `add`; buffers in the shape of `SortedRows.empty`."""
     if rows.batch:
-        return torch.bmm(a, w_ENM) if out is None else torch.bmm(a, w_ENM, out=out)
+        if out is None:
+            return torch.bmm(a, w_ENM)
+        return out.baddbmm_(a, w_ENM) if add else torch.bmm(a, w_ENM, out=out)
     out = rows.empty(w_ENM.shape[2]) if out is None else out
     parts = zip(rows.of_experts(a), w_ENM.unbind(), rows.of_experts(out), strict=True)
     for a_RN, w_NM, out_RM in parts:

@@ -78,9 +78,11 @@ def test_tied_equals_untied_with_copies(case):
     torch.testing.assert_close(tied["dw1"], untied["dw1"][:, case.C :])
 
 
-@pytest.fixture(params=("together", "in pieces"))
+@pytest.fixture(params=("together", "one after another", "in pieces"))
 def layout(request, monkeypatch):
     """Forces a layout of rows that only large inputs would reach."""
+    if request.param != "together":
+        monkeypatch.setattr(cpu_rows, "_MAX_BATCH_FILL", -1)
     if request.param == "in pieces":
         monkeypatch.setattr(cpu_rows, "_ROWS_AT_ONCE", 40)
     monkeypatch.setattr(backends, "_forms", {})

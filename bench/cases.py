@@ -242,6 +242,11 @@ def tensors(case: Case, *, seed: int = 0) -> dict[str, Tensor]:
     return made
 
 
+def num_shared(expert_size: int) -> int:
+    """Of an expert's neurons, those that all experts have where some are shared: the paper's two thirds."""
+    return round(expert_size * 2 / 3)
+
+
 def token_ids(batch: int, sequence: int, vocabulary: int, seed: int = 0) -> Tensor:
     """Draw token ids by Zipf's law, as running text has them: a hash then loads experts as text does.
 

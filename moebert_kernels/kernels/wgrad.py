@@ -329,10 +329,10 @@ def _steps_of_experts(
         end_E += tl.load(offsets_ptr + E + e * 0, mask=e == E, other=0)
     steps_E = tl.maximum((end_E - begin_E + BLOCK_K - 1) // BLOCK_K, 1)
     steps_E = tl.where(e < E + (C > 0), steps_E, 0)
-    all_E = steps_E * TILES
+    tiles_E = TILES
     if C > 0:
-        all_E = steps_E * tl.where(e < E, TILES, SHARED_TILES)
-    return e, begin_E, end_E, steps_E, all_E
+        tiles_E = tl.where(e < E, TILES, SHARED_TILES)
+    return e, begin_E, end_E, steps_E, steps_E * tiles_E
 
 
 @triton.jit
@@ -346,8 +346,8 @@ def _count_steps(
     EXPERTS: tl.constexpr,
 ):
     """The length of the list of steps, below 2^31 up to 2^31 rows of a few hundred tiles."""
-    all_E = _steps_of_experts(offsets_ptr, E, C, TILES, SHARED_TILES, BLOCK_K, EXPERTS)[4]
-    return tl.sum(all_E, 0)
+    _, _, _, steps_E, all_E = _steps_of_experts(offsets_ptr, E, C, TILES, SHARED_TILES, BLOCK_K, EXPERTS)
+    return tl.sum(steps_E, 0) * TILES if C == 0 else tl.sum(all_E, 0)
 
 
 @triton.jit
@@ -365,7 +365,7 @@ def _find_step(
     e, begin_E, end_E, steps_E, all_E = _steps_of_experts(
         offsets_ptr, E, C, TILES, SHARED_TILES, BLOCK_K, EXPERTS
     )
-    until_E = tl.cumsum(all_E, 0)
+    until_E = tl.cumsum(steps_E, 0) * TILES if C == 0 else tl.cumsum(all_E, 0)
     expert = tl.sum(((until_E <= step) & (e < E + (C > 0))).to(tl.int32), 0)
     mine_E = e == expert
     steps = tl.sum(tl.where(mine_E, steps_E, 0), 0)

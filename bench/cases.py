@@ -47,10 +47,11 @@ class Case:
     bias: bool = True
     gate: bool = False
     norm: bool = False
+    C: int = 0  # neurons that all experts have beside their F
 
     def __str__(self) -> str:
         parts = [f"T{self.T}-D{self.D}-F{self.F}-E{self.E}-K{self.K}", self.routing, self.activation]
-        parts += [name for name in ("gate", "norm") if getattr(self, name)]
+        parts += [name for name in ("gate", "norm") if getattr(self, name)] + [f"C{self.C}"] * (self.C > 0)
         return "-".join(parts + ([] if self.bias else ["nobias"])).replace(" ", "_")
 
 
@@ -218,7 +219,7 @@ def tensors(case: Case, *, seed: int = 0) -> dict[str, Tensor]:
     x has entries of magnitude up to 6, where erf and tanh GELU part; pre-activations and outputs are of
     unit scale, so that no error can hide behind a small output.
     """
-    T, D, F, E, K = case.T, case.D, case.F, case.E, case.K
+    T, D, F, E, K, C = case.T, case.D, case.F, case.E, case.K, case.C
     g = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int, scale: float = 1.0) -> Tensor:
@@ -234,7 +235,16 @@ def tensors(case: Case, *, seed: int = 0) -> dict[str, Tensor]:
     if case.norm:
         made |= {"residual": randn(T, D), "ln_w": randn(E, D), "ln_b": randn(E, D)}
     made["dy"] = randn(T, D)
+    if C:
+        made |= {"shared_w1": randn(C, D, scale=1.5 * D**-0.5), "shared_w2": randn(D, C, scale=C**-0.5)}
+        if case.bias:
+            made["shared_b1"] = randn(C, scale=0.5)
     return made
+
+
+def num_shared(expert_size: int) -> int:
+    """Of an expert's neurons, those that all experts have where some are shared: the paper's two thirds."""
+    return round(expert_size * 2 / 3)
 
 
 def token_ids(batch: int, sequence: int, vocabulary: int, seed: int = 0) -> Tensor:

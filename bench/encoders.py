@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from moebert_kernels.layer import MoEFFN
 from moebert_kernels.routing import RouterOutput
 
 from .baselines.authors import AuthorsExpert, AuthorsExperts
-from .cases import ModelCase
+from .cases import ModelCase, num_shared
 from .reference import specification
 
 
@@ -22,8 +23,9 @@ def build(case: ModelCase, kind: str) -> Any:
 
     Args:
         case: the sizes.
-        kind: "experts" for MoEBERT, "dense" for the BERT it replaces, "bound" for a BERT with a dense
-            network of one expert's size, "half" for a DistilBERT with half the layers.
+        kind: "experts" for MoEBERT, "tied" for one that stores what experts share once, "dense" for the BERT
+            it replaces, "bound" for a BERT with a dense network of one expert's size, "half" for a DistilBERT
+            with half the layers.
     """
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -44,11 +46,12 @@ def bert_sizes(case: Any, width: int) -> dict[str, Any]:
     }
 
 
-def _moebert(case: ModelCase) -> nn.Module:
+def _moebert(case: ModelCase, *, tied: bool = False) -> nn.Module:
     from moebert_kernels.models import MoEBertConfig, MoEBertModel
 
     sizes = bert_sizes(case, case.E * case.F)
-    config = MoEBertConfig(**sizes, num_experts=case.E, expert_size=case.F, num_shared_neurons=0)
+    shared = {"num_shared_neurons": num_shared(case.F) if tied else 0, "tie_shared": tied}
+    config = MoEBertConfig(**sizes, num_experts=case.E, expert_size=case.F, **shared)
     return MoEBertModel(config, add_pooling_layer=False)
 
 
@@ -75,6 +78,7 @@ def _distilbert(case: ModelCase) -> nn.Module:
 
 _BUILDERS: dict[str, Callable[[ModelCase], nn.Module]] = {
     "experts": _moebert,
+    "tied": functools.partial(_moebert, tied=True),
     "dense": lambda case: _bert(case, case.E * case.F),
     "bound": lambda case: _bert(case, case.F),
     "half": _distilbert,
@@ -136,6 +140,7 @@ class _ReferenceFFN(nn.Module):
             ln_w_ED=ffn.layernorm_weight_ED,
             ln_b_ED=ffn.layernorm_bias_ED,
             ln_eps=ffn.norm_eps,
+            shared=(ffn.shared_w1_CD, ffn.shared_bias1_C, ffn.shared_w2_DC) if ffn.num_shared else None,
         )
         return y_TD.view(x_BSD.shape)
 

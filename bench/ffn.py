@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,14 +24,24 @@ from .baselines.implementation import (
     with_norm,
 )
 from .baselines.transformers_experts import implementations
-from .cases import DTYPES, TIMED_ROUTINGS, TIMED_TOKENS, FFNCase, Request, cpu_dtypes, expert_ids, tensors
+from .cases import (
+    DTYPES,
+    TIMED_ROUTINGS,
+    TIMED_TOKENS,
+    FFNCase,
+    Request,
+    cpu_dtypes,
+    expert_ids,
+    num_shared,
+    tensors,
+)
 from .ceilings import Ceiling
 from .options import TAKES
 from .reference import specification
 from .registry import Entry, Op, Work
 from .verify import check_close
 
-OURS = "moebert_kernels"
+OURS, TIED = "moebert_kernels", "moebert_kernels tied"
 DENSE, BOUND = "dense FFN replaced", "bound: one expert"
 # torch's LayerNorm on the CPU sums its parameters' bfloat16 gradients in bfloat16: 16 % off at 16384 tokens.
 _NORM_SLACK = 3.0
@@ -92,6 +103,25 @@ def ours(inputs: FFNInputs) -> Implementation:
     return Implementation({**leaves, **norm}, dispatch, compute)
 
 
+def tied(inputs: FFNInputs) -> Implementation:
+    """`moe_ffn` with two thirds of each expert the first expert's, stored once."""
+    plain, C = ours(inputs), num_shared(inputs.case.F)
+    leaves: dict[str, Any] = plain.parameters
+    own = {"w1": leaves["w1"][:, C:], "b1": leaves["b1"][:, C:], "w2": leaves["w2"][:, :, C:]}
+    shared = {"shared_w1": leaves["w1"][0, :C], "shared_b1": leaves["b1"][0, :C]}
+    shared["shared_w2"] = leaves["w2"][0, :, :C]
+    leaves = {**leaves, **{name: leaf.contiguous() for name, leaf in (own | shared).items()}}
+
+    def compute(x_TD: Tensor, plan: RoutingPlan) -> Tensor:
+        w1, b1, w2, b2, *rest = leaves.values()
+        *norm, shared_w1, shared_b1, shared_w2 = rest
+        scale_and_shift, shared = tuple(norm) or None, (shared_w1, shared_b1, shared_w2)
+        how: Any = {"norm": scale_and_shift, "norm_eps": NORM_EPS, "shared": shared}
+        return moe_ffn(x_TD, plan, w1, b1, w2, b2, **how)
+
+    return Implementation(leaves, plain.dispatch, compute)
+
+
 def entries(peer_path: str | None) -> list[Entry]:
     """Ours, the networks it is measured by, and the peers."""
 
@@ -103,6 +133,7 @@ def entries(peer_path: str | None) -> list[Entry]:
 
     return [
         entry(OURS, ours),
+        entry(TIED, tied, work="tied"),
         entry(DENSE, dense.replaced, work="dense"),
         entry(BOUND, dense.bound, work="bound"),
         entry("authors' loop", authors.authors_loop, dispatch="inside"),
@@ -115,21 +146,27 @@ def entries(peer_path: str | None) -> list[Entry]:
     ]
 
 
+_EXPERTS = ("experts", "tied")  # works
+_SHARED = ("shared_w1", "shared_b1", "shared_w2")
+_COMPARED = {"dense": dense.replaced, "bound": dense.bound, "tied": tied}
+
+
 def reference(inputs: FFNInputs, pass_: str, kind: str) -> dict[str, Tensor]:
     """The pass in float64 by `python_ref`."""
     ref = specification("ffn")
     if kind == "experts":
         leaves = weights_of(inputs) | norm_of(inputs)
     else:
-        made = dense.replaced(inputs) if kind == "dense" else dense.bound(inputs)
+        made = _COMPARED[kind](inputs)
         leaves = {name: leaf for name, leaf in made.parameters.items() if isinstance(leaf, Tensor)}
     leaves = {name: leaf.double().requires_grad_() for name, leaf in leaves.items()}
     x_TD = inputs.x_TD.double().requires_grad_()
     weights = (leaves["w1"], leaves["b1"], leaves["w2"], leaves["b2"])
     ln_w, ln_b = leaves.get("ln_w"), leaves.get("ln_b")
-    if kind == "experts":
+    if kind in _EXPERTS:
         norm = {"ln_w_ED": ln_w, "ln_b_ED": ln_b, "ln_eps": NORM_EPS}
-        y_TD = ref.moe_ffn(x_TD, inputs.expert_ids_TK, *weights, **norm)
+        shared = tuple(leaves[name] for name in _SHARED) if kind == "tied" else None
+        y_TD = ref.moe_ffn(x_TD, inputs.expert_ids_TK, *weights, **norm, shared=shared)
     else:
         y_TD = ref.dense_ffn(x_TD, *weights)
         if ln_w is not None:
@@ -150,13 +187,13 @@ def check(
     def parts(name: str, tensor: Tensor) -> list[Tensor]:
         if name in ("y", "dx"):
             return [tensor[first_T == e] for e in range(inputs.case.E)]
-        return list(tensor) if kind == "experts" else [tensor]
+        return list(tensor) if kind in _EXPERTS and name[1:] not in _SHARED else [tensor]
 
     norms = {name: expected[name] for name in expected if name in ("dln_w", "dln_b")}
     others = {name: expected[name] for name in expected if name not in norms}
-    dtype, sums = inputs.x_TD.dtype, ("dw1", "db1", "dw2", "db2", *norms)
+    dtype, sums = inputs.x_TD.dtype, ("dw1", "db1", "dw2", "db2", *norms, *(f"d{name}" for name in _SHARED))
     errors = check_close(outputs, others, dtype, parts, sums=sums)
-    slack = 1.0 if kind == "experts" else _NORM_SLACK  # what is torch's, and not what has experts
+    slack = 1.0 if kind in _EXPERTS else _NORM_SLACK  # what is torch's, and not what has experts
     return errors | check_close(outputs, norms, dtype, parts, sums=sums, slack=slack)
 
 
@@ -168,14 +205,16 @@ def work(inputs: FFNInputs, pass_: str, kind: str) -> Work:
     """
     case, size = inputs.case, inputs.x_TD.element_size()
     T, D, F, K = case.T, case.D, case.F, case.K
-    if kind == "experts":
+    if kind in _EXPERTS:
         networks, neurons = int(inputs.expert_ids_TK.unique().numel()), K * F
     else:
         networks, neurons = 1, (case.E if kind == "dense" else K) * F
-    width = F if kind == "experts" else neurons
-    weights = networks * (2 * width * D + width + (3 * D if case.norm else D)) * size
+    stored = networks * (F if kind in _EXPERTS else neurons)
+    if kind == "tied":
+        stored -= (networks - 1) * num_shared(F)
+    weights = (stored * (2 * D + 1) + networks * (3 * D if case.norm else D)) * size
     if pass_.endswith("backward"):
-        normed = 2 * D * (K if kind == "experts" else 1) if case.norm else 0
+        normed = 2 * D * (K if kind in _EXPERTS else 1) if case.norm else 0
         return Work(12 * T * neurons * D, 3 * weights + T * (5 * D + 2 * neurons + normed) * size)
     return Work(4 * T * neurons * D, weights + 2 * T * D * size)
 

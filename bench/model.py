@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cases import DTYPES, ModelCase, Request, check_sequences, cpu_dtypes, token_ids
+from .cases import DTYPES, ModelCase, Request, check_sequences, cpu_dtypes, num_shared, token_ids
 from .encoders import build, with_authors_dispatch, with_reference_experts
 from .options import TAKES
 from .registry import Entry, Op, Outputs, Thunk, Work
 from .text import read_batch
 from .verify import check_close
 
-OURS = "moebert_kernels"
+OURS, TIED = "moebert_kernels", "moebert_kernels tied"
+_EXPERTS = ("experts", "tied")  # works
 DENSE, BOUND = "dense BERT", "bound: dense FFN of one expert"
 _CPU_BATCHES = ((1, 32), (8, 128), (32, 128))
 _WORKS = {"dense": DENSE, "bound": BOUND, "half": "DistilBERT shape: half the layers"}
@@ -139,6 +140,7 @@ def entries(peer_path: str | None) -> list[Entry]:
 
     return [
         entry(OURS, "experts"),
+        entry(TIED, "tied"),
         *(entry(name, kind) for kind, name in _WORKS.items()),
         entry("authors' loop", "experts", with_authors_dispatch, dispatch="inside"),
     ]
@@ -147,7 +149,7 @@ def entries(peer_path: str | None) -> list[Entry]:
 def reference(inputs: ModelInputs, pass_: str, kind: str) -> dict[str, Tensor]:
     """The same encoder in float64, its experts computed by `python_ref`."""
     model = copy.deepcopy(_model(inputs, kind)).double()
-    if kind == "experts":
+    if kind in _EXPERTS:
         model = with_reference_experts(model)
     return _passes(model, inputs, pass_, {})()
 
@@ -173,10 +175,12 @@ def work(inputs: ModelInputs, pass_: str, kind: str) -> Work:
     case = inputs.case
     layers = max(1, case.L // 2) if kind == "half" else case.L
     neurons = case.E * case.F if kind in ("dense", "half") else case.F
-    tokens = case.real if kind == "experts" and case.real is not None else case.batch * case.sequence
+    tokens = case.real if kind in _EXPERTS and case.real is not None else case.batch * case.sequence
     mults = tokens * (4 * case.D**2 + 2 * case.sequence * case.D + 2 * case.D * neurons)
-    networks = case.E if kind == "experts" else 1
-    parameters = layers * (4 * case.D**2 + 2 * case.D * neurons * networks)
+    stored = case.E * neurons if kind == "experts" else neurons
+    if kind == "tied":
+        stored = num_shared(case.F) + case.E * (case.F - num_shared(case.F))
+    parameters = layers * (4 * case.D**2 + 2 * case.D * stored)
     passes = 3 if pass_.endswith("backward") else 1
     moved = parameters + 2 * tokens * case.D * layers
     return Work(2 * layers * mults * passes, moved * passes * DTYPES[case.dtype].itemsize)

@@ -17,7 +17,8 @@ def ratio_tables(results: Results) -> Iterator[Table]:
     """One table per dtype, shape and mode with a line per batch; none where no dense network was timed.
 
     For every pass: the median of ours, of a model also its throughput; dense / ours, how many times as fast
-    ours is as the network it replaces; ours / bound, how far it is from one expert's work alone.
+    ours is as the network it replaces; ours / bound, how far it is from one expert's work alone; ours / tied,
+    how many times as fast it is where experts' shared neurons are stored once.
     """
     ours = next((row.entry for row in results.rows), None)
     groups: dict[tuple[object, ...], list[Row]] = {}
@@ -51,14 +52,14 @@ def _table(rows: list[Row]) -> Table:
             line += _times(mine, rows[0].case)
             for entry, work in others.items():
                 other = cells.get((label, pass_, entry))
-                line.append(ratio(mine, other) if work == "bound" else ratio(other, mine))
+                line.append(ratio(mine, other) if work in ("bound", "tied") else ratio(other, mine))
         lines.append(Line(label, tuple(line)))
     return Table(_title(rows[0]), tuple(columns), tuple(lines), (*notes_of(rows), *_texts(rows)))
 
 
 def _heading(entry: str, work: str) -> str:
-    if work == "bound":
-        return "ours / bound"
+    if work in ("bound", "tied"):
+        return f"ours / {work}"
     return f"{'dense' if work == 'dense' else entry} / ours"
 
 

@@ -19,7 +19,7 @@ class Call(NamedTuple):
     """One call of the operator: `moe_ffn`'s arguments, the plan's tables among them, after any autocast.
 
     The norm's two are None without norm, `residual_TD` where it is x itself, `seed` (int64 [1], which fixes
-    the dropout mask) without dropout.
+    the dropout mask) without dropout, the last three where experts share no neurons.
     """
 
     x_TD: Tensor
@@ -36,6 +36,9 @@ class Call(NamedTuple):
     ln_b_ED: Tensor | None
     residual_TD: Tensor | None
     seed: Tensor | None
+    shared_w1_CD: Tensor | None
+    shared_b1_C: Tensor | None
+    shared_w2_DC: Tensor | None
     activation: str
     norm_eps: float
     dropout_p: float
@@ -51,6 +54,11 @@ class Call(NamedTuple):
         return self.expert_ids_TK.shape[1]
 
     @property
+    def num_shared(self) -> int:
+        """C, the neurons that all experts have; F counts none of them."""
+        return 0 if self.shared_w1_CD is None else self.shared_w1_CD.shape[0]
+
+    @property
     def residual(self) -> Tensor:
         """What the norm adds to the experts' output."""
         return self.x_TD if self.residual_TD is None else self.residual_TD
@@ -62,13 +70,15 @@ NUM_TENSORS = Call._fields.index("activation")
 class Saved(NamedTuple):
     """What a backend's forward leaves for its own backward, in rows of its own order; None where unused.
 
-    `hidden` [*, F] are pre-activations, or activations and slopes; with norm `z` [*, D] the experts' outputs,
-    `stats_2S` mean and 1/std of each slot, float32 or wider.
+    `hidden` are pre-activations, or activations and slopes: [*, F], and of shared neurons `shared` [*, C], or
+    both in `hidden`, [*, C + F]; with norm `z` [*, D] the experts' outputs, `stats_2S` mean and 1/std of each
+    slot, float32 or wider.
     """
 
     hidden: Tensor | None
     z: Tensor | None
     stats_2S: Tensor | None
+    shared: Tensor | None = None
 
 
 class Gradients(NamedTuple):
@@ -86,21 +96,28 @@ class Gradients(NamedTuple):
     ln_w_ED: Any
     ln_b_ED: Any
     residual_TD: Any
+    shared_w1_CD: Any
+    shared_b1_C: Any
+    shared_w2_DC: Any
 
 
-def check_kinds(x_TD, plan, w1_EFD, b1_EF, w2_EDF, b2_ED, gate_TK, norm, residual_TD, dropout_p):
+def check_kinds(x_TD, plan, w1_EFD, b1_EF, w2_EDF, b2_ED, gate_TK, norm, residual_TD, dropout_p, shared):
     """Raise a TypeError that names what is not even of the right kind."""
     if not isinstance(plan, RoutingPlan):
         raise TypeError(f"plan must be a RoutingPlan, got {type(plan).__name__}")
     if norm is not None and not (isinstance(norm, tuple | list) and len(norm) == 2):
         raise TypeError(f"norm must be a pair of tensors, weight and bias, got {type(norm).__name__}")
-    needed = (x_TD, w1_EFD, w2_EDF, *(norm or ()))
-    optional = (b1_EF, b2_ED, gate_TK, residual_TD)
+    if shared is not None and not (isinstance(shared, tuple | list) and len(shared) == 3):
+        raise TypeError(f"shared must be three, w1_CD, b1_C or None, and w2_DC, got {type(shared).__name__}")
+    w1_CD, b1_C, w2_DC = shared or (None, None, None)
+    needed = (x_TD, w1_EFD, w2_EDF, *(norm or ()), *(() if shared is None else (w1_CD, w2_DC)))
+    optional = (b1_EF, b2_ED, gate_TK, residual_TD, b1_C)
     if not (_PLAIN.issuperset(map(type, needed)) and _PLAIN_OR_NONE.issuperset(map(type, optional))):
-        names = ("x_TD", "w1_EFD", "w2_EDF", "norm's weight", "norm's bias")
-        for name, tensor in zip(names, needed, strict=False):
+        names = ["x_TD", "w1_EFD", "w2_EDF", *(("norm's weight", "norm's bias") if norm else ())]
+        for name, tensor in zip([*names, "shared's w1_CD", "shared's w2_DC"], needed, strict=False):
             check_tensor(name, tensor)
-        for name, tensor in zip(("b1_EF", "b2_ED", "gate_TK", "residual_TD"), optional, strict=True):
+        names = ["b1_EF", "b2_ED", "gate_TK", "residual_TD", "shared's b1_C"]
+        for name, tensor in zip(names, optional, strict=True):
             if tensor is not None:
                 check_tensor(name, tensor)
     check_number("dropout_p", dropout_p)
@@ -120,6 +137,13 @@ def check_call(call: Call) -> None:
     if call.offsets_E1.shape != (E + 1,):
         raise ValueError(f"plan is for {call.offsets_E1.shape[0] - 1} experts, but w1_EFD has {E}")
     device, dtype, one_per_slot = w1_EFD.device, call.x_TD.dtype, (T * K,)
+    C = call.num_shared
+    if call.shared_w1_CD is not None and (call.shared_w1_CD.dim() != 2 or not C):
+        raise ValueError(
+            f"shared[0] must have shape [C, D], C at least 1, got {tuple(call.shared_w1_CD.shape)}"
+        )
+    if call.shared_w1_CD is not None and (call.shared_b1_C is None) != (call.b1_EF is None):
+        raise ValueError("shared[1] and b1_EF must both be given, or both be None")
     tensor: Tensor | None
     shape: tuple[int, ...]
     for name, tensor, shape in (
@@ -147,6 +171,9 @@ def check_call(call: Call) -> None:
         ("residual_TD", call.residual_TD, (T, D), None),
         ("norm[0]", call.ln_w_ED, (E, D), None),
         ("norm[1]", call.ln_b_ED, (E, D), None),
+        ("shared[0]", call.shared_w1_CD, (C, D), dtype),
+        ("shared[1]", call.shared_b1_C, (C,), dtype),
+        ("shared[2]", call.shared_w2_DC, (D, C), dtype),
     ):
         if tensor is None:
             continue

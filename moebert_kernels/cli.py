@@ -330,7 +330,7 @@ def adapt(
     config = student.config
     typer.echo(
         f"{output}: {config.num_experts} experts of {config.expert_size} neurons per layer, "
-        f"{config.num_shared_neurons} of them shared"
+        f"{config.num_shared_neurons} of them shared{' and stored once' if config.tie_shared else ''}"
     )
 
 

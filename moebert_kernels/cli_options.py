@@ -275,6 +275,14 @@ class ExpertOptions:
             show_default="two thirds of the expert size",
         ),
     ] = None
+    tie_shared: Annotated[
+        bool,
+        _experts(
+            "--tie-shared",
+            help="Store these once and keep them the same in all experts: a smaller model, faster on small "
+            "batches. By default each expert has a copy, which fit and training make its own.",
+        ),
+    ] = False
     routing: Annotated[
         Routing | None,
         _experts(
@@ -304,6 +312,7 @@ class ExpertOptions:
             "num_experts": self.experts,
             "expert_size": self.expert_size,
             "num_shared": self.shared,
+            "tie_shared": self.tie_shared,
             "top_k": self.top_k,
             "fit": not self.no_fit,
             "fit_rows": self.fit_rows,

@@ -24,20 +24,23 @@ def forward(call: Call, training: bool, kept: dict[Any, Any]) -> tuple[Tensor, S
     z_SD = x_TD.new_zeros(S, x_TD.shape[1])
     preact_SF = x_TD.new_zeros(S, call.w1_EFD.shape[1]) if training else None
     gate_S = _gate_of_slots(call)
+    preact_SC, shared_SD = _shared(call)
     for expert, slots_R, rows in _experts(call):
         x_RD = x_TD.index_select(0, slots_R // top_k)
         h_RF = F.linear(x_RD, call.w1_EFD[expert], _row(call.b1_EF, expert))
         if preact_SF is not None:
             preact_SF[rows] = h_RF
         z_RD = F.linear(activate(call.activation, h_RF), call.w2_EDF[expert], _row(call.b2_ED, expert))
+        if shared_SD is not None:
+            z_RD += shared_SD[rows]
         if gate_S is not None:
             z_RD = z_RD * gate_S.index_select(0, slots_R).unsqueeze(1)
         z_SD.index_copy_(0, slots_R, z_RD)
     if call.ln_w_ED is None:
         y_TD = z_SD if top_k == 1 else z_SD.view(-1, top_k, z_SD.shape[1]).sum(1)
-        return y_TD, Saved(preact_SF, None, None)
+        return y_TD, Saved(preact_SF, None, None, preact_SC)
     y_TD, stats_2S = _norm(call, z_SD)
-    return y_TD, Saved(preact_SF, z_SD, stats_2S) if training else Saved(None, None, None)
+    return y_TD, Saved(preact_SF, z_SD, stats_2S, preact_SC) if training else Saved(None, None, None)
 
 
 def backward(call: Call, saved: Saved, dy_TD: Tensor, needs: Gradients, kept: dict[Any, Any]) -> Gradients:
@@ -83,6 +86,7 @@ def backward(call: Call, saved: Saved, dy_TD: Tensor, needs: Gradients, kept: di
             torch.sum(dh_RF, 0, out=db1_EF[expert])
         if dx_SD is not None:
             dx_SD.index_copy_(0, slots_R, dh_RF @ call.w1_EFD[expert])
+    of_shared = _shared_backward(call, saved, dz, slots_per_row, needs, dx_SD, dgate_S)
     dx_TD = None
     if dx_SD is not None:
         dx_TD = dx_SD if top_k == 1 else dx_SD.view(-1, top_k, dx_SD.shape[1]).sum(1)
@@ -91,7 +95,50 @@ def backward(call: Call, saved: Saved, dy_TD: Tensor, needs: Gradients, kept: di
     if dgate_S is not None:
         dgate_TK = dgate_S.view(-1, top_k)
     grads = (dw1_EFD, db1_EF, dw2_EDF, db2_ED, dgate_TK, dln_w_ED, dln_b_ED)
-    return Gradients(dx_TD, *grads, None if call.residual_TD is None else dresidual_TD)
+    return Gradients(dx_TD, *grads, None if call.residual_TD is None else dresidual_TD, *of_shared)
+
+
+def _shared(call: Call) -> tuple[Tensor | None, Tensor | None]:
+    """Of the neurons that all experts have: pre-activations and share of z, in sorted order."""
+    if call.shared_w1_CD is None or call.shared_w2_DC is None:
+        return None, None
+    x_SD = call.x_TD.index_select(0, call.order_S // call.top_k)
+    h_SC = F.linear(x_SD, call.shared_w1_CD, call.shared_b1_C)
+    return h_SC, F.linear(activate(call.activation, h_SC), call.shared_w2_DC)
+
+
+def _shared_backward(
+    call: Call,
+    saved: Saved,
+    dz: Tensor,
+    slots_per_row: int,
+    needs: Gradients,
+    dx_SD: Tensor | None,
+    dgate_S: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of `shared`; those of x and the gate are added where they belong."""
+    if call.shared_w1_CD is None or call.shared_w2_DC is None:
+        return None, None, None
+    assert saved.shared is not None
+    slots_R = call.order_S[: int(call.offsets_E1[-1])]
+    h_RC, dz_RD = saved.shared[: slots_R.shape[0]], dz.index_select(0, slots_R // slots_per_row)
+    a_RC = activate(call.activation, h_RC)
+    if dgate_S is not None:
+        dgate_S.index_add_(0, slots_R, (dz_RD @ call.shared_w2_DC).mul_(a_RC).sum(1))
+    gate_S = _gate_of_slots(call)
+    if gate_S is not None:
+        dz_RD = dz_RD * gate_S.index_select(0, slots_R).unsqueeze(1)
+    dw2_DC = dz_RD.T @ a_RC if needs.shared_w2_DC else None
+    dw1_CD = db1_C = None
+    if needs.x_TD or needs.shared_w1_CD or needs.shared_b1_C:
+        dh_RC = activate_backward(call.activation, dz_RD @ call.shared_w2_DC, h_RC)
+        if needs.shared_w1_CD:
+            dw1_CD = dh_RC.T @ call.x_TD.index_select(0, slots_R // call.top_k)
+        if needs.shared_b1_C:
+            db1_C = dh_RC.sum(0)
+        if dx_SD is not None:
+            dx_SD.index_add_(0, slots_R, dh_RC @ call.shared_w1_CD)
+    return dw1_CD, db1_C, dw2_DC
 
 
 def _norm(call: Call, z_SD: Tensor) -> tuple[Tensor, Tensor]:

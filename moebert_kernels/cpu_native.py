@@ -6,6 +6,7 @@ GEMM left them, and its backward leaves their gradient where the next GEMM wants
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,13 +31,13 @@ def serves(call: Call) -> bool:
 def forward(call: Call, training: bool, kept: dict[Any, Any]) -> tuple[Tensor, Saved]:
     """y_TD, and what `backward` needs if `training`: sorted pre-activations and z, both without biases."""
     rows = sort_rows(call, kept, in_pieces=not training)
-    z_PD, h_PF = cpu_rows.forward(rows, call, training)
+    z_PD, h_PF, h_PC = cpu_rows.forward(rows, call, training)
     if call.ln_w_ED is None:
-        return _scatter(rows, z_PD, rows.at.b2_ED), Saved(h_PF, None, None)
+        return _scatter(rows, z_PD, rows.at.b2_ED), Saved(h_PF, None, None, h_PC)
     stats_2S = z_PD.new_empty(2, rows.sizes.num_slots, dtype=torch.float32) if training else None
     y_TD = dense_like(call.residual)
     rows.kernels.norm_rows(*_norm(rows, call, z_PD, stats_2S), y_TD.data_ptr(), call.norm_eps, rows.threads)
-    return y_TD, Saved(h_PF, z_PD if training else None, stats_2S)
+    return y_TD, Saved(h_PF, z_PD if training else None, stats_2S, h_PC)
 
 
 def backward(call: Call, saved: Saved, dy_TD: Tensor, needs: Gradients, kept: dict[Any, Any]) -> Gradients:
@@ -61,8 +62,13 @@ def backward(call: Call, saved: Saved, dy_TD: Tensor, needs: Gradients, kept: di
     where = (address(source), dz_PD.data_ptr(), address(db2_ED))
     rows.kernels.gather_rows(rows.native, rows.sizes.dtype, *where, D, 1, rows.threads)
     dx_TD = dw1_EFD = db1_EF = dw2_EDF = None
-    if any(needs[:4]):
-        dx_PD, dw1_EFD, db1_EF, dw2_EDF = cpu_rows.backward(rows, call, dz_PD, rows.view(saved.hidden), needs)
+    of_shared: Sequence[Tensor | None] = (None, None, None)
+    if any(needs[:4]) or any(needs[-3:]):
+        h_PF, h_PC = rows.view(saved.hidden), None if call.shared_w1_CD is None else saved.shared
+        if h_PC is not None:
+            h_PC = h_PC[: rows.total]
+        found = cpu_rows.backward(rows, call, dz_PD, h_PF, h_PC, needs)
+        dx_PD, dw1_EFD, db1_EF, dw2_EDF, *of_shared = found
         if dx_PD is not None:
             to_TD = dresidual_TD if call.residual_TD is None and top_k == 1 else None
             dx_TD = _scatter(rows, dx_PD, 0, to_TD)
@@ -71,7 +77,8 @@ def backward(call: Call, saved: Saved, dy_TD: Tensor, needs: Gradients, kept: di
                 if call.residual_TD is None and dresidual_TD is not None:
                     dx_TD += dresidual_TD
     dresidual_TD = None if call.residual_TD is None else dresidual_TD
-    return Gradients(dx_TD, dw1_EFD, db1_EF, dw2_EDF, db2_ED, dgate_TK, dln_w_ED, dln_b_ED, dresidual_TD)
+    of_norm = (dgate_TK, dln_w_ED, dln_b_ED, dresidual_TD)
+    return Gradients(dx_TD, dw1_EFD, db1_EF, dw2_EDF, db2_ED, *of_norm, *of_shared)
 
 
 def _norm(rows: SortedRows, call: Call, z_PD: Tensor, stats_2S: Tensor | None) -> tuple[Any, ...]:

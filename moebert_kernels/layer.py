@@ -39,6 +39,7 @@ class MoEFFN(nn.Module):
         hidden_size: D.
         expert_size: F, the neurons of one expert.
         num_experts: E.
+        num_shared: C of an expert's neurons that are the same in all experts and stored once; 0 for none.
         router: decides which expert a token uses: `HashRouter`, `TokenGate`, `SentenceGate` or a module
             called like them. None if every call brings a plan.
         activation: "gelu" (erf), "gelu_tanh", "relu" or "silu".
@@ -49,7 +50,9 @@ class MoEFFN(nn.Module):
         dtype: of the parameters, as for `nn.Linear`.
 
     Attributes:
-        w1_EFD, bias1_EF, w2_EDF, bias2_ED: the experts, rows as in `nn.Linear`; no biases are None.
+        w1_EFD, bias1_EF, w2_EDF, bias2_ED: the experts, rows as in `nn.Linear`; no biases are None. F counts
+            the neurons that are an expert's own, `expert_size - num_shared`.
+        shared_w1_CD, shared_bias1_C, shared_w2_DC: the neurons of all experts; None where there are none.
         layernorm_weight_ED, layernorm_bias_ED: their LayerNorms; None in the plain form.
 
     Rules that tell by names what weight decay is for, as that of transformers' `Trainer`, find the matrices
@@ -67,6 +70,7 @@ class MoEFFN(nn.Module):
         expert_size: int,
         num_experts: int,
         *,
+        num_shared: int = 0,
         router: nn.Module | None = None,
         activation: str = "gelu",
         bias: bool = True,
@@ -82,6 +86,12 @@ class MoEFFN(nn.Module):
             ("num_experts", num_experts),
         ):
             check_whole(name, size, least=1)
+        check_whole("num_shared", num_shared, least=0)
+        if num_shared >= expert_size:
+            raise ValueError(
+                f"num_shared must be less than expert_size={expert_size}, for experts to have neurons of "
+                f"their own, got {num_shared}"
+            )
         check_number("dropout", dropout)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
@@ -105,6 +115,7 @@ class MoEFFN(nn.Module):
         self.hidden_size = hidden_size
         self.expert_size = expert_size
         self.num_experts = num_experts
+        self.num_shared = num_shared
         self.activation = activation
         self.norm_eps = norm_eps
         self.dropout = dropout
@@ -113,13 +124,17 @@ class MoEFFN(nn.Module):
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
-        E, F_, D = num_experts, expert_size, hidden_size
+        E, C, D = num_experts, num_shared, hidden_size
+        F_ = expert_size - C
         self.w1_EFD = parameter(E, F_, D)
         self.w2_EDF = parameter(E, D, F_)
         self.bias1_EF = parameter(E, F_) if bias else None
         self.bias2_ED = parameter(E, D) if bias else None
         self.layernorm_weight_ED = parameter(E, D) if norm_eps is not None else None
         self.layernorm_bias_ED = parameter(E, D) if norm_eps is not None else None
+        self.shared_w1_CD = parameter(C, D) if C else None
+        self.shared_bias1_C = parameter(C) if C and bias else None
+        self.shared_w2_DC = parameter(D, C) if C else None
         self.register_load_state_dict_pre_hook(_rename_former)
         self._kept: tuple[torch.dtype, list[tuple[tuple[int, int], Tensor] | None]] | None = None
         self.reset_parameters()
@@ -127,11 +142,13 @@ class MoEFFN(nn.Module):
     def reset_parameters(self) -> None:
         """Initialise every expert as `nn.Linear` and `nn.LayerNorm` initialise themselves."""
         with torch.no_grad():
-            for weight, bias in ((self.w1_EFD, self.bias1_EF), (self.w2_EDF, self.bias2_ED)):
-                bound = weight.shape[-1] ** -0.5
-                weight.uniform_(-bound, bound)
-                if bias is not None:
-                    bias.uniform_(-bound, bound)
+            for inputs, weights in (
+                (self.hidden_size, (self.w1_EFD, self.bias1_EF, self.shared_w1_CD, self.shared_bias1_C)),
+                (self.expert_size, (self.w2_EDF, self.bias2_ED, self.shared_w2_DC)),
+            ):
+                for weight in weights:
+                    if weight is not None:
+                        weight.uniform_(-(inputs**-0.5), inputs**-0.5)
             if self.layernorm_weight_ED is not None and self.layernorm_bias_ED is not None:
                 self.layernorm_weight_ED.fill_(1)
                 self.layernorm_bias_ED.zero_()
@@ -172,15 +189,17 @@ class MoEFFN(nn.Module):
         dropout_p = self.dropout if self.training else 0.0
         weight_ED, bias_ED = self.layernorm_weight_ED, self.layernorm_bias_ED
         norm = None if weight_ED is None or bias_ED is None else (weight_ED, bias_ED)
+        *of_experts, w1_CD, b1_C, w2_DC = self._experts(x)
         y_TD = moe_ffn(
             x.reshape(-1, self.hidden_size),
             plan,
-            *self._experts(x),
+            *of_experts,
             gate_TK=gate_TK,
             activation=self.activation,
             norm=norm,
             norm_eps=self.norm_eps or 0.0,
             dropout_p=0.0 if norm is None else dropout_p,
+            shared=None if w1_CD is None else (w1_CD, b1_C, w2_DC),
         )
         if norm is None and dropout_p:
             y_TD = F.dropout(y_TD, dropout_p)
@@ -233,16 +252,15 @@ class MoEFFN(nn.Module):
         self._kept = None
         if dtype is None:
             return
-        parameters = (self.w1_EFD, self.bias1_EF, self.w2_EDF, self.bias2_ED)
         casts = [
             None if p is None or p.dtype == torch.float64 else (_state(p), p.detach().to(dtype))
-            for p in parameters
+            for p in self._parameters_to_cast()
         ]
         self._kept = (dtype, casts)
 
     def _experts(self, x: Tensor) -> list[Any]:
-        """w1, b1, w2 and b2, each by its kept cast where that can be used with x."""
-        parameters = [self.w1_EFD, self.bias1_EF, self.w2_EDF, self.bias2_ED]
+        """w1, b1, w2 and b2, and the shared three, each by its kept cast where that can be used with x."""
+        parameters = self._parameters_to_cast()
         if self._kept is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return parameters
         dtype, casts = self._kept
@@ -254,11 +272,15 @@ class MoEFFN(nn.Module):
             for p, cast in zip(parameters, casts, strict=True)
         ]
 
+    def _parameters_to_cast(self) -> list[Any]:
+        shared = (self.shared_w1_CD, self.shared_bias1_C, self.shared_w2_DC)
+        return [self.w1_EFD, self.bias1_EF, self.w2_EDF, self.bias2_ED, *shared]
+
     def extra_repr(self) -> str:
         """Sizes, as in the constructor."""
         return (
             f"hidden_size={self.hidden_size}, expert_size={self.expert_size}, "
-            f"num_experts={self.num_experts}, activation={self.activation!r}, "
+            f"num_experts={self.num_experts}, num_shared={self.num_shared}, activation={self.activation!r}, "
             f"norm_eps={self.norm_eps}, dropout={self.dropout}"
         )
 

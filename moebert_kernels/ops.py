@@ -39,6 +39,7 @@ def moe_ffn(
     norm_eps: float = 1e-12,
     residual_TD: Tensor | None = None,
     dropout_p: float = 0.0,
+    shared: tuple[Tensor, Tensor | None, Tensor] | None = None,
 ) -> Tensor:
     """Run every token through the experts its plan names (Eq. 1 and 2 of arXiv 2204.07675).
 
@@ -48,7 +49,7 @@ def moe_ffn(
         y_t = sum_k g_tk * LayerNorm_e(dropout(z_e(x_t)) + residual_t)  with it, as in the authors' code
 
     summed over the slots that have an expert. A token without any is skipped: its output is 0 without
-    `norm` and its residual with it.
+    `norm` and its residual with it. With `shared`, W2 act(W1 x + b1) of its three is part of every z_e(x).
 
     Args:
         x_TD: float32, float16, bfloat16 (float64 off the GPU); any strides.
@@ -62,6 +63,8 @@ def moe_ffn(
         residual_TD: what `norm` adds to the expert's output; x itself by default.
         dropout_p: probability of zeroing an element of the expert's output before the residual is added.
             Needs `norm`; pass 0 outside training.
+        shared: w1 [C, D], b1 [C] (None where b1_EF is) and w2 [D, C] of C neurons that all experts have
+            beside the F of their own, of x's dtype.
 
     Returns:
         [T, D] in x's dtype, or in the residual's dtype with `norm`. Under autocast x, weights and biases are
@@ -73,7 +76,8 @@ def moe_ffn(
         ValueError: shapes, dtypes, devices or options do not fit; the message names the argument.
         NotImplementedError: an argument has a forward-mode tangent.
     """
-    check_kinds(x_TD, plan, w1_EFD, b1_EF, w2_EDF, b2_ED, gate_TK, norm, residual_TD, dropout_p)
+    check_kinds(x_TD, plan, w1_EFD, b1_EF, w2_EDF, b2_ED, gate_TK, norm, residual_TD, dropout_p, shared)
+    shared_w1_CD, shared_b1_C, shared_w2_DC = shared or (None, None, None)
     device = x_TD.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         residual_TD = x_TD if norm and residual_TD is None else residual_TD
@@ -81,6 +85,8 @@ def moe_ffn(
         x_TD, w1_EFD, w2_EDF = _cast(x_TD, dtype), _cast(w1_EFD, dtype), _cast(w2_EDF, dtype)
         b1_EF = None if b1_EF is None else _cast(b1_EF, dtype)
         b2_ED = None if b2_ED is None else _cast(b2_ED, dtype)
+        if shared is not None:
+            shared_w1_CD, shared_b1_C, shared_w2_DC = (t if t is None else _cast(t, dtype) for t in shared)
     ln_w_ED, ln_b_ED = norm or (None, None)
     call = Call(
         x_TD,
@@ -98,6 +104,9 @@ def moe_ffn(
         residual_TD,
         # Drawn from torch's generator, so that manual_seed and checkpointing's state juggling govern it.
         torch.randint(2**62, (1,), device=x_TD.device) if 0 < dropout_p < 1 else None,
+        shared_w1_CD,
+        shared_b1_C,
+        shared_w2_DC,
         activation,
         float(norm_eps),
         float(dropout_p),
@@ -132,7 +141,8 @@ def _refuse_tangents(tensors: Sequence[Tensor | None]) -> None:
 _TENSORS = (
     "Tensor x_TD, Tensor expert_ids_TK, Tensor order_S, Tensor inverse_S, Tensor offsets_E1, "
     "Tensor w1_EFD, Tensor? b1_EF, Tensor w2_EDF, Tensor? b2_ED, Tensor? gate_TK, "
-    "Tensor? ln_w_ED, Tensor? ln_b_ED, Tensor? residual_TD, Tensor? seed"
+    "Tensor? ln_w_ED, Tensor? ln_b_ED, Tensor? residual_TD, Tensor? seed, "
+    "Tensor? shared_w1_CD, Tensor? shared_b1_C, Tensor? shared_w2_DC"
 )
 _CALL = f"{_TENSORS}, str activation, float norm_eps, float dropout_p"
 _GRADIENT_OF = [Call._fields.index(name) for name in Gradients._fields]
@@ -141,7 +151,7 @@ _GRADIENT_OF = [Call._fields.index(name) for name in Gradients._fields]
 @library.custom_op(
     "moebert_kernels::ffn",
     mutates_args=(),
-    schema=f"({_CALL}, bool training) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({_CALL}, bool training) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def ffn(*arguments: Any) -> tuple[Tensor, ...]:
     """y_TD and the fields of `Saved`, for the arguments of a `Call` and whether to keep them for backward.
@@ -164,16 +174,18 @@ def _(*arguments):
 
 def _saved_shapes(call: Call, training: bool) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """Shapes and dtypes of the fields of `Saved` as the operator returns them."""
-    S, F, D = call.order_S.shape[0], call.w1_EFD.shape[1], call.x_TD.shape[1]
-    # On the CPU experts' rows are filled up; on CUDA the kernels keep activations and slopes.
-    rows = cpu_rows.most_rows(S) if call.x_TD.device.type == "cpu" else 2 * S
-    rows_of_z = rows if call.x_TD.device.type == "cpu" else S
+    S, F, C, D = call.order_S.shape[0], call.w1_EFD.shape[1], call.num_shared, call.x_TD.shape[1]
+    on_cpu = call.x_TD.device.type == "cpu"
+    # On the CPU experts' rows are filled up; on CUDA the kernels keep activations and slopes, shared and own.
+    rows = cpu_rows.most_rows(S) if on_cpu else 2 * S
+    rows_of_z = rows if on_cpu else S
     with_norm = training and call.ln_w_ED is not None
     stats = torch.promote_types(call.residual.dtype, torch.float32)
     return [
-        ((rows if training else 0, F), call.x_TD.dtype),
+        ((rows if training else 0, F if on_cpu else C + F), call.x_TD.dtype),
         ((rows_of_z if with_norm else 0, D), call.x_TD.dtype),
         ((2, S if with_norm else 0), stats),
+        ((rows if training and on_cpu and C else 0, C), call.x_TD.dtype),
     ]
 
 
@@ -192,15 +204,15 @@ def _filled_up(tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype
     "moebert_kernels::ffn_backward",
     mutates_args=(),
     schema=(
-        f"({_CALL}, Tensor hidden, Tensor z, Tensor stats_2S, Tensor dy_TD, bool[] needs) "
+        f"({_CALL}, Tensor hidden, Tensor z, Tensor stats_2S, Tensor shared, Tensor dy_TD, bool[] needs) "
         f"-> ({', '.join(['Tensor'] * len(_GRADIENT_OF))})"
     ),
 )
 def ffn_backward(*arguments: Any) -> tuple[Tensor, ...]:
     """The fields of `Gradients` for a call of `ffn`; a 0-element tensor for each that `needs` omits."""
-    *of_call, hidden, z, stats_2S, dy_TD, needs = arguments
+    of_call, (*saved, dy_TD, needs) = arguments[: len(Call._fields)], arguments[len(Call._fields) :]
     call = Call(*of_call)
-    grads = form_of(call).backward(call, Saved(hidden, z, stats_2S), dy_TD, Gradients(*needs))
+    grads = form_of(call).backward(call, Saved(*saved), dy_TD, Gradients(*needs))
     return tuple(
         grad.to(of_call[i].dtype) if need and grad is not None else call.x_TD.new_empty(0)
         for i, grad, need in zip(_GRADIENT_OF, grads, needs, strict=True)
@@ -209,7 +221,7 @@ def ffn_backward(*arguments: Any) -> tuple[Tensor, ...]:
 
 @ffn_backward.register_fake
 def _(*arguments):
-    *of_call, _hidden, _z, _stats_2S, _dy_TD, needs = arguments
+    of_call, needs = arguments[: len(Call._fields)], arguments[-1]
     return tuple(
         of_call[i].new_empty(of_call[i].shape) if need else of_call[0].new_empty(0)
         for i, need in zip(_GRADIENT_OF, needs, strict=True)
@@ -286,7 +298,7 @@ _apply = super(torch.autograd.Function, _DirectFFN).apply
 
 
 def _forward_flops(*arguments, out_val=None) -> int:
-    return 2 * _gemm_flops(arguments)
+    return 2 * sum(_gemm_flops(arguments))
 
 
 def _backward_flops(*arguments, out_val=None) -> int:
@@ -295,19 +307,27 @@ def _backward_flops(*arguments, out_val=None) -> int:
         needs.x_TD
         or needs.w1_EFD
         or needs.b1_EF
+        or needs.shared_w1_CD
+        or needs.shared_b1_C
         or (needs.gate_TK and arguments[Call._fields.index("ln_w_ED")] is None)
     )
-    return _gemm_flops(arguments) * (da + needs.x_TD + needs.w1_EFD + needs.w2_EDF)
+    own, shared = _gemm_flops(arguments)
+    of_own, of_shared = needs.w1_EFD + needs.w2_EDF, needs.shared_w1_CD + needs.shared_w2_DC
+    return own * (da + needs.x_TD + of_own) + shared * (da + needs.x_TD + of_shared)
 
 
-def _gemm_flops(arguments: Sequence[Any]) -> int:
-    """2 per multiply-add of one grouped GEMM, for tokens that have an expert; for all where none is known."""
-    ids_TK, offsets_E1, w1_EFD = (
-        arguments[Call._fields.index(name)] for name in ("expert_ids_TK", "offsets_E1", "w1_EFD")
+def _gemm_flops(arguments: Sequence[Any]) -> tuple[int, int]:
+    """2 per multiply-add of one grouped GEMM, of experts' own neurons and of those they share.
+
+    For tokens that have an expert; for all where none is known.
+    """
+    ids_TK, offsets_E1, w1_EFD, shared_w1_CD = (
+        arguments[Call._fields.index(name)]
+        for name in ("expert_ids_TK", "offsets_E1", "w1_EFD", "shared_w1_CD")
     )
     has_values = type(offsets_E1) is Tensor and not offsets_E1.is_meta
     rows = int(offsets_E1[-1]) if has_values else ids_TK.numel()
-    return 2 * rows * w1_EFD[0].numel()
+    return 2 * rows * w1_EFD[0].numel(), 0 if shared_w1_CD is None else 2 * rows * shared_w1_CD.numel()
 
 
 def _register_flops() -> None:

@@ -66,3 +66,23 @@ def adapt_ffn(
     w2_EDF = torch.stack([w2_DF[:, index_F] for index_F in index_EF])
     b2_ED = None if b2_D is None else torch.stack([b2_D for _ in index_EF])
     return w1_EFD, b1_EF, w2_EDF, b2_ED
+
+
+def tie_shared(
+    w1_EFD: Tensor, b1_EF: Tensor | None, w2_EDF: Tensor, num_shared: int
+) -> tuple[tuple[Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor | None, Tensor]]:
+    """Not in the paper: the neurons that all experts begin with are stored once and stay the same in all.
+
+    Args:
+        w1_EFD: first weight of each expert, the first num_shared neurons the same in all, as `adapt_ffn` and
+            `split_neurons` make them.
+        b1_EF: first bias, or None.
+        w2_EDF: second weight.
+        num_shared: C.
+
+    Returns:
+        (w1_CD, b1_C, w2_DC) of the shared neurons, and (w1_EFD, b1_EF, w2_EDF) of each expert's own.
+    """
+    C = num_shared
+    b1_C, own_b1_EF = (None, None) if b1_EF is None else (b1_EF[0, :C], b1_EF[:, C:])
+    return (w1_EFD[0, :C], b1_C, w2_EDF[0, :, :C]), (w1_EFD[:, C:], own_b1_EF, w2_EDF[:, :, C:])

@@ -71,6 +71,7 @@ def moe_ffn(
     ln_w_ED: Tensor | None = None,
     ln_b_ED: Tensor | None = None,
     ln_eps: float = 1e-12,
+    shared: tuple[Tensor, Tensor | None, Tensor] | None = None,
 ) -> Tensor:
     """Eq. 2: y_t = sum over k of g_tk o_tk, where o_tk is what expert e = expert_ids[t, k] makes of token t.
 
@@ -83,6 +84,9 @@ def moe_ffn(
     weight. A token with no expert at all gives 0, or with the norm its r_t unchanged. (The authors' code has
     no such tokens: it sends padding through an expert.) Without gate_TK every slot weighs 1/K, as Eq. 2 has
     it for hash routing (Roller et al., arXiv 2106.04426).
+
+    With `shared`, w1_CD, b1_C and w2_DC, every expert has C neurons more, the same ones in all: its z_e(x_t)
+    is W2 sigma(W1 x_t + b1) of these plus that of its own. In the paper experts only begin so.
 
     Args:
         x_TD: tokens.
@@ -97,6 +101,7 @@ def moe_ffn(
         ln_w_ED: LayerNorm weight of each expert, or None for the plain form.
         ln_b_ED: LayerNorm bias of each expert, or None.
         ln_eps: added to the variance; BERT's default.
+        shared: neurons of all experts, or None.
 
     Returns:
         [T, D].
@@ -117,6 +122,9 @@ def moe_ffn(
         b1_F = None if b1_EF is None else b1_EF[e]
         b2_D = None if b2_ED is None else b2_ED[e]
         z_tD = dense_ffn(x_TD[tokens], w1_EFD[e], b1_F, w2_EDF[e], b2_D, activation)
+        if shared is not None:
+            shared_w1_CD, shared_b1_C, shared_w2_DC = shared
+            z_tD = z_tD + dense_ffn(x_TD[tokens], shared_w1_CD, shared_b1_C, shared_w2_DC, None, activation)
         if ln_w_ED is None:
             return z_tD
         ln_b_D = None if ln_b_ED is None else ln_b_ED[e]

@@ -55,6 +55,49 @@ def fit_output(
     return fitted_DG[:, :-1], fitted_DG[:, -1]
 
 
+def fit_tied_output(
+    a_TF: Tensor,
+    expert_T: Tensor,
+    r_TD: Tensor,
+    weight_T: Tensor,
+    shared_w2_DC: Tensor,
+    w2_EDF: Tensor,
+    b2_ED: Tensor,
+    lambda_E: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All experts of a layer at once, where they share C neurons: the module's formula, summed over experts.
+
+    Every expert's W begins with the same C columns, which so are held by the sum of all lambda. One without
+    tokens stays as it is.
+
+    Args:
+        a_TF: hidden activations of all tokens, each its expert's: the shared C, then the expert's own.
+        expert_T: of each token.
+        r_TD: as for `fit_output`.
+        weight_T: as for `fit_output`.
+        shared_w2_DC: columns of the second map that are the same in all experts, as they are.
+        w2_EDF: each expert's own columns, as they are.
+        b2_ED: biases, as they are.
+        lambda_E: see `strength`; C + F neurons in all.
+
+    Returns:
+        shared_w2_DC, w2_EDF and b2_ED, fitted.
+    """
+    (E, _, F), C = w2_EDF.shape, shared_w2_DC.shape[1]
+    of_expert_TE = (expert_T[:, None] == torch.arange(E)).to(a_TF.dtype)
+    own_TEF = of_expert_TE[:, :, None] * a_TF[:, None, C:]
+    a_TN = torch.cat([a_TF[:, :C], own_TEF.flatten(1), of_expert_TE], dim=1)  # N = C + E F + E
+    w_DN = torch.cat([shared_w2_DC, w2_EDF.transpose(0, 1).flatten(1), b2_ED.T], dim=1)
+    has_tokens_E = of_expert_TE.any(0)
+    shared_lambda, own_lambda_E = lambda_E[has_tokens_E].sum(), torch.where(has_tokens_E, lambda_E, 1)
+    held_N = torch.cat([shared_lambda.expand(C), own_lambda_E.repeat_interleave(F), own_lambda_E])
+    products_NN = a_TN.T @ (weight_T[:, None] * a_TN) + held_N.diag()
+    wanted_DN = r_TD.T @ (weight_T[:, None] * a_TN) + held_N * w_DN
+    fitted_DN = torch.linalg.solve(products_NN, wanted_DN.T).T
+    own_DEF = fitted_DN[:, C:-E].unflatten(1, (E, F))
+    return fitted_DN[:, :C], own_DEF.transpose(0, 1), fitted_DN[:, -E:].T
+
+
 def weighted_error(a_TF: Tensor, r_TD: Tensor, weight_T: Tensor, w2_DF: Tensor, b2_D: Tensor) -> Tensor:
     """The first sum of the module's formula."""
     return (weight_T * (a_TF @ w2_DF.T + b2_D - r_TD).square().sum(dim=1)).sum()

@@ -23,6 +23,7 @@ from moebert_kernels import RoutingPlan, backends, cpu, moe_ffn
 from moebert_kernels.arguments import Call
 from python_ref import ffn as ref
 
+SHARED = ("shared_w1", "shared_b1", "shared_w2")
 NEIGHBOURS = 32
 FEW_NEIGHBOURS = 4  # where groups have many thousand elements, each a draw of its own
 # Relative to every element: far above the coarsest rounding, bfloat16's 2^-9.
@@ -45,6 +46,11 @@ def use_config(config: Any, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(backends, "_forms", {})
 
 
+def shared_of(t: dict[str, Tensor]) -> tuple[Tensor, Tensor | None, Tensor] | None:
+    """Of the tensors of a case, the neurons of all experts; None where there are none."""
+    return (t["shared_w1"], t.get("shared_b1"), t["shared_w2"]) if "shared_w1" in t else None
+
+
 def call(case: Case, t: dict[str, Tensor], plan: RoutingPlan, **options) -> Tensor:
     """`moe_ffn` on the tensors of a case."""
     if case.norm:
@@ -58,6 +64,7 @@ def call(case: Case, t: dict[str, Tensor], plan: RoutingPlan, **options) -> Tens
         t.get("b2"),
         gate_TK=t.get("gate"),
         activation=case.activation,
+        shared=shared_of(t),
         **options,
     )
 
@@ -78,6 +85,7 @@ def arguments(t, plan, *, norm, gate, dropout_p=0.0, residual=True):
         t["gate"] if gate else None,
         *norms,
         torch.tensor([3], device=t["x"].device) if dropout_p else None,
+        *(t.get(name) for name in SHARED),
         "gelu",
         1e-12,
         dropout_p,
@@ -134,6 +142,7 @@ def reference(case: Case, t: dict[str, Tensor], ids_TK: Tensor | None = None) ->
         t.get("b2"),
         gate_TK=t.get("gate"),
         activation=case.activation,
+        shared=shared_of(t),
         **norms,
     )
     return outputs(y, t)
@@ -142,15 +151,17 @@ def reference(case: Case, t: dict[str, Tensor], ids_TK: Tensor | None = None) ->
 def errors(result: dict[str, Tensor], exact: dict[str, Tensor], ids_TK: Tensor, E: int) -> Errors:
     """Errors of every group, relative to the rms of its exact values; groups without elements are left out.
 
-    Rows of outputs belong to their token's first expert, -1 if that is none; parameters to their own.
+    Rows of outputs belong to their token's first expert, -1 if that is none; parameters to their own, and
+    those of shared neurons are one group.
     """
     found = {}
     for name, expected in exact.items():
         got = result[name].cpu().double()
         assert got.shape == expected.shape, f"{name}: {got.shape}, expected {expected.shape}"
         per_expert = name[1:] in ("w1", "b1", "w2", "b2", "ln_w", "ln_b")
-        for e in range(0 if per_expert else -1, E):
-            rows = e if per_expert else ids_TK[:, 0] == e
+        groups = [0] if name[1:] in SHARED else range(0 if per_expert else -1, E)
+        for e in groups:
+            rows = e if per_expert else slice(None) if name[1:] in SHARED else ids_TK[:, 0] == e
             want = expected[rows]
             if want.numel() == 0:
                 continue

@@ -211,7 +211,7 @@ def test_what_a_killed_run_had_measured_can_be_read(tmp_path):
     assert done.returncode == -9
     assert [path.name for path in tmp_path.iterdir()] == ["ffn-cpu.jsonl"]
     found = read(tmp_path / "ffn-cpu.jsonl")
-    assert [row.entry for row in found.rows] == ["moebert_kernels", "dense FFN replaced"]
+    assert [row.entry for row in found.rows] == ["moebert_kernels", "moebert_kernels tied"]
     with (tmp_path / "ffn-cpu.jsonl").open("a") as file:
         file.write('{"case": {"T"')  # cut off within a line
     assert read(tmp_path / "ffn-cpu.jsonl") == found

@@ -99,12 +99,12 @@ def follow(
 ):
     """Note a program's pieces as `weight_grad_stream_kernel` goes through them."""
     program = tl.program_id(0)
-    total = _count_steps(offsets_ptr, E, TILES, BLOCK_K, EXPERTS)
+    total = _count_steps(offsets_ptr, E, 0, TILES, 0, BLOCK_K, EXPERTS)
     step = _share_begin(program, total, tl.num_programs(0))
     last = _share_begin(program + 1, total, tl.num_programs(0))
     out = out_ptr + program * 64
     while step < last:
-        expert, tile, at, steps, _, _ = _find_step(step, offsets_ptr, E, TILES, BLOCK_K, EXPERTS)
+        expert, tile, at, steps, _, _ = _find_step(step, offsets_ptr, E, 0, TILES, 0, BLOCK_K, EXPERTS)
         until = tl.minimum(at + last - step, steps)
         cut = _steps_before_cut(step - at, steps, total)
         tl.store(out, expert)

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from bench.quality.__main__ import app
 from bench.quality.bootstrap import Interval, Resampled
-from bench.quality.contenders import CONTENDERS, tie_shared
+from bench.quality.contenders import CONTENDERS
 from bench.quality.records import read, read_rows
 from bench.quality.remembered import RememberedLayers, RememberedTeacher
 from bench.quality.study import largest_load
@@ -23,29 +23,9 @@ from bench.readme import update
 from moebert_kernels.compress.adapt import split_neurons
 from moebert_kernels.compress.evaluate import expert_load
 from moebert_kernels.compress.fitting import fit_experts
-from moebert_kernels.layer import MoEFFN
 from moebert_kernels.models import count_parameters, find_ffns, to_moe
 
 WORDS = [f"w{i}" for i in range(60)]
-
-
-def test_tied_neurons_stay_alike_and_others_do_not():
-    """What one stored copy would learn: the gradients of all copies, summed."""
-    index_LEF = split_neurons(torch.rand(3, WIDTH), 4, 16, 6)
-    student = to_moe(build(BertForSequenceClassification), index_LEF, num_shared_neurons=6)
-    tie_shared(student, 6)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
-    for step in range(3):
-        student(**batch(seed=step), labels=torch.tensor([0, 1, 0])).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    for module in student.modules():
-        if isinstance(module, MoEFFN):
-            neurons_EFD = torch.cat(
-                [module.w1_EFD, module.bias1_EF.unsqueeze(2), module.w2_EDF.transpose(1, 2)], dim=2
-            )
-            assert torch.equal(neurons_EFD[:, :6], neurons_EFD[:1, :6].expand(4, -1, -1))
-            assert not torch.equal(neurons_EFD[0, 6:], neurons_EFD[1, 6:])
 
 
 def test_a_remembered_teacher_says_what_the_teacher_says():

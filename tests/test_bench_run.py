@@ -197,7 +197,9 @@ def test_top_k_two_runs_wherever_it_can():
 
 
 def test_unknown_entries_passes_and_devices_are_named():
-    with pytest.raises(ValueError, match="there is no entry mine; there are: moebert_kernels, dense FFN"):
+    with pytest.raises(
+        ValueError, match="there is no entry mine; there are: moebert_kernels, moebert_kernels tied, dense"
+    ):
         start(FFN, replace(SETTINGS, only=("mine",)))
     with pytest.raises(ValueError, match="there is no pass sideways; there are: forward, "):
         start(FFN, replace(SETTINGS, passes=("sideways",)))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_checks import FORMS, arguments
+from kernel_checks import FORMS, SHARED, arguments
 from test_ops import make_inputs, ours, reference, used
 
 from moebert_kernels import RoutingPlan, backends, cpu, cpu_native, cpu_rows, native, ops
@@ -97,7 +97,7 @@ def test_values_and_gradients_equal_the_reference(T, sizes, E, K, gate, activati
 
 def both_ways(backend, call, dy_TD):
     y_TD, saved = backend.forward(call, True, {})
-    return y_TD, backend.backward(call, saved, dy_TD, Gradients(*[True] * 9), {})
+    return y_TD, backend.backward(call, saved, dy_TD, Gradients(*[True] * len(Gradients._fields)), {})
 
 
 @pytest.mark.parametrize("residual_dtype", [torch.float32, torch.bfloat16])
@@ -105,7 +105,14 @@ def test_mixed_dtypes_equal_plain_pytorch(residual_dtype):
     """Autocast: bfloat16 rows, float32 residual and LayerNorm."""
     t, ids = make_inputs(33, 24, 8, 3, 2)
     plan = RoutingPlan.from_expert_ids(ids, 3)
-    dtypes = dict.fromkeys(("x", "w1", "b1", "w2", "b2"), torch.bfloat16) | {"residual": residual_dtype}
+    t |= {
+        "shared_w1": torch.randn(6, 24) * 24**-0.5,
+        "shared_b1": torch.randn(6),
+        "shared_w2": torch.randn(24, 6),
+    }
+    dtypes = dict.fromkeys(("x", "w1", "b1", "w2", "b2", *SHARED), torch.bfloat16) | {
+        "residual": residual_dtype
+    }
     t = {name: v.detach().to(dtypes.get(name, torch.float32)) for name, v in t.items()}
     call = arguments(t, plan, norm=True, gate=True)
     dy = torch.randn(33, 24).to(residual_dtype)

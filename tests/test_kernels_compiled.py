@@ -141,3 +141,31 @@ def test_float32_is_added_up_in_two_chains():
     """In one, dx of seven tokens was off by more than its bound on an H200, where cuBLAS has two."""
     counted = run("-c", COUNT).split("\n")[:-1]
     assert sorted(set(counted)) == ["half 1", "ieee 2"]
+
+
+SHARED = """
+import dataclasses, json, sys
+from moebert_kernels.kernels import configs, inspect
+family = sys.argv[1]
+found = []
+for C in (0, 512):
+    for launch in inspect.launches(configs.TABLE[family, "half", "large"], inspect.ELEMENT["half"], C=C):
+        if launch.kernel.__name__.startswith(("gather", "scatter", "weight_grad")):
+            limits = {"config": f"C={C}", "limit": inspect.ARCHITECTURES[family].shared_per_program,
+                      "matrix": ""}
+            found.append(limits | dataclasses.asdict(inspect.read(launch, family)))
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sm_80", "sm_90", "sm_100"])
+def test_shared_neurons_take_no_more_of_a_multiprocessor(family):
+    """Two loops of products in branches had shared memory each, and half as many programs fitted."""
+    readings = json.loads(run("-c", SHARED, family).splitlines()[-1])
+    check(readings)
+    plain, shared = ([r for r in readings if r["config"] == name] for name in ("C=0", "C=512"))
+    for before, r in zip(plain, shared, strict=True):
+        assert (r["kernel"], r["instructions"]) == (before["kernel"], before["instructions"])
+        assert r["shared_bytes"] == before["shared_bytes"], r["kernel"]
+        assert r["programs"] >= before["programs"], r["kernel"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,9 +11,7 @@ from transformers import PreTrainedModel
 
 from moebert_kernels.compress.adapt import adapt, random_scores
 from moebert_kernels.compress.importance import Importance
-from moebert_kernels.layer import MoEFFN
 from moebert_kernels.models import (
-    count_parameters,
     encoder_flops_per_token,
     find_ffns,
     keep_layers,
@@ -65,7 +62,7 @@ class Experts:
             there are: E (F - s) + s must not exceed the dense width.
         score: what neurons are sorted by: the paper's importance, whose sign is dropped sample by sample; the
             same token by token; or nothing.
-        tied: whether shared neurons stay the same in all experts while they are trained.
+        tied: whether shared neurons are stored once and stay the same in all experts.
     """
 
     routing: str
@@ -74,10 +71,7 @@ class Experts:
     score: Score = "sample"
     tied: bool = False
 
-    @property
-    def can_be_fitted(self) -> bool:
-        """Whether the fit leaves it what it is; each expert's own fit would untie shared neurons."""
-        return not self.tied
+    can_be_fitted = True
 
     def build(self, made_of: Materials, seed: int) -> PreTrainedModel:
         """Make the student."""
@@ -86,28 +80,17 @@ class Experts:
             scores = made_of.token_scores_LF
         elif self.score == "random":
             scores = random_scores(*made_of.importance.scores_LF.shape, seed=seed)
-        student = adapt(
+        return adapt(
             made_of.teacher,
             scores,
             num_experts=self.num_experts,
             expert_size=made_of.num_met,
-            num_shared=self._num_shared(made_of),
+            num_shared=math.ceil(self.shared * made_of.num_met - 1e-9),
+            tie_shared=self.tied,
             routing=self.routing,
             seed=seed,
             token_counts_V=made_of.counts_V,
         )
-        if self.tied:
-            tie_shared(student, self._num_shared(made_of))
-        return student
-
-    def stored(self, made_of: Materials, student: PreTrainedModel) -> int:
-        """How many parameters have to be stored."""
-        if not self.tied:
-            return count_parameters(student)
-        return count_parameters(student) - _repeated(student, self._num_shared(made_of))
-
-    def _num_shared(self, made_of: Materials) -> int:
-        return math.ceil(self.shared * made_of.num_met - 1e-9)
 
 
 @dataclass(frozen=True)
@@ -128,10 +111,6 @@ class Narrow:
         order_LF = scores_LF.argsort(dim=1, descending=True, stable=True)
         return narrow_ffns(made_of.teacher, order_LF[:, : made_of.num_met])
 
-    def stored(self, made_of: Materials, student: PreTrainedModel) -> int:
-        """How many parameters have to be stored."""
-        return count_parameters(student)
-
 
 @dataclass(frozen=True)
 class FewerLayers:
@@ -147,10 +126,6 @@ class FewerLayers:
         """The teacher's layers that are kept."""
         cost = encoder_flops_per_token(Narrow().build(made_of, 0))
         return layers_of_equal_cost(made_of.teacher, cost)
-
-    def stored(self, made_of: Materials, student: PreTrainedModel) -> int:
-        """How many parameters have to be stored."""
-        return count_parameters(student)
 
 
 Contender = Experts | Narrow | FewerLayers
@@ -174,37 +149,3 @@ CONTENDERS: dict[str, Contender] = {
     "affinity-16": Experts("hash-affinity", 16, 2 / 3),
     "affinity-16-third": Experts("hash-affinity", 16, 1 / 3),
 }
-
-
-def tie_shared(student: PreTrainedModel, num_shared: int) -> None:
-    """Keep the first `num_shared` neurons of all experts of a layer alike while they are trained.
-
-    They begin alike and get the sum of their gradients, so every step of the optimizer is the same for all of
-    them: what one stored copy would learn.
-    """
-
-    def share(neuron_dim: int) -> Callable[[Tensor], Tensor]:
-        def hook(gradient: Tensor) -> Tensor:
-            gradient = gradient.clone()
-            shared = gradient.narrow(neuron_dim, 0, num_shared)
-            shared.copy_(shared.sum(0, keepdim=True).expand_as(shared))
-            return gradient
-
-        return hook
-
-    for module in student.modules():
-        if isinstance(module, MoEFFN):
-            module.w1_EFD.register_hook(share(1))
-            module.w2_EDF.register_hook(share(2))
-            if module.bias1_EF is not None:
-                module.bias1_EF.register_hook(share(1))
-
-
-def _repeated(student: PreTrainedModel, num_shared: int) -> int:
-    """Parameters of shared neurons in all experts but one."""
-    copies = 0
-    for module in student.modules():
-        if isinstance(module, MoEFFN):
-            num_experts, _, hidden = module.w1_EFD.shape
-            copies += (num_experts - 1) * num_shared * (2 * hidden + (module.bias1_EF is not None))
-    return copies

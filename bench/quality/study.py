@@ -38,7 +38,7 @@ from moebert_kernels.compress.tasks import (
 from moebert_kernels.compress.text_pipeline import likeness
 from moebert_kernels.compress.token_scores import token_groups
 from moebert_kernels.environment import describe_environment
-from moebert_kernels.models import encoder_flops_per_token, is_moe
+from moebert_kernels.models import count_parameters, encoder_flops_per_token, is_moe
 
 from .contenders import CONTENDERS, FewerLayers, Materials
 from .outcomes import Outcomes, outcomes, predictions
@@ -296,7 +296,7 @@ def run(study: str, task: Task, name: str, budget: StudentBudget, seed: int) -> 
             "fitting": fitting,
             "training": training,
             "largest_load": largest_load(student, task.encoded.validation),
-            "parameters_stored": contender.stored(made_of, student),
+            "parameters_stored": count_parameters(student),
             "encoder_flops_per_token": encoder_flops_per_token(student),
             "validation_rows": len(task.encoded.validation),
             "teacher_budget": asdict(task.budget),

@@ -74,12 +74,18 @@ def split_neurons(importance_LF: Tensor, num_experts: int, expert_size: int, num
 
 
 def check_sizes(
-    ffn_width: int, num_experts: int, expert_size: int, num_shared: int, *, overlapping: bool = False
+    ffn_width: int,
+    num_experts: int,
+    expert_size: int,
+    num_shared: int,
+    *,
+    overlapping: bool = False,
+    tied: bool = False,
 ) -> None:
     """Raise a UserError unless layers of `ffn_width` neurons can be split this way.
 
     It is an ArgumentError where one size alone is at fault. Under "hash-affinity" experts are `overlapping`:
-    they choose neurons independently of each other.
+    they choose neurons independently of each other. With shared neurons `tied` each needs one of its own.
     """
     if num_experts < 1:
         raise ArgumentError("num_experts", f"must be at least 1, got {num_experts}")
@@ -87,6 +93,10 @@ def check_sizes(
         raise ArgumentError("expert_size", f"must be 1 to the dense width {ffn_width}, got {expert_size}")
     if not 0 <= num_shared <= expert_size:
         raise ArgumentError("num_shared", f"must be 0 to the expert size {expert_size}, got {num_shared}")
+    if tied and num_shared == expert_size:
+        raise ArgumentError(
+            "num_shared", f"must be less than the expert size {expert_size} to be tied, got {num_shared}"
+        )
     needed = num_experts * (expert_size - num_shared) + num_shared
     if needed > ffn_width and not overlapping:
         raise UserError(
@@ -139,6 +149,7 @@ def adapt(
     num_experts: int = 4,
     expert_size: int | None = None,
     num_shared: int | None = None,
+    tie_shared: bool = False,
     routing: str = defaults.ROUTING_WITHOUT_DATA,
     top_k: int = 1,
     seed: int = 0,
@@ -154,6 +165,7 @@ def adapt(
         num_experts: E.
         expert_size: neurons of one expert; None for `default_sizes`.
         num_shared: how many of them all experts have; None for two thirds of the expert size.
+        tie_shared: store these once, and keep them the same in all experts.
         routing: "hash-random", "hash-balance", "hash-affinity", "gate-token" or "gate-sentence".
         top_k: experts per token.
         seed: of random hash tables, those that "hash-affinity" starts from included, and of a gate's first
@@ -190,7 +202,7 @@ def adapt(
     tables_LV = None
     if routing == "hash-affinity":
         assert token_counts_V is not None
-        check_sizes(width, num_experts, expert_size, num_shared, overlapping=True)
+        check_sizes(width, num_experts, expert_size, num_shared, overlapping=True, tied=tie_shared)
         split = split_by_affinity(
             importance,
             token_counts_V,
@@ -202,6 +214,7 @@ def adapt(
         )
         index_LEF, tables_LV = split.index_LEF, split.tables_LV
     else:
+        check_sizes(width, num_experts, expert_size, num_shared, tied=tie_shared)
         index_LEF = split_neurons(importance.scores_LF, num_experts, expert_size, num_shared)
         if routing == "hash-balance":
             assert token_counts_V is not None
@@ -210,6 +223,7 @@ def adapt(
         teacher,
         index_LEF,
         num_shared_neurons=num_shared,
+        tie_shared=tie_shared,
         routing=routing,
         tables_LV=tables_LV,
         top_k=top_k,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from moebert_kernels.activations import activate
 from moebert_kernels.checks import check_number
 from moebert_kernels.compress import processes
 from moebert_kernels.compress.batching import LABEL_COLUMNS, row_lengths, sample_rows
+from moebert_kernels.compress.joint_ridge import solve
 from moebert_kernels.compress.layerwise import Layerwise, evaluating, forward_replaced
 from moebert_kernels.layer import MoEFFN
 from moebert_kernels.models import is_moe
@@ -103,10 +104,11 @@ def fit_experts(
     layer's experts are scaled too, by one number. Of a token's several experts each is fitted to do alone
     what the teacher does.
 
-    On the rows it saw, no expert's weighted error is larger than before. The same batches give the same
-    student to the last bit on one machine. Several processes (torchrun) take the batches in turn, add up
-    their sums, collectively, and get one process's student but for rounding. Under autocast the models'
-    products are computed in that dtype, and what is summed up and solved here in float32 or wider.
+    Neurons that experts share are fitted for all of them together. On the rows it saw, no expert's weighted
+    error is larger than before, or with shared neurons no layer's, summed over experts. The same batches
+    give the same student to the last bit on one machine. Several processes (torchrun) take the batches in
+    turn, add up their sums, collectively, and get one process's student but for rounding. Under autocast the
+    models' products are computed in that dtype, and what is summed up and solved here in float32 or wider.
 
     Args:
         student: a MoE, or an encoder with narrower networks, made of the teacher: with as many layers, and
@@ -237,12 +239,18 @@ class _Inputs(NamedTuple):
 
 
 class _Experts:
-    """A student's layer as experts; a narrow dense network is the one expert of every token."""
+    """A student's layer as experts; a narrow dense network is the one expert of every token.
+
+    An expert has N = C + F neurons, those that all share first. Without any, C is 0.
+    """
 
     w1_EFD: Tensor
     b1_EF: Tensor
     w2_EDF: Tensor
     b2_ED: Tensor
+    shared_w1_CD: Tensor
+    shared_b1_C: Tensor
+    shared_w2_DC: Tensor
 
     def __init__(self, layer: nn.Module, part: MoEFFN | DenseFFN):
         self.layer = layer
@@ -255,6 +263,17 @@ class _Experts:
         else:  # views: what is written to them is written to the layer
             self.w1_EFD, self.b1_EF = part.w1.weight[None], part.w1.bias[None]
             self.w2_EDF, self.b2_ED = part.w2.weight[None], part.w2.bias[None]
+        D = self.w1_EFD.shape[2]
+        shared: Any = (self.w1_EFD.new_empty(0, D), self.w1_EFD.new_empty(0), self.w1_EFD.new_empty(D, 0))
+        if isinstance(part, MoEFFN) and part.num_shared:
+            shared = (part.shared_w1_CD, part.shared_bias1_C, part.shared_w2_DC)
+        self.shared_w1_CD, self.shared_b1_C, self.shared_w2_DC = shared
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """E, D, F and C."""
+        E, D, F_ = self.w2_EDF.shape
+        return E, D, F_, self.shared_w2_DC.shape[1]
 
     @property
     def is_gated(self) -> bool:
@@ -262,8 +281,16 @@ class _Experts:
         return isinstance(self._part, MoEFFN) and self._part.router is not None
 
     def hidden(self, expert: int, x_TD: Tensor) -> Tensor:
-        """An expert's activations [T, F]."""
-        return activate(self._part.activation, F.linear(x_TD, self.w1_EFD[expert], self.b1_EF[expert]))
+        """An expert's activations [T, N]."""
+        h_TN = F.linear(x_TD, self.w1_EFD[expert], self.b1_EF[expert])
+        if len(self.shared_b1_C):
+            h_TN = torch.cat([F.linear(x_TD, self.shared_w1_CD, self.shared_b1_C), h_TN], 1)
+        return activate(self._part.activation, h_TN)
+
+    def output(self, expert: int) -> Tensor:
+        """An expert's second map [D, N]."""
+        w2_DF = self.w2_EDF[expert]
+        return torch.cat([self.shared_w2_DC, w2_DF], 1) if len(self.shared_b1_C) else w2_DF
 
     def inputs(self, run: Layerwise, index: int, number: int, mask_BS: Tensor | None) -> _Inputs:
         """Run layer `index`, this one, on a batch as far as its experts."""
@@ -312,22 +339,23 @@ class _Experts:
 
 
 class _Sums:
-    """What the normal equations of a layer's experts are made of, sums over tokens; G = F + 1, with the bias.
+    """What the normal equations of a layer's experts are made of, sums over tokens; G = N + 1, with the bias.
 
     Products of a block of tokens are taken in float32 or wider, and added up in float64. The wanted ones are
     of what the experts as they are lack: where that is nothing, nothing is changed.
     """
 
     def __init__(self, experts: _Experts, norm_eps: float):
-        E, D, F_ = experts.w2_EDF.shape
+        E, D, F_, C = experts.sizes
+        N = C + F_
         self._experts, self._norm_eps = experts, norm_eps
         device = experts.w2_EDF.device
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
-        self._products_EGG = zeros(E, F_ + 1, F_ + 1)
-        self._lacking_EDG = zeros(E, D, F_ + 1)
+        self._products_EGG = zeros(E, N + 1, N + 1)
+        self._lacking_EDG = zeros(E, D, N + 1)
         self._counts_E = zeros(E)  # of tokens
         self._error_E = zeros(E)  # of the experts as they are
         self._whole = zeros(1)  # what an output that is wrong altogether would have
@@ -352,10 +380,10 @@ class _Sums:
                 weight_t = weight_t * gate_TK[tokens, choices].to(wide).square()
             root_t1 = weight_t.sqrt().unsqueeze(1)
             x_tD = x_TD[tokens]
-            a_tF = experts.hidden(e, x_tD).to(wide)
-            z_tD = F.linear(a_tF, experts.w2_EDF[e].to(wide), experts.b2_ED[e].to(wide))
+            a_tN = experts.hidden(e, x_tD).to(wide)
+            z_tD = F.linear(a_tN, experts.output(e).to(wide), experts.b2_ED[e].to(wide))
             lacking_tD = s_TD[tokens].sub_(x_tD).sub_(z_tD).mul_(root_t1)
-            a_tG = torch.cat([a_tF.mul_(root_t1), root_t1], 1)
+            a_tG = torch.cat([a_tN.mul_(root_t1), root_t1], 1)
             self._products_EGG[e] += a_tG.T @ a_tG
             self._lacking_EDG[e] += lacking_tD.T @ a_tG
             self._counts_E[e] += len(tokens)
@@ -371,26 +399,29 @@ class _Sums:
     def solve(self, ridge: float, rare: float) -> tuple[int, float, float]:
         """Give the experts their new weights; return the tokens, and the errors before and after."""
         experts = self._experts
-        F_ = experts.w2_EDF.shape[2]
-        after = 0.0
-        for e, (count, before) in enumerate(
-            zip(self._counts_E.tolist(), self._error_E.tolist(), strict=True)
-        ):
-            products_GG, lacking_DG = self._products_EGG[e], self._lacking_EDG[e]
-            energy = float(products_GG.diagonal()[:F_].mean())
-            strength = energy * (ridge + rare * F_ / count) if count else 0.0
-            if strength > 0:
-                held_GG = products_GG.clone()
-                held_GG.diagonal().add_(strength)
-                change_DG = torch.cholesky_solve(lacking_DG.T, torch.linalg.cholesky(held_GG)).T
-                gained = float((change_DG * (2 * lacking_DG - change_DG @ products_GG)).sum())
-                if gained > 0:
-                    experts.w2_EDF[e] += change_DG[:, :F_].to(experts.w2_EDF.dtype)
-                    experts.b2_ED[e] += change_DG[:, F_].to(experts.b2_ED.dtype)
-                    after -= gained
-            after += before
-        whole = float(self._whole) or 1.0
-        return round(float(self._counts_E.sum())), float(self._error_E.sum()) / whole, max(after, 0.0) / whole
+        C, N = experts.sizes[3], self._products_EGG.shape[1] - 1
+        strength_E = []
+        for count, products_GG in zip(self._counts_E.tolist(), self._products_EGG, strict=True):
+            energy = float(products_GG.diagonal()[:N].mean())
+            strength_E.append(energy * (ridge + rare * N / count) if count else 0.0)
+        change_EDG = solve(self._products_EGG, self._lacking_EDG, strength_E, C)
+        gained_E = {
+            e: float((change_DG * (2 * self._lacking_EDG[e] - change_DG @ self._products_EGG[e])).sum())
+            for e, change_DG in change_EDG.items()
+        }
+        if C:  # all or none
+            gained_E = gained_E if sum(gained_E.values()) > 0 else {}
+        else:
+            gained_E = {e: gained for e, gained in gained_E.items() if gained > 0}
+        for number, e in enumerate(gained_E):
+            change_DG = change_EDG[e]
+            experts.w2_EDF[e] += change_DG[:, C:N].to(experts.w2_EDF.dtype)
+            experts.b2_ED[e] += change_DG[:, N].to(experts.b2_ED.dtype)
+            if C and number == 0:  # the same in all
+                experts.shared_w2_DC += change_DG[:, :C].to(experts.shared_w2_DC.dtype)
+        before, whole = float(self._error_E.sum()), float(self._whole) or 1.0
+        after = max(before - sum(gained_E.values()), 0.0)
+        return round(float(self._counts_E.sum())), before / whole, after / whole
 
 
 @contextmanager

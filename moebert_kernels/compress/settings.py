@@ -24,6 +24,7 @@ class CompressSettings:
         num_experts: E.
         expert_size: F, neurons of one expert; by default the dense width / E.
         num_shared: neurons that every expert starts with; by default two thirds of F.
+        tie_shared: store these once, and keep them the same in all experts; the paper unties them.
         routing: "hash-random", "hash-balance", "hash-affinity", "gate-token" or "gate-sentence".
         top_k: experts per token; more than 1 only for gates.
         fit: fit the experts to what the teacher's layers do (see `fitting`) once they are cut; the paper does
@@ -66,6 +67,7 @@ class CompressSettings:
     num_experts: int = defaults.NUM_EXPERTS
     expert_size: int | None = None
     num_shared: int | None = None
+    tie_shared: bool = False
     routing: str = defaults.ROUTING
     top_k: int = 1
     fit: bool = True
@@ -170,7 +172,8 @@ def resolve(
     shared = round(size * 2 / 3) if settings.num_shared is None else settings.num_shared
     # A random split, to compare, deals neurons out: its experts cannot overlap.
     overlapping = settings.routing == "hash-affinity" and "random" not in settings.comparisons
-    check_sizes(width, settings.num_experts, size, shared, overlapping=overlapping)
+    tied = settings.tie_shared
+    check_sizes(width, settings.num_experts, size, shared, overlapping=overlapping, tied=tied)
     rows = settings.importance_rows and min(settings.importance_rows, num_rows)
     return replace(
         settings,

@@ -148,6 +148,7 @@ def split_teacher(
         num_experts=settings.num_experts,
         expert_size=settings.expert_size,
         num_shared=settings.num_shared,
+        tie_shared=settings.tie_shared,
         routing=settings.routing,
         top_k=settings.top_k,
         seed=settings.seed,

@@ -153,6 +153,7 @@ def _split(source: Source, scores: Importance | Tensor, seed: int, report: Repor
         num_experts=s.num_experts,
         expert_size=s.expert_size,
         num_shared=s.num_shared,
+        tie_shared=s.tie_shared,
         routing=routing,
         top_k=s.top_k,
         seed=seed,
@@ -165,7 +166,7 @@ def _split_from(source: Source, seed: int) -> list[Any]:
     """What a split depends on beside the scores."""
     s = source.settings
     counts = source.train_print if s.routing in COUNTING_ROUTINGS else None
-    sizes = [s.num_experts, s.expert_size, s.num_shared]
+    sizes = [s.num_experts, s.expert_size, s.num_shared, *(["tied"] if s.tie_shared else [])]
     return [source.teacher_print, *sizes, s.routing, s.top_k, seed, counts]
 
 

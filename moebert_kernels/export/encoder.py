@@ -63,7 +63,7 @@ class DenseFFN(nn.Module):
 
 
 class Experts(nn.Module):
-    """The experts of a layer, each with tensors of its own."""
+    """The experts of a layer, each with tensors of its own, and those of the neurons that they share."""
 
     def __init__(self, ffn: MoEFFN):
         super().__init__()
@@ -77,11 +77,11 @@ class Experts(nn.Module):
         return sorted_experts(x_SD, counts_E, *tensors, self.activation, self.norm_eps)
 
 
-_TENSORS = ("w1_DF", "b1_F", "w2_FD", "b2_D", "ln_w_D", "ln_b_D")  # in the operator's order
+_TENSORS = ("w1_DF", "b1_F", "w2_FD", "b2_D", "ln_w_D", "ln_b_D", "shared")  # in the operator's order
 
 
-def _tensors_of(ffn: MoEFFN) -> dict[str, list[Tensor]]:
-    """Each expert's tensors: the one place that knows what `MoEFFN` calls them."""
+def _tensors_of(ffn: Any) -> dict[str, list[Tensor]]:
+    """The operator's tensors of a `MoEFFN`: the one place that knows what it calls them."""
     stacked: tuple[Any, ...] = (
         ffn.w1_EFD.transpose(1, 2),
         ffn.bias1_EF,
@@ -89,6 +89,7 @@ def _tensors_of(ffn: MoEFFN) -> dict[str, list[Tensor]]:
         ffn.bias2_ED,
         ffn.layernorm_weight_ED,
         ffn.layernorm_bias_ED,
+        (ffn.shared_w1_CD.t(), ffn.shared_bias1_C, ffn.shared_w2_DC.t()) if ffn.num_shared else (),
     )
     return {
         name: [tensor.detach().contiguous().clone() for tensor in tensors]

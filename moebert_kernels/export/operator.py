@@ -22,7 +22,7 @@ from moebert_kernels.activations import activate
     mutates_args=(),
     schema=(
         "(Tensor x_SD, Tensor counts_E, Tensor[] w1_DF, Tensor[] b1_F, Tensor[] w2_FD, Tensor[] b2_D, "
-        "Tensor[] ln_w_D, Tensor[] ln_b_D, str activation, float norm_eps) -> Tensor"
+        "Tensor[] ln_w_D, Tensor[] ln_b_D, Tensor[] shared, str activation, float norm_eps) -> Tensor"
     ),
 )
 def sorted_experts(
@@ -34,10 +34,13 @@ def sorted_experts(
     b2_D: Sequence[Tensor],
     ln_w_D: Sequence[Tensor],
     ln_b_D: Sequence[Tensor],
+    shared: Sequence[Tensor],
     activation: str,
     norm_eps: float,
 ) -> Tensor:
-    """`LayerNorm_e(act(x w1_e + b1_e) w2_e + b2_e + x)` for the rows of each expert e.
+    """`LayerNorm_e(act(x w1_e + b1_e) w2_e + b2_e + r)` for the rows of each expert e.
+
+    r is x, plus the same of neurons that all experts share: one dense product over all rows.
 
     Args:
         x_SD: rows, those of expert 0 first, then those of expert 1, and so on.
@@ -48,6 +51,7 @@ def sorted_experts(
         b2_D: of each expert.
         ln_w_D: weight of each expert's LayerNorm.
         ln_b_D: its bias.
+        shared: w1 [D, C], b1 [C], w2 [C, D] of the shared neurons; empty without any.
         activation: as `MoEFFN` names it.
         norm_eps: added to the variance.
 
@@ -55,9 +59,15 @@ def sorted_experts(
         [S, D], in the order of x.
     """
     rows: list[Tensor] = []
-    parts = zip(x_SD.split(counts_E.tolist()), w1_DF, b1_F, w2_FD, b2_D, ln_w_D, ln_b_D, strict=True)
-    for x, w1, b1, w2, b2, ln_w, ln_b in parts:
-        z = torch.addmm(b2, activate(activation, torch.addmm(b1, x, w1)), w2) + x
+    counts, r_SD = counts_E.tolist(), x_SD
+    if shared:
+        w1_DC, b1_C, w2_CD = shared
+        r_SD = torch.addmm(x_SD, activate(activation, torch.addmm(b1_C, x_SD, w1_DC)), w2_CD)
+    tensors = (w1_DF, b1_F, w2_FD, b2_D, ln_w_D, ln_b_D)
+    for x, r, w1, b1, w2, b2, ln_w, ln_b in zip(
+        x_SD.split(counts), r_SD.split(counts), *tensors, strict=True
+    ):
+        z = torch.addmm(b2, activate(activation, torch.addmm(b1, x, w1)), w2) + r
         rows.append(F.layer_norm(z, b2.shape, ln_w, ln_b, norm_eps))
     return torch.cat(rows)
 
@@ -73,16 +83,26 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     op: Any = opset18
 
-    def translate(x_SD, counts_E, w1_DF, b1_F, w2_FD, b2_D, ln_w_D, ln_b_D, activation, norm_eps):
+    def translate(x_SD, counts_E, w1_DF, b1_F, w2_FD, b2_D, ln_w_D, ln_b_D, shared, activation, norm_eps):
         num_experts = len(w1_DF)
-        # With its lengths given, Split has no num_outputs in ONNX; `graph.build` takes it off the node.
-        parts = [x_SD] if num_experts == 1 else op.Split(x_SD, counts_E, axis=0, num_outputs=num_experts)
+
+        def parts(rows_SD):
+            # With its lengths given, Split has no num_outputs in ONNX; `graph.build` takes it off the node.
+            if num_experts == 1:
+                return [rows_SD]
+            return op.Split(rows_SD, counts_E, axis=0, num_outputs=num_experts)
+
+        xs = rs = parts(x_SD)
+        if shared:
+            w1_DC, b1_C, w2_CD = shared
+            hidden = _activation(op, activation, op.Add(op.MatMul(x_SD, w1_DC), b1_C))
+            rs = parts(op.Add(op.MatMul(hidden, w2_CD), x_SD))
         rows = []
-        for x, w1, b1, w2, b2, ln_w, ln_b in zip(
-            parts, w1_DF, b1_F, w2_FD, b2_D, ln_w_D, ln_b_D, strict=True
+        for x, r, w1, b1, w2, b2, ln_w, ln_b in zip(
+            xs, rs, w1_DF, b1_F, w2_FD, b2_D, ln_w_D, ln_b_D, strict=True
         ):
             hidden = _activation(op, activation, op.Add(op.MatMul(x, w1), b1))
-            z = op.Add(op.Add(op.MatMul(hidden, w2), b2), x)
+            z = op.Add(op.Add(op.MatMul(hidden, w2), b2), r)
             rows.append(op.LayerNormalization(z, ln_w, ln_b, axis=-1, epsilon=norm_eps)[0])
         return rows[0] if num_experts == 1 else op.Concat(*rows, axis=0)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from moebert_kernels.arguments import NUM_TENSORS, Call, Gradients, Saved
 from moebert_kernels.kernels import configs
 from moebert_kernels.kernels.configs import Config
-from moebert_kernels.kernels.ffn import expert_ffn_backward, expert_ffn_forward
+from moebert_kernels.kernels.ffn import Shared, expert_ffn_backward, expert_ffn_forward
 from moebert_kernels.kernels.norm import expert_norm_backward, expert_norm_forward
 from moebert_kernels.kernels.replay import Results, repeated
 
@@ -38,13 +38,14 @@ def _forward(tensors: Sequence[Any], options: tuple[Any, ...]) -> Results:
     training, *rest = options
     call = Call(*tensors, *rest)
     with_norm = call.ln_w_ED is not None
-    y, hidden = expert_ffn_forward(*[call.x_TD, *_experts(call), with_norm, training, _config(call)])
+    arguments = [call.x_TD, *_experts(call), with_norm, training, _config(call), _shared(call)]
+    y, hidden = expert_ffn_forward(*arguments)
     kept = hidden if training else None
     if not with_norm:
-        return y, kept, None, None
+        return y, kept, None, None, None
     of_norm = [*_norm(call), call.seed, call.norm_eps, call.dropout_p]
     y_TD, stats_2S = expert_norm_forward(*[y, call.residual, *of_norm])
-    return (y_TD, kept, y, stats_2S) if training else (y_TD, None, None, None)
+    return (y_TD, kept, y, stats_2S, None) if training else (y_TD, None, None, None, None)
 
 
 def _backward(tensors: Sequence[Any], options: tuple[Any, ...]) -> Results:
@@ -57,15 +58,24 @@ def _backward(tensors: Sequence[Any], options: tuple[Any, ...]) -> Results:
         grads = expert_norm_backward(*[dy, *of_norm, call.dropout_p, needs.gate_TK])
         dy, dresidual_TD, dln_w_ED, dln_b_ED, dgate_TK = grads
     wanted = [*needs[:5], needs.gate_TK and not with_norm]
-    experts: Sequence[Tensor | None] = [None] * 6
+    # Gradients of shared neurons come with those of the experts' own.
+    for place, shared in enumerate(needs[-3:]):
+        wanted[1 + place] |= shared
+    experts: Sequence[Tensor | None] = [None] * 9
     if any(wanted):
         of_forward = [call.x_TD, saved.hidden, *_experts(call)]
         plus_TD = dresidual_TD if call.residual_TD is None else None
-        experts = expert_ffn_backward(*[dy, *of_forward, with_norm, wanted, _config(call), plus_TD])
-    *of_experts, dgate_of_z = (grad if need else None for grad, need in zip(experts, wanted, strict=True))
+        how = [with_norm, wanted, _config(call), plus_TD, _shared(call)]
+        experts = expert_ffn_backward(*[dy, *of_forward, *how])
+    found = zip(experts, [*wanted, *needs[-3:]], strict=True)
+    *of_experts, dgate_of_z, dw1_CD, db1_C, dw2_DC = (grad if need else None for grad, need in found)
     dgate_TK = dgate_TK if with_norm and needs.gate_TK else dgate_of_z
     dresidual_TD = None if call.residual_TD is None else dresidual_TD
-    return *of_experts, dgate_TK, dln_w_ED, dln_b_ED, dresidual_TD
+    return *of_experts, dgate_TK, dln_w_ED, dln_b_ED, dresidual_TD, dw1_CD, db1_C, dw2_DC
+
+
+def _shared(call: Call) -> Shared:
+    return Shared(call.shared_w1_CD, call.shared_b1_C, call.shared_w2_DC)
 
 
 def _experts(call: Call) -> tuple[Any, ...]:

@@ -41,16 +41,18 @@ def load_weight(
     k,
     n,
     K: tl.constexpr,
-    N: tl.constexpr,
+    N,
     ROWS_ARE_N: tl.constexpr,
     W_TMA: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    N_IS_WHOLE: tl.constexpr,
 ):
     """A [BLOCK_K, BLOCK_N] tile of one expert's matrix, 0 outside it.
 
     `w` is stored [E, N, K] if ROWS_ARE_N, else [E, K, N], and is a TMA descriptor of it if W_TMA: one of
-    three axes, so that a tile that overhangs reads zeros and never the next expert.
+    three axes, so that a tile that overhangs reads zeros and never the next expert. N_IS_WHOLE says that N is
+    a multiple of BLOCK_N.
     """
     if W_TMA and ROWS_ARE_N:
         w_KN = w.load([expert, n, k]).reshape(BLOCK_N, BLOCK_K).T
@@ -64,7 +66,7 @@ def load_weight(
             ptrs += cols_N.to(tl.int64)[None, :] * K + rows_K[:, None]
         else:
             ptrs += rows_K.to(tl.int64)[:, None] * N + cols_N[None, :]
-        if K % BLOCK_K == 0 and N % BLOCK_N == 0:
+        if K % BLOCK_K == 0 and N_IS_WHOLE:
             w_KN = tl.load(ptrs)
         else:
             w_KN = tl.load(ptrs, mask=(rows_K < K)[:, None] & (cols_N < N)[None, :], other=0.0)
@@ -80,7 +82,7 @@ def multiply(
     expert,
     n,
     K: tl.constexpr,
-    N: tl.constexpr,
+    N,
     ROWS_ARE_N: tl.constexpr,
     A_TMA: tl.constexpr,
     W_TMA: tl.constexpr,
@@ -88,11 +90,15 @@ def multiply(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    N_IS_WHOLE: tl.constexpr,
+    A_COLUMN: tl.constexpr = 0,
+    start_MN=None,
 ):
-    """[BLOCK_M, K] rows times one expert's [K, BLOCK_N] columns, accumulated in float32.
+    """[BLOCK_M, K] rows times one expert's [K, BLOCK_N] columns, accumulated in float32 on `start_MN` or 0.
 
     The rows are those from `a_begin` on of the descriptor `a` if A_TMA, else those at element offsets
-    `a_offset_M` of the pointer `a`. What rows past the end of the group hold is the caller's not to store.
+    `a_offset_M` of the pointer `a`; of their columns those from A_COLUMN on. What rows past the end of the
+    group hold is the caller's not to store.
 
     Where float32 is kept, the products of even k and those of odd k are added up apart: half as many
     roundings in a row, as cuBLAS has them. In one row, errors were larger than PyTorch's.
@@ -100,19 +106,22 @@ def multiply(
     dtype: tl.constexpr = a.dtype if A_TMA else a.dtype.element_ty
     # `tl.dot` takes 16 products a step at least.
     IN_TWO: tl.constexpr = dtype == tl.float32 and PRECISION == "ieee" and BLOCK_K >= 32
-    acc_MN = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if start_MN is None:
+        acc_MN = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    else:
+        acc_MN = start_MN
     odd_MN = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k in tl.range(0, K, BLOCK_K):
         if A_TMA:
-            a_MK = a.load([a_begin, k])
+            a_MK = a.load([a_begin, A_COLUMN + k])
         else:
             cols_K = k + tl.arange(0, BLOCK_K)
-            ptrs = a + a_offset_M[:, None] + cols_K[None, :]
+            ptrs = a + A_COLUMN + a_offset_M[:, None] + cols_K[None, :]
             if K % BLOCK_K == 0:
                 a_MK = tl.load(ptrs)
             else:
                 a_MK = tl.load(ptrs, mask=(cols_K < K)[None, :], other=0.0)
-        w_KN = load_weight(w, expert, k, n, K, N, ROWS_ARE_N, W_TMA, BLOCK_K, BLOCK_N)
+        w_KN = load_weight(w, expert, k, n, K, N, ROWS_ARE_N, W_TMA, BLOCK_K, BLOCK_N, N_IS_WHOLE)
         if IN_TWO:
             a_even, a_odd = a_MK.reshape(BLOCK_M, BLOCK_K // 2, 2).split()
             w_even, w_odd = w_KN.reshape(BLOCK_K // 2, 2, BLOCK_N).permute(0, 2, 1).split()
@@ -122,6 +131,54 @@ def multiply(
             acc_MN = tl.dot(a_MK, w_KN, acc_MN, input_precision=PRECISION)
     if IN_TWO:
         acc_MN += odd_MN
+    return acc_MN
+
+
+@triton.jit
+def find_columns(tile, C: tl.constexpr, F: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Of hidden column tile `tile`: whether its neurons are shared, their number among these or the expert's.
+
+    Hidden activations have C columns of shared neurons, then F of the expert's own; no tile has some of both.
+    """
+    shared_tiles: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
+    if C == 0:
+        return False, tile * BLOCK_N
+    is_shared = tile < shared_tiles
+    return is_shared, tl.where(is_shared, tile, tile - shared_tiles) * BLOCK_N
+
+
+@triton.jit
+def multiply_hidden(
+    a,
+    a_offset_M,
+    is_shared,
+    shared_w,
+    w,
+    expert,
+    n,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    F: tl.constexpr,
+    ROWS_ARE_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """`multiply` of gathered rows with columns of one layer's neurons, the shared ones' or the expert's."""
+    if C == 0:
+        acc_MN = multiply(
+            a, 0, a_offset_M, w, expert, n,
+            K, F, ROWS_ARE_N, False, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, F % BLOCK_N == 0,
+        )  # fmt: skip
+    else:
+        # One loop of products: of two in branches, each would have its own shared memory.
+        mine = tl.where(is_shared, shared_w, w + tl.cast(expert, tl.int64) * (F * K))
+        acc_MN = multiply(
+            a, 0, a_offset_M, mine, 0, n,
+            K, tl.where(is_shared, C, F), ROWS_ARE_N, False, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            C % BLOCK_N == 0 and F % BLOCK_N == 0,
+        )  # fmt: skip
     return acc_MN
 
 

@@ -5,6 +5,8 @@ Nothing here reads a device value on the host: grids and workspaces follow from 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -21,8 +23,28 @@ from moebert_kernels.kernels.launch import (
     weight,
 )
 from moebert_kernels.kernels.launch import rows as with_contiguous_rows
-from moebert_kernels.kernels.rows import gate_grad_kernel, over_experts, over_tiles
+from moebert_kernels.kernels.rows import Parts, gate_grad_kernel, over_experts, over_tiles
 from moebert_kernels.kernels.wgrad import Factors, weight_grads
+
+
+class Shared(NamedTuple):
+    """The neurons that all experts have: w1 [C, D], b1 [C] or None, w2 [D, C]; all None without any."""
+
+    w1_CD: Tensor | None
+    b1_C: Tensor | None
+    w2_DC: Tensor | None
+
+    @property
+    def size(self) -> int:
+        """C."""
+        return 0 if self.w1_CD is None else self.w1_CD.shape[0]
+
+    def contiguous(self) -> tuple[Tensor | None, ...]:
+        """The three, each with its elements in order."""
+        return tuple(map(_contiguous, self))
+
+
+NONE_SHARED = Shared(None, None, None)
 
 
 def expert_ffn_forward(
@@ -39,40 +61,48 @@ def expert_ffn_forward(
     per_slot: bool,
     training: bool,
     config: Config | None = None,
+    shared: Shared = NONE_SHARED,
 ) -> tuple[Tensor, Tensor]:
-    """y_TD, or with `per_slot` each slot's output [S, D]; if `training`, activations and slopes [2 S, F]."""
+    """y_TD, or with `per_slot` each slot's output [S, D]; if `training`, activations and slopes [2 S, N]."""
     S = order_S.shape[0]
     E, F, D = w1_EFD.shape
+    C, (shared_w1_CD, shared_b1_C, shared_w2_DC) = shared.size, shared.contiguous()
     config = config or configs.select(x_TD.device, x_TD.dtype, S, E)
     x_TD = with_contiguous_rows(x_TD)
     w1_EFD, w2_EDF = w1_EFD.contiguous(), w2_EDF.contiguous()
     order_S, offsets_E1 = order_S.contiguous(), offsets_E1.contiguous()
     b1_EF, b2_ED = _contiguous(b1_EF), _contiguous(b2_ED)
     gate_S, scale = _gate(gate_TK, top_k, per_slot)
-    saved = x_TD.new_empty(2 * S if training else 0, F)
-    a_SF = saved[:S] if training else x_TD.new_empty(S, F)
+    saved = x_TD.new_empty(2 * S if training else 0, C + F)
+    a_SN = saved[:S] if training else x_TD.new_empty(S, C + F)
     z_SD = x_TD.new_empty(S, D)
     with on_device_of(x_TD):
         launch(
             gather_kernel,
-            _grid(S, E, F, config.up),
+            _grid(S, E, _tiles(C, F, config.up), config.up),
             x_ptr=x_TD,
             x_stride=x_TD.stride(0),
             order_ptr=order_S,
             offsets_ptr=offsets_E1,
             w1_ptr=w1_EFD,
             b1_ptr=b1_EF,
-            a_ptr=a_SF,
+            shared_w1_ptr=shared_w1_CD,
+            shared_b1_ptr=shared_b1_C,
+            a_ptr=a_SN,
             slope_ptr=saved[S:] if training else None,
             num_slots=S,
             E=E,
             D=D,
             F=F,
+            C=C,
             TOP_K=top_k,
             ACTIVATION=activation,
             **_tile(config.up, E, x_TD),
         )
-        _scatter(a_SF, order_S, offsets_E1, w2_EDF, b2_ED, gate_S, z_SD, scale, True, config.tma, config.down)
+        weights = w2_EDF, shared_w2_DC
+        _scatter(
+            a_SN, order_S, offsets_E1, weights, b2_ED, gate_S, z_SD, scale, True, config.tma, config.down
+        )
         return over_experts(z_SD, 1 if per_slot else top_k, x_TD.dtype), saved
 
 
@@ -93,14 +123,17 @@ def expert_ffn_backward(
     needs: list[bool],
     config: Config | None = None,
     plus_TD: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of x, w1, b1, w2, b2 and gate, 0 elements for each that is not needed.
+    shared: Shared = NONE_SHARED,
+) -> tuple[Tensor, ...]:
+    """The gradients of x, w1, b1, w2, b2, gate and the shared three, 0 elements for each that is not needed.
 
-    `plus_TD`, contiguous, is what x gets from elsewhere.
+    `needs` says so of the first six; those of shared neurons come with those of the experts' own. `plus_TD`,
+    contiguous, is what x gets from elsewhere.
     """
     need_x, need_w1, need_b1, need_w2, need_b2, need_gate = needs
     S = order_S.shape[0]
     E, F, D = w1_EFD.shape
+    C, (shared_w1_CD, shared_b1_C, shared_w2_DC) = shared.size, shared.contiguous()
     config = config or configs.select(x_TD.device, x_TD.dtype, S, E)
     x_TD, dy = with_contiguous_rows(x_TD), with_contiguous_rows(dy)
     w1_EFD, w2_EDF = w1_EFD.contiguous(), w2_EDF.contiguous()
@@ -110,18 +143,19 @@ def expert_ffn_backward(
 
     need_dh = need_x or need_w1
     need_ga = need_w2 and gate_S is not None
-    a_SF, slope_SF = saved[:S], saved[S : 2 * S]
-    dh_SF, ga_SF = (x_TD.new_empty(S if need else 0, F) for need in (need_dh, need_ga))
-    (grid,) = _grid(S, E, F, config.down_backward)
-    col_tiles = ceil_div(F, config.down_backward.n)
+    a_SN, slope_SN = saved[:S], saved[S : 2 * S]
+    dh_SN, ga_SN = (x_TD.new_empty(S if need else 0, C + F) for need in (need_dh, need_ga))
+    col_tiles = _tiles(C, F, config.down_backward)
+    (grid,) = _grid(S, E, col_tiles, config.down_backward)
 
-    def parts_of(bias: Tensor | None, need: bool) -> tuple[Tensor, Tensor] | None:
+    def parts_of(bias: Tensor | None, need: bool, shared_b: Tensor | None = None) -> Parts | None:
         if bias is None or not need:
             return None
-        return x_TD.new_empty(grid // col_tiles, bias.shape[1], dtype=torch.float32), bias
+        columns = bias.shape[1] + (0 if shared_b is None else shared_b.shape[0])
+        return Parts(x_TD.new_empty(grid // col_tiles, columns, dtype=torch.float32), bias, shared_b)
 
     dgate_parts = x_TD.new_empty(col_tiles, S, dtype=torch.float32) if need_gate else None
-    of_b1, of_b2 = parts_of(b1_EF, need_b1), parts_of(b2_ED, need_b2)
+    of_b1, of_b2 = parts_of(b1_EF, need_b1, shared_b1_C), parts_of(b2_ED, need_b2)
     with on_device_of(x_TD):
         if need_dh or need_ga or need_gate or of_b1 or of_b2:
             launch(
@@ -132,18 +166,20 @@ def expert_ffn_backward(
                 order_ptr=order_S,
                 offsets_ptr=offsets_E1,
                 w2_ptr=w2_EDF,
+                shared_w2_ptr=shared_w2_DC,
                 gate_ptr=gate_S,
-                a_ptr=a_SF,
-                slope_ptr=slope_SF,
-                dh_ptr=dh_SF if need_dh else None,
-                ga_ptr=ga_SF if need_ga else None,
+                a_ptr=a_SN,
+                slope_ptr=slope_SN,
+                dh_ptr=dh_SN if need_dh else None,
+                ga_ptr=ga_SN if need_ga else None,
                 dgate_ptr=dgate_parts,
-                db1_ptr=of_b1 and of_b1[0],
-                db2_ptr=of_b2 and of_b2[0],
+                db1_ptr=of_b1 and of_b1.parts,
+                db2_ptr=of_b2 and of_b2.parts,
                 num_slots=S,
                 E=E,
                 D=D,
                 F=F,
+                C=C,
                 DY_TOP_K=dy_top_k,
                 SCALE=scale,
                 **_tile(config.down_backward, E, x_TD),
@@ -152,10 +188,10 @@ def expert_ffn_backward(
         if need_x:
             dx_SD = x_TD.new_empty(S, D)
             _scatter(
-                dh_SF,
+                dh_SN,
                 order_S,
                 offsets_E1,
-                w1_EFD,
+                (w1_EFD, shared_w1_CD),
                 None,
                 None,
                 dx_SD,
@@ -187,24 +223,23 @@ def expert_ffn_backward(
                 BLOCK_D=128,
                 GROUPS=groups_of(E),
             )
-        db1 = db2 = None
+        db1 = db2 = shared_db1 = None
         if of_b1 or of_b2:
             tile_rows = config.down_backward.m
-            db1, db2 = over_tiles(of_b1, of_b2, offsets_E1, tile_rows)
-        of_w1 = Factors(dh_SF, x_TD, top_k) if need_w1 else None
-        of_w2 = Factors(ga_SF if need_ga else a_SF, dy, dy_top_k, scale) if need_w2 else None
-        dw1, dw2 = weight_grads(of_w1, of_w2, order_S, offsets_E1, config)
+            db1, db2, shared_db1 = over_tiles(of_b1, of_b2, offsets_E1, tile_rows)
+        of_w1 = Factors(dh_SN, x_TD, top_k) if need_w1 else None
+        of_w2 = Factors(ga_SN if need_ga else a_SN, dy, dy_top_k, scale) if need_w2 else None
+        dw1, dw2, shared_dw1, shared_dw2 = weight_grads(of_w1, of_w2, C, order_S, offsets_E1, config)
     # Each output its own tensor: an operator's results may not alias.
-    results = (dw1, db1, dw2, db2, dgate_TK)
-    dw1, db1, dw2, db2, dgate_TK = (x_TD.new_empty(0) if grad is None else grad for grad in results)
-    return dx_TD, dw1, db1, dw2, db2, dgate_TK
+    results = (dw1, db1, dw2, db2, dgate_TK, shared_dw1, shared_db1, shared_dw2)
+    return dx_TD, *(x_TD.new_empty(0) if grad is None else grad for grad in results)
 
 
 def _scatter(
     a_SK: Tensor,
     order_S: Tensor,
     offsets_E1: Tensor,
-    w: Tensor,
+    weights: tuple[Tensor, Tensor | None],
     b_EN: Tensor | None,
     gate_S: Tensor | None,
     out_SN: Tensor,
@@ -213,17 +248,24 @@ def _scatter(
     tma: bool,
     tile: Tile,
 ) -> None:
-    """out[order] = (a W_e + b_e) * gate, with w [E, N, K] if `rows_are_n` else [E, K, N]."""
-    (S, K), N, E = a_SK.shape, out_SN.shape[1], w.shape[0]
+    """out[order] = (a W_e + b_e) * gate, with w [E, N, K] if `rows_are_n` else [E, K, N].
+
+    The second of `weights`, without E, is that of shared neurons, which come first in a.
+    """
+    w, shared_w = weights
+    S, N, E, K = a_SK.shape[0], out_SN.shape[1], w.shape[0], w.shape[2 if rows_are_n else 1]
+    C = a_SK.shape[1] - K
     a_tma = tma and descriptor_fits(a_SK)
-    w_argument, w_tma = weight(w, tma, *((tile.n, tile.k) if rows_are_n else (tile.k, tile.n)))
+    block = (tile.n, tile.k) if rows_are_n else (tile.k, tile.n)
+    w_tma = tma and descriptor_fits(w) and (shared_w is None or descriptor_fits(shared_w))
     launch(
         scatter_kernel,
-        _grid(S, E, N, tile),
+        _grid(S, E, ceil_div(N, tile.n), tile),
         a=describe(a_SK, tile.m, tile.k) if a_tma else a_SK,
         order_ptr=order_S,
         offsets_ptr=offsets_E1,
-        w=w_argument,
+        w=weight(w, w_tma, *block),
+        shared_w=None if shared_w is None else weight(shared_w.unsqueeze(0), w_tma, *block),
         b_ptr=_contiguous(b_EN),
         gate_ptr=gate_S,
         out_ptr=out_SN,
@@ -231,6 +273,7 @@ def _scatter(
         E=E,
         K=K,
         N=N,
+        C=C,
         SCALE=scale,
         ROWS_ARE_N=rows_are_n,
         A_TMA=a_tma,
@@ -250,9 +293,14 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _grid(num_slots: int, num_experts: int, cols: int, tile: Tile) -> tuple[int]:
+def _tiles(num_shared: int, num_own: int, tile: Tile) -> int:
+    """Column tiles of hidden activations: none has shared and own neurons."""
+    return ceil_div(num_shared, tile.n) + ceil_div(num_own, tile.n)
+
+
+def _grid(num_slots: int, num_experts: int, col_tiles: int, tile: Tile) -> tuple[int]:
     """Row tiles, of which every expert and the slots without one may leave one unfilled, times columns."""
-    return (min(num_slots, ceil_div(num_slots, tile.m) + num_experts) * ceil_div(cols, tile.n),)
+    return (min(num_slots, ceil_div(num_slots, tile.m) + num_experts) * col_tiles,)
 
 
 def _tile(tile: Tile, num_experts: int, like: Tensor) -> dict:

@@ -251,14 +251,18 @@ def launches(
     F: int = 768,
     E: int = 4,
     K: int = 1,
+    C: int = 0,
 ) -> list[Launch]:
-    """What a training step with norm and dropout launches, or inference."""
+    """What a training step with norm and dropout launches, or inference; of F neurons C are shared."""
 
     def meta(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    w1, w2 = meta(E, F, D), meta(E, D, F)
-    b1, b2 = (meta(E, F), meta(E, D)) if variant.bias else (None, None)
+    w1, w2 = meta(E, F - C, D), meta(E, D, F - C)
+    b1, b2 = (meta(E, F - C), meta(E, D)) if variant.bias else (None, None)
+    shared = ffn.NONE_SHARED
+    if C:
+        shared = ffn.Shared(meta(C, D), meta(C) if variant.bias else None, meta(D, C))
     ln = meta(E, D, dtype=torch.float32)
     offsets, seed = meta(E + 1, dtype=torch.int32), meta(1, dtype=torch.int64)
 
@@ -269,12 +273,12 @@ def launches(
     with recorded() as record:
         x, z, ids = meta(T, D), meta(T * K, D), meta(T, K, dtype=torch.int32)
         order, *_, gate, _, _, _ = of_call = call(T)
-        _, hidden = ffn.expert_ffn_forward(x, *[*of_call, variant.training, config])
+        _, hidden = ffn.expert_ffn_forward(x, *[*of_call, variant.training, config, shared])
         norm_call = (ids, order, offsets, ln, ln, gate, seed if variant.training else None)
         _, stats = norm.expert_norm_forward(z, x, *norm_call, 1e-12, 0.1 * variant.training)
         if variant.training:
             needs = [True, True, variant.bias, True, variant.bias, variant.gate]
-            ffn.expert_ffn_backward(x, x, hidden, *[*of_call, needs, config])
+            ffn.expert_ffn_backward(x, x, hidden, *[*of_call, needs, config, None, shared])
             norm.expert_norm_backward(x, z, x, stats, *norm_call, 0.1, variant.gate)
     return record
 

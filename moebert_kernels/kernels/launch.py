@@ -92,11 +92,9 @@ def describe(tensor: Tensor, *block: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(tensor, list(block))
 
 
-def weight(w: Tensor, tma: bool, *block: int) -> tuple[Tensor | TensorDescriptor, bool]:
-    """An expert weight [E, *, *] as kernels take it, and whether it is a descriptor of [1, *block] tiles."""
-    if tma and descriptor_fits(w):
-        return describe(w, 1, *block), True
-    return w, False
+def weight(w: Tensor, tma: bool, *block: int) -> Tensor | TensorDescriptor:
+    """An expert weight [E, *, *] as kernels take it: with `tma` as a descriptor of [1, *block] tiles."""
+    return describe(w, 1, *block) if tma else w
 
 
 def ceil_div(numerator: int, denominator: int) -> int:

@@ -20,7 +20,7 @@ from moebert_kernels.kernels import configs
 from moebert_kernels.kernels.blocks import OF_PLAN, find_rows
 from moebert_kernels.kernels.launch import ceil_div, groups_of, launch, on_device_of
 from moebert_kernels.kernels.launch import rows as with_contiguous_rows
-from moebert_kernels.kernels.rows import over_experts, over_tiles
+from moebert_kernels.kernels.rows import Parts, over_experts, over_tiles
 
 
 def expert_norm_forward(
@@ -120,7 +120,8 @@ def expert_norm_backward(
             D=D,
             **_row(D),
         )
-        dln_w_ED, dln_b_ED = over_tiles((shares[0], ln_w_ED), (shares[1], ln_b_ED), offsets_E1, block)
+        parts = Parts(shares[0], ln_w_ED), Parts(shares[1], ln_b_ED)
+        dln_w_ED, dln_b_ED, _ = over_tiles(*parts, offsets_E1, block)
         assert dln_w_ED is not None
         assert dln_b_ED is not None
         return dz_SD, over_experts(du_SD, K, residual_TD.dtype), dln_w_ED, dln_b_ED, dgate_TK

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from moebert_kernels.kernels.blocks import OF_PLAN, find_rows
+from moebert_kernels.kernels.blocks import OF_PLAN, find_columns, find_rows
 from moebert_kernels.kernels.launch import ceil_div, groups_of, launch
 
 
@@ -30,39 +32,47 @@ def over_experts(z_SD: Tensor, top_k: int, dtype: torch.dtype, plus_TD: Tensor |
     return y_TD
 
 
-def over_tiles(
-    left: tuple[Tensor, Tensor] | None,
-    right: tuple[Tensor, Tensor] | None,
-    offsets_E1: Tensor,
-    tile_rows: int,
-) -> tuple[Tensor | None, Tensor | None]:
-    """The sums over each expert's row tiles, of two kinds of parts at once.
+class Parts(NamedTuple):
+    """What row tiles have added up.
 
-    `left` and `right` each are parts [row tiles, N] in float32 and a tensor [E, N] whose dtype the sums get.
+    Attributes:
+        parts: [row tiles, N], float32.
+        like: [E, N], whose dtype the sums over each expert's tiles get; or [E, N - C].
+        shared: [C], whose dtype the sums of the first C columns get, over all tiles; or None.
     """
+
+    parts: Tensor
+    like: Tensor
+    shared: Tensor | None = None
+
+
+def over_tiles(
+    left: Parts | None, right: Parts | None, offsets_E1: Tensor, tile_rows: int
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The sums over each expert's row tiles, of two kinds of parts at once; and the left's shared sums."""
     E = offsets_E1.shape[0] - 1
-    out = [
-        None if pair is None else torch.empty_like(pair[1], memory_format=torch.contiguous_format)
-        for pair in (left, right)
-    ]
-    M, N = (0 if pair is None else pair[0].shape[1] for pair in (left, right))
+    like = (left and left.like, right and right.like, left and left.shared)
+    out = [None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in like]
+    M, N, C = (0 if t is None else t.shape[-1] for t in like)
     launch(
         sum_tiles_kernel,
-        (E, ceil_div(max(M, N), 64), 2),
-        left_parts_ptr=left and left[0],
-        right_parts_ptr=right and right[0],
+        (E, max(ceil_div(C, 64) + ceil_div(M, 64), ceil_div(N, 64)), 2),
+        left_parts_ptr=left and left.parts,
+        right_parts_ptr=right and right.parts,
         offsets_ptr=offsets_E1,
         left_ptr=out[0],
         right_ptr=out[1],
+        shared_ptr=out[2],
         E=E,
         M=M,
         N=N,
+        C=C,
         TILE_ROWS=tile_rows,
         BLOCK_T=32,
         BLOCK_N=64,
         GROUPS=groups_of(E),
     )
-    return out[0], out[1]
+    return out[0], out[1], out[2]
 
 
 @triton.jit
@@ -87,14 +97,16 @@ def sum_slots_kernel(
 
 @triton.jit(do_not_specialize_on_alignment=OF_PLAN)
 def sum_tiles_kernel(
-    left_parts_ptr,  # [row tiles, M] float32, or None
+    left_parts_ptr,  # [row tiles, C + M] float32, or None
     right_parts_ptr,  # [row tiles, N] float32, or None
     offsets_ptr,  # [E + 1]
     left_ptr,  # out: [E, M]
     right_ptr,  # out: [E, N]
+    shared_ptr,  # out: [C], sums over all experts, or None
     E: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
+    C: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -114,26 +126,46 @@ def sum_tiles_kernel(
     n = tl.program_id(1) * BLOCK_N
     if tl.program_id(2) == 0:
         if left_ptr is not None:
-            _sum_tiles(left_parts_ptr, left_ptr, expert, first, stop, n, M, BLOCK_T, BLOCK_N)
+            if C == 0:
+                _sum_tiles(left_parts_ptr, left_ptr + expert * M, first, stop, n, M, M, BLOCK_T, BLOCK_N)
+            else:
+                is_shared, n = find_columns(tl.program_id(1), C, M, BLOCK_N)
+                if is_shared:
+                    if expert == 0:
+                        _sum_tiles(
+                            left_parts_ptr, shared_ptr, 0, tl.sum(tiles_E, 0), n, C, C + M, BLOCK_T, BLOCK_N
+                        )
+                else:
+                    own_ptr = left_ptr + expert * M
+                    _sum_tiles(left_parts_ptr + C, own_ptr, first, stop, n, M, C + M, BLOCK_T, BLOCK_N)
     else:
         if right_ptr is not None:
-            _sum_tiles(right_parts_ptr, right_ptr, expert, first, stop, n, N, BLOCK_T, BLOCK_N)
+            _sum_tiles(right_parts_ptr, right_ptr + expert * N, first, stop, n, N, N, BLOCK_T, BLOCK_N)
 
 
 @triton.jit
 def _sum_tiles(
-    parts_ptr, out_ptr, expert, first, stop, n, N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr
+    parts_ptr,
+    out_ptr,
+    first,
+    stop,
+    n,
+    N: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
+    """The first N columns of `out_ptr`'s, of parts whose rows lie STRIDE apart."""
     cols_N = n + tl.arange(0, BLOCK_N)
     sum_N = tl.zeros((BLOCK_N,), tl.float32)
     for tile in tl.range(first, stop, BLOCK_T):
         tile_T = tile + tl.arange(0, BLOCK_T)
         mask = (tile_T < stop)[:, None] & (cols_N < N)[None, :]
         part_TN = tl.load(
-            parts_ptr + tile_T.to(tl.int64)[:, None] * N + cols_N[None, :], mask=mask, other=0.0
+            parts_ptr + tile_T.to(tl.int64)[:, None] * STRIDE + cols_N[None, :], mask=mask, other=0.0
         )
         sum_N += tl.sum(part_TN, 0)
-    tl.store(out_ptr + expert * N + cols_N, sum_N.to(out_ptr.dtype.element_ty), mask=cols_N < N)
+    tl.store(out_ptr + cols_N, sum_N.to(out_ptr.dtype.element_ty), mask=cols_N < N)
 
 
 @triton.jit(do_not_specialize=["num_slots"], do_not_specialize_on_alignment=OF_PLAN)

@@ -59,7 +59,8 @@ class MoEConfig:
     Args:
         num_experts: E, per layer.
         expert_size: F, the neurons of one expert.
-        num_shared_neurons: how many neurons every expert started with; a record, nothing reads it.
+        num_shared_neurons: how many neurons every expert started with; a record, unless `tie_shared`.
+        tie_shared: whether these are stored once and stay the same in all experts.
         routing: "hash-random", "hash-balance", "hash-affinity", "gate-token" or "gate-sentence".
         top_k: K, experts per token; a hash has 1.
         balance_loss_weight: of the load-balance loss that heads add to theirs while a gate is trained.
@@ -74,6 +75,7 @@ class MoEConfig:
     num_experts: int = 4
     expert_size: int = 768
     num_shared_neurons: int = 512
+    tie_shared: bool = False
     routing: str = "hash-random"
     top_k: int = 1
     balance_loss_weight: float | int = 0.01
@@ -91,6 +93,11 @@ class MoEConfig:
             raise ValueError(
                 f"num_shared_neurons must lie in [0, expert_size={self.expert_size}], "
                 f"got {self.num_shared_neurons}"
+            )
+        if self.tie_shared and self.num_shared_neurons == self.expert_size:
+            raise ValueError(
+                f"num_shared_neurons must be less than expert_size={self.expert_size} with tie_shared: every "
+                f"expert needs a neuron of its own, got {self.num_shared_neurons}"
             )
         if self.routing not in ROUTINGS:
             raise ValueError(f"routing must be one of {', '.join(ROUTINGS)}, got {self.routing!r}")
@@ -110,6 +117,11 @@ class MoEConfig:
             )
         if getattr(self, "is_decoder", False) or getattr(self, "add_cross_attention", False):
             raise ValueError("MoEBERT is an encoder: is_decoder and add_cross_attention must be False")
+
+    @property
+    def num_tied_neurons(self) -> int:
+        """Neurons of a layer's experts that are stored once."""
+        return self.num_shared_neurons if self.tie_shared else 0
 
     @property
     def is_gated(self) -> bool:

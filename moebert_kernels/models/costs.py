@@ -21,7 +21,8 @@ def parameters_used_per_token(model: nn.Module) -> int:
     """
     unused = 0
     for ffn in _expert_ffns(model):
-        experts = sum(parameter.numel() for parameter in ffn.parameters(recurse=False))
+        named = ffn.named_parameters(recurse=False)
+        experts = sum(parameter.numel() for name, parameter in named if not name.startswith("shared"))
         unused += experts // ffn.num_experts * (ffn.num_experts - _top_k(ffn))
     return count_parameters(model) - unused
 

@@ -195,9 +195,11 @@ class MoEPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, MoEFFN):
-            for weight in (module.w1_EFD, module.w2_EDF):
-                init.normal_(weight, std=self.config.initializer_range)
-            for bias in (module.bias1_EF, module.bias2_ED, module.layernorm_bias_ED):
+            for weight in (module.w1_EFD, module.w2_EDF, module.shared_w1_CD, module.shared_w2_DC):
+                if weight is not None:
+                    init.normal_(weight, std=self.config.initializer_range)
+            of_norm, shared = module.layernorm_bias_ED, module.shared_bias1_C
+            for bias in (module.bias1_EF, module.bias2_ED, of_norm, shared):
                 if bias is not None:
                     init.zeros_(bias)
             if module.layernorm_weight_ED is not None:
@@ -501,6 +503,7 @@ def new_experts(dense: DenseFFN, config: Any) -> MoEFFN:
         dense.w1.in_features,
         config.expert_size,
         config.num_experts,
+        num_shared=config.num_tied_neurons,
         router=router,
         activation=dense.activation,
         norm_eps=dense.norm.eps,

@@ -29,6 +29,8 @@ def replace_ffns(
     model: PreTrainedModel,
     index_LEF: Tensor,
     *,
+    num_shared_neurons: int | None = None,
+    tie_shared: bool = False,
     routing: str = "hash-random",
     tables_LV: Tensor | None = None,
     top_k: int = 1,
@@ -47,6 +49,10 @@ def replace_ffns(
         model: a base model of a family in `families.FAMILIES` or any head on one.
         index_LEF: integer [L, E, F], from `split_neurons` or of your own making; E neurons' sets of each
             layer's network, which may overlap.
+        num_shared_neurons: how many neurons all experts of a layer were given on purpose; recorded in the
+            configuration. By default as many as they have in common.
+        tie_shared: store these once: they stay the same in all experts. Of more neurons in common, those that
+            come first in expert 0.
         routing: "hash-random", "hash-balance", "hash-affinity", "gate-token" or "gate-sentence".
         tables_LV: integer [L, V], the expert of every token id, for a hash. By default drawn at random
             for "hash-random"; the others have none and need them: "hash-balance" from `hash_balance_tables`,
@@ -61,13 +67,15 @@ def replace_ffns(
     base, family = find_base(model)
     dense_config, classes = base.config, moe_classes(family)
     index_LEF = _checked_index(index_LEF, dense_ffns)
+    num_shared = _checked_shared(num_shared_neurons, index_LEF)
     check_seed(seed)
     num_layers, num_experts, expert_size = index_LEF.shape
     config: Any = classes.config.from_dense(  # type: ignore[attr-defined]
         dense_config,
         num_experts=num_experts,
         expert_size=expert_size,
-        num_shared_neurons=_count_shared(index_LEF),
+        num_shared_neurons=num_shared,
+        tie_shared=tie_shared,
         routing=routing,
         top_k=top_k,
         hash_seed=seed,
@@ -93,6 +101,7 @@ def to_moe(
     index_LEF: Tensor,
     *,
     num_shared_neurons: int,
+    tie_shared: bool = False,
     routing: str = "hash-random",
     tables_LV: Tensor | None = None,
     top_k: int = 1,
@@ -104,8 +113,8 @@ def to_moe(
         teacher: a base model of a family in `families.FAMILIES` or its head for sequence classification,
             token classification, question answering or masked language modelling.
         index_LEF: see `replace_ffns`.
-        num_shared_neurons: how many neurons all experts of a layer were given on purpose; recorded in the
-            configuration.
+        num_shared_neurons: see `replace_ffns`.
+        tie_shared: see `replace_ffns`.
         routing: see `replace_ffns`.
         tables_LV: see `replace_ffns`.
         top_k: see `replace_ffns`.
@@ -125,15 +134,17 @@ def to_moe(
             f"teacher must be one of {', '.join(cls.__name__ for cls in known)}, got "
             f"{type(teacher).__name__}; replace_ffns changes any other head in place"
         )
-    check_whole("num_shared_neurons", num_shared_neurons)
     moe: Any = copy.deepcopy(teacher).requires_grad_()
-    replace_ffns(moe, index_LEF, routing=routing, tables_LV=tables_LV, top_k=top_k, seed=seed)
-    if not 0 <= num_shared_neurons <= moe.config.num_shared_neurons:
-        raise ValueError(
-            f"num_shared_neurons must lie in [0, {moe.config.num_shared_neurons}], the neurons that all "
-            f"experts of every layer have in index_LEF, got {num_shared_neurons}"
-        )
-    moe.config.num_shared_neurons = num_shared_neurons
+    replace_ffns(
+        moe,
+        index_LEF,
+        num_shared_neurons=num_shared_neurons,
+        tie_shared=tie_shared,
+        routing=routing,
+        tables_LV=tables_LV,
+        top_k=top_k,
+        seed=seed,
+    )
     return moe
 
 
@@ -191,15 +202,30 @@ def _checked_tables(tables_LV: Tensor | None, shape: tuple[int, int], config: An
     return tables_LV.to(torch.int32)
 
 
-def _count_shared(index_LEF: Tensor) -> int:
-    """The neurons that all experts of a layer have in common; of the layer that has fewest."""
-    num_experts = index_LEF.shape[1]
-    return min(int((index_EF.flatten().bincount() == num_experts).sum()) for index_EF in index_LEF)
+def _checked_shared(num_shared: int | None, index_LEF: Tensor) -> int:
+    common = min(int(_in_common(index_EF).sum()) for index_EF in index_LEF)
+    if num_shared is None:
+        return common
+    check_whole("num_shared_neurons", num_shared)
+    if not 0 <= num_shared <= common:
+        raise ValueError(
+            f"num_shared_neurons must lie in [0, {common}], the neurons that all experts of every layer have "
+            f"in index_LEF, got {num_shared}"
+        )
+    return num_shared
+
+
+def _in_common(index_EF: Tensor) -> Tensor:
+    """Which of the dense neurons all experts have."""
+    return index_EF.flatten().bincount() == index_EF.shape[0]
 
 
 def _cut(dense: DenseFFN, index_EF: Tensor, config: Any, generator: torch.Generator) -> MoEFFN:
     """The experts of one layer, with weights copied from the dense network."""
     weight = dense.w1.weight
+    shared_C = index_EF[0][_in_common(index_EF)[index_EF[0]]][: config.num_tied_neurons]
+    index_EF = torch.stack([index_F[~torch.isin(index_F, shared_C)] for index_F in index_EF])
+    shared_C = shared_C.to(weight.device)
     with torch.device("meta"):  # every weight is given below: none is drawn here
         ffn = new_experts(dense, config)
     index_EF = index_EF.to(weight.device)
@@ -212,6 +238,12 @@ def _cut(dense: DenseFFN, index_EF: Tensor, config: Any, generator: torch.Genera
         "layernorm_weight_ED": dense.norm.weight.repeat(num_experts, 1),
         "layernorm_bias_ED": dense.norm.bias.repeat(num_experts, 1),
     }
+    if len(shared_C):
+        state |= {
+            "shared_w1_CD": weight[shared_C],
+            "shared_bias1_C": dense.w1.bias[shared_C],
+            "shared_w2_DC": dense.w2.weight[:, shared_C].contiguous(),
+        }
     if config.is_gated:
         gate_ED = torch.empty(num_experts, dense.w1.in_features)
         gate_ED.normal_(std=config.initializer_range, generator=generator)

@@ -25,7 +25,6 @@ from moebert_kernels.compress.batching import LABEL_COLUMNS, row_lengths, sample
 from moebert_kernels.compress.joint_ridge import solve
 from moebert_kernels.compress.layerwise import Layerwise, evaluating, forward_replaced
 from moebert_kernels.layer import MoEFFN
-from moebert_kernels.models import is_moe
 from moebert_kernels.models.families import DenseFFN, find_base, find_ffns
 from moebert_kernels.models.modeling import MoELayer, MoEModel
 from moebert_kernels.routing import RouterOutput
@@ -154,8 +153,8 @@ def fit_experts(
     num_tokens, cut_L, fitted_L = zip(*layers, strict=True)
     if num_tokens[0] == 0:
         raise ValueError("batches hold no tokens: experts are fitted to rows of text")
-    if is_moe(student.config):
-        student.config.is_fitted = True
+    if isinstance(base := _base_of(student), MoEModel):
+        base.config.is_fitted = True
     return Fitted(num_tokens[0], list(cut_L), list(fitted_L))
 
 

@@ -95,7 +95,12 @@ TABLE: dict[tuple[str, str, str], Config] = {
         down_backward=Tile(64, 64, 64, 4, 4, parts=2),
         stream_k=True,
     ),
-    ("sm_80", "tf32", "small"): _config(Tile(64, 64, 32, 4, 4, parts=2), Tile(64, 64, 32, 4, 5)),
+    ("sm_80", "tf32", "small"): _config(
+        Tile(64, 64, 32, 4, 4, parts=4),
+        Tile(64, 64, 32, 4, 5),
+        down_backward=Tile(64, 64, 32, 4, 4, parts=2),
+        up=Tile(64, 64, 32, 4, 4, parts=2),
+    ),
     ("sm_80", "tf32", "medium"): _config(Tile(64, 128, 32, 4, 4, parts=4), Tile(64, 64, 32, 4, 5)),
     ("sm_80", "tf32", "large"): _config(
         Tile(128, 128, 32, 8, 3, parts=4), Tile(64, 128, 32, 8, 4), stream_k=True

@@ -1,10 +1,10 @@
 """README tables from result files, between markers `<!-- bench:NAME:begin -->` and `<!-- bench:NAME:end -->`.
 
 NAME is an operator and a kind of device, such as `ffn-cpu` or `model-gpu`, or `targets-gpu`, or `demo` for
-the results of `make demo`, kept as demo.json, or `fit` for those of `bench.fit`, or `quality-STUDY` for a
-study of `bench.quality`, `quality-likeness-STUDY` for how alike its students and their teachers are, or
-`quality-settings` for what its studies change, or `machine-TABLE` for a table of `bench.predictions`, or
-`serve`, `serve-all` and `serve-quality` for `python -m bench serve`. What was never measured says so.
+the results of `make demo`, kept as demo.json, or `fit` and `packing` for those of `bench.fit` and
+`bench.packing`, or `quality-STUDY` for a study of `bench.quality`, `quality-likeness-STUDY` for how alike its
+students and their teachers are, or `quality-settings` for what its studies change, or `machine-TABLE` for a
+table of `bench.predictions`, or `serve`, `serve-all` and `serve-quality` for `python -m bench serve`. What was never measured says so.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ def update(text: str, folder: str | Path) -> str:
             content = demo(Path(folder))
         elif name == "fit":
             content = fit(Path(folder))
+        elif name == "packing":
+            content = packing(Path(folder))
         elif name.startswith("machine-"):
             content = machine(name.removeprefix("machine-"), Path(folder))
         elif name in ("serve", "serve-all", "serve-quality"):
@@ -112,6 +114,16 @@ def fit(folder: Path) -> str:
     if not path.is_file():
         return f"*`python -m bench.fit`: {NOT_MEASURED}.*"
     return tables(json.loads(path.read_text(encoding="utf-8")))
+
+
+def packing(folder: Path) -> str:
+    """The table of `python -m bench.packing`, kept as packing.json."""
+    from .packing import table as packing_table  # it knows of models, and what those import
+
+    path = folder / "packing.json"
+    if not path.is_file():
+        return f"*`python -m bench.packing`: {NOT_MEASURED}.*"
+    return packing_table(json.loads(path.read_text(encoding="utf-8")))
 
 
 def machine(name: str, folder: Path) -> str:

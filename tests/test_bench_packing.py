@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from bench import packing, windows
+from bench.readme import update
 
 
 @pytest.mark.parametrize("trained", [True, False])
@@ -34,7 +35,11 @@ def test_ratios_are_measured_written_and_told(tmp_path, monkeypatch, capsys, tra
     }
     assert run["ratios"].keys() == (names | {"distil"} if trained else names)
     assert all(found["low"] <= found["median"] <= found["high"] for found in run["ratios"].values())
-    assert "| MiniLM, float32 |" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "| MiniLM, float32 |" in said
+    block = "<!-- bench:packing:begin -->\n{}<!-- bench:packing:end -->\n"
+    table = said[said.index("| |") :].strip()
+    assert update(block.format(""), tmp_path) == block.format(table + "\n")
 
 
 def test_a_fit_of_costs_is_never_negative():

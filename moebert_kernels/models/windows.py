@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 _HEADS = 12  # for which a choice is good enough
-_STEP = 16  # of sizes that PyTorch's kernels take no longer for than they must
+STEP = 16  # of sizes that PyTorch's kernels take no longer for than they must
 
 
 class Costs(NamedTuple):
@@ -108,6 +108,6 @@ def cost_us(groups: Sequence[Group], costs: Costs) -> float:
     c0, c2 = costs.block
 
     def block(size: int) -> float:
-        return (c0 + c2 * size * size) * (costs.ragged if size % _STEP else 1.0)
+        return (c0 + c2 * size * size) * (costs.ragged if size % STEP else 1.0)
 
     return sum(costs.call + _HEADS * len(windows) * block(size) for size, windows in groups)

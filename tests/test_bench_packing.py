@@ -54,4 +54,4 @@ def test_costs_are_printed(monkeypatch, capsys):
     monkeypatch.setattr(windows, "SIZES", (16, 24, 32))
     monkeypatch.setattr(windows, "ROWS", 32)
     windows.main()
-    assert "chosen by 1.20 + 0.00260 n², times 1.50 where 16 does not divide n" in capsys.readouterr().out
+    assert "chosen by 1.50 + 0.00260 n², times 1.70 where 16 does not divide n" in capsys.readouterr().out

@@ -31,7 +31,7 @@ class Costs(NamedTuple):
 
 
 # Forward, by flash attention: small windows are all overhead.
-FLASH = Costs((1.2, 0.0026), 1.5, 100.0, (64, 96, 128, 256))
+FLASH = Costs((1.5, 0.0026), 1.7, 100.0, (64, 96, 128, 256))
 # Forward and backward with dropout, for which PyTorch writes all weights to memory, several times.
 DROPOUT = Costs((4.0, 0.045), 1.0, 200.0, (1, 32, 64))
 

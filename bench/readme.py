@@ -1,11 +1,11 @@
 """README tables from result files, between markers `<!-- bench:NAME:begin -->` and `<!-- bench:NAME:end -->`.
 
 NAME is an operator and a kind of device, such as `ffn-cpu` or `model-gpu`, or `targets-gpu`, or `demo` for
-the results of `make demo`, kept as demo.json, or `fit`, `choices` or `training` for those of `bench.fit` and
-so on, or `quality-STUDY` for a study of `bench.quality`, `quality-likeness-STUDY` for how alike its students
-and their teachers are, or
-`quality-settings` for what its studies change, or `machine-TABLE` for a table of `bench.predictions`, or
-`serve`, `serve-all` and `serve-quality` for `python -m bench serve`. What was never measured says so.
+the results of `make demo`, kept as demo.json, or `fit`, `packing`, `choices` or `training` for those of
+`bench.fit` and so on, or `quality-STUDY` for a study of `bench.quality`, `quality-likeness-STUDY` for how alike
+its students and their teachers are, or `quality-settings` for what its studies change, or `machine-TABLE` for a
+table of `bench.predictions`, or `serve`, `serve-all` and `serve-quality` for `python -m bench serve`. What was
+never measured says so.
 """
 
 from __future__ import annotations
@@ -58,8 +58,13 @@ def update(text: str, folder: str | Path) -> str:
             content = demo(Path(folder))
         elif name == "fit":
             content = fit(Path(folder))
+<<<<<<< HEAD
         elif name in ("choices", "training"):
             content = made(name, Path(folder))
+=======
+        elif name == "packing":
+            content = packing(Path(folder))
+>>>>>>> w19a
         elif name.startswith("machine-"):
             content = machine(name.removeprefix("machine-"), Path(folder))
         elif name in ("serve", "serve-all", "serve-quality"):
@@ -117,6 +122,7 @@ def fit(folder: Path) -> str:
     return tables(json.loads(path.read_text(encoding="utf-8")))
 
 
+<<<<<<< HEAD
 def made(name: str, folder: Path) -> str:
     """The tables of `python -m bench.choices` or `bench.training`, all subjects."""
     from . import choices, training  # they know of models, and what those import
@@ -129,6 +135,16 @@ def made(name: str, folder: Path) -> str:
     if not rows:
         return f"*`python -m bench.{name}`: {NOT_MEASURED}.*"
     return choices.table(rows) if name == "choices" else training.table(rows)
+=======
+def packing(folder: Path) -> str:
+    """The table of `python -m bench.packing`, kept as packing.json."""
+    from .packing import table as packing_table  # it knows of models, and what those import
+
+    path = folder / "packing.json"
+    if not path.is_file():
+        return f"*`python -m bench.packing`: {NOT_MEASURED}.*"
+    return packing_table(json.loads(path.read_text(encoding="utf-8")))
+>>>>>>> w19a
 
 
 def machine(name: str, folder: Path) -> str:

@@ -170,13 +170,13 @@ def test_only_experts_with_tokens_count_as_read():
     assert FFN.work(one, "forward", "experts") == FFN.work(one, "forward", "bound")
 
 
-def test_only_tokens_that_are_no_padding_count_for_experts():
-    """A layer of 2 sequences of 3 tokens, 4 of them real: 2 D F for each of those."""
+def test_only_tokens_that_are_no_padding_count_for_an_encoder_with_experts():
+    """A layer of 2 sequences of 3 tokens, 4 of them real; dense networks compute all 6."""
     case = ModelCase(6, sequence=3, D=4, F=5, E=2, L=1, V=9, text="t", tokenizer="w", real=4)
-    rest = 6 * (4 * 16 + 2 * 3 * 4)
+    rest = 4 * 16 + 2 * 3 * 4  # of a token's attention
     inputs = ModelInputs(case, torch.empty(0), None, torch.empty(0), {})
-    assert MODEL.work(inputs, "forward", "experts").flops == 2 * (rest + 4 * 2 * 4 * 5)
-    assert MODEL.work(inputs, "forward", "bound").flops == 2 * (rest + 6 * 2 * 4 * 5)
+    assert MODEL.work(inputs, "forward", "experts").flops == 2 * 4 * (rest + 2 * 4 * 5)
+    assert MODEL.work(inputs, "forward", "bound").flops == 2 * 6 * (rest + 2 * 4 * 5)
 
 
 def test_the_roofline_is_the_slower_of_the_two_limits():

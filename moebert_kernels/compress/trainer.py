@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -172,19 +172,21 @@ class DistillationTrainer(Trainer):
 
         routers: list[RouterOutput] = []
         load = self.load
-        pack = self._pack(features)
-        how: dict[str, Any] = {} if pack is None else {"pack": pack}
+        mask_BS = features.get("attention_mask")
+        how: dict[str, Any] = {}  # both models are called
         extra: dict[str, Any] = {} if load is None else {"router_outputs": routers}
-        if pack is None and is_moe(self._student_config):
-            extra["pack"] = False  # the teacher does not pack either
+        if self._packs:
+            how["pack"], is_full = self._pack(mask_BS, labels.get("labels"))
+            features = {**features, "attention_mask": None} if is_full else features
+        elif is_moe(self._student_config):
+            extra["pack"] = False  # as the teacher, which has no such argument
         outputs = model(**features, **how, **extra, output_hidden_states=True)
         with torch.no_grad(), self.accelerator.autocast():
             teacher_outputs = self.teacher(**features, **how, output_hidden_states=True)
-        mask_BS = features.get("attention_mask")
         teacher_states = teacher_outputs.hidden_states
         if self.layer_map is not None:
             teacher_states = [teacher_states[0], *(teacher_states[1 + layer] for layer in self.layer_map)]
-        layers = layer_loss(outputs.hidden_states, teacher_states, mask_BS if pack is None else None)
+        layers = layer_loss(outputs.hidden_states, teacher_states, None if how.get("pack") else mask_BS)
         per_token = False
         if self.pooling is None:
             kind = self._kind(outputs)
@@ -238,13 +240,15 @@ class DistillationTrainer(Trainer):
     def _student_config(self):
         return self.accelerator.unwrap_model(self.model).config
 
-    def _pack(self, features: dict[str, Any]) -> Pack | None:
-        """What both models compute, whose hidden states are compared as rows; None for all places."""
-        mask_BS = features.get("attention_mask")
-        if not self._packs or mask_BS is None:
-            return None
-        pack = pack_if_worthwhile(mask_BS, dropout=drops_weights(self._student_config)).pack
-        return None if pack is None else pack.with_rows_kept()
+    def _pack(self, mask_BS: Tensor | None, labels: Tensor | None) -> tuple[Pack | Literal[False], bool]:
+        """What both models compute, whose hidden states are rows then, and whether that is everything."""
+        if mask_BS is None:
+            return False, True
+        of_tokens = labels is not None and labels.shape == mask_BS.shape and not labels.is_floating_point()
+        read_BS = labels != IGNORED_LABEL if labels is not None and of_tokens else None
+        dropout = drops_weights(self._student_config)
+        pack, is_full = pack_if_worthwhile(mask_BS, read_BS, dropout=dropout)
+        return False if pack is None else pack.with_rows_kept(), is_full
 
     def _kind(self, outputs: Any) -> str:
         return prediction_kind(outputs, self._student_config)

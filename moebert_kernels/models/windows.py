@@ -11,26 +11,29 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 _HEADS = 12  # for which a choice is good enough
+STEP = 16  # of sizes that PyTorch's kernels take no longer for than they must
 
 
 class Costs(NamedTuple):
     """What attention costs, in microseconds.
 
     Attributes:
-        block: c0, c1 and c2 of one head over a window of n rows, c0 + c1 n + c2 n^2.
+        block: c0 and c2 of one head over a window of n rows, c0 + c2 n^2, where 16 divides n.
+        ragged: how many times as much where it does not.
         call: of each group's further call.
         sizes: of windows that may be best; 1 has every sequence in a window of its own.
     """
 
-    block: tuple[float, float, float]
+    block: tuple[float, float]
+    ragged: float
     call: float
     sizes: tuple[int, ...]
 
 
 # Forward, by flash attention: small windows are all overhead.
-FLASH = Costs((2.0, 0.07, 0.0014), 30.0, (64, 128, 256))
+FLASH = Costs((1.5, 0.0026), 1.7, 100.0, (64, 96, 128, 256))
 # Forward and backward with dropout, for which PyTorch writes all weights to memory, several times.
-DROPOUT = Costs((3.0, 0.0, 0.035), 200.0, (1, 32, 64))
+DROPOUT = Costs((4.0, 0.045), 1.0, 200.0, (1, 32, 64))
 
 
 class Group(NamedTuple):
@@ -102,7 +105,9 @@ def _fullest(lengths: list[int], room: int) -> list[int]:
 
 def cost_us(groups: Sequence[Group], costs: Costs) -> float:
     """What attention over these windows is expected to take, in microseconds of one thread."""
-    c0, c1, c2 = costs.block
-    return sum(
-        costs.call + _HEADS * len(windows) * (c0 + c1 * size + c2 * size * size) for size, windows in groups
-    )
+    c0, c2 = costs.block
+
+    def block(size: int) -> float:
+        return (c0 + c2 * size * size) * (costs.ragged if size % STEP else 1.0)
+
+    return sum(costs.call + _HEADS * len(windows) * block(size) for size, windows in groups)

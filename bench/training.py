@@ -291,12 +291,12 @@ def table(rows: list[dict[str, Any]]) -> str:
             "|---|--:|--:|--:|--:|--:|--:|",
         ]
         for row in sorted(mine, key=lambda row: list(TRAININGS).index(row["name"])):
-            (first, agreed, right), *after = row["fitted"], *row["epochs"]
+            first, agreed, right = row["fitted"]
             found, low, high = row["times"]
             kept = row.get("kept")
             cells = [
                 row["name"],
-                f"{first:.4f} → {' → '.join(f'{divergence:.4f}' for divergence, _, _ in after)}",
+                f"{first:.4f} → {' → '.join(f'{divergence:.4f}' for divergence, _, _ in row['epochs'])}",
                 f"{found:.2f} [{low:.2f}, {high:.2f}]",
                 f"{agreed:.3f} → {row['agreement']:.3f}",
                 f"{right:.3f} → {row['accuracy']:.3f}",

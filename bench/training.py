@@ -136,7 +136,9 @@ def train(subject: Subject, fits: Fits, how: Training) -> dict[str, Any]:
         finally:
             shutil.rmtree(room)
         assert trained.nearest is not None
-        found["held_out"], found["kept"] = trained.nearest
+        found["held_out"], found["kept"], found["share"] = trained.nearest
+        saved = subject.likeness(student)
+        found["saved"], found["saved_times"] = told(saved), saved.times(before)
         found["layer_losses"] = [trained.losses[0]["layer"], trained.losses[-1]["layer"]]
     else:
         after.append(local)
@@ -266,6 +268,9 @@ TRAININGS = {
     "no labels, dropout off, 3e-5": Training(labels=False, dropout=False, learning_rate=3e-5),
     "no labels, dropout off, 3e-4": Training(labels=False, dropout=False, learning_rate=3e-4),
     "no labels, dropout off, more text": Training(labels=False, dropout=False, rows=1 << 30),
+    "no labels, dropout off, 3e-5, more text": Training(
+        labels=False, dropout=False, learning_rate=3e-5, rows=1 << 30
+    ),
     "no labels, dropout off, warm-up": Training(labels=False, dropout=False, warmup=0.1),
     "local steps": Training(learning_rate=0.0, local_steps=300),
     "narrow, no labels, dropout off": Training(labels=False, dropout=False, student="narrow"),
@@ -287,20 +292,19 @@ def table(rows: list[dict[str, Any]]) -> str:
         mine = [row for row in rows if row["subject"] == subject]
         lines = [
             f"| {subject} | divergence, as fitted → after each epoch | times as fitted | agreement "
-            "| accuracy | kept, by held-out rows | seconds |",
-            "|---|--:|--:|--:|--:|--:|--:|",
+            "| accuracy | saved, by held-out rows | its divergence, times as fitted | seconds |",
+            "|---|--:|--:|--:|--:|--:|--:|--:|",
         ]
         for row in sorted(mine, key=lambda row: list(TRAININGS).index(row["name"])):
             first, agreed, right = row["fitted"]
             found, low, high = row["times"]
-            kept = row.get("kept")
             cells = [
                 row["name"],
                 f"{first:.4f} → {' → '.join(f'{divergence:.4f}' for divergence, _, _ in row['epochs'])}",
                 f"{found:.2f} [{low:.2f}, {high:.2f}]",
                 f"{agreed:.3f} → {row['agreement']:.3f}",
                 f"{right:.3f} → {row['accuracy']:.3f}",
-                "–" if kept is None else f"epoch {kept}" if kept else "as fitted",
+                *_saved(row),
                 f"{row['seconds']:.0f}",
             ]
             lines.append(f"| {' | '.join(cells)} |")
@@ -313,6 +317,16 @@ def table(rows: list[dict[str, Any]]) -> str:
         ]
         drawn.append("\n".join(lines))
     return "\n\n".join(drawn)
+
+
+def _saved(row: dict[str, Any]) -> tuple[str, str]:
+    """Which student distillation saves, and how far it is on the rows that decide nothing."""
+    kept, share = row.get("kept"), row.get("share", 1.0)
+    if not kept:
+        return ("–", "–") if kept is None else ("as fitted", "1.00")
+    found, low, high = row.get("saved_times", row["times"])
+    way = "" if share == 1 else f"{share:.0%} of the way to "
+    return f"{way}epoch {kept}", f"{found:.2f} [{low:.2f}, {high:.2f}]"
 
 
 app = typer.Typer(help=__doc__, add_completion=False)

@@ -72,9 +72,9 @@ class Subject:
 
     def rows(self, count: int, seed: int) -> tuple[Dataset, Dataset]:
         """The first `count` rows, without those that are held out of the first `ROWS`; and these."""
-        first, rest = min(count, ROWS), range(ROWS, min(count, len(self.train)))
-        kept, held_out = hold_out(self.train.select(range(first)), seed)
-        return concatenate_datasets([kept, self.train.select(rest)]), held_out
+        count = min(count, len(self.train))
+        kept, held_out = hold_out(self.train.select(range(min(count, ROWS))), seed)
+        return concatenate_datasets([kept, self.train.select(np.arange(min(count, ROWS), count))]), held_out
 
     def counts_V(self, count: int, seed: int) -> Tensor:
         """How often each token id occurs in the rows to fit to."""

@@ -23,7 +23,7 @@ from moebert_kernels.models import find_ffns
 
 @pytest.fixture(scope="module")
 def subject(tmp_path_factory):
-    folder = make_teacher(tmp_path_factory.mktemp("subject") / "teacher")
+    folder = make_teacher(tmp_path_factory.mktemp("subject") / "teacher", initializer_range=0.3)
     return subjects.Subject("toy", folder, make_data(n=80), 16)
 
 

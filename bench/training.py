@@ -271,7 +271,13 @@ TRAININGS = {
     "no labels, dropout off, 3e-5, more text": Training(
         labels=False, dropout=False, learning_rate=3e-5, rows=1 << 30
     ),
+    "no labels, dropout off, 3e-5, more text, warm-up": Training(
+        labels=False, dropout=False, learning_rate=3e-5, rows=1 << 30, warmup=0.1
+    ),
     "no labels, dropout off, warm-up": Training(labels=False, dropout=False, warmup=0.1),
+    "no labels, dropout off, 3e-5, warm-up": Training(
+        labels=False, dropout=False, learning_rate=3e-5, warmup=0.1
+    ),
     "local steps": Training(learning_rate=0.0, local_steps=300),
     "narrow, no labels, dropout off": Training(labels=False, dropout=False, student="narrow"),
     "no labels, dropout off, 1e-5": Training(labels=False, dropout=False, learning_rate=1e-5),

@@ -51,7 +51,7 @@ class Training:
         bf16: too.
         distill_weight: too.
         labels: whether the rows have labels.
-        rows: to train on, most of which the student was fitted to where they are not more.
+        rows: to fit to and train on.
         local_steps: of Adam for every expert by itself, on stored activations, before; and solved again.
     """
 
@@ -74,7 +74,7 @@ class Fits:
         self.subject = subject
         self.fitted = lru_cache(maxsize=2)(self._fitted)
 
-    def _fitted(self, name: str) -> tuple[PreTrainedModel, Likeness]:
+    def _fitted(self, name: str, rows: int) -> tuple[PreTrainedModel, Likeness]:
         subject = self.subject
         importance, counts_V = subject.importance(ROWS, 0), subject.counts_V(ROWS, 0)
         width = find_ffns(subject.teacher)[0].w1.out_features // 4
@@ -90,13 +90,13 @@ class Fits:
                 routing="hash-affinity",
                 token_counts_V=counts_V,
             )
-        subject.fit(student)
+        subject.fit(student, rows)
         return student, subject.likeness(student)
 
 
 def train(subject: Subject, fits: Fits, how: Training) -> dict[str, Any]:
     """Train as is said, and return what to tell of it."""
-    fitted, before = fits.fitted(how.student)
+    fitted, before = fits.fitted(how.student, how.rows)
     student = copy.deepcopy(fitted)
     after: list[Likeness] = []
     found: dict[str, Any] = {"training": asdict(how), "fitted": told(before)}
@@ -136,7 +136,7 @@ def train(subject: Subject, fits: Fits, how: Training) -> dict[str, Any]:
         finally:
             shutil.rmtree(room)
         assert trained.nearest is not None
-        found["held_out"], found["kept"], found["share"] = trained.nearest
+        found["held_out"], found["kept"] = trained.nearest
         saved = subject.likeness(student)
         found["saved"], found["saved_times"] = told(saved), saved.times(before)
         found["layer_losses"] = [trained.losses[0]["layer"], trained.losses[-1]["layer"]]
@@ -267,7 +267,6 @@ TRAININGS = {
     "dropout off": Training(dropout=False),
     "no labels, dropout off, 3e-5": Training(labels=False, dropout=False, learning_rate=3e-5),
     "no labels, dropout off, 3e-4": Training(labels=False, dropout=False, learning_rate=3e-4),
-    "no labels, dropout off, more text": Training(labels=False, dropout=False, rows=1 << 30),
     "no labels, dropout off, 3e-5, more text": Training(
         labels=False, dropout=False, learning_rate=3e-5, rows=1 << 30
     ),
@@ -279,13 +278,17 @@ TRAININGS = {
         labels=False, dropout=False, learning_rate=3e-5, warmup=0.1
     ),
     "local steps": Training(learning_rate=0.0, local_steps=300),
-    "narrow, no labels, dropout off": Training(labels=False, dropout=False, student="narrow"),
+    "narrow, no labels, dropout off, 3e-5": Training(
+        labels=False, dropout=False, learning_rate=3e-5, student="narrow"
+    ),
+    "local steps, no labels, dropout off, 3e-5": Training(
+        labels=False, dropout=False, learning_rate=3e-5, local_steps=300
+    ),
     "no labels, dropout off, 1e-5": Training(labels=False, dropout=False, learning_rate=1e-5),
     "3e-5": Training(learning_rate=3e-5),
     "dropout off, lambda 5": Training(dropout=False, distill_weight=5.0),
     "no labels, dropout off, bfloat16": Training(labels=False, dropout=False, bf16=True),
     "no labels, dropout off, 4 epochs": Training(labels=False, dropout=False, epochs=4.0),
-    "local steps, no labels, dropout off": Training(labels=False, dropout=False, local_steps=300),
     "1e-5": Training(learning_rate=1e-5),
     "no labels, dropout off, 3e-6": Training(labels=False, dropout=False, learning_rate=3e-6),
 }
@@ -327,12 +330,11 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def _saved(row: dict[str, Any]) -> tuple[str, str]:
     """Which student distillation saves, and how far it is on the rows that decide nothing."""
-    kept, share = row.get("kept"), row.get("share", 1.0)
+    kept = row.get("kept")
     if not kept:
         return ("–", "–") if kept is None else ("as fitted", "1.00")
     found, low, high = row.get("saved_times", row["times"])
-    way = "" if share == 1 else f"{share:.0%} of the way to "
-    return f"{way}epoch {kept}", f"{found:.2f} [{low:.2f}, {high:.2f}]"
+    return f"epoch {kept}", f"{found:.2f} [{low:.2f}, {high:.2f}]"
 
 
 app = typer.Typer(help=__doc__, add_completion=False)

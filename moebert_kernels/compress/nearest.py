@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import load_model, save_model
-from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback, TrainerState
 
 from moebert_kernels.compress import processes
 from moebert_kernels.compress.artifacts import replace_whole
 from moebert_kernels.errors import UserError
-
-SHARES = (1.0, 0.5, 0.25)  # of the way from what a student was to what training has made of it
 
 _KEY = "held_out"
 
@@ -27,15 +22,12 @@ class Nearest(NamedTuple):
     """What was kept of a training.
 
     Attributes:
-        distances: as it began and after every epoch, the last of which may be a part of one; the least of
-            those at `SHARES` of the way there.
+        distances: as it began and after every epoch, the last of which may be a part of one.
         kept: which of them is that of the weights that were kept; 0: as it began.
-        share: of the way to that epoch's weights.
     """
 
     distances: list[float]
     kept: int
-    share: float
 
     def told(self, epochs: float) -> str:
         """Which weights were kept and why, in a sentence.
@@ -45,24 +37,18 @@ class Nearest(NamedTuple):
         """
         first, *after = (f"{distance:.4g}" for distance in self.distances)
         told = f"divergence from the teacher on held-out rows {first}, after training {', '.join(after)}"
-        if not self.kept:
-            return f"kept as it began: {told}"
-        way = "" if self.share == 1 else f"{self.share:.0%} of the way to "
-        return f"kept {way}as after epoch {self.kept} of {epochs:g}: {told}"
+        return f"kept {f'as after epoch {self.kept} of {epochs:g}' if self.kept else 'as it began'}: {told}"
 
 
 class KeepNearest(TrainerCallback):
-    """Keeps the student of an epoch's end, or of the beginning, that is nearest to its teacher.
-
-    Between the two, too: of the way that training takes away from a student that is near its teacher already,
-    a part is noise of the steps, and a share of it is often nearer than the whole.
+    """Keeps the student of the epoch's end, or of the beginning, that is nearest to its teacher.
 
     The distances are part of a checkpoint's state, so that a resumed run knows them. The kept weights are in
     a file of their own beside the checkpoints, which says what they are: those of an epoch that a stopped
     run came to and a resumed one comes to again are replaced by nearer ones alone.
 
     Args:
-        student: as training begins, on the device where it is trained.
+        student: that is trained.
         file: to keep weights in, .safetensors.
         distance: of the student as it is from its teacher; called in the main process alone.
         steps_per_epoch: of the optimizer.
@@ -75,7 +61,6 @@ class KeepNearest(TrainerCallback):
         self._file = file
         self._distance = distance
         self._steps_per_epoch = steps_per_epoch
-        self._began = self._weights()
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Keep what training begins with."""
@@ -92,42 +77,28 @@ class KeepNearest(TrainerCallback):
     def restore(self, state: TrainerState) -> Nearest:
         """Give the student the weights that were kept; collective."""
         load_model(self._student, self._file, device=str(self._student.device))
-        kept = self._kept()
+        kept, _ = self._kept()
         processes.wait_for_all()  # the file may go now
         distances = {entry["step"]: entry[_KEY] for entry in state.log_history if _KEY in entry}
-        return Nearest(list(distances.values()), list(distances).index(kept["step"]), kept["share"])
+        return Nearest(list(distances.values()), list(distances).index(kept))
 
     def _look(self, state: TrainerState) -> None:
-        step, weights = state.global_step, self._weights()
-        distances = []
-        for share in SHARES if step else SHARES[:1]:
-            self._give([begun.lerp(now, share) for begun, now in zip(self._began, weights, strict=True)])
-            distance = processes.on_main(self._distance)
-            if not math.isfinite(distance):
-                raise UserError(
-                    f"distillation diverged: on held-out rows the student is {distance} from its teacher at "
-                    f"step {step} of {state.max_steps}; use a lower learning rate"
-                )
-            distances.append(distance)
-            told = {"step": step, "share": share, "distance": distance}
-            processes.on_main(lambda told=told: self._keep(told))
-        self._give(weights)
-        state.log_history.append({"step": step, _KEY: min(distances)})
+        distance = processes.on_main(self._distance)
+        if not math.isfinite(distance):
+            raise UserError(
+                f"distillation diverged: on held-out rows the student is {distance} from its teacher at step "
+                f"{state.global_step} of {state.max_steps}; use a lower learning rate"
+            )
+        state.log_history.append({"step": state.global_step, _KEY: distance})
+        processes.on_main(lambda: self._keep(state.global_step, distance))
 
-    def _weights(self) -> list[Tensor]:
-        return [weight.detach().clone() for weight in self._student.parameters()]
-
-    def _give(self, values: list[Tensor]) -> None:
-        with torch.no_grad():
-            for weight, value in zip(self._student.parameters(), values, strict=True):
-                weight.copy_(value)
-
-    def _keep(self, told: dict[str, Any]) -> None:
-        if told["step"] and self._file.exists() and told["distance"] >= self._kept()["distance"]:
+    def _keep(self, step: int, distance: float) -> None:
+        if step and self._file.exists() and distance >= self._kept()[1]:
             return
         with replace_whole(self._file) as fresh:
-            save_model(self._student, str(fresh), {"kept": json.dumps(told)})
+            save_model(self._student, str(fresh), {"step": str(step), "distance": repr(distance)})
 
-    def _kept(self) -> dict[str, Any]:
+    def _kept(self) -> tuple[int, float]:
         with safe_open(self._file, "pt") as file:
-            return json.loads(file.metadata()["kept"])
+            told = file.metadata()
+        return int(told["step"]), float(told["distance"])

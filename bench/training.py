@@ -288,7 +288,9 @@ TRAININGS = {
     "3e-5": Training(learning_rate=3e-5),
     "dropout off, lambda 5": Training(dropout=False, distill_weight=5.0),
     "no labels, dropout off, bfloat16": Training(labels=False, dropout=False, bf16=True),
-    "no labels, dropout off, 4 epochs": Training(labels=False, dropout=False, epochs=4.0),
+    "no labels, dropout off, 3e-5, 5 epochs": Training(
+        labels=False, dropout=False, learning_rate=3e-5, epochs=5.0
+    ),
     "1e-5": Training(learning_rate=1e-5),
     "no labels, dropout off, 3e-6": Training(labels=False, dropout=False, learning_rate=3e-6),
 }

@@ -71,10 +71,8 @@ class Subject:
         self.importance = lru_cache(maxsize=1)(self._importance)
 
     def rows(self, count: int, seed: int) -> tuple[Dataset, Dataset]:
-        """The first `count` rows, without those that are held out of the first `ROWS`; and these."""
-        first, rest = min(count, ROWS), range(ROWS, min(count, len(self.train)))
-        kept, held_out = hold_out(self.train.select(range(first)), seed)
-        return concatenate_datasets([kept, self.train.select(rest)]), held_out
+        """The first `count` rows, without those that are held out of them; and these."""
+        return hold_out(self.train.select(range(min(count, len(self.train)))), seed)
 
     def counts_V(self, count: int, seed: int) -> Tensor:
         """How often each token id occurs in the rows to fit to."""

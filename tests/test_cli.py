@@ -144,31 +144,33 @@ def test_a_moe_is_no_teacher(call):
     assert_user_error(result, "the model in experts is a MoE already")
 
 
-def test_the_stages_one_by_one_make_what_compress_makes(call, folder):
-    """Unfitted, as in the paper: `compress` alone holds out rows, to choose between fitted and distilled."""
+@pytest.mark.parametrize("fit", ["", "--no-fit "])
+def test_the_stages_one_by_one_make_what_compress_makes(call, folder, fit):
+    """Fitted, the same rows are held out; and as in the paper, when none are."""
+    one, every = f"one{fit.strip()}", f"all{fit.strip()}"
     common = f"--teacher teacher {TABLE}"
     said = {}
     for command in (
-        f"importance {common} --per-token --output one/scores.safetensors",
-        f"adapt {common} --importance one/scores.safetensors --routing hash-affinity --no-fit "
-        "--output one/adapted",
-        f"distill --student one/adapted {common} --epochs 1 --output one/student",
-        f"evaluate --model one/student {TABLE} --output one/metrics.json",
-        f"compress {common} --epochs 1 --no-fit --no-measure --output all",
+        f"importance {common} --per-token --output {one}/scores.safetensors",
+        f"adapt {common} --importance {one}/scores.safetensors --routing hash-affinity {fit}"
+        f"--output {one}/adapted",
+        f"distill --student {one}/adapted {common} --epochs 1 --output {one}/student",
+        f"evaluate --model {one}/student {TABLE} --output {one}/metrics.json",
+        f"compress {common} --epochs 1 {fit}--no-measure --output {every}",
     ):
         result = call(command)
         assert result.exit_code == 0, command + result.output + result.stderr
         said[command.split()[0]] = result.stdout.splitlines()[-1]
-    assert said["distill"] == f"see how good it is: moebert evaluate --model one/student {TABLE}"
-    mine = AutoModelForSequenceClassification.from_pretrained(folder / "one" / "student")
-    theirs = AutoModelForSequenceClassification.from_pretrained(folder / "all" / "student")
+    assert said["distill"] == f"see how good it is: moebert evaluate --model {one}/student {TABLE}"
+    mine = AutoModelForSequenceClassification.from_pretrained(folder / one / "student")
+    theirs = AutoModelForSequenceClassification.from_pretrained(folder / every / "student")
     assert mine.state_dict().keys() == theirs.state_dict().keys()
     for name, value in theirs.state_dict().items():
         assert torch.equal(mine.state_dict()[name], value), name
-    models = json.loads((folder / "all" / "results.json").read_text())["models"]
+    models = json.loads((folder / every / "results.json").read_text())["models"]
     quality = {model["name"]: model["quality"] for model in models}
-    assert json.loads((folder / "one" / "metrics.json").read_text()) == quality["student"]
-    assert not list((folder / "one" / "student").glob("checkpoints-*"))
+    assert json.loads((folder / one / "metrics.json").read_text()) == quality["student"]
+    assert not list((folder / one / "student").glob("checkpoints-*"))
 
 
 def test_teacher_and_text_in_student_out(call, folder):

@@ -56,7 +56,8 @@ def test_all_of_them_stand_in_the_results_with_every_seed(finished):
 
 def test_the_seeds_differ_and_the_first_is_kept(finished):
     out = finished[0] / "out"
-    for folder in ("student", "random", "narrow", "layers"):
+    # The others' beginnings are not drawn, and tiny models are kept as they began: training moves them away.
+    for folder in ("student", "random"):
         first = out / "student" if folder == "student" else out / "work" / folder / "distilled"
         second = out / "work" / folder / f"seed-{EVERYTHING.seed + 1}" / "distilled"
         weights, others = (load_file(f / "model.safetensors") for f in (first, second))

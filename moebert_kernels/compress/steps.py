@@ -197,8 +197,8 @@ def distill_student(
 ) -> Distilled:
     """Distil a saved MoE from its teacher and save the result; see `distill`. Collective, as that is.
 
-    Some rows are held out of training: those that `split_teacher` holds out of the fit, given the same data
-    and seed. What is saved is never farther from the teacher on them than the MoE that was given.
+    If the MoE is fitted, some rows are held out of training: those that `split_teacher` held out of the fit,
+    given the same data and seed. What is saved is never farther from the teacher on them than that MoE.
 
     Interrupted and called again with the same arguments, it goes on from its last checkpoint.
 
@@ -245,7 +245,9 @@ def distill_student(
         settings.max_length,
         asdict(how),
     )
-    rows, held_out = hold_out(tokenize(data, tokenizer, settings.max_length).train, settings.seed)
+    rows, held_out = tokenize(data, tokenizer, settings.max_length).train, None
+    if student.config.is_fitted:
+        rows, held_out = hold_out(rows, settings.seed)
     _place(student)
     _place(teacher)
     with workroom(output_dir, made_from) as room:

@@ -58,13 +58,10 @@ def update(text: str, folder: str | Path) -> str:
             content = demo(Path(folder))
         elif name == "fit":
             content = fit(Path(folder))
-<<<<<<< HEAD
         elif name in ("choices", "training"):
             content = made(name, Path(folder))
-=======
         elif name == "packing":
             content = packing(Path(folder))
->>>>>>> w19a
         elif name.startswith("machine-"):
             content = machine(name.removeprefix("machine-"), Path(folder))
         elif name in ("serve", "serve-all", "serve-quality"):
@@ -122,7 +119,6 @@ def fit(folder: Path) -> str:
     return tables(json.loads(path.read_text(encoding="utf-8")))
 
 
-<<<<<<< HEAD
 def made(name: str, folder: Path) -> str:
     """The tables of `python -m bench.choices` or `bench.training`, all subjects."""
     from . import choices, training  # they know of models, and what those import
@@ -135,7 +131,8 @@ def made(name: str, folder: Path) -> str:
     if not rows:
         return f"*`python -m bench.{name}`: {NOT_MEASURED}.*"
     return choices.table(rows) if name == "choices" else training.table(rows)
-=======
+
+
 def packing(folder: Path) -> str:
     """The table of `python -m bench.packing`, kept as packing.json."""
     from .packing import table as packing_table  # it knows of models, and what those import
@@ -144,7 +141,6 @@ def packing(folder: Path) -> str:
     if not path.is_file():
         return f"*`python -m bench.packing`: {NOT_MEASURED}.*"
     return packing_table(json.loads(path.read_text(encoding="utf-8")))
->>>>>>> w19a
 
 
 def machine(name: str, folder: Path) -> str:

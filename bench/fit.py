@@ -46,6 +46,7 @@ SETTINGS = CompressSettings(
 )
 STUDENTS = {
     "affinity-4": SETTINGS,
+    "affinity-4-tied": replace(SETTINGS, tie_shared=True, comparisons=()),
     "random-4": replace(SETTINGS, routing="hash-random", comparisons=()),
 }
 
@@ -167,6 +168,8 @@ def tables(found: dict[str, Any]) -> str:
     lines = ["| | accuracy | agrees with the teacher | divergence |", "|---|--:|--:|--:|"]
     lines.append(f"| teacher | {models['teacher']['accuracy']:.3f} | | |")
     for name in ("narrow", *STUDENTS):
+        if f"{name} adapted" not in models:  # results from before there was one
+            continue
         cut, fitted = models[f"{name} adapted"], models[f"{name} fitted"]
         cells = [
             f"{cut[metric]:.3f} → **{fitted[metric]:.3f}**"

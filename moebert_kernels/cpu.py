@@ -109,7 +109,7 @@ def _shared(call: Call) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _together(call: Call) -> bool:
-    """Whether pre-activations of shared and own neurons are kept in one tensor, as the kernels keep theirs."""
+    """Whether pre-activations of shared and own neurons are kept in one tensor, as kernels keep theirs."""
     return call.x_TD.is_cuda
 
 

@@ -5,7 +5,7 @@ what computes them. An eager call goes straight to that backend, under an `autog
 compiler, tracer, mode or transform watches, the same two steps go through `torch.library`.
 
 Notation: T tokens, K experts per token, S = T*K slots (slot s = t*K + k), D hidden size, F neurons of one
-expert, E experts.
+expert, C neurons that all experts share beside, E experts.
 """
 
 from __future__ import annotations

@@ -48,6 +48,7 @@ SETTINGS = CompressSettings(
 STUDENTS = {
     "affinity-4": SETTINGS,
     "affinity-4-bf16": replace(SETTINGS, bf16=True, comparisons=()),
+    "affinity-4-tied": replace(SETTINGS, tie_shared=True, comparisons=()),
     "random-4": replace(SETTINGS, routing="hash-random", comparisons=()),
 }
 

@@ -2,10 +2,10 @@
 
 NAME is an operator and a kind of device, such as `ffn-cpu` or `model-gpu`, or `targets-gpu`, or `demo` for
 the results of `make demo`, kept as demo.json, or `fit`, `packing`, `choices` or `training` for those of
-`bench.fit` and so on, or `quality-STUDY` for a study of `bench.quality`, `quality-likeness-STUDY` for how alike
-its students and their teachers are, or `quality-settings` for what its studies change, or `machine-TABLE` for a
-table of `bench.predictions`, or `serve`, `serve-all` and `serve-quality` for `python -m bench serve`. What was
-never measured says so.
+`bench.fit` and so on, or `quality-STUDY` for a study of `bench.quality`, `quality-likeness-STUDY` for how
+alike its students and their teachers are, or `quality-settings` for what its studies change, or
+`machine-TABLE` for a table of `bench.predictions`, or `serve`, `serve-all` and `serve-quality` for `python -m
+bench serve`. What was never measured says so.
 """
 
 from __future__ import annotations

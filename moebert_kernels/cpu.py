@@ -38,9 +38,10 @@ def forward(call: Call, training: bool, kept: dict[Any, Any]) -> tuple[Tensor, S
         z_SD.index_copy_(0, slots_R, z_RD)
     if call.ln_w_ED is None:
         y_TD = z_SD if top_k == 1 else z_SD.view(-1, top_k, z_SD.shape[1]).sum(1)
-        return y_TD, Saved(preact_SF, None, None, preact_SC)
+        return y_TD, _saved(call, preact_SF, preact_SC, None, None) if training else Saved(None, None, None)
     y_TD, stats_2S = _norm(call, z_SD)
-    return y_TD, Saved(preact_SF, z_SD, stats_2S, preact_SC) if training else Saved(None, None, None)
+    of_norm = (z_SD, stats_2S)
+    return y_TD, _saved(call, preact_SF, preact_SC, *of_norm) if training else Saved(None, None, None)
 
 
 def backward(call: Call, saved: Saved, dy_TD: Tensor, needs: Gradients, kept: dict[Any, Any]) -> Gradients:
@@ -60,9 +61,9 @@ def backward(call: Call, saved: Saved, dy_TD: Tensor, needs: Gradients, kept: di
     )
     dgate_S = _zeros((S,), dy_TD, need_gate)
     gate_S = _gate_of_slots(call)
+    preact_SF, preact_SC = _preactivations(call, saved)
     for expert, slots_R, rows in _experts(call):
-        assert saved.hidden is not None
-        h_RF, w2_DF = saved.hidden[rows], call.w2_EDF[expert]
+        h_RF, w2_DF = preact_SF[rows], call.w2_EDF[expert]
         dz_RD = dz.index_select(0, slots_R // slots_per_row)
         a_RF = activate(call.activation, h_RF)
         if dgate_S is not None:
@@ -86,7 +87,7 @@ def backward(call: Call, saved: Saved, dy_TD: Tensor, needs: Gradients, kept: di
             torch.sum(dh_RF, 0, out=db1_EF[expert])
         if dx_SD is not None:
             dx_SD.index_copy_(0, slots_R, dh_RF @ call.w1_EFD[expert])
-    of_shared = _shared_backward(call, saved, dz, slots_per_row, needs, dx_SD, dgate_S)
+    of_shared = _shared_backward(call, preact_SC, dz, slots_per_row, needs, dx_SD, dgate_S)
     dx_TD = None
     if dx_SD is not None:
         dx_TD = dx_SD if top_k == 1 else dx_SD.view(-1, top_k, dx_SD.shape[1]).sum(1)
@@ -107,21 +108,46 @@ def _shared(call: Call) -> tuple[Tensor | None, Tensor | None]:
     return h_SC, F.linear(activate(call.activation, h_SC), call.shared_w2_DC)
 
 
+def _together(call: Call) -> bool:
+    """Whether pre-activations of shared and own neurons are kept in one tensor, as kernels keep theirs."""
+    return call.x_TD.is_cuda
+
+
+def _saved(
+    call: Call,
+    preact_SF: Tensor | None,
+    preact_SC: Tensor | None,
+    z_SD: Tensor | None,
+    stats_2S: Tensor | None,
+) -> Saved:
+    if preact_SF is None or preact_SC is None or not _together(call):
+        return Saved(preact_SF, z_SD, stats_2S, preact_SC)
+    return Saved(torch.cat([preact_SC, preact_SF], 1), z_SD, stats_2S)
+
+
+def _preactivations(call: Call, saved: Saved) -> tuple[Tensor, Tensor | None]:
+    """Of own and of shared neurons."""
+    assert saved.hidden is not None
+    if call.num_shared and _together(call):
+        return saved.hidden[:, call.num_shared :], saved.hidden[:, : call.num_shared]
+    return saved.hidden, saved.shared
+
+
 def _shared_backward(
     call: Call,
-    saved: Saved,
+    preact_SC: Tensor | None,
     dz: Tensor,
     slots_per_row: int,
     needs: Gradients,
     dx_SD: Tensor | None,
     dgate_S: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of `shared`; those of x and the gate are added where they belong."""
+    """The gradients of `shared`; those of x and the gate are added to theirs."""
     if call.shared_w1_CD is None or call.shared_w2_DC is None:
         return None, None, None
-    assert saved.shared is not None
+    assert preact_SC is not None
     slots_R = call.order_S[: int(call.offsets_E1[-1])]
-    h_RC, dz_RD = saved.shared[: slots_R.shape[0]], dz.index_select(0, slots_R // slots_per_row)
+    h_RC, dz_RD = preact_SC[: slots_R.shape[0]], dz.index_select(0, slots_R // slots_per_row)
     a_RC = activate(call.activation, h_RC)
     if dgate_S is not None:
         dgate_S.index_add_(0, slots_R, (dz_RD @ call.shared_w2_DC).mul_(a_RC).sum(1))

@@ -153,10 +153,10 @@ class SortedRows(NamedTuple):
             buffer[self.native.total :] = 0
 
 
-def most_rows(num_slots: int) -> int:
-    """A bound on `SortedRows.total` that depends on S alone."""
+def most_rows(num_slots: int, num_shared: int) -> int:
+    """A bound on `SortedRows.total` that depends on S and C alone."""
     filled = num_slots + num_slots // 32 + _MOST_FILL
-    return filled + filled // 32
+    return filled + filled // 32 if num_shared else filled
 
 
 def sort_rows(call: Call, kept: dict[Any, Any], *, in_pieces: bool) -> SortedRows:

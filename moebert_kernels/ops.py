@@ -5,7 +5,7 @@ what computes them. An eager call goes straight to that backend, under an `autog
 compiler, tracer, mode or transform watches, the same two steps go through `torch.library`.
 
 Notation: T tokens, K experts per token, S = T*K slots (slot s = t*K + k), D hidden size, F neurons of one
-expert, E experts.
+expert, C neurons that all experts share beside, E experts.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def _saved_shapes(call: Call, training: bool) -> list[tuple[tuple[int, ...], tor
     S, F, C, D = call.order_S.shape[0], call.w1_EFD.shape[1], call.num_shared, call.x_TD.shape[1]
     on_cpu = call.x_TD.device.type == "cpu"
     # On the CPU experts' rows are filled up; on CUDA the kernels keep activations and slopes, shared and own.
-    rows = cpu_rows.most_rows(S) if on_cpu else 2 * S
+    rows = cpu_rows.most_rows(S, C) if on_cpu else 2 * S
     rows_of_z = rows if on_cpu else S
     with_norm = training and call.ln_w_ED is not None
     stats = torch.promote_types(call.residual.dtype, torch.float32)

@@ -29,7 +29,7 @@ from bench.machine_code import Tile, codes
 from bench.predictions import ROLES, committed, config_of, of_kernels, pass_us, ranked, seconds_of
 from bench.results import read
 from bench.traffic import Cache, Shape, Shares, balanced, gemm_programs, simulate, weight_programs
-from moebert_kernels.kernels.wgrad import _count_steps, _find_step, _share_begin, _steps_before_cut
+from moebert_kernels.kernels.steps import count_steps, find_step, share_begin, steps_before_cut
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -99,14 +99,14 @@ def follow(
 ):
     """Note a program's pieces as `weight_grad_stream_kernel` goes through them."""
     program = tl.program_id(0)
-    total = _count_steps(offsets_ptr, E, 0, TILES, 0, BLOCK_K, EXPERTS)
-    step = _share_begin(program, total, tl.num_programs(0))
-    last = _share_begin(program + 1, total, tl.num_programs(0))
+    total = count_steps(offsets_ptr, E, 0, TILES, 0, BLOCK_K, EXPERTS)
+    step = share_begin(program, total, tl.num_programs(0))
+    last = share_begin(program + 1, total, tl.num_programs(0))
     out = out_ptr + program * 64
     while step < last:
-        expert, tile, at, steps, _, _ = _find_step(step, offsets_ptr, E, 0, TILES, 0, BLOCK_K, EXPERTS)
+        expert, tile, at, steps, _, _ = find_step(step, offsets_ptr, E, 0, TILES, 0, BLOCK_K, EXPERTS)
         until = tl.minimum(at + last - step, steps)
-        cut = _steps_before_cut(step - at, steps, total)
+        cut = steps_before_cut(step - at, steps, total)
         tl.store(out, expert)
         tl.store(out + 1, tile)
         tl.store(out + 2, tl.where(at < cut, at - cut + steps, at - cut))

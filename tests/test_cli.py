@@ -594,3 +594,10 @@ def test_a_model_that_embeds_sentences_end_to_end(call, folder):
 def test_options_of_embedding_that_do_not_fit(call, folder, command, words):
     (folder / "sentences.txt").write_text("\n".join(TEXTS))
     assert_user_error(call(command), *words)
+
+
+def test_shared_neurons_are_tied_on_demand():
+    from moebert_kernels.cli_options import ExpertOptions, compress_settings
+
+    assert not compress_settings(ExpertOptions()).tie_shared
+    assert compress_settings(ExpertOptions(tie_shared=True)).tie_shared

@@ -25,6 +25,7 @@ from moebert_kernels import (
     HashRouter,
     MoEFFN,
     backends,
+    cpu,
     cpu_native,
     cpu_rows,
     hash_random_tables,
@@ -116,6 +117,20 @@ def test_opcheck_is_clean(form, dtype):
     call_ = arguments(t, plan_of(case, "cpu"), **form)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     library.opcheck(ops.ffn, (*call_, True), test_utils=checks[: 3 if dtype == torch.bfloat16 else 4])
+
+
+def test_plain_pytorch_keeps_on_a_gpu_what_the_kernels_would(monkeypatch):
+    """Stops compiled code from being told other shapes than come back, where Triton is missing."""
+    case = Case(33, C=7, norm=True, routing="dropped")
+    t = {name: value.double() for name, value in inputs(case, torch.float64, "cpu").items()}
+    expected = run(case, t)
+    monkeypatch.setattr(cpu, "_together", lambda _: True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda v: kept.append(v) or v, lambda v: v):
+        found = run(case, t)
+    assert (case.T, case.C + case.F) in [tuple(v.shape) for v in kept]
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("norm", [False, True])

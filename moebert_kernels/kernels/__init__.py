@@ -3,6 +3,7 @@
     blocks.py    which rows a tile has, the K loop, the activation: what all GEMMs share
     grouped.py   gather-and-multiply, multiply-and-scatter: forward and data gradients
     wgrad.py     weight gradients
+    steps.py     how streamed ones share the work
     norm.py      residual sum and per-expert LayerNorm
     rows.py      the sum over a token's experts, the gate's gradient
     ffn.py       what the experts' passes launch

@@ -29,6 +29,7 @@ from moebert_kernels.kernels import configs
 from moebert_kernels.kernels.blocks import OF_PLAN
 from moebert_kernels.kernels.configs import Config
 from moebert_kernels.kernels.launch import ceil_div, launch, rows_are_aligned
+from moebert_kernels.kernels.steps import count_steps, find_step, share_begin, share_of, steps_before_cut
 
 
 class Factors(NamedTuple):
@@ -208,15 +209,15 @@ def weight_grad_stream_kernel(
 ):
     """An equal share of all steps per program. Grid: (multiprocessors, or a multiple of them)."""
     program = tl.program_id(0)
-    total = _count_steps(offsets_ptr, E, C, TILES, SHARED_TILES, BLOCK_K, EXPERTS)
-    step = _share_begin(program, total, tl.num_programs(0))
-    last = _share_begin(program + 1, total, tl.num_programs(0))
+    total = count_steps(offsets_ptr, E, C, TILES, SHARED_TILES, BLOCK_K, EXPERTS)
+    step = share_begin(program, total, tl.num_programs(0))
+    last = share_begin(program + 1, total, tl.num_programs(0))
     while step < last:
-        expert, tile, at, steps, begin, end = _find_step(
+        expert, tile, at, steps, begin, end = find_step(
             step, offsets_ptr, E, C, TILES, SHARED_TILES, BLOCK_K, EXPERTS
         )
         until = tl.minimum(at + last - step, steps)
-        cut = _steps_before_cut(step - at, steps, total)
+        cut = steps_before_cut(step - at, steps, total)
         first_row = begin + tl.where(at < cut, at - cut + steps, at - cut) * BLOCK_K
         last_row = tl.minimum(first_row + (until - at) * BLOCK_K, end)
         dw_MN = _sum_rows(
@@ -236,29 +237,6 @@ def weight_grad_stream_kernel(
             ptrs = partial_ptr + piece * (BLOCK_M * BLOCK_N) + m[:, None] * BLOCK_N + n[None, :]
             tl.store(ptrs, dw_MN)
         step += until - at
-
-
-@triton.jit
-def _share_begin(program, total, programs):
-    """The first step of a program's share; the first shares have a step more where they cannot be equal."""
-    return program * (total // programs) + tl.minimum(program, total % programs)
-
-
-@triton.jit
-def _share_of(step, total, programs):
-    """The program whose share has a step."""
-    each = total // programs
-    longer = total % programs
-    within_longer = step // (each + 1)
-    return tl.where(within_longer < longer, within_longer, (step - longer) // tl.maximum(each, 1))
-
-
-@triton.jit
-def _steps_before_cut(tile_first, steps, total):
-    """How many steps of the tile from step `tile_first` on a program takes that began before the tile."""
-    program = _share_of(tile_first, total, tl.num_programs(0))
-    taken = tl.minimum(_share_begin(program + 1, total, tl.num_programs(0)) - tile_first, steps)
-    return tl.where(_share_begin(program, total, tl.num_programs(0)) < tile_first, taken, 0)
 
 
 @triton.jit(do_not_specialize_on_alignment=OF_PLAN)
@@ -286,12 +264,12 @@ def join_kernel(
 ):
     """Add the pieces of the tile a program began and did not end. Grid: (PROGRAMS, BLOCK_M / ROWS)."""
     program = tl.program_id(0)
-    total = _count_steps(offsets_ptr, E, C, TILES, SHARED_TILES, BLOCK_K, EXPERTS)
-    first = _share_begin(program, total, PROGRAMS)
-    stop = _share_begin(program + 1, total, PROGRAMS)
+    total = count_steps(offsets_ptr, E, C, TILES, SHARED_TILES, BLOCK_K, EXPERTS)
+    first = share_begin(program, total, PROGRAMS)
+    stop = share_begin(program + 1, total, PROGRAMS)
     if stop == first:
         return
-    expert, tile, at, steps, _, _ = _find_step(
+    expert, tile, at, steps, _, _ = find_step(
         stop - 1, offsets_ptr, E, C, TILES, SHARED_TILES, BLOCK_K, EXPERTS
     )
     tile_first = stop - 1 - at
@@ -304,76 +282,12 @@ def join_kernel(
     mine_ptr = partial_ptr + program.to(tl.int64) * (2 * BLOCK_M * BLOCK_N)
     dw_RN = tl.load(mine_ptr + BLOCK_M * BLOCK_N + offset_RN)
     # Shares that follow on one that has steps have steps until the list ends.
-    for other in tl.range(1, _share_of(tile_stop - 1, total, PROGRAMS) - program + 1):
+    for other in tl.range(1, share_of(tile_stop - 1, total, PROGRAMS) - program + 1):
         dw_RN += tl.load(mine_ptr + tl.cast(other, tl.int64) * (2 * BLOCK_M * BLOCK_N) + offset_RN)
     _store_grad(
         dw_RN, row, dw1_ptr, dw2_ptr, shared_dw1_ptr, shared_dw2_ptr, expert, tile,
         E, F, C, D, SCALE1, SCALE2, BLOCK_M, BLOCK_N,
     )  # fmt: skip
-
-
-@triton.jit
-def _steps_of_experts(
-    offsets_ptr,
-    E: tl.constexpr,
-    C: tl.constexpr,
-    TILES: tl.constexpr,
-    SHARED_TILES: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EXPERTS: tl.constexpr,
-):
-    """Of every expert, the shared neurons' among them: its number, rows, steps of a tile and of all tiles."""
-    e = tl.arange(0, EXPERTS)
-    begin_E = tl.load(offsets_ptr + e, mask=e < E, other=0)
-    end_E = tl.load(offsets_ptr + e + 1, mask=e < E, other=0)
-    if C > 0:
-        end_E += tl.load(offsets_ptr + E + e * 0, mask=e == E, other=0)
-    steps_E = tl.maximum((end_E - begin_E + BLOCK_K - 1) // BLOCK_K, 1)
-    steps_E = tl.where(e < E + (C > 0), steps_E, 0)
-    tiles_E = TILES
-    if C > 0:
-        tiles_E = tl.where(e < E, TILES, SHARED_TILES)
-    return e, begin_E, end_E, steps_E, steps_E * tiles_E
-
-
-@triton.jit
-def _count_steps(
-    offsets_ptr,
-    E: tl.constexpr,
-    C: tl.constexpr,
-    TILES: tl.constexpr,
-    SHARED_TILES: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EXPERTS: tl.constexpr,
-):
-    """The length of the list of steps, below 2^31 up to 2^31 rows of a few hundred tiles."""
-    _, _, _, steps_E, all_E = _steps_of_experts(offsets_ptr, E, C, TILES, SHARED_TILES, BLOCK_K, EXPERTS)
-    return tl.sum(steps_E, 0) * TILES if C == 0 else tl.sum(all_E, 0)
-
-
-@triton.jit
-def _find_step(
-    step,
-    offsets_ptr,
-    E: tl.constexpr,
-    C: tl.constexpr,
-    TILES: tl.constexpr,
-    SHARED_TILES: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EXPERTS: tl.constexpr,
-):
-    """Expert and tile of a step, its number in the tile, how many the tile has, the expert's rows."""
-    e, begin_E, end_E, steps_E, all_E = _steps_of_experts(
-        offsets_ptr, E, C, TILES, SHARED_TILES, BLOCK_K, EXPERTS
-    )
-    until_E = tl.cumsum(steps_E, 0) * TILES if C == 0 else tl.cumsum(all_E, 0)
-    expert = tl.sum(((until_E <= step) & (e < E + (C > 0))).to(tl.int32), 0)
-    mine_E = e == expert
-    steps = tl.sum(tl.where(mine_E, steps_E, 0), 0)
-    within = step - tl.sum(tl.where(mine_E, until_E - all_E, 0), 0)
-    begin = tl.sum(tl.where(mine_E, begin_E, 0), 0)
-    end = tl.sum(tl.where(mine_E, end_E, 0), 0)
-    return expert, within // steps, within % steps, steps, begin, end
 
 
 @triton.jit

@@ -10,7 +10,15 @@ from moebert_kernels.lazy import getter
 from moebert_kernels.registration import register_when_imported
 
 if TYPE_CHECKING:
-    from moebert_kernels import export, models
+    from moebert_kernels import compress, export, models
+    from moebert_kernels.compress.adapt import adapt
+    from moebert_kernels.compress.fitting import fit_experts
+    from moebert_kernels.compress.importance import compute_importance
+    from moebert_kernels.compress.sentences import load_sentences
+    from moebert_kernels.compress.settings import CompressSettings
+    from moebert_kernels.compress.tasks import load_task
+    from moebert_kernels.compress.tasks.texts import load_texts
+    from moebert_kernels.compress.trainer import DistillationTrainer
     from moebert_kernels.layer import MoEFFN
     from moebert_kernels.ops import moe_ffn
     from moebert_kernels.routing import (
@@ -26,15 +34,24 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CompressSettings",
+    "DistillationTrainer",
     "HashRouter",
     "MoEFFN",
     "RouterOutput",
     "RoutingPlan",
     "SentenceGate",
     "TokenGate",
+    "adapt",
+    "compress",
+    "compute_importance",
     "export",
+    "fit_experts",
     "hash_balance_tables",
     "hash_random_tables",
+    "load_sentences",
+    "load_task",
+    "load_texts",
     "models",
     "moe_ffn",
 ]
@@ -42,6 +59,15 @@ __all__ = [
 __getattr__ = getter(
     __name__,
     {
+        "compress": ["compress"],
+        "compress.adapt": ["adapt"],
+        "compress.fitting": ["fit_experts"],
+        "compress.importance": ["compute_importance"],
+        "compress.sentences": ["load_sentences"],
+        "compress.settings": ["CompressSettings"],
+        "compress.tasks": ["load_task"],
+        "compress.tasks.texts": ["load_texts"],
+        "compress.trainer": ["DistillationTrainer"],
         "export": ["export"],
         "layer": ["MoEFFN"],
         "models": ["models"],

@@ -191,8 +191,8 @@ def compress(
     sentences, after `import moebert_kernels`. An interrupted run goes on where it was when it is given again;
     a stage whose inputs are unchanged is reused.
     """
-    from moebert_kernels.compress import embedding_pipeline, pipeline, processes, report, text_pipeline
-    from moebert_kernels.compress.tasks import describe_labels, texts
+    from moebert_kernels.compress import compressing, processes, report
+    from moebert_kernels.compress.tasks import describe_labels
     from moebert_kernels.compress.terminal import StageBars, results_table
     from moebert_kernels.errors import UserError
 
@@ -215,12 +215,11 @@ def compress(
     console = Console(highlight=False)
     with StageBars(console) as progress:
         if data.task == "embed":
-            make, rows = embedding_pipeline.compress_embeddings, data.load_sentences(pairs)
+            rows = data.load_sentences(pairs)
         else:
             rows = data.load(needs_labels=False)
-            make = text_pipeline.compress_texts if rows.task.kind == texts.KIND else pipeline.compress
             console.print(describe_labels(rows), soft_wrap=True, markup=False)
-        results = make(settings, rows, teacher, output, progress=progress, say=console.print)
+        results = compressing.compress(settings, rows, teacher, output, progress=progress, say=console.print)
     processes.on_main(lambda: report.write_report(results, output / "report.html"))
     console.print(results_table(results))
     for warning in results["warnings"]:

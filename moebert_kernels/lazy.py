@@ -1,9 +1,11 @@
-"""Names of a package whose modules are imported when one of them is first used (PEP 562)."""
+"""Packages whose modules are imported when a name of theirs is first used (PEP 562)."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 
@@ -23,3 +25,14 @@ def getter(package: str, names_of: Mapping[str, Iterable[str]]) -> Callable[[str
         return module if name == module_of[name] else getattr(module, name)
 
     return get
+
+
+def make_callable(package: str, module: str) -> None:
+    """Let a package be called as the function of its own name in one of its modules."""
+
+    class _Package(ModuleType):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            function = getattr(import_module(f"{package}.{module}"), package.rpartition(".")[2])
+            return function(*args, **kwargs)
+
+    sys.modules[package].__class__ = _Package

@@ -1,1 +1,18 @@
-"""From a fine-tuned encoder to its MoE: data, importance, adaptation, distillation, report."""
+"""From a fine-tuned encoder to its MoE: data, importance, adaptation, fitting, distillation, report.
+
+Example:
+    >>> from moebert_kernels import CompressSettings, compress, load_texts
+    >>> compress(CompressSettings(distill=False), load_texts("sentences.txt"), "teacher", "runs/mine")
+"""
+
+from typing import TYPE_CHECKING
+
+from moebert_kernels.lazy import getter, make_callable
+
+if TYPE_CHECKING:
+    from moebert_kernels.compress.compressing import compress
+
+__all__ = ["compress"]
+
+__getattr__ = getter(__name__, {"compressing": ["compress"]})
+make_callable(__name__, "compressing")

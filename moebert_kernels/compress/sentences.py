@@ -13,6 +13,7 @@ from moebert_kernels.compress.tasks.glue import load_glue
 from moebert_kernels.compress.tasks.tables import CsvOptions, check_columns, labelled_rows
 from moebert_kernels.errors import ArgumentError, UserError, naming
 
+KIND = "embedding"
 PAIRS = "pairs"
 
 
@@ -54,7 +55,7 @@ def load_sentences(
             further[PAIRS] = _load_pairs(Path(pairs), columns)
         metrics.append(f"spearman_{PAIRS}")
     main = metrics[-1] if further else metrics[0]
-    task = Task("sentence embeddings", "embedding", (), tuple(metrics), main)
+    task = Task("sentence embeddings", KIND, (), tuple(metrics), main)
     kept = np.setdiff1d(np.arange(len(texts)), out)
     return TaskData(task, rows.select(kept), rows.select(out), further)
 

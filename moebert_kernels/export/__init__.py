@@ -9,11 +9,9 @@ Example:
     >>> moebert_kernels.export("runs/sst2/student", "served", quantize="int8")
 """
 
-import sys
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from moebert_kernels.lazy import getter
+from moebert_kernels.lazy import getter, make_callable
 
 if TYPE_CHECKING:
     from moebert_kernels.export.exporting import export
@@ -21,15 +19,4 @@ if TYPE_CHECKING:
 __all__ = ["export"]
 
 __getattr__ = getter(__name__, {"exporting": ["export"]})
-
-
-class _Package(ModuleType):
-    """Called, the package does what its function of the same name does."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        from moebert_kernels.export.exporting import export
-
-        return export(*args, **kwargs)
-
-
-sys.modules[__name__].__class__ = _Package
+make_callable(__name__, "exporting")

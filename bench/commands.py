@@ -66,9 +66,13 @@ def make_parser(prog: str) -> tuple[argparse.ArgumentParser, dict[str, argparse.
     _add_serve(
         command("serve", "Encoders in serving runtimes, each in a process: fp32, int8, padded text.", serve)
     )
-    readme = command("readme", "Write the measured tables into a README.", update_readme)
+    readme = command("readme", "Write the measured tables into a README, or several.", update_readme)
     readme.add_argument(
-        "file", type=_file, help="a markdown file with <!-- bench:NAME:begin/end --> markers", metavar="FILE"
+        "files",
+        type=_file,
+        nargs="+",
+        help="a markdown file with <!-- bench:NAME:begin/end --> markers",
+        metavar="FILE",
     )
     readme.add_argument(
         "--results",
@@ -358,18 +362,20 @@ def update_readme(given: argparse.Namespace) -> None:
 
     from .readme import update
 
-    text = given.file.read_text(encoding="utf-8")
-    fresh = update(text, given.results)
-    if not given.check:
-        given.file.write_text(fresh, encoding="utf-8")
-    elif fresh != text:
-        names = (str(given.file), f"{given.file}, by {given.results}")
-        for line in difflib.unified_diff(text.splitlines(), fresh.splitlines(), *names, lineterm=""):
-            print(line)
-        sys.exit(
-            f"{given.file} does not show the results in {given.results}: "
-            f"run python -m bench readme {given.file}"
-        )
+    old = []
+    for file in given.files:
+        text = file.read_text(encoding="utf-8")
+        fresh = update(text, given.results)
+        if not given.check:
+            file.write_text(fresh, encoding="utf-8")
+        elif fresh != text:
+            names = (str(file), f"{file}, by {given.results}")
+            for line in difflib.unified_diff(text.splitlines(), fresh.splitlines(), *names, lineterm=""):
+                print(line)
+            old.append(str(file))
+    if old:
+        files = " ".join(old)
+        sys.exit(f"{files}: not what is in {given.results}: run python -m bench readme {files}")
 
 
 def draw(given: argparse.Namespace) -> None:

@@ -4,8 +4,8 @@ NAME is an operator and a kind of device, such as `ffn-cpu` or `model-gpu`, or `
 the results of `make demo`, kept as demo.json, or `fit`, `packing`, `choices` or `training` for those of
 `bench.fit` and so on, or `quality-STUDY` for a study of `bench.quality`, `quality-likeness-STUDY` for how
 alike its students and their teachers are, or `quality-settings` for what its studies change, or
-`machine-TABLE` for a table of `bench.predictions`, or `serve`, `serve-all` and `serve-quality` for `python -m
-bench serve`. What was never measured says so.
+`machine-TABLE` for a table of `bench.predictions`, or `serve`, `serve-all`, `serve-speedup` and
+`serve-quality` for `python -m bench serve`. What was never measured says so.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def update(text: str, folder: str | Path) -> str:
             content = packing(Path(folder))
         elif name.startswith("machine-"):
             content = machine(name.removeprefix("machine-"), Path(folder))
-        elif name in ("serve", "serve-all", "serve-quality"):
+        elif name in ("serve", "serve-all", "serve-speedup", "serve-quality"):
             content = serve(name, Path(folder), results)
         elif name.startswith("quality-"):
             content = quality(Path(folder) / "quality" / f"{name.removeprefix('quality-')}.jsonl")
@@ -162,6 +162,8 @@ def serve(name: str, folder: Path, results: Iterable[Results]) -> str:
     found = [result for result in results if result.run.op == "serve"]
     if not found:
         return f"*`python -m bench serve`: {NOT_MEASURED}.*"
+    if name == "serve-speedup":
+        return f"{markdown(tables.speedup_table(found[0]))}\n\n{provenance(found[0], tables.SPEEDUP_LEGEND)}"
     drawn = tables.main_tables(found[0]) if name == "serve" else tables.all_tables(found[0])
     return "\n\n".join(
         [*map(markdown, drawn), provenance(found[0], f"{tables.LEGEND}. {tables.AIMS_LEGEND}")]

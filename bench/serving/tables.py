@@ -11,6 +11,7 @@ from .contenders import FORMS, PRECISIONS
 
 TITLES = {"minilm": "MiniLM", "bert-base": "BERT-base", "toy": "toy"}
 LEGEND = "Median of a call, ± half the distance of the 10th and 90th percentile; sequences/s in brackets"
+SPEEDUP_LEGEND = "Ratios of medians; the teacher's graph as exporters write it, which computes padding"
 AIMS_LEGEND = (
     "How many times as fast ours is as a rival whose graph computes padding, or does not, and what was aimed "
     "at; **bold** where that is reached"
@@ -48,6 +49,44 @@ def all_tables(results: Results) -> Iterator[Table]:
     """Every time and every aim."""
     yield from time_tables(results)
     yield from aim_tables(results)
+
+
+def speedup_table(results: Results) -> Table:
+    """How many times as fast ours is as its teacher, padded where it is a graph: settings down, cases across."""
+    shapes = by_shape(results)
+    settings = dict.fromkeys(
+        (shape, row.case["runtime"], row.case["precision"])
+        for shape, rows in shapes.items()
+        for row in rows
+        if row.entry == "ours" and row.case["runtime"] in ("torch", "onnxruntime")
+    )
+    cases = list(dict.fromkeys(row.case["case"] for row in results.rows))
+
+    def seconds(setting: tuple[str, ...], entry: str, case: str) -> float | None:
+        for row in shapes[setting[0]]:
+            found = (
+                (row.case["shape"], row.case["runtime"], row.case["precision"]),
+                row.entry,
+                row.case["case"],
+            )
+            is_padded = entry == "ours" or row.case["runtime"] == "torch" or row.case["form"] == "padded"
+            if found == (setting, entry, case) and is_padded and row.seconds:
+                return row.seconds.median
+        return None
+
+    def cell(setting: tuple[str, ...], case: str) -> str:
+        theirs, ours = (seconds(setting, entry, case) for entry in ("teacher", "ours"))
+        return NOTHING if theirs is None or ours is None else f"{theirs / ours:.2f}"
+
+    lines = tuple(
+        Line(
+            f"{TITLES.get(setting[0], setting[0])}, {setting[1]} {setting[2]}",
+            tuple(cell(setting, case) for case in cases),
+        )
+        for setting in settings
+    )
+    columns = tuple(_heading(case, list(results.rows)) for case in cases)
+    return Table("teacher's time / ours", columns, lines, ())
 
 
 def main_tables(results: Results) -> Iterator[Table]:

@@ -1,4 +1,4 @@
-"""README, as a newcomer takes it: its commands and its code run as they stand, and its links lead somewhere."""
+"""README, as a newcomer takes it: commands and code run as they stand, links lead somewhere."""
 
 import re
 import shlex

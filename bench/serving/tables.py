@@ -52,7 +52,7 @@ def all_tables(results: Results) -> Iterator[Table]:
 
 
 def speedup_table(results: Results) -> Table:
-    """How many times as fast ours is as its teacher, padded where it is a graph: settings down, cases across."""
+    """How many times as fast ours is as its teacher, whose graph computes padding: settings by cases."""
     shapes = by_shape(results)
     settings = dict.fromkeys(
         (shape, row.case["runtime"], row.case["precision"])

@@ -22,7 +22,7 @@ from moebert_kernels.compress.assignment import assign, loads
 from moebert_kernels.compress.batching import LABEL_COLUMNS
 from moebert_kernels.compress.layerwise import evaluating, forward_replaced
 from moebert_kernels.layer import MoEFFN
-from moebert_kernels.models import find_ffns
+from moebert_kernels.models import find_ffns, is_moe
 from moebert_kernels.models.families import DenseFFN
 from moebert_kernels.routing import RoutingPlan
 from moebert_kernels.routing.routers import RouterOutput
@@ -88,8 +88,9 @@ def _see(
 
 
 def run(model: PreTrainedModel, batch: Batch) -> Any:
-    """Run a model on a batch, labels left out."""
-    return model(**{name: value for name, value in batch.items() if name not in LABEL_COLUMNS})
+    """Run a model on a batch, labels left out; padded, as the teacher it is compared with token by token."""
+    padded = {"pack": False} if is_moe(model.config) else {}
+    return model(**{name: value for name, value in batch.items() if name not in LABEL_COLUMNS}, **padded)
 
 
 @contextmanager

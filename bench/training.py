@@ -183,7 +183,7 @@ def take_local_steps(
             features = {name: value for name, value in rows.items() if name not in LABEL_COLUMNS}
             real_T = rows["attention_mask"].flatten() != 0
             subject.teacher(**features)
-            student(**features)
+            student(**features, pack=False)
             for layer, (s_BSD, x_BSD, expert_T) in enumerate(caught):
                 sums_L[layer].append(s_BSD.flatten(0, -2)[real_T])
                 inputs_L[layer].append(x_BSD.flatten(0, -2)[real_T])

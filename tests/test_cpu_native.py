@@ -103,6 +103,7 @@ def both_ways(backend, call, dy_TD):
 @pytest.mark.parametrize("residual_dtype", [torch.float32, torch.bfloat16])
 def test_mixed_dtypes_equal_plain_pytorch(residual_dtype):
     """Autocast: bfloat16 rows, float32 residual and LayerNorm."""
+    torch.manual_seed(0)
     t, ids = make_inputs(33, 24, 8, 3, 2)
     plan = RoutingPlan.from_expert_ids(ids, 3)
     t |= {
@@ -120,6 +121,9 @@ def test_mixed_dtypes_equal_plain_pytorch(residual_dtype):
     torch.testing.assert_close(y, plain_y, rtol=2e-2, atol=2e-2)
     for name, a, b in zip(Gradients._fields, grads, plain_grads, strict=True):
         assert a.dtype == b.dtype or name == "gate_TK"
+        if name in call._fields and name.startswith("shared"):  # sums over all tokens: of their own size
+            assert (a.float() - b.float()).norm() < 0.03 * b.float().norm(), name
+            continue
         torch.testing.assert_close(
             a.float(), b.float(), rtol=5e-2, atol=5e-2, msg=lambda m, n=name: f"{n}: {m}"
         )

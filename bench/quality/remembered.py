@@ -48,7 +48,7 @@ class RememberedTeacher(nn.Module):
         output_hidden_states: bool = True,
         pack: Any = None,
     ) -> SequenceClassifierOutput:
-        """What the teacher says of a batch; hidden states are 0 at padding, or with a `pack` rows [1, N, D]."""
+        """What the teacher says of a batch; states are 0 at padding, or with a `pack` rows [N, D]."""
         lengths = attention_mask.sum(1).tolist()
         types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
         keys = [
@@ -67,7 +67,7 @@ class RememberedTeacher(nn.Module):
         states_BSLD = pad_sequence([states_SLD for states_SLD, _ in kept], batch_first=True)
         states = states_BSLD.unbind(2)
         if pack:
-            states = tuple(state_BSD[attention_mask != 0].unsqueeze(0) for state_BSD in states)
+            states = tuple(state_BSD[attention_mask != 0] for state_BSD in states)
         return SequenceClassifierOutput(
             logits=torch.stack([logits for _, logits in kept]),  # type: ignore[arg-type]
             hidden_states=states,  # type: ignore[arg-type]

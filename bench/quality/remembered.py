@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import count
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +31,7 @@ class RememberedTeacher(nn.Module):
     def __init__(self, teacher: PreTrainedModel):
         super().__init__()
         self.teacher = copy.deepcopy(teacher)  # training freezes it; what contenders are cut from stays
+        self.teacher.set_attn_implementation("eager")  # which is never given rows without padding
         self.config = teacher.config
         self._kept: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
 
@@ -46,9 +46,8 @@ class RememberedTeacher(nn.Module):
         attention_mask: Tensor,
         token_type_ids: Tensor | None = None,
         output_hidden_states: bool = True,
-        pack: Any = None,
     ) -> SequenceClassifierOutput:
-        """What the teacher says of a batch; states are 0 at padding, or with a `pack` rows [N, D]."""
+        """What the teacher says of a batch; hidden states are 0 at padding."""
         lengths = attention_mask.sum(1).tolist()
         types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
         keys = [
@@ -65,12 +64,9 @@ class RememberedTeacher(nn.Module):
                 self._kept[key] = states_BSLD[row, :n].clone(), outputs.logits[row].float()
         kept = [self._kept[key] for key in keys]
         states_BSLD = pad_sequence([states_SLD for states_SLD, _ in kept], batch_first=True)
-        states = states_BSLD.unbind(2)
-        if pack:
-            states = tuple(state_BSD[attention_mask != 0] for state_BSD in states)
         return SequenceClassifierOutput(
             logits=torch.stack([logits for _, logits in kept]),  # type: ignore[arg-type]
-            hidden_states=states,  # type: ignore[arg-type]
+            hidden_states=tuple(states_BSLD.unbind(2)),  # type: ignore[arg-type]
         )
 
 

@@ -458,9 +458,15 @@ def env(
     import json
 
     from moebert_kernels.compress.terminal import environment_table
-    from moebert_kernels.environment import describe_environment
+    from moebert_kernels.environment import Backend, describe_environment
+    from moebert_kernels.models.packing import packed_families
 
     environment = describe_environment()
+    packs, pads = map(", ".join, packed_families())
+    packing = Backend(
+        "Batches without padding", True, f"{packs}; padded, since their attention is their own: {pads}"
+    )
+    environment = dataclasses.replace(environment, backends=(*environment.backends, packing))
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(environment), indent=2))
     else:

@@ -78,7 +78,6 @@ def describe_environment() -> Environment:
         backends=(
             _triton_backend(),
             *_native_backends(),
-            _packed_batches(),
             Backend("PyTorch", True, "any device torch runs on"),
         ),
     )
@@ -160,19 +159,6 @@ def _native_backends() -> tuple[Backend, ...]:
         Backend(names[1], status.cuda, status.cuda_detail),
         Backend(names[2], status.cpu, status.rows_detail),
     )
-
-
-def _packed_batches() -> Backend:
-    """Which families' encoders compute real tokens alone."""
-    name = "Batches without padding"
-    if importlib.util.find_spec("transformers") is None:
-        return Backend(name, False, "transformers is not installed")
-    families = importlib.import_module("moebert_kernels.models.families").FAMILIES
-    packed, padded = (
-        ", ".join(family.name for family in families if family.attends_by_interface is packs)
-        for packs in (True, False)
-    )
-    return Backend(name, True, f"{packed}; padded, since their attention is their own: {padded}")
 
 
 class OtherWork:

@@ -526,6 +526,10 @@ def test_env_in_words_and_for_programs(call):
     assert "PyTorch" in text
     found = json.loads(call("env --json").stdout)
     assert found["versions"]["torch"] in text
+    (packing,) = (b for b in found["backends"] if b["name"] == "Batches without padding")
+    packs, pads = packing["detail"].split("; padded")
+    assert "Bert, Roberta" in packs
+    assert "MPNet, DebertaV2" in pads
 
 
 def test_the_options_are_those_of_the_library():

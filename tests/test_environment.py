@@ -19,13 +19,6 @@ def test_it_is_plain_data():
     assert found["cpu"]
 
 
-def test_it_says_which_families_are_packed():
-    (packed,) = (b for b in describe_environment().backends if b.name == "Batches without padding")
-    computed, padded = packed.detail.split("; padded")
-    assert "Bert, Roberta" in computed
-    assert "MPNet, DebertaV2" in padded
-
-
 def test_pytorch_is_always_usable_and_every_absent_backend_says_why():
     backends = describe_environment().backends
     assert backends[-1].name == "PyTorch"

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils import is_tracing
 
 from moebert_kernels.models.config import is_moe
-from moebert_kernels.models.families import Family, find_base
+from moebert_kernels.models.families import FAMILIES, Family, find_base
 from moebert_kernels.models.pack import Pack, pack_if_worthwhile
 from moebert_kernels.models.packed_attention import PACKED_SDPA, attention_arguments, can_attend_to_rows
 
@@ -44,6 +44,15 @@ def drops_weights(config: Any) -> bool:
     """Whether the attention of a model of this configuration has dropout, in training."""
     names = ("attention_probs_dropout_prob", "attention_dropout")  # the latter in DistilBERT
     return any(getattr(config, name, 0.0) > 0 for name in names)
+
+
+def packed_families() -> tuple[list[str], list[str]]:
+    """The families whose encoders compute real tokens alone, and those that compute padding."""
+    packs, pads = (
+        [family.name for family in FAMILIES if family.attends_by_interface is by_interface]
+        for by_interface in (True, False)
+    )
+    return packs, pads
 
 
 @contextmanager

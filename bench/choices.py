@@ -26,9 +26,19 @@ from moebert_kernels.models import count_parameters, find_ffns, narrow_ffns, to_
 from moebert_kernels.routing import hash_random_tables
 
 from . import alternatives
-from .subjects import ROWS, Likeness, Records, Subject, demonstration, table_of_texts
+from .subjects import (
+    ROWS,
+    Folder,
+    Label,
+    Likeness,
+    Only,
+    Records,
+    Subject,
+    TrainRows,
+    Validation,
+    subject_of,
+)
 
-LENGTH = 48  # of the demonstration
 ALL = 1 << 30
 
 
@@ -284,21 +294,18 @@ app = typer.Typer(help=__doc__, add_completion=False)
 
 @app.command()
 def run(
-    folder: Annotated[Path, typer.Argument(help="Of a finished `moebert demo`; with --train, of a teacher.")],
+    folder: Folder,
     to: Annotated[Path, typer.Option(help="The json file to write, row by row.")] = Path(
         "bench/results/choices.json"
     ),
-    train_rows: Annotated[Path | None, typer.Option("--train", help="A table of texts and labels.")] = None,
-    validation: Annotated[Path | None, typer.Option(help="Another.")] = None,
-    label: Annotated[str, typer.Option(help="Column of the labels.")] = "label",
+    train_rows: TrainRows = None,
+    validation: Validation = None,
+    label: Label = "label",
     seeds: Annotated[int, typer.Option(min=1, help="Of all that is drawn.")] = 1,
-    only: Annotated[str | None, typer.Option(help="Rows by name; between them |.")] = None,
+    only: Only = None,
 ) -> None:
     """Compare, or go on with it."""
-    if train_rows is None or validation is None:
-        subject = demonstration(folder, LENGTH)
-    else:
-        subject = table_of_texts(folder, train_rows, validation, label, 64)
+    subject = subject_of(folder, train_rows, validation, label)
     compare(subject, Records(to), seeds, only.split("|") if only else list(CHOICES))
     typer.echo(table(Records(to).rows))
 

@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import typer
@@ -148,6 +148,21 @@ class Likeness(NamedTuple):
         resampled = Resampled("rows", nothing_N, nothing_N, 1)
         ratio_R = resampled.mean([self.rows_N]) / resampled.mean([base.rows_N])
         return [round(value, 3) for value in Interval.of(ratio_R)]
+
+
+_LENGTH, _TABLE_LENGTH = 48, 64  # tokens of the demonstration's rows, and of other tables
+Folder = Annotated[Path, typer.Argument(help="Of a finished `moebert demo`; with --train, of a teacher.")]
+TrainRows = Annotated[Path | None, typer.Option("--train", help="A table of texts and labels.")]
+Validation = Annotated[Path | None, typer.Option(help="Another.")]
+Label = Annotated[str, typer.Option(help="Column of the labels.")]
+Only = Annotated[str | None, typer.Option(help="Rows by name; between them |.")]
+
+
+def subject_of(folder: Path, train: Path | None, validation: Path | None, label: str) -> Subject:
+    """What a command was asked to compare on: the demonstration, unless it was given tables."""
+    if train is None or validation is None:
+        return demonstration(folder, _LENGTH)
+    return table_of_texts(folder, train, validation, label, _TABLE_LENGTH)
 
 
 def demonstration(folder: Path, max_length: int) -> Subject:

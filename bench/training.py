@@ -33,9 +33,18 @@ from moebert_kernels.models import find_ffns, narrow_ffns
 from moebert_kernels.models.families import DenseFFN
 
 from .quality.remembered import RememberedTeacher
-from .subjects import ROWS, Likeness, Records, Subject, demonstration, table_of_texts
-
-LENGTH = 48  # of the demonstration
+from .subjects import (
+    ROWS,
+    Folder,
+    Label,
+    Likeness,
+    Only,
+    Records,
+    Subject,
+    TrainRows,
+    Validation,
+    subject_of,
+)
 
 
 @dataclass(frozen=True)
@@ -344,20 +353,17 @@ app = typer.Typer(help=__doc__, add_completion=False)
 
 @app.command()
 def run(
-    folder: Annotated[Path, typer.Argument(help="Of a finished `moebert demo`; with --train, of a teacher.")],
+    folder: Folder,
     to: Annotated[Path, typer.Option(help="The json file to write, row by row.")] = Path(
         "bench/results/training.json"
     ),
-    train_rows: Annotated[Path | None, typer.Option("--train", help="A table of texts and labels.")] = None,
-    validation: Annotated[Path | None, typer.Option(help="Another.")] = None,
-    label: Annotated[str, typer.Option(help="Column of the labels.")] = "label",
-    only: Annotated[str | None, typer.Option(help="Rows by name; between them |.")] = None,
+    train_rows: TrainRows = None,
+    validation: Validation = None,
+    label: Label = "label",
+    only: Only = None,
 ) -> None:
     """Compare, or go on with it."""
-    if train_rows is None or validation is None:
-        subject = demonstration(folder, LENGTH)
-    else:
-        subject = table_of_texts(folder, train_rows, validation, label, 64)
+    subject = subject_of(folder, train_rows, validation, label)
     records, fits = Records(to), Fits(subject)
     for name in only.split("|") if only else TRAININGS:
         records.row({"subject": subject.name, "name": name}, partial(train, subject, fits, TRAININGS[name]))

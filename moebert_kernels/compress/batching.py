@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
-from moebert_kernels.compress.losses import IGNORED_LABEL
+from moebert_kernels.models.config import IGNORED_LABEL
 
 LABEL_COLUMNS = ("labels", "start_positions", "end_positions")
 

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moebert_kernels.models.config import IGNORED_LABEL
+
 _ONE_TENSOR_KINDS = ("classification", "multi_label_classification", "regression", "token_classification")
 PREDICTION_KINDS = (*_ONE_TENSOR_KINDS, "question_answering")
-IGNORED_LABEL = -100
 
 Prediction = Tensor | tuple[Tensor, Tensor]
 Pooling = Callable[[Tensor, Tensor | None], Tensor]

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from moebert_kernels.compress.batching import LABEL_COLUMNS, count_labels
 from moebert_kernels.compress.losses import (
-    IGNORED_LABEL,
     Pooling,
     embedding_loss,
     label_loss,
@@ -22,6 +21,7 @@ from moebert_kernels.compress.losses import (
 )
 from moebert_kernels.compress.training_load import TrainingLoad
 from moebert_kernels.models import is_moe
+from moebert_kernels.models.config import IGNORED_LABEL
 from moebert_kernels.models.pack import Pack, pack_if_worthwhile
 from moebert_kernels.models.packing import drops_weights, packed, why_not_packed
 from moebert_kernels.routing.routers import RouterOutput

@@ -13,6 +13,7 @@ from moebert_kernels.checks import check_number, check_whole
 HASH_ROUTINGS = ("hash-random", "hash-balance", "hash-affinity")
 GATE_ROUTINGS = ("gate-token", "gate-sentence")
 ROUTINGS = HASH_ROUTINGS + GATE_ROUTINGS
+IGNORED_LABEL = -100  # of tokens that are in no loss, as transformers has it
 
 _ACTIVATION_OF_HIDDEN_ACT = {
     "gelu": "gelu",

@@ -35,7 +35,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, capture_outputs
 
 from moebert_kernels.layer import FORMER_NAMES, MoEFFN
-from moebert_kernels.models.config import MoEConfig
+from moebert_kernels.models.config import IGNORED_LABEL, MoEConfig
 from moebert_kernels.models.families import FAMILIES, HEADS, DenseFFN, Family, LayerShape, find_ffns
 from moebert_kernels.models.pack import Pack
 from moebert_kernels.models.packing import argument_names, to_padded, to_rows
@@ -57,7 +57,6 @@ _AUTO_CLASSES = (  # of what `MoEClasses.models` holds, in its order
 )
 
 _HEADS_OF_TOKENS = ("ForTokenClassification", "ForMaskedLM")
-IGNORED = -100  # the label of tokens that are not in their losses
 
 _FORMER_KEYS = {rf"\.ffn\.{former}$": f".ffn.{name}" for former, name in FORMER_NAMES.items()}
 
@@ -410,7 +409,7 @@ def _head_forward(family: Family, dense_head: type[PreTrainedModel]) -> Callable
         arguments = {"router_outputs": ours, "pack": pack}
         labels = given.get("labels")
         if labels is not None and dense_head.__name__.endswith(_HEADS_OF_TOKENS):
-            arguments["read_BS"] = labels != IGNORED
+            arguments["read_BS"] = labels != IGNORED_LABEL
         base = _View(self.base_model, arguments=arguments)
         view = _View(self, {family.base_name: base})
         output = dense_head.forward(view, *args, return_dict=True, **kwargs)

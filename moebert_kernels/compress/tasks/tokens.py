@@ -9,9 +9,9 @@ import numpy as np
 from datasets import Dataset
 from transformers import AutoModelForTokenClassification, PreTrainedTokenizerBase
 
-from moebert_kernels.compress.losses import IGNORED_LABEL
 from moebert_kernels.compress.tasks.entities import OUTSIDE, entity_scores
 from moebert_kernels.compress.tasks.task import EncodedRows, Kind, Outputs, Task, to_rows
+from moebert_kernels.models.config import IGNORED_LABEL
 
 
 class TokenClassification(Kind):

@@ -28,11 +28,12 @@ from transformers import AutoTokenizer, BertConfig, BertForSequenceClassificatio
 
 from moebert_kernels.compress.artifacts import write_json
 from moebert_kernels.compress.evaluate import predict
+from moebert_kernels.compress.likeness import prediction_likeness
 from moebert_kernels.compress.loading import load_model
+from moebert_kernels.compress.pipeline import compress
 from moebert_kernels.compress.settings import CompressSettings
 from moebert_kernels.compress.tasks import CsvOptions, TaskData, load_task, match_labels, tokenize
 from moebert_kernels.compress.tasks.texts import load_texts
-from moebert_kernels.compress.text_pipeline import compress_texts, likeness
 from moebert_kernels.environment import OtherWork, describe_environment
 
 LENGTH = 48  # of the demonstration
@@ -66,7 +67,7 @@ def measure(demo: Path, room: Path) -> dict[str, Any]:
     stages: dict[str, dict[str, float]] = {}
     for name, settings in STUDENTS.items():
         clock = Clock()
-        results = compress_texts(settings, data, demo / "teacher", room / name, progress=clock)
+        results = compress(settings, data, demo / "teacher", room / name, progress=clock)
         stages = stages or clock.stages(results)
         variants = {"student": name} | ({"narrow": "narrow"} if settings.comparisons else {})
         for folder, row in variants.items():
@@ -109,7 +110,7 @@ def measure_bert_base(demo: Path, room: Path) -> dict[str, Any]:
         bf16=True,
     )
     clock = Clock()
-    results = compress_texts(settings, data, room / "teacher", room / "student", progress=clock)
+    results = compress(settings, data, room / "teacher", room / "student", progress=clock)
     return {
         "rows": BERT_BASE_ROWS,
         "length": BERT_BASE_LENGTH,
@@ -162,7 +163,7 @@ def scores(demo: Path, folders: dict[str, Path]) -> dict[str, dict[str, float]]:
         rows = tokenize(match_labels(data, model.config), tokenizer, LENGTH).validation_sets[""]
         ours = predict(model, rows.rows, tokenizer)
         theirs = ours if theirs is None else theirs
-        found[name] = rows.score(ours) | likeness("classification", ours, theirs)
+        found[name] = rows.score(ours) | prediction_likeness("classification", ours, theirs)
     return found
 
 

@@ -29,6 +29,7 @@ from moebert_kernels.compress.docstrings import load_docstrings
 from moebert_kernels.compress.evaluate import batches, predict
 from moebert_kernels.compress.fitting import RIDGE, Fitted, fit_experts
 from moebert_kernels.compress.importance import Importance, compute_importance
+from moebert_kernels.compress.likeness import prediction_likeness
 from moebert_kernels.compress.loading import load_teacher
 from moebert_kernels.compress.tasks import (
     CsvOptions,
@@ -39,7 +40,6 @@ from moebert_kernels.compress.tasks import (
     tokenize,
 )
 from moebert_kernels.compress.teacher_loss import prediction_shift_loss
-from moebert_kernels.compress.text_pipeline import likeness
 from moebert_kernels.compress.token_scores import token_groups
 from moebert_kernels.environment import describe_environment
 
@@ -118,7 +118,7 @@ class Subject:
     def likeness(self, student: PreTrainedModel) -> Likeness:
         """How a student's predictions of the validation rows compare with the teacher's."""
         ours = predict(student, self.validation, self.tokenizer)
-        found = likeness(self.kind, ours, self.theirs)
+        found = prediction_likeness(self.kind, ours, self.theirs)
         rows = np.array(outcomes(self.kind, ours, self.theirs)["divergence"])
         said = np.stack(ours).argmax(1) == np.array(self.validation["labels"])
         return Likeness(found["divergence"], found["agreement"], float(said.mean()), rows)

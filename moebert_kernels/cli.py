@@ -18,11 +18,11 @@ from moebert_kernels.cli_command import command, run_app
 from moebert_kernels.cli_options import (
     BFloat16,
     Comparisons,
-    CompressDataOptions,
     DataOptions,
     DistillOptions,
     ExpertOptions,
     FinetuneOptions,
+    LabelledDataOptions,
     Quantization,
     RunOptions,
     ScoredPairs,
@@ -110,7 +110,7 @@ def finetune(
         str, typer.Option("--model", help="Folder of a pre-trained BERT, or its name on the hub.")
     ],
     output: Annotated[Path, typer.Option("--output", help="Folder of the fine-tuned model; must not exist.")],
-    data: DataOptions,
+    data: LabelledDataOptions,
     run: RunOptions,
     training: FinetuneOptions,
 ) -> None:
@@ -153,7 +153,7 @@ def compress(
     output: Annotated[
         Path, typer.Option("--output", help="Folder for the student, results.json and report.html.")
     ],
-    data: CompressDataOptions,
+    data: DataOptions,
     run: RunOptions,
     experts: ExpertOptions,
     training: DistillOptions,
@@ -191,13 +191,10 @@ def compress(
     sentences, after `import moebert_kernels`. An interrupted run goes on where it was when it is given again;
     a stage whose inputs are unchanged is reused.
     """
-    from moebert_kernels.compress import compressing, processes, report
+    from moebert_kernels.compress import pipeline, processes, report
     from moebert_kernels.compress.tasks import describe_labels
     from moebert_kernels.compress.terminal import StageBars, results_table
-    from moebert_kernels.errors import UserError
 
-    if pairs is not None and data.task != "embed":
-        raise UserError("--pairs judges models that embed sentences, and belongs to --task embed")
     comparisons = defaults.COMPARISONS
     if compare is not None:
         comparisons = tuple(name.strip() for name in compare.split(",") if name.strip())
@@ -214,12 +211,9 @@ def compress(
     )
     console = Console(highlight=False)
     with StageBars(console) as progress:
-        if data.task == "embed":
-            rows = data.load_sentences(pairs)
-        else:
-            rows = data.load(needs_labels=False)
-            console.print(describe_labels(rows), soft_wrap=True, markup=False)
-        results = compressing.compress(settings, rows, teacher, output, progress=progress, say=console.print)
+        rows = data.load(needs_labels=False, pairs=pairs)
+        console.print(describe_labels(rows), soft_wrap=True, markup=False)
+        results = pipeline.compress(settings, rows, teacher, output, progress=progress, say=console.print)
     processes.on_main(lambda: report.write_report(results, output / "report.html"))
     console.print(results_table(results))
     for warning in results["warnings"]:
@@ -354,9 +348,10 @@ def distill(
     settings = compress_settings(run, training)
     console = Console(highlight=False)
     with StageBars(console) as progress:
+        rows = data.load(needs_labels=False)
         found = steps.distill_student(
             settings,
-            data.load(needs_labels=False),
+            rows,
             student,
             teacher,
             output,
@@ -366,7 +361,8 @@ def distill(
     terms = ", ".join(f"{name} {value:.4g}" for name, value in found.losses[-1].items() if name != "step")
     typer.echo(f"{output}: last losses {terms}")
     length = [] if run.max_length is None else ["--max-length", str(run.max_length)]
-    words = ["moebert", "evaluate", "--model", str(output), *data.as_words(), *length]
+    judge = [] if rows.has_labels else ["--teacher", str(teacher)]
+    words = ["moebert", "evaluate", "--model", str(output), *judge, *data.as_words(), *length]
     typer.echo(f"see how good it is: {shlex.join(words)}")
 
 
@@ -375,13 +371,20 @@ def evaluate(
     model: Annotated[Path, typer.Option("--model", help="Folder of a fine-tuned model, dense or MoE.")],
     data: DataOptions,
     run: RunOptions,
+    pairs: ScoredPairs = None,
+    teacher: Annotated[
+        Path | None,
+        typer.Option("--teacher", help="Of rows without labels: the model whose answers to them are right."),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", help="A json file to write the metrics to, in full precision.")
     ] = None,
 ) -> None:
-    """Score a model on the validation rows by the task's official metrics.
+    """Score a model on the validation rows by the task's official metrics, or without labels by a teacher.
 
     moebert evaluate --model runs/sst2/student --task sst2 --data SST-2
+
+    moebert evaluate --model runs/fitted/student --teacher my-bert --data sentences.txt
     """
     from moebert_kernels.compress import artifacts, steps
     from moebert_kernels.compress.terminal import StageBars
@@ -389,8 +392,11 @@ def evaluate(
 
     if output is not None and (output.is_dir() or output.suffix != ".json"):
         raise UserError(f"--output {output} must be a file named .json")
+    rows = data.load(needs_labels=False, pairs=pairs)
     with StageBars(Console(stderr=True, highlight=False)) as progress:
-        metrics = steps.evaluate_model(model, data.load(), max_length=run.max_length, progress=progress)
+        metrics = steps.evaluate_model(
+            model, rows, teacher_dir=teacher, max_length=run.max_length, progress=progress
+        )
     for name, value in metrics.items():
         typer.echo(f"{name} {value:.4f}")
     if output is not None:
@@ -409,7 +415,7 @@ def export(
         ),
     ],
     output: Annotated[Path, typer.Option("--output", help="Folder to write; new or empty.")],
-    data: DataOptions,
+    data: LabelledDataOptions,
     quantize: Annotated[
         Quantization | None,
         typer.Option(
@@ -440,6 +446,8 @@ def export(
     is_given = data.task is not None or data.data is not None
     if is_given and not (check or quantize):
         raise UserError("--data is for --check, or to measure --quantize on: give one of the two")
+    if data.task == "embed":
+        raise UserError("--task embed does not apply to export: give sentences by --data alone")
     done = export(
         model,
         output,

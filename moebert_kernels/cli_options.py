@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
@@ -28,7 +28,7 @@ Kind = Literal["classification", "multi_label_classification", "regression"]
 Quantization = Literal["int8"]
 Routing = Literal["hash-random", "hash-balance", "hash-affinity", "gate-token", "gate-sentence"]
 
-_TASKS = "With official metrics: GLUE's, SQuAD's, or conll, words with BIO tags. csv: a table of your own."
+_LABELLED = "With official metrics: GLUE's, SQuAD's, or conll, words with BIO tags. csv: a table of your own."
 _data = functools.partial(typer.Option, rich_help_panel="Task and data")
 _table = functools.partial(typer.Option, rich_help_panel="Your own table")
 _answers = functools.partial(typer.Option, rich_help_panel="Answers, with --task squad or squad_v2")
@@ -44,9 +44,7 @@ class DataOptions:
         TaskName | None,
         _data(
             "--task",
-            # "embed" is refused with a reason rather than unknown.
-            metavar=f"[{'|'.join(name for name in get_args(TaskName) if name != 'embed')}]",
-            help=_TASKS,
+            help=f"{_LABELLED} embed: sentences without labels, for a model that embeds them.",
         ),
     ] = None
     data: Annotated[
@@ -54,9 +52,10 @@ class DataOptions:
         _data(
             "--data",
             metavar="PATH|hub",
-            help="The folder of the original files; for csv the table, .csv, .tsv or .jsonl. Or hub: the "
-            "data set that the Hugging Face hub has of the task; hub:NAME or hub:NAME:CONFIG: another one. "
-            "Without --task, where labels are not needed, text alone: a .txt with one a line, or a table.",
+            help="The folder of the original files; for csv the table, .csv, .tsv or .jsonl; for embed a "
+            "table too, or a .txt with a sentence per line. Or hub: the data set that the Hugging Face hub "
+            "has of the task; hub:NAME or hub:NAME:CONFIG: another one. Without --task, where labels are not "
+            "needed, text alone, for a model of any head: a .txt with one a line, or a table.",
         ),
     ] = None
     text_column: Annotated[str | None, _table(help="The text.", show_default="text")] = None
@@ -98,12 +97,13 @@ class DataOptions:
         ),
     ] = None
 
-    def load(self, *, needs_labels: bool = True) -> TaskData:
+    def load(self, *, needs_labels: bool = True, pairs: str | None = None) -> TaskData:
         """Read the rows.
 
         Args:
             needs_labels: whether what they are for does. If not, and if no task or label column is named, a
-                file of text will do: rows have the kind `texts.KIND` then.
+                file of text will do: rows have the kind `texts.KIND` then; of --task embed, `sentences.KIND`.
+            pairs: of sentences, with scores; for --task embed.
 
         Raises:
             UserError: the options do not fit each other or the files.
@@ -111,13 +111,15 @@ class DataOptions:
         from moebert_kernels.compress.tasks import AnswerOptions, CsvOptions, load_task
         from moebert_kernels.errors import UserError
 
+        if pairs is not None and self.task != "embed":
+            raise UserError("--pairs judges models that embed sentences, and belongs to --task embed")
         if not needs_labels and self._has_no_labels():
             return self._load_texts()
         task, data = self._task_and_data()
         if task == "embed":
-            raise UserError(
-                "--task embed, for models that embed sentences, is known to moebert compress alone"
-            )
+            if needs_labels:
+                raise UserError("--task embed has no labels, which are needed here: name another task")
+            return self._load_sentences(data, pairs)
         if self.validation_data is not None and self.validation_fraction is not None:
             raise UserError("give --validation-data or --validation-fraction, not both")
         table = _given(
@@ -182,6 +184,21 @@ class DataOptions:
         )
         return load_texts(str(self.data), CsvOptions(**columns))
 
+    def _load_sentences(self, data: str, pairs: str | None) -> TaskData:
+        from moebert_kernels.compress.sentences import load_sentences
+        from moebert_kernels.compress.tasks import CsvOptions
+
+        used = ("text_column", "pair_column", "label_column", "validation_fraction", "split_seed")
+        self._check_unused(("task", "data", *used), "--task embed")
+        columns = _given(
+            text=self.text_column,
+            text_pair=self.pair_column,
+            label=self.label_column,
+            validation_fraction=self.validation_fraction,
+            seed=self.split_seed,
+        )
+        return load_sentences(data, pairs=pairs, columns=CsvOptions(**columns))
+
     def _check_unused(self, used: tuple[str, ...], what: str) -> None:
         from moebert_kernels.errors import UserError
 
@@ -208,48 +225,18 @@ class DataOptions:
 
 
 @dataclass(frozen=True)
-class CompressDataOptions(DataOptions):
-    """The rows of `moebert compress`, which can be sentences without labels too."""
+class LabelledDataOptions(DataOptions):
+    """Those of a command that has no use for sentences without labels."""
 
     task: Annotated[
         TaskName | None,
         _data(
             "--task",
-            help=f"{_TASKS} embed: sentences without labels, for a model that embeds them.",
+            # "embed" is refused with a reason rather than unknown.
+            metavar=f"[{'|'.join(name for name in get_args(TaskName) if name != 'embed')}]",
+            help=_LABELLED,
         ),
     ] = None
-    data: Annotated[
-        str | None,
-        _data(
-            "--data",
-            metavar="PATH|hub",
-            help="The folder of the original files; for csv the table, .csv, .tsv or .jsonl; for embed a "
-            "table too, or a .txt with a sentence per line. Or hub: the data set that the Hugging Face hub "
-            "has of the task; hub:NAME or hub:NAME:CONFIG: another one. Without --task, text alone, for a "
-            "model of any head: a .txt with one a line, or a table.",
-        ),
-    ] = None
-
-    def load_sentences(self, pairs: str | None) -> TaskData:
-        """Read the sentences of --task embed, and scored pairs if there are any.
-
-        Raises:
-            UserError: the options do not fit each other or the files.
-        """
-        from moebert_kernels.compress.sentences import load_sentences
-        from moebert_kernels.compress.tasks import CsvOptions
-
-        _, data = self._task_and_data()
-        used = ("text_column", "pair_column", "label_column", "validation_fraction", "split_seed")
-        self._check_unused(("task", "data", *used), "--task embed")
-        columns = _given(
-            text=self.text_column,
-            text_pair=self.pair_column,
-            label=self.label_column,
-            validation_fraction=self.validation_fraction,
-            seed=self.split_seed,
-        )
-        return load_sentences(data, pairs=pairs, columns=CsvOptions(**columns))
 
 
 def _given(**options: Any) -> dict[str, Any]:
@@ -428,7 +415,7 @@ ScoredPairs = Annotated[
     _data(
         "--pairs",
         metavar="PATH",
-        help="For embed: pairs of sentences scored by how alike they are, to judge the student by. The "
+        help="For embed: pairs of sentences scored by how alike they are, to judge a model by. The "
         "folder of the original STS-B files, or a table with the columns text, text_pair and label, or those "
         "you name.",
     ),

@@ -21,7 +21,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from moebert_kernels.compress import pipeline, processes
+from moebert_kernels.compress import processes, run
 from moebert_kernels.compress.adapt import adapt, random_scores
 from moebert_kernels.compress.distill import DistillSettings, distill
 from moebert_kernels.compress.evaluate import batches, predict
@@ -131,7 +131,7 @@ def broken(folder: Path, out: Path) -> None:
     """`compress`, until a process that is not the main one fails in the midst of distillation."""
     with processes.one_voice():
         if not processes.is_main():
-            pipeline.distill = functools.partial(distill, callbacks=[FailAt(9)])
+            run.distill = functools.partial(distill, callbacks=[FailAt(9)])
         compress(SETTINGS, make_data(), folder / "teacher", out / "broken")
 
 

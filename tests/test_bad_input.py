@@ -27,10 +27,10 @@ from moebert_kernels import (
 )
 from moebert_kernels.cli import app
 from moebert_kernels.compress.adapt import adapt, random_scores
-from moebert_kernels.compress.embeddings import load_sentence_encoder
 from moebert_kernels.compress.finetune import finetune
 from moebert_kernels.compress.importance import Importance, compute_importance
 from moebert_kernels.compress.loading import load_model
+from moebert_kernels.compress.sentence_encoder import load_sentence_encoder
 from moebert_kernels.compress.tasks import CsvOptions, load_task, match_labels
 from moebert_kernels.errors import UserError
 from moebert_kernels.models import MoEBertConfig, replace_ffns, to_moe

@@ -491,13 +491,14 @@ def test_help_of_every_command_has_an_example_or_needs_none(call, name):
         assert f"moebert {name} --" in result.stdout
 
 
-def test_help_offers_a_task_to_the_one_command_that_knows_it(call):
-    """Five commands explained embed, and refused it."""
+def test_help_offers_a_task_to_the_commands_that_know_it(call):
+    """Stops a command from explaining embed, and refusing it."""
     for name in COMMANDS:
-        shown = call(f"{name} --help").stdout
-        assert ("embed" in shown) == (name == "compress"), name
-        if name in ("finetune", "importance", "adapt", "distill", "evaluate"):
-            listed = re.sub(r"[^a-z0-9_|]", "", shown)
+        listed = re.sub(r"[^a-z0-9_|]", "", call(f"{name} --help").stdout)
+        assert ("|embed" in listed) == (name in ("compress", "importance", "adapt", "distill", "evaluate")), (
+            name
+        )
+        if name not in ("demo", "env"):
             assert "|".join(task_names()) in listed, name
 
 
@@ -567,12 +568,56 @@ def test_a_model_that_embeds_sentences_end_to_end(call, folder):
     assert (folder / "embedded" / "student" / "modules.json").is_file()
 
 
+def test_a_model_that_embeds_sentences_stage_by_stage(call, folder):
+    make_folder(folder / "embedder-2")
+    (folder / "sentences.txt").write_text("\n".join(TEXTS))
+    (folder / "pairs-2.csv").write_text(
+        "text,text_pair,label\n"
+        + "\n".join(f"{a},{b},{i}" for i, (a, b) in enumerate(itertools.pairwise(TEXTS)))
+    )
+    rows = "--task embed --data sentences.txt"
+    for command in (
+        f"importance --teacher embedder-2 {rows} --output s.safetensors --per-token",
+        f"adapt --teacher embedder-2 {rows} --importance s.safetensors --output cut --routing hash-affinity",
+        f"distill --teacher embedder-2 --student cut {rows} --output taught --epochs 1 --batch-size 8",
+        f"evaluate --model taught --teacher embedder-2 {rows} --output against.json",
+        f"evaluate --model taught {rows} --pairs pairs-2.csv --output pairs.json",
+        "adapt --teacher embedder-2 --random-split --no-fit --output dealt",
+    ):
+        result = call(command)
+        assert result.exit_code == 0, result.output + result.stderr
+    for name in ("cut", "taught", "dealt"):
+        assert (folder / name / "modules.json").is_file(), name
+    assert set(json.loads((folder / "against.json").read_text())) == {"cosine", "similarity_spearman"}
+    assert set(json.loads((folder / "pairs.json").read_text())) == {"spearman_pairs"}
+
+
+def test_texts_are_scored_against_a_teacher(call, folder):
+    (folder / "some.txt").write_text("\n".join(TEXTS))
+    result = call("evaluate --model teacher --teacher teacher --data some.txt --output same.json")
+    assert result.exit_code == 0, result.output + result.stderr
+    found = json.loads((folder / "same.json").read_text())
+    assert found == pytest.approx({"agreement": 1.0, "divergence": 0.0}, abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("command", "words"),
     [
         (
-            f"evaluate --model teacher --task embed --data {__file__}",
-            ["--task embed", "moebert compress alone"],
+            "finetune --model teacher --output x --task embed --data sentences.txt",
+            ["--task embed has no labels"],
+        ),
+        (
+            "evaluate --model teacher --data sentences.txt",
+            ["--teacher must be given: rows without labels are scored against a teacher"],
+        ),
+        (
+            f"evaluate --model teacher --teacher teacher {TABLE}",
+            ["--teacher must not be given where rows have labels"],
+        ),
+        (
+            "export teacher --output x --check --task embed --data sentences.txt",
+            ["--task embed does not apply to export"],
         ),
         (f"{COMPRESS} {TABLE} --pairs p.csv", ["--pairs", "belongs to --task embed"]),
         (

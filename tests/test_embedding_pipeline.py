@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from scipy.stats import spearmanr
 from test_embeddings import TEXTS, make_folder
 
-from moebert_kernels.compress.embedding_pipeline import agreement, compress_embeddings
-from moebert_kernels.compress.embeddings import load_sentence_encoder
 from moebert_kernels.compress.importance import Importance
-from moebert_kernels.compress.pipeline import stage_names
+from moebert_kernels.compress.likeness import embedding_likeness
+from moebert_kernels.compress.pipeline import compress, stage_names
 from moebert_kernels.compress.report import render_report
+from moebert_kernels.compress.sentence_encoder import load_sentence_encoder
 from moebert_kernels.compress.sentences import load_sentences
 from moebert_kernels.compress.settings import CompressSettings
 from moebert_kernels.compress.terminal import results_table
@@ -47,9 +47,7 @@ def make_data(folder):
 def finished(folder):
     """A run with scored pairs, not to be written to."""
     said = []
-    results = compress_embeddings(
-        SETTINGS, make_data(folder), folder / "teacher", folder / "out", say=said.append
-    )
+    results = compress(SETTINGS, make_data(folder), folder / "teacher", folder / "out", say=said.append)
     return folder / "out", results, said
 
 
@@ -106,8 +104,8 @@ def test_interrupted_and_started_again_it_ends_the_same(folder, finished, stop, 
     calls = []
     run = (SETTINGS, make_data(folder), folder / "teacher", tmp_path / "out")
     with pytest.raises(KeyboardInterrupt):
-        compress_embeddings(*run, progress=interrupt)
-    results = compress_embeddings(*run, progress=lambda *call: calls.append(call))
+        compress(*run, progress=interrupt)
+    results = compress(*run, progress=lambda *call: calls.append(call))
     names = stage_names(SETTINGS)
     assert [name for name, _, total in calls if total == 0] == names[: names.index(stop[0])]
     for key in ("losses", "training_load_NLE", "expert_load_LE"):
@@ -122,11 +120,11 @@ def test_a_changed_pooling_is_another_teacher(folder, tmp_path):
     """Its file lies in a folder of its own, which the fingerprint of a plain model does not see."""
     make_folder(tmp_path / "teacher", pooling="mean")
     run = (replace(SETTINGS, epochs=0.2), make_data(folder), tmp_path / "teacher", tmp_path / "out")
-    compress_embeddings(*run)
+    compress(*run)
     (tmp_path / "teacher" / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": "cls"}))
     calls = []
     with pytest.warns(UserWarning, match="holds a run with other settings or data"):
-        compress_embeddings(*run, progress=lambda *call: calls.append(call))
+        compress(*run, progress=lambda *call: calls.append(call))
     assert ("importance", 0, 0) not in calls
     assert load_sentence_encoder(tmp_path / "out" / "student").pooling == "cls"
 
@@ -137,7 +135,7 @@ def test_other_routings_and_models_of_equal_cost(folder, routing, tmp_path):
         SETTINGS, epochs=0.2, routing=routing, comparisons=("random", "narrow", "layers"), seeds=2
     )
     data = load_sentences(folder / "sentences.txt")
-    results = compress_embeddings(settings, data, folder / "teacher", tmp_path / "out")
+    results = compress(settings, data, folder / "teacher", tmp_path / "out")
     assert len(results["models"]) == 9
     for model in results["models"]:
         assert set(model["quality"]) == {"cosine", "similarity_spearman"}
@@ -155,16 +153,16 @@ def test_folders_that_are_no_teacher_are_refused(folder, finished, tmp_path):
         ),
     ):
         with pytest.raises(UserError, match=message):
-            compress_embeddings(SETTINGS, data, teacher, tmp_path / "out")
+            compress(SETTINGS, data, teacher, tmp_path / "out")
     with pytest.raises(UserError, match="max_length is 999"):
-        compress_embeddings(replace(SETTINGS, max_length=999), data, folder / "teacher", tmp_path / "out")
+        compress(replace(SETTINGS, max_length=999), data, folder / "teacher", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_agreement_of_known_embeddings():
     theirs_ND = np.array([[1.0, 0], [0, 2], [1, 1]])
-    same = agreement(5 * theirs_ND, theirs_ND)
+    same = embedding_likeness(5 * theirs_ND, theirs_ND)
     assert same == {"cosine": pytest.approx(1), "similarity_spearman": pytest.approx(1)}
-    turned = agreement(theirs_ND @ np.array([[0.0, 1], [-1, 0]]), theirs_ND)
+    turned = embedding_likeness(theirs_ND @ np.array([[0.0, 1], [-1, 0]]), theirs_ND)
     assert turned == {"cosine": pytest.approx(0), "similarity_spearman": pytest.approx(1)}
-    assert agreement(np.ones((3, 2)), theirs_ND)["similarity_spearman"] == 0
+    assert embedding_likeness(np.ones((3, 2)), theirs_ND)["similarity_spearman"] == 0

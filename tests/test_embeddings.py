@@ -14,15 +14,17 @@ from tiny_encoders import build
 from transformers import BertTokenizerFast
 
 from moebert_kernels.compress.adapt import adapt
-from moebert_kernels.compress.distill import DistillSettings
-from moebert_kernels.compress.embeddings import (
-    distill_embeddings,
-    embedding_importance,
+from moebert_kernels.compress.batching import padded_batches
+from moebert_kernels.compress.distill import DistillSettings, distill
+from moebert_kernels.compress.importance import compute_importance
+from moebert_kernels.compress.teacher_loss import embedding_shift_loss
+from moebert_kernels.compress.embeddings import distill_embeddings, embedding_importance
+from moebert_kernels.compress.losses import embedding_loss
+from moebert_kernels.compress.sentence_encoder import (
     load_sentence_encoder,
     save_sentence_encoder,
     tokenize_texts,
 )
-from moebert_kernels.compress.losses import embedding_loss
 from moebert_kernels.errors import UserError
 from moebert_kernels.models import find_ffns, is_moe, to_moe
 
@@ -49,6 +51,11 @@ def make_folder(folder: Path, name: str = "Bert", pooling: str = "mean", normali
     (folder / "modules.json").write_text(json.dumps(modules))
     (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 9}))
     return folder
+
+
+def importance_of(encoder, rows, batch_size=32):
+    loss = embedding_shift_loss(encoder.pool, encoder.model.config.hidden_size)
+    return compute_importance(encoder.model, padded_batches(rows, encoder.tokenizer, batch_size), loss=loss)
 
 
 def by_sentence_transformers(folder: Path) -> torch.Tensor:
@@ -103,11 +110,19 @@ def test_a_student_learns_the_embeddings_from_text_alone(routing, tmp_path):
     teacher = load_sentence_encoder(make_folder(tmp_path / "teacher"))
     rows = tokenize_texts(TEXTS, teacher)
     assert "labels" not in rows.column_names
-    importance = embedding_importance(teacher, rows, batch_size=7)
+    importance = importance_of(teacher, rows, batch_size=7)
     student = replace(teacher, model=adapt(teacher.model, importance, num_experts=4, routing=routing))
     before = embedding_loss(student.encode(TEXTS), teacher.encode(TEXTS))
     settings = DistillSettings(epochs=8, learning_rate=3e-3, batch_size=8)
-    found = distill_embeddings(student, teacher, rows, settings, tmp_path / "checkpoints")
+    found = distill(
+        student.model,
+        teacher.model,
+        rows,
+        teacher.tokenizer,
+        settings,
+        tmp_path / "checkpoints",
+        pooling=teacher.pool,
+    )
     terms = {"layer", "embedding"} | ({"balance"} if routing.startswith("gate") else set())
     assert set(found.losses[0]) == {"step", "total", *terms}
     assert embedding_loss(student.encode(TEXTS), teacher.encode(TEXTS)) < 0.6 * before
@@ -116,7 +131,7 @@ def test_a_student_learns_the_embeddings_from_text_alone(routing, tmp_path):
 def test_importance_does_not_depend_on_batches(tmp_path):
     encoder = load_sentence_encoder(make_folder(tmp_path / "model"))
     rows = tokenize_texts(TEXTS, encoder)
-    scores = [embedding_importance(encoder, rows, batch_size=size).scores_LF for size in (1, 24)]
+    scores = [importance_of(encoder, rows, batch_size=size).scores_LF for size in (1, 24)]
     torch.testing.assert_close(*scores, atol=1e-5, rtol=1e-4)
     assert bool((scores[0] > 0).all())
 
@@ -125,7 +140,7 @@ def test_a_neuron_that_moves_no_embedding_has_no_importance(tmp_path):
     encoder = load_sentence_encoder(make_folder(tmp_path / "model"))
     with torch.no_grad():
         find_ffns(encoder.model)[1].w2.weight[:, 5] = 0
-    scores_LF = embedding_importance(encoder, tokenize_texts(TEXTS, encoder)).scores_LF
+    scores_LF = importance_of(encoder, tokenize_texts(TEXTS, encoder)).scores_LF
     assert scores_LF[1, 5] < 1e-5 * scores_LF[1].mean()
 
 

@@ -26,7 +26,7 @@ from moebert_kernels.compress import distill, pipeline
 from moebert_kernels.compress.adapt import token_counts
 from moebert_kernels.compress.artifacts import Stage, exclusive, fingerprint, replace_whole, write_json
 from moebert_kernels.compress.importance import Importance
-from moebert_kernels.compress.pipeline import compress, share_curves, stage_names
+from moebert_kernels.compress.pipeline import compress, stage_names
 from moebert_kernels.compress.settings import CompressSettings
 from moebert_kernels.compress.tasks import Task, TaskData, tokenize
 from moebert_kernels.errors import UserError
@@ -516,5 +516,5 @@ def test_a_stage_counts_the_time_of_interrupted_attempts(tmp_path, monkeypatch):
 
 def test_share_curves_of_known_scores():
     scores = torch.tensor([[1.0, 4.0, 2.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
-    curves = share_curves(Importance(scores, "m", "t", 1), points=5)
+    curves = Importance(scores, "m", "t", 1).share_curve_LQ(points=5)
     assert curves == [[0, 0.5, 0.75, 0.875, 1], [0, 0, 0, 0, 0]]

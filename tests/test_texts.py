@@ -13,11 +13,12 @@ from transformers import (
 
 from moebert_kernels.compress.evaluate import batches
 from moebert_kernels.compress.importance import compute_importance
+from moebert_kernels.compress.likeness import prediction_likeness
+from moebert_kernels.compress.pipeline import compress
 from moebert_kernels.compress.settings import CompressSettings
 from moebert_kernels.compress.tasks import CsvOptions, tokenize
 from moebert_kernels.compress.tasks.texts import has_no_labels, load_texts
 from moebert_kernels.compress.teacher_loss import _roots, _yes_and_no_roots, prediction_shift_loss
-from moebert_kernels.compress.text_pipeline import compress_texts, likeness
 from moebert_kernels.errors import ArgumentError, UserError
 
 HEADS = {
@@ -116,24 +117,27 @@ def test_importance_by_shift_does_not_hang_on_batches(tmp_path, texts, head):
 def test_likeness_by_hand():
     theirs = [np.array([2.0, 0.0]), np.array([0.0, 1.0]), np.array([3.0, 0.0])]
     ours = [np.array([1.0, 0.0]), np.array([0.0, 1.0]), np.array([0.0, 3.0])]
-    found = likeness("classification", ours, theirs)
+    found = prediction_likeness("classification", ours, theirs)
     assert found["agreement"] == pytest.approx(2 / 3)
     assert found["divergence"] > 0
-    assert likeness("classification", theirs, theirs) == {"agreement": 1.0, "divergence": 0.0}
+    assert prediction_likeness("classification", theirs, theirs) == {"agreement": 1.0, "divergence": 0.0}
     several = [np.array([2.0, -1.0]), np.array([2.0, -3.0])]
     moved = [np.array([1.0, -3.0]), np.array([3.0, 1.0])]  # the likelier of the two is the same in both
-    assert likeness("multi_label_classification", moved, several)["agreement"] == 0.5
-    assert likeness("multi_label_classification", moved, several)["divergence"] > 0
+    assert prediction_likeness("multi_label_classification", moved, several)["agreement"] == 0.5
+    assert prediction_likeness("multi_label_classification", moved, several)["divergence"] > 0
     numbers = [np.array([1.0]), np.array([2.0]), np.array([4.0])]
     doubled = [2 * number for number in numbers]
-    assert likeness("regression", doubled, numbers) == pytest.approx({"pearson": 1.0, "divergence": 7.0})
-    assert likeness("regression", [np.array([1.0])] * 3, numbers)["pearson"] == 0
+    found = prediction_likeness("regression", doubled, numbers)
+    assert found == pytest.approx({"pearson": 1.0, "divergence": 7.0})
+        {"pearson": 1.0, "divergence": 7.0}
+    )
+    assert prediction_likeness("regression", [np.array([1.0])] * 3, numbers)["pearson"] == 0
     tokens = [np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]), np.array([[1.0, 0.0]])]
     other = [np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), np.array([[1.0, 0.0]])]
-    assert likeness("token_classification", tokens, other)["agreement"] == 0.75
+    assert prediction_likeness("token_classification", tokens, other)["agreement"] == 0.75
     spans = [np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([[1.0, 0.0], [0.0, 1.0]])]
     moved = [spans[0], np.array([[1.0, 1.0], [0.0, 0.0]])]
-    found = likeness("question_answering", moved, spans)
+    found = prediction_likeness("question_answering", moved, spans)
     assert found["agreement"] == 0.5
     assert found["divergence"] > 0
 
@@ -142,7 +146,7 @@ def test_likeness_by_hand():
 def test_teacher_and_text_in_student_out(tmp_path, texts, head):
     head_class, options = HEADS[head]
     folder = make_teacher(tmp_path / "teacher", head_class, **options)
-    results = compress_texts(UNTRAINED, load_texts(texts), folder, tmp_path / "out")
+    results = compress(UNTRAINED, load_texts(texts), folder, tmp_path / "out")
     quality = {model["name"]: model["quality"] for model in results["models"]}
     main = "pearson" if head == "numbers" else "agreement"
     assert results["task"]["main_metric"] == main
@@ -164,7 +168,7 @@ def test_text_is_enough_to_train_on(tmp_path, texts):
         routing="gate-token",
     )
     folder = make_teacher(tmp_path / "teacher", BertForTokenClassification)
-    results = compress_texts(settings, load_texts(texts), folder, tmp_path / "out")
+    results = compress(settings, load_texts(texts), folder, tmp_path / "out")
     for point in results["losses"]["student"]:
         assert set(point) == {"step", "layer", "prediction", "balance", "total"}
     with pytest.raises(ArgumentError, match="fit_rows must be at least 1"):

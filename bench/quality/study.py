@@ -25,6 +25,7 @@ from moebert_kernels.compress.evaluate import batches, predict
 from moebert_kernels.compress.finetune import finetune
 from moebert_kernels.compress.fitting import Fitted, fit_experts, rows_to_fit
 from moebert_kernels.compress.importance import Importance, compute_importance
+from moebert_kernels.compress.likeness import prediction_likeness
 from moebert_kernels.compress.loading import load_teacher
 from moebert_kernels.compress.minilm import find_base_model
 from moebert_kernels.compress.tasks import (
@@ -35,7 +36,6 @@ from moebert_kernels.compress.tasks import (
     match_labels,
     tokenize,
 )
-from moebert_kernels.compress.text_pipeline import likeness
 from moebert_kernels.compress.token_scores import token_groups
 from moebert_kernels.environment import describe_environment
 from moebert_kernels.models import count_parameters, encoder_flops_per_token, is_moe
@@ -247,7 +247,7 @@ class Task:
         """The task's metrics, likeness to the teacher, and outcomes, of a model on the validation rows."""
         ours = predict(model, self.encoded.validation, self.tokenizer)
         metrics = self.encoded.validation_sets[""].score(ours)
-        alike = likeness(self.kind, ours, self.theirs)
+        alike = prediction_likeness(self.kind, ours, self.theirs)
         if "pearson" in alike:  # the task has a metric of that name
             alike["agreement"] = alike.pop("pearson")
         return metrics | alike, outcomes(self.kind, ours, self.theirs)

@@ -23,8 +23,12 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 
 import moebert_kernels
 from moebert_kernels.compress.adapt import adapt, random_scores
-from moebert_kernels.compress.embeddings import SentenceEncoder, load_sentence_encoder, save_sentence_encoder
 from moebert_kernels.compress.minilm import find_base_model
+from moebert_kernels.compress.sentence_encoder import (
+    SentenceEncoder,
+    load_sentence_encoder,
+    save_sentence_encoder,
+)
 from moebert_kernels.export.exporting import export
 from moebert_kernels.export.folder import GRAPH, QUANTIZED
 from moebert_kernels.export.quantize import quantize_products

@@ -18,9 +18,10 @@ from typing import Any
 
 from moebert_kernels.compress.artifacts import write_json
 from moebert_kernels.compress.evaluate import predict
+from moebert_kernels.compress.likeness import prediction_likeness
 from moebert_kernels.compress.loading import load_model
+from moebert_kernels.compress.pipeline import compress
 from moebert_kernels.compress.tasks import CsvOptions, load_task, match_labels, tokenize
-from moebert_kernels.compress.text_pipeline import compress_texts, likeness
 from moebert_kernels.environment import describe_environment
 from moebert_kernels.export.exporting import export
 from moebert_kernels.export.folder import GRAPH, QUANTIZED
@@ -48,7 +49,7 @@ def measure_quality(demo: Path, out: Path | None, say: Callable[[str], None]) ->
     room = demo / "serve"
     room.mkdir(exist_ok=True)
     students = room / SETTINGS.routing
-    compress_texts(SETTINGS, unlabelled(demo, room), demo / "teacher", students, say=say)
+    compress(SETTINGS, unlabelled(demo, room), demo / "teacher", students, say=say)
     folders = {
         "teacher": demo / "teacher",
         "narrow": students / "work" / "narrow" / "fitted",
@@ -70,7 +71,7 @@ def measure_quality(demo: Path, out: Path | None, say: Callable[[str], None]) ->
         for precision, graph in _GRAPHS.items():
             model: Any = GraphModel(served / graph, config)
             answers = predict(model, rows.rows, tokenizer)
-            scores = rows.score(answers) | likeness("classification", answers, theirs)
+            scores = rows.score(answers) | prediction_likeness("classification", answers, theirs)
             models[name][precision] = {key: float(value) for key, value in scores.items()}
     found = {"models": models, "rows": len(rows.rows), "environment": asdict(describe_environment())}
     if out is not None:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from moebert_kernels.lazy import getter, make_callable
 
 if TYPE_CHECKING:
-    from moebert_kernels.compress.compressing import compress
+    from moebert_kernels.compress.pipeline import compress
 
 __all__ = ["compress"]
 
-__getattr__ = getter(__name__, {"compressing": ["compress"]})
-make_callable(__name__, "compressing")
+__getattr__ = getter(__name__, {"pipeline": ["compress"]})
+make_callable(__name__, "pipeline")

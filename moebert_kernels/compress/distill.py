@@ -24,11 +24,10 @@ from moebert_kernels.compress import defaults, processes
 from moebert_kernels.compress.batching import LABEL_COLUMNS, LengthGroupedTrainer, RowCollator
 from moebert_kernels.compress.divergence import divergence
 from moebert_kernels.compress.finetune import last_checkpoint
-from moebert_kernels.compress.losses import Pooling
 from moebert_kernels.compress.nearest import KeepNearest, Nearest
 from moebert_kernels.compress.precision import check_bf16
+from moebert_kernels.compress.predictions import Pooling
 from moebert_kernels.compress.report_steps import ReportSteps
-from moebert_kernels.compress.settings import CompressSettings
 from moebert_kernels.compress.trainer import DistillationTrainer
 from moebert_kernels.compress.training_load import SayLoad
 from moebert_kernels.compress.writing import writing
@@ -63,33 +62,6 @@ class DistillSettings:
     warmup: float = defaults.WARMUP
     dropout: bool = True
     labels: bool = True
-
-    @classmethod
-    def of(
-        cls, settings: CompressSettings, *, seed: int, is_fitted: bool, hidden_size: int
-    ) -> DistillSettings:
-        """Those of a run's settings for one of its students.
-
-        Args:
-            settings: what they leave open is filled in.
-            seed: of the student.
-            is_fitted: whether it is.
-            hidden_size: of it.
-        """
-        small, large = (3e-5, 1e-5) if is_fitted else (1e-4, 3e-5)
-        default = small if hidden_size <= 512 else large
-        return cls(
-            epochs=settings.epochs,
-            learning_rate=default if settings.learning_rate is None else settings.learning_rate,
-            distill_weight=settings.distill_weight,
-            batch_size=settings.batch_size,
-            weight_decay=settings.weight_decay,
-            seed=seed,
-            bf16=settings.bf16,
-            warmup=settings.warmup,
-            dropout=not is_fitted if settings.dropout is None else settings.dropout,
-            labels=not is_fitted if settings.labels is None else settings.labels,
-        )
 
 
 class Distilled(NamedTuple):

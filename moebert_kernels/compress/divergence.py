@@ -9,13 +9,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moebert_kernels.compress.batching import LABEL_COLUMNS
 from moebert_kernels.compress.evaluate import batches
 from moebert_kernels.compress.layerwise import evaluating
-from moebert_kernels.compress.losses import (
-    Pooling,
-    embedding_loss,
-    prediction_kind,
-    prediction_loss,
-    prediction_of,
-)
+from moebert_kernels.compress.losses import embedding_loss, prediction_loss
+from moebert_kernels.compress.predictions import Pooling, prediction_kind, prediction_of
 
 
 def divergence(

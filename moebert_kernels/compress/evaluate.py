@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moebert_kernels.compress.batching import LABEL_COLUMNS, padded_batches, shortest_first
-from moebert_kernels.compress.losses import Pooling
+from moebert_kernels.compress.predictions import Pooling
 from moebert_kernels.compress.tasks import EncodedData
 
 

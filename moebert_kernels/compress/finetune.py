@@ -29,9 +29,9 @@ from moebert_kernels.compress.artifacts import (
 from moebert_kernels.compress.batching import LengthGroupedTrainer, RowCollator, count_labels
 from moebert_kernels.compress.checkpoint import TRANSFORMERS_ERRORS, cause_of, load_weights, read_config
 from moebert_kernels.compress.evaluate import evaluate
+from moebert_kernels.compress.limits import MAX_SEED, check_learning_rate
 from moebert_kernels.compress.loading import load_tokenizer, row_length, save_encoder
 from moebert_kernels.compress.precision import check_bf16
-from moebert_kernels.compress.settings import MAX_SEED, check_learning_rate
 from moebert_kernels.compress.tasks import KINDS, Task, TaskData, tokenize
 from moebert_kernels.compress.writing import writing
 from moebert_kernels.errors import ArgumentError, UserError, naming

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from moebert_kernels.checks import check_tensor
 from moebert_kernels.compress import processes
 from moebert_kernels.compress.artifacts import replace_whole
 from moebert_kernels.compress.batching import LABEL_COLUMNS
+from moebert_kernels.compress.losses import label_loss
 from moebert_kernels.compress.token_scores import TokenScores, TokenScoreSums
 from moebert_kernels.errors import UserError
 from moebert_kernels.models.surgery import DenseFFN, find_ffns
@@ -75,6 +75,18 @@ class Importance:
                     f" {scores_LF.shape[0]} of {scores_LF.shape[1]}"
                 )
         object.__setattr__(self, "scores_LF", scores_LF)
+
+    def share_curve_LQ(self, points: int = 101) -> list[list[float]]:
+        """How much of a layer's importance its most important neurons hold.
+
+        Returns:
+            [L][points]: at index q the share held by the fraction q / (points - 1) of the neurons, 0 to 1.
+        """
+        sorted_LF = self.scores_LF.double().sort(dim=1, descending=True).values
+        share_LF = sorted_LF.cumsum(1) / sorted_LF.sum(1, keepdim=True).clamp(min=1e-300)
+        share_LF1 = torch.nn.functional.pad(share_LF, (1, 0))
+        index_Q = torch.linspace(0, sorted_LF.shape[1], points).round().long()
+        return share_LF1[:, index_Q].tolist()
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, whole or not at all; model, task and sample count are in its header.
@@ -358,36 +370,20 @@ def labelled_loss(output: Any, batch: Mapping[str, Tensor], problem_type: str | 
     """
     if "start_positions" in batch and "end_positions" in batch:
         mask_BS = batch.get("attention_mask", torch.ones_like(output.start_logits))
-        start = _position_loss(output.start_logits, batch["start_positions"], mask_BS)
-        return (start + _position_loss(output.end_logits, batch["end_positions"], mask_BS)) / 2
+        spans = (output.start_logits, output.end_logits), (batch["start_positions"], batch["end_positions"])
+        return label_loss("question_answering", *spans, mask_BS, reduction="sum")
     if "labels" not in batch:
         raise ValueError(f"a batch has no labels, only {', '.join(batch)}")
-    logits, labels = _widen(output.logits), batch["labels"]
+    logits, labels = output.logits, batch["labels"]
+    kind = None
     if logits.dim() == 2 and (logits.shape[1] == 1 or problem_type == "regression"):
-        if labels.numel() == logits.numel():
-            labels = labels.to(logits.dtype).view_as(logits)
-            return F.mse_loss(logits, labels, reduction="sum") / logits.shape[1]
+        kind = "regression" if labels.numel() == logits.numel() else None
     elif labels.shape == logits.shape[:-1] and not labels.is_floating_point():
-        return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum")
+        kind = "classification"
     elif labels.shape == logits.shape and labels.is_floating_point():
-        labels = labels.to(logits.dtype)
-        return F.binary_cross_entropy_with_logits(logits, labels, reduction="sum") / logits.shape[1]
-    raise ValueError(
-        f"labels {tuple(labels.shape)} {labels.dtype} do not fit logits of shape {tuple(logits.shape)}"
-    )
-
-
-def _position_loss(logits_BS: Tensor, positions_B: Tensor, mask_BS: Tensor) -> Tensor:
-    ignored = logits_BS.shape[1]
-    positions_B = positions_B.clamp(0, ignored)
-    is_real_B = F.pad(mask_BS.bool(), (0, 1)).gather(1, positions_B.unsqueeze(1)).squeeze(1)
-    return F.cross_entropy(
-        _widen(logits_BS).masked_fill(mask_BS == 0, -torch.inf),
-        positions_B.masked_fill(~is_real_B, ignored),
-        ignore_index=ignored,
-        reduction="sum",
-    )
-
-
-def _widen(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        kind = "multi_label_classification"
+    if kind is None:
+        raise ValueError(
+            f"labels {tuple(labels.shape)} {labels.dtype} do not fit logits of shape {tuple(logits.shape)}"
+        )
+    return label_loss(kind, logits, labels, reduction="sum")

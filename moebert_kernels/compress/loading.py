@@ -14,7 +14,7 @@ from moebert_kernels.compress import processes
 from moebert_kernels.compress.artifacts import replace_whole, rows_fingerprint
 from moebert_kernels.compress.checkpoint import cause_of, load_weights, read_config
 from moebert_kernels.compress.files import describe_folder
-from moebert_kernels.compress.tasks import TaskData, auto_model_of, texts
+from moebert_kernels.compress.tasks import TaskData, auto_model_of
 from moebert_kernels.errors import ArgumentError, UserError
 from moebert_kernels.models import find_ffns, is_moe, max_tokens
 
@@ -51,13 +51,18 @@ def load_teacher(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
         UserError: the folder does not hold one.
     """
     model, tokenizer = load_model(folder)
+    check_can_be_cut(model, folder)
+    return model, tokenizer
+
+
+def check_can_be_cut(model: PreTrainedModel, folder: Path) -> None:
+    """Raise a UserError unless the feed-forward networks of the model in `folder` can become experts."""
     if is_moe(model.config):
         raise UserError(f"the model in {folder} is a MoE already: give the dense model that it was made of")
     try:
         find_ffns(model)
     except ValueError as error:
         raise UserError(f"the model in {folder} cannot become a MoE: {error}") from None
-    return model, tokenizer
 
 
 def load_tokenizer(source: str | Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
@@ -157,7 +162,7 @@ def compared_with_training(teacher_dir: Path, data: TaskData) -> TaskData:
     Rows held out by another draw are in part those that the teacher has learned by heart: its own score and
     its student's would be too good. Of rows without labels nothing is said: none are scored by.
     """
-    if data.task.kind == texts.KIND:
+    if not data.has_labels:
         return data
     try:
         noted = json.loads((teacher_dir / _NOTES).read_text())["train_rows"]

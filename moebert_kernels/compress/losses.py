@@ -7,20 +7,15 @@ classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moebert_kernels.compress.predictions import ONE_TENSOR_KINDS, PREDICTION_KINDS, Prediction
 from moebert_kernels.models.config import IGNORED_LABEL
-
-_ONE_TENSOR_KINDS = ("classification", "multi_label_classification", "regression", "token_classification")
-PREDICTION_KINDS = (*_ONE_TENSOR_KINDS, "question_answering")
-
-Prediction = Tensor | tuple[Tensor, Tensor]
-Pooling = Callable[[Tensor, Tensor | None], Tensor]
 
 
 def layer_loss(
@@ -113,7 +108,7 @@ def prediction_loss(
     if isinstance(student, tuple) and isinstance(teacher, tuple) and kind == "question_answering":
         start, end = (_position_kl(s, t, mask_BS) for s, t in zip(student, teacher, strict=True))
         return (start + end) / 2
-    if isinstance(student, tuple) or isinstance(teacher, tuple) or kind not in _ONE_TENSOR_KINDS:
+    if isinstance(student, tuple) or isinstance(teacher, tuple) or kind not in ONE_TENSOR_KINDS:
         raise _wrong_kind(kind, student, teacher)
     if kind == "regression":
         return F.mse_loss(_wide(student), _wide(teacher))
@@ -130,6 +125,7 @@ def label_loss(
     mask_BS: Tensor | None = None,
     *,
     label_smoothing: float = 0.0,
+    reduction: Literal["mean", "sum"] = "mean",
 ) -> Tensor:
     """The task's own loss, as the transformers heads take it: cross-entropies, or MSE for regression.
 
@@ -144,24 +140,27 @@ def label_loss(
             labelled -100, and positions outside the sequence, do not count.
         mask_BS: nonzero at real tokens; read for question answering. None if all are.
         label_smoothing: of the cross-entropies over classes.
+        reduction: "mean" over labelled items; or "sum", which is over samples: of a sample's tokens it is the
+            sum, of several outputs of a sequence the mean.
 
     Returns:
-        A scalar, the mean over labelled items; 0 if there are none.
+        A scalar; 0 if there are no labelled items.
 
     Raises:
         ValueError: as `prediction_loss`.
     """
     if isinstance(student, tuple) and isinstance(labels, tuple) and kind == "question_answering":
         pairs = zip(student, labels, strict=True)
-        start, end = (_position_ce(*pair, mask_BS, label_smoothing) for pair in pairs)
+        start, end = (_position_ce(*pair, mask_BS, label_smoothing, reduction) for pair in pairs)
         return (start + end) / 2
-    if isinstance(student, tuple) or isinstance(labels, tuple) or kind not in _ONE_TENSOR_KINDS:
+    if isinstance(student, tuple) or isinstance(labels, tuple) or kind not in ONE_TENSOR_KINDS:
         raise _wrong_kind(kind, student, labels)
-    if kind == "regression":
-        return F.mse_loss(_wide(student), _wide(labels).view_as(student))
-    if kind == "multi_label_classification":
-        return F.binary_cross_entropy_with_logits(_wide(student), labels.to(_wide(student).dtype))
-    return _cross_entropy(student.flatten(0, -2), labels.flatten(), label_smoothing)
+    if kind in ("regression", "multi_label_classification"):
+        loss_of = F.mse_loss if kind == "regression" else F.binary_cross_entropy_with_logits
+        student = _wide(student)
+        mean = loss_of(student, labels.to(student.dtype).view_as(student))
+        return mean if reduction == "mean" else mean * len(student)
+    return _cross_entropy(student.flatten(0, -2), labels.flatten(), label_smoothing, reduction)
 
 
 def embedding_loss(student_BD: Tensor, teacher_BD: Tensor) -> Tensor:
@@ -176,32 +175,6 @@ def embedding_loss(student_BD: Tensor, teacher_BD: Tensor) -> Tensor:
     student_BD, teacher_BD = _wide(student_BD), _wide(teacher_BD)
     squared_length_B = teacher_BD.square().sum(-1).clamp(min=torch.finfo(teacher_BD.dtype).eps)
     return ((student_BD - teacher_BD).square().sum(-1) / squared_length_B).mean()
-
-
-def prediction_of(outputs: Any) -> Prediction:
-    """The logits of a head's outputs; of question answering, the pair of start's and end's."""
-    return (outputs.start_logits, outputs.end_logits) if "start_logits" in outputs else outputs.logits
-
-
-def prediction_kind(outputs: Any, config: Any) -> str:
-    """The one of `PREDICTION_KINDS` that a model's outputs are.
-
-    Args:
-        outputs: of a model with a head.
-        config: the model's.
-    """
-    if "start_logits" in outputs:
-        return "question_answering"
-    if outputs.logits.dim() == 3:
-        return "token_classification"
-    return sequence_kind(config)
-
-
-def sequence_kind(config: Any) -> str:
-    """What a model of sequences with this configuration puts out: a class, any number of them, or numbers."""
-    if config.problem_type in ("regression", "multi_label_classification"):
-        return config.problem_type
-    return "regression" if config.problem_type is None and config.num_labels == 1 else "classification"
 
 
 def _wrong_kind(kind: str, first: Prediction, second: Prediction) -> ValueError:
@@ -229,7 +202,7 @@ def _position_kl(student_BS: Tensor, teacher_BS: Tensor, mask_BS: Tensor | None)
     return _divergence(log_p_BS, log_q_BS).mean()
 
 
-def _cross_entropy(logits_NC: Tensor, labels_N: Tensor, label_smoothing: float) -> Tensor:
+def _cross_entropy(logits_NC: Tensor, labels_N: Tensor, label_smoothing: float, reduction: str) -> Tensor:
     total = F.cross_entropy(
         _wide(logits_NC),
         labels_N,
@@ -237,23 +210,23 @@ def _cross_entropy(logits_NC: Tensor, labels_N: Tensor, label_smoothing: float) 
         reduction="sum",
         label_smoothing=label_smoothing,
     )
-    return total / (labels_N != IGNORED_LABEL).sum().clamp(min=1)
+    return total if reduction == "sum" else total / (labels_N != IGNORED_LABEL).sum().clamp(min=1)
 
 
 def _position_ce(
-    logits_BS: Tensor, positions: Tensor, mask_BS: Tensor | None, label_smoothing: float
+    logits_BS: Tensor, positions: Tensor, mask_BS: Tensor | None, label_smoothing: float, reduction: str
 ) -> Tensor:
     """Cross-entropy with the real positions of a sequence as its classes."""
     positions_B = positions.reshape(-1)
     outside_B = (positions_B < 0) | (positions_B >= logits_BS.shape[1])
     labels_B = positions_B.masked_fill(outside_B, IGNORED_LABEL)
     if mask_BS is None:
-        return _cross_entropy(logits_BS, labels_B, label_smoothing)
+        return _cross_entropy(logits_BS, labels_B, label_smoothing, reduction)
     log_p_BS = _log_probs_of_real(logits_BS, mask_BS)
     exact_B = log_p_BS.gather(1, positions_B.masked_fill(outside_B, 0).unsqueeze(1)).squeeze(1)
     even_B = log_p_BS.sum(1) / (mask_BS != 0).sum(1).clamp(min=1)
-    loss_B = torch.lerp(exact_B, even_B, label_smoothing).neg().masked_fill(outside_B, 0)
-    return loss_B.sum() / (~outside_B).sum().clamp(min=1)
+    total = torch.lerp(exact_B, even_B, label_smoothing).neg().masked_fill(outside_B, 0).sum()
+    return total if reduction == "sum" else total / (~outside_B).sum().clamp(min=1)
 
 
 def _log_probs_of_real(logits_BS: Tensor, mask_BS: Tensor) -> Tensor:

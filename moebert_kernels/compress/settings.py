@@ -1,18 +1,15 @@
-"""What `compress` is asked to make, and whether a teacher can be made into it."""
+"""What `compress` is asked to make."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from dataclasses import dataclass
 
 from moebert_kernels.compress import defaults
-from moebert_kernels.compress.adapt import check_sizes, default_sizes
-from moebert_kernels.compress.loading import row_length
+from moebert_kernels.compress.distill import DistillSettings
+from moebert_kernels.compress.limits import MAX_SEED, check_learning_rate
 from moebert_kernels.errors import ArgumentError
-from moebert_kernels.models import HASH_ROUTINGS, ROUTINGS, find_ffns
+from moebert_kernels.models import HASH_ROUTINGS, ROUTINGS
 
-MAX_SEED = 2**32 - 1  # numpy takes no larger one
 COMPARISONS = ("random", "narrow", "layers")
 
 
@@ -126,60 +123,25 @@ class CompressSettings:
             if name not in COMPARISONS:
                 raise ArgumentError("comparisons", f"must be from {', '.join(COMPARISONS)}; got {name!r}")
 
+    def training(self, *, seed: int, is_fitted: bool, hidden_size: int) -> DistillSettings:
+        """How one of the run's students is distilled; what these settings leave open is filled in.
 
-def check_learning_rate(argument: str, rate: float | None) -> None:
-    """Raise an ArgumentError unless `rate` is above 0 and below 1, or None.
-
-    AdamW moves a weight by about the learning rate in each step, whatever its gradient is: from 1 on, by more
-    than any weight of an encoder is large.
-    """
-    if rate is not None and not rate > 0:
-        raise ArgumentError(argument, f"must be more than 0, got {rate}")
-    if rate is not None and rate >= 1:
-        raise ArgumentError(
-            argument, f"must be less than 1, got {rate:g}: a step moves every weight by about that much"
+        Args:
+            seed: of the student.
+            is_fitted: whether it is.
+            hidden_size: of it.
+        """
+        small, large = (3e-5, 1e-5) if is_fitted else (1e-4, 3e-5)
+        default = small if hidden_size <= 512 else large
+        return DistillSettings(
+            epochs=self.epochs,
+            learning_rate=default if self.learning_rate is None else self.learning_rate,
+            distill_weight=self.distill_weight,
+            batch_size=self.batch_size,
+            weight_decay=self.weight_decay,
+            seed=seed,
+            bf16=self.bf16,
+            warmup=self.warmup,
+            dropout=not is_fitted if self.dropout is None else self.dropout,
+            labels=not is_fitted if self.labels is None else self.labels,
         )
-
-
-def resolve(
-    settings: CompressSettings,
-    teacher: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    num_rows: int,
-    default_length: int,
-) -> CompressSettings:
-    """Fill in what depends on model and task, and check that it fits.
-
-    Args:
-        settings: as given.
-        teacher: to be compressed.
-        tokenizer: its.
-        num_rows: to train on.
-        default_length: tokens that rows are cut to if nobody says otherwise.
-
-    Raises:
-        UserError: the experts cannot be cut from the teacher's layers, or it takes no rows that long.
-    """
-
-    def length(name: str) -> int:
-        return row_length(getattr(settings, name), teacher.config, tokenizer, name, default=default_length)
-
-    width = find_ffns(teacher)[0].w1.out_features
-    size = settings.expert_size
-    if size is None:
-        size = default_sizes(width, settings.num_experts)[0]
-    shared = round(size * 2 / 3) if settings.num_shared is None else settings.num_shared
-    # A random split, to compare, deals neurons out: its experts cannot overlap.
-    overlapping = settings.routing == "hash-affinity" and "random" not in settings.comparisons
-    tied = settings.tie_shared
-    check_sizes(width, settings.num_experts, size, shared, overlapping=overlapping, tied=tied)
-    rows = settings.importance_rows and min(settings.importance_rows, num_rows)
-    return replace(
-        settings,
-        expert_size=size,
-        num_shared=shared,
-        importance_rows=rows,
-        max_length=length("max_length"),
-        measure_length=length("measure_length") if settings.measure else None,
-    )

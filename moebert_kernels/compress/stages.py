@@ -10,9 +10,7 @@ from typing import Any, Protocol
 from moebert_kernels import __version__
 from moebert_kernels.compress import processes
 from moebert_kernels.compress.artifacts import Stage, fingerprint
-
-Report = Callable[[int, int], None]
-"""Called by a stage's work with (done, total), in a unit of its own."""
+from moebert_kernels.compress.subjects import Report
 
 
 class Progress(Protocol):

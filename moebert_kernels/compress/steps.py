@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from moebert_kernels.compress import processes
-from moebert_kernels.compress.adapt import COUNTING_ROUTINGS, adapt, random_scores, token_counts
+from moebert_kernels.compress import processes, sentences
+from moebert_kernels.compress.adapt import COUNTING_ROUTINGS, random_scores
 from moebert_kernels.compress.artifacts import (
     check_workroom,
     fingerprint,
@@ -19,26 +18,15 @@ from moebert_kernels.compress.artifacts import (
     rows_fingerprint,
     workroom,
 )
-from moebert_kernels.compress.batching import hold_out, sample_rows
-from moebert_kernels.compress.distill import Distilled, DistillSettings, distill
-from moebert_kernels.compress.evaluate import batches, evaluate
-from moebert_kernels.compress.fitting import fit_experts, rows_to_fit
-from moebert_kernels.compress.importance import Importance, LossFunction, compute_importance
-from moebert_kernels.compress.loading import (
-    check_new_folder,
-    compared_with_training,
-    default_device,
-    load_model,
-    load_teacher,
-    row_length,
-    save_encoder,
-)
-from moebert_kernels.compress.precision import computing
-from moebert_kernels.compress.settings import CompressSettings, resolve
+from moebert_kernels.compress.batching import hold_out
+from moebert_kernels.compress.distill import Distilled, distill
+from moebert_kernels.compress.evaluate import evaluate
+from moebert_kernels.compress.importance import Importance
+from moebert_kernels.compress.loading import check_new_folder
+from moebert_kernels.compress.settings import CompressSettings
 from moebert_kernels.compress.stages import Progress
-from moebert_kernels.compress.tasks import KINDS, EncodedData, TaskData, match_labels, texts, tokenize
-from moebert_kernels.compress.teacher_loss import prediction_shift_loss
-from moebert_kernels.compress.token_scores import token_groups
+from moebert_kernels.compress.subjects import Subject, model_alone, subject_of
+from moebert_kernels.compress.tasks import TaskData
 from moebert_kernels.compress.writing import check_writable
 from moebert_kernels.errors import ArgumentError, UserError, naming
 from moebert_kernels.models import find_ffns, is_moe
@@ -57,7 +45,7 @@ def score_teacher(
 
     Args:
         settings: `importance_rows`, `max_length`, `seed` and `bf16` are read.
-        data: raw rows. Without labels, by the teacher's own predictions: see `prediction_shift_loss`.
+        data: raw rows. Without labels, by the teacher's own predictions or embeddings: see `teacher_loss`.
         teacher_dir: of the fine-tuned model.
         output: safetensors file to write.
         per_token: take token scores too, which "hash-affinity" needs.
@@ -67,26 +55,16 @@ def score_teacher(
         UserError: teacher, data and settings do not fit, or `output` is something else.
     """
     check_scores_file(output)
-    with naming("teacher_dir"):
-        teacher, tokenizer = load_teacher(teacher_dir)
-    loss: str | LossFunction = "labels"
-    if data.task.kind == texts.KIND:
-        loss = prediction_shift_loss(teacher.config, seed=settings.seed)
-    encoded = _encode(match_labels(data, teacher.config), teacher, tokenizer, settings.max_length)
-    rows = sample_rows(encoded.train, settings.importance_rows, settings.seed)
-    group_V = token_groups(teacher, token_counts(rows, teacher.config.vocab_size)) if per_token else None
-    _place(teacher)
+    subject = _teacher(teacher_dir, data)
+    rows = subject.encode(settings.max_length).train
+    subject.place()
     processes.on_main(lambda: check_writable(output.parent))
-    with computing(settings.bf16):
-        importance = compute_importance(
-            teacher,
-            batches(rows, tokenizer, device=default_device()),
-            loss=loss,
-            task=data.task.name,
-            model_name=teacher_dir.resolve().name,
-            group_V=group_V,
-            progress=lambda done: progress("importance", done, len(rows)),
-        )
+    importance = subject.importance(
+        rows,
+        settings,
+        per_token=per_token,
+        progress=lambda done, total: progress("importance", done, total),
+    )
     processes.on_main(lambda: importance.save(output))
     return importance
 
@@ -122,67 +100,33 @@ def split_teacher(
         raise ArgumentError(
             "data", "must be given: experts are fitted to rows of text, which need no labels; or do not fit"
         )
-    with naming("teacher_dir"):
-        teacher, tokenizer = load_teacher(teacher_dir)
-    ffns = find_ffns(teacher)
+    if settings.routing in COUNTING_ROUTINGS and data is None:
+        raise UserError(
+            f"{settings.routing} counts the tokens of the training rows: name the task and its data"
+        )
+    subject = _teacher(teacher_dir, data)
     scores: Importance | torch.Tensor
     if importance is None:
+        ffns = find_ffns(subject.model)
         scores = random_scores(len(ffns), ffns[0].w1.out_features, seed=settings.seed)
     else:
         with naming("importance"):
             scores = Importance.load(importance)
     if settings.routing == "hash-affinity":
         _check_token_scores(scores, importance)
-    counts_V = rows = None
-    if data is not None:
-        rows = _encode(data, teacher, tokenizer, settings.max_length).train
-    if settings.routing in COUNTING_ROUTINGS:
-        if rows is None:
-            raise UserError(
-                f"{settings.routing} counts the tokens of the training rows: name the task and its data"
-            )
-        counts_V = token_counts(rows, teacher.config.vocab_size)
-    student = adapt(
-        teacher,
-        scores,
-        num_experts=settings.num_experts,
-        expert_size=settings.expert_size,
-        num_shared=settings.num_shared,
-        tie_shared=settings.tie_shared,
-        routing=settings.routing,
-        top_k=settings.top_k,
-        seed=settings.seed,
-        token_counts_V=counts_V,
-        progress=lambda done, total: progress("adapt", done, total),
-    )
+    rows = None if data is None else subject.encode(settings.max_length).train
+    student = subject.cut(scores, settings, rows, progress=lambda done, total: progress("adapt", done, total))
     if settings.fit and rows is not None:
-        _fit(settings, student, teacher, tokenizer, rows, progress, say)
-    save_encoder(student, tokenizer, output_dir)
-    return student
-
-
-def _fit(
-    settings: CompressSettings,
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Dataset,
-    progress: Progress,
-    say: Callable[[str], None] | None,
-) -> None:
-    _place(student)
-    _place(teacher)
-    rows, _ = hold_out(rows, settings.seed)
-    rows = rows_to_fit(rows, settings.fit_rows, settings.seed, teacher.config.hidden_size)
-    with computing(settings.bf16):
-        found = fit_experts(
-            student,
-            teacher,
-            list(batches(rows, tokenizer)),
-            progress=lambda done, total: progress("fit", done, total),
+        subject.place()
+        student.to(subject.model.device)
+        rows, _ = hold_out(rows, settings.seed)
+        found, num_rows = subject.fit(
+            student, rows, settings, progress=lambda done, total: progress("fit", done, total)
         )
-    if say is not None:
-        say(found.told(len(rows)))
+        if say is not None:
+            say(found.told(num_rows))
+    subject.save(student, output_dir)
+    return student
 
 
 def distill_student(
@@ -218,81 +162,102 @@ def distill_student(
         check_new_folder(output_dir)
         processes.on_main(lambda: check_workroom(output_dir))
     processes.rows_each(settings.batch_size)  # refuses what does not divide
-    with naming("teacher_dir"):
-        teacher, tokenizer = load_teacher(teacher_dir)
+    subject = _teacher(teacher_dir, data)
     with naming("student_dir"):
-        student = load_model(student_dir)[0]
+        student = subject.load(student_dir)
         if not is_moe(student.config):
             raise UserError(
                 f"the model in {student_dir} has no experts: make a MoE of it with `moebert adapt`"
             )
-    length = KINDS[data.task.kind].default_length
-    settings = resolve(settings, teacher, tokenizer, num_rows=len(data.train), default_length=length)
-    data = compared_with_training(teacher_dir, data)
-    assert settings.max_length is not None
-    how = DistillSettings.of(
-        settings,
-        seed=settings.seed,
-        is_fitted=student.config.is_fitted,
-        hidden_size=student.config.hidden_size,
-    )
-    data = match_labels(data, teacher.config)
+    is_fitted = student.config.is_fitted
+    how = settings.training(seed=settings.seed, is_fitted=is_fitted, hidden_size=student.config.hidden_size)
+    answers = subject.data.task.answers
     made_from = fingerprint(
         model_fingerprint(student_dir),
-        model_fingerprint(teacher_dir),
-        rows_fingerprint(data.train),
-        data.task.answers and data.task.answers.doc_stride,
-        settings.max_length,
+        subject.fingerprint(),
+        rows_fingerprint(subject.data.train),
+        answers and answers.doc_stride,
+        subject.row_length(settings.max_length),
         asdict(how),
     )
-    rows, held_out = tokenize(data, tokenizer, settings.max_length).train, None
-    if student.config.is_fitted:
+    rows, held_out = subject.encode(settings.max_length).train, None
+    if is_fitted:
         rows, held_out = hold_out(rows, settings.seed)
-    _place(student)
-    _place(teacher)
+    subject.place()
     with workroom(output_dir, made_from) as room:
         try:
             found = distill(
                 student,
-                teacher,
+                subject.model,
                 rows,
-                tokenizer,
+                subject.tokenizer,
                 how,
                 room,
                 held_out=held_out,
+                pooling=subject.pooling,
                 progress=lambda done, total: progress("distill", done, total),
                 say=say,
             )
         except ValueError as error:
             raise UserError(f"{student_dir} cannot be distilled from {teacher_dir}: {error}") from error
-        processes.on_main(lambda: save_encoder(student, tokenizer, output_dir))
+        processes.on_main(lambda: subject.save(student, output_dir))
     return found
 
 
 def evaluate_model(
-    model_dir: Path, data: TaskData, *, max_length: int | None = None, progress: Progress
+    model_dir: Path,
+    data: TaskData,
+    *,
+    teacher_dir: Path | None = None,
+    max_length: int | None = None,
+    progress: Progress,
 ) -> dict[str, float]:
-    """Score a saved model, dense or MoE, on the validation rows by the task's official metrics.
+    """Score a saved model, dense or MoE, on the validation rows.
 
     Args:
         model_dir: of the model and its tokenizer.
-        data: raw rows.
+        data: raw rows. With labels the model is scored by the task's official metrics; without, against a
+            teacher, and a model that embeds sentences by scored pairs of them too: see `subjects`.
+        teacher_dir: of the teacher; for rows without labels alone.
         max_length: tokens a row is cut to; None as in `CompressSettings`.
         progress: hears (stage, rows done, rows in all).
 
     Raises:
-        UserError: the folder holds no fine-tuned model, or one for another task.
+        UserError: the folder holds no fine-tuned model, or one for another task, or there is nothing to
+            score it by.
     """
-    with naming("model_dir"):
-        model, tokenizer = load_model(model_dir)
-    encoded = _encode(match_labels(data, model.config), model, tokenizer, max_length)
-    _place(model)
+    has_pairs = sentences.PAIRS in data.further_validation
+    if teacher_dir is not None and data.has_labels:
+        raise ArgumentError("teacher_dir", f"must not be given where rows have labels, as {data.task.name}'s")
+    if teacher_dir is None and not (data.has_labels or has_pairs):
+        raise ArgumentError("teacher_dir", "must be given: rows without labels are scored against a teacher")
+    with naming("model_dir" if teacher_dir is None else "teacher_dir"):
+        subject = subject_of(teacher_dir or model_dir, data)
+    encoded = subject.encode(max_length)
+    if teacher_dir is None:
+        model = subject.model
+        if has_pairs:
+            pairs = {sentences.PAIRS: encoded.validation_sets[sentences.PAIRS]}
+            encoded = replace(encoded, validation_sets=pairs)
+        subject.place()
+    else:
+        subject.place()
+        with naming("model_dir"):
+            model = subject.load(model_dir)
     return evaluate(
         model,
         encoded,
-        tokenizer,
+        subject.tokenizer,
+        pooling=subject.pooling,
         progress=lambda done, total: progress("evaluate", done, total),
     )
+
+
+def _teacher(folder: Path, data: TaskData | None) -> Subject:
+    with naming("teacher_dir"):
+        subject = model_alone(folder) if data is None else subject_of(folder, data)
+        subject.check_can_be_cut()
+    return subject
 
 
 def check_scores_file(output: Path) -> None:
@@ -320,15 +285,3 @@ def _check_token_scores(scores: Importance | torch.Tensor, path: Path | None) ->
                 f"{path} has no scores of tokens, which hash-affinity needs: score the teacher again with "
                 "`moebert importance --per-token`"
             )
-
-
-def _encode(
-    data: TaskData, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int | None
-) -> EncodedData:
-    default = KINDS[data.task.kind].default_length
-    length = row_length(max_length, model.config, tokenizer, "max_length", default=default)
-    return tokenize(data, tokenizer, length)
-
-
-def _place(model: torch.nn.Module) -> None:
-    model.to(default_device())

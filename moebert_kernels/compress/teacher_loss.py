@@ -1,30 +1,31 @@
-"""A loss of the teacher's own, for importance without labels: how far its predictions move."""
+"""Losses of the teacher's own, for importance without labels: how far its predictions or embeddings move."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moebert_kernels.compress.losses import prediction_kind
+from moebert_kernels.compress.importance import LossFunction
+from moebert_kernels.compress.predictions import Pooling, prediction_kind
 
-NUM_DIRECTIONS = 1021  # a prime: sums of token ids fall on all of them
+_NUM_DIRECTIONS = 1021  # a prime: sums of token ids fall on all of them
 _NEXT_PLACE = 31  # from one token's direction to the next one's
 
 
-def sample_numbers(input_ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
+def _sample_numbers(input_ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
     """A number for every sample [B], from its token ids alone: how samples are batched changes nothing."""
     return (input_ids_BS * (mask_BS != 0)).sum(1)
 
 
-def drawn_directions(width: int, seed: int) -> Tensor:
-    """Directions [NUM_DIRECTIONS, width] to take components along; normal, float32."""
-    return torch.randn((NUM_DIRECTIONS, width), generator=torch.Generator().manual_seed(seed))
+def _drawn_directions(width: int, seed: int) -> Tensor:
+    """Directions [_NUM_DIRECTIONS, width] to take components along; normal, float32."""
+    return torch.randn((_NUM_DIRECTIONS, width), generator=torch.Generator().manual_seed(seed))
 
 
-def prediction_shift_loss(config: Any, *, seed: int = 0) -> Callable[[Any, Mapping[str, Tensor]], Tensor]:
+def prediction_shift_loss(config: Any, *, seed: int = 0) -> LossFunction:
     """The component of the teacher's prediction along a direction that is drawn for every sample.
 
     A divergence from the teacher's own prediction has no gradient where it is 0. But twice the roots of
@@ -44,18 +45,18 @@ def prediction_shift_loss(config: Any, *, seed: int = 0) -> Callable[[Any, Mappi
     Returns:
         A loss for `compute_importance`: of a model's output and its batch, the sum over samples.
     """
-    directions_NC = drawn_directions(config.num_labels, seed)
-    no_directions_NC = drawn_directions(config.num_labels, seed + 1)
-    places_N1 = drawn_directions(1, seed)
+    directions_NC = _drawn_directions(config.num_labels, seed)
+    no_directions_NC = _drawn_directions(config.num_labels, seed + 1)
+    places_N1 = _drawn_directions(1, seed)
 
     def loss(output: Any, batch: Mapping[str, Tensor]) -> Tensor:
         ids_BS = batch["input_ids"]
         mask_BS = batch.get("attention_mask", torch.ones_like(ids_BS))
-        number_B = sample_numbers(ids_BS, mask_BS)
+        number_B = _sample_numbers(ids_BS, mask_BS)
         number_BS = number_B.unsqueeze(1) + _NEXT_PLACE * (mask_BS != 0).cumsum(1)
 
         def along(directions: Tensor, number: Tensor) -> Tensor:
-            return directions.to(number.device)[number % NUM_DIRECTIONS]
+            return directions.to(number.device)[number % _NUM_DIRECTIONS]
 
         kind = prediction_kind(output, config)
         if kind == "question_answering":
@@ -63,7 +64,7 @@ def prediction_shift_loss(config: Any, *, seed: int = 0) -> Callable[[Any, Mappi
             for which, logits_BS in enumerate((output.start_logits, output.end_logits)):
                 lowest = torch.finfo(logits_BS.dtype).min
                 root_BS = _roots(logits_BS.masked_fill(mask_BS == 0, lowest))
-                direction_BS = along(places_N1, number_BS + which * NUM_DIRECTIONS // 2).squeeze(-1)
+                direction_BS = along(places_N1, number_BS + which * _NUM_DIRECTIONS // 2).squeeze(-1)
                 total = total + (root_BS * direction_BS).sum() / 2
             return total
         if kind == "token_classification":
@@ -76,6 +77,31 @@ def prediction_shift_loss(config: Any, *, seed: int = 0) -> Callable[[Any, Mappi
             return (_yes_and_no_roots(output.logits) * directions_BC2).sum()
         moved_BC = _wide(output.logits) if kind == "regression" else _roots(output.logits)
         return (moved_BC * along(directions_NC, number_B)).sum()
+
+    return loss
+
+
+def embedding_shift_loss(pooling: Pooling, width: int, *, seed: int = 0) -> LossFunction:
+    """The component of the teacher's embedding along a direction that is drawn for every sample.
+
+    A loss that compares an embedding with itself has no gradient. Over many sentences, moves in every
+    direction count.
+
+    Args:
+        pooling: makes embeddings of last hidden states.
+        width: D, of the embeddings.
+        seed: of the directions.
+
+    Returns:
+        As `prediction_shift_loss`.
+    """
+    directions_ND = _drawn_directions(width, seed)
+
+    def loss(output: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        mask_BS = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+        embedding_BD = pooling(output.last_hidden_state, mask_BS)
+        number_B = _sample_numbers(batch["input_ids"], mask_BS) % _NUM_DIRECTIONS
+        return (embedding_BD * directions_ND.to(embedding_BD.device)[number_B]).sum()
 
     return loss
 

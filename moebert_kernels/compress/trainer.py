@@ -10,15 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from moebert_kernels.compress.batching import LABEL_COLUMNS, count_labels
-from moebert_kernels.compress.losses import (
-    Pooling,
-    embedding_loss,
-    label_loss,
-    layer_loss,
-    prediction_kind,
-    prediction_loss,
-    prediction_of,
-)
+from moebert_kernels.compress.losses import embedding_loss, label_loss, layer_loss, prediction_loss
+from moebert_kernels.compress.predictions import Pooling, prediction_kind, prediction_of
 from moebert_kernels.compress.training_load import TrainingLoad
 from moebert_kernels.models import is_moe
 from moebert_kernels.models.config import IGNORED_LABEL

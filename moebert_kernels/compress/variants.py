@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moebert_kernels.compress.adapt import COUNTING_ROUTINGS, adapt, random_scores
+from moebert_kernels.compress.adapt import COUNTING_ROUTINGS, random_scores
 from moebert_kernels.compress.importance import Importance
 from moebert_kernels.compress.settings import CompressSettings
-from moebert_kernels.compress.stages import Report
+from moebert_kernels.compress.subjects import Report, Subject
 from moebert_kernels.models import find_ffns, keep_layers, layers_of_equal_cost, narrow_ffns
 
 
@@ -23,7 +23,7 @@ class Source(Protocol):
 
     Attributes:
         settings: resolved.
-        teacher: fine-tuned; left as it is.
+        subject: the fine-tuned teacher, left as it is, and its rows.
         teacher_print: fingerprint of the teacher.
         train_print: fingerprint of the training rows.
         importance_print: fingerprint of what importance is taken from.
@@ -31,7 +31,7 @@ class Source(Protocol):
     """
 
     settings: CompressSettings
-    teacher: PreTrainedModel
+    subject: Subject
     teacher_print: str
     train_print: str
     importance_print: str
@@ -41,8 +41,8 @@ class Source(Protocol):
     def importance(self) -> Importance:
         """Of the teacher's neurons."""
 
-    def token_counts(self) -> Tensor:
-        """How often each token id occurs in the training rows, int64 [V]."""
+    def cut(self, scores: Importance | Tensor, settings: CompressSettings, report: Report) -> PreTrainedModel:
+        """Make a MoE of the teacher; see `Subject.cut`."""
 
 
 @dataclass(frozen=True)
@@ -141,27 +141,6 @@ def over_seeds(records: list[dict[str, Any]], seeds: list[int]) -> dict[str, Any
     }
 
 
-def _split(source: Source, scores: Importance | Tensor, seed: int, report: Report) -> PreTrainedModel:
-    """The MoE whose experts take the teacher's neurons by falling score."""
-    s = source.settings
-    routing = s.routing
-    if routing == "hash-affinity" and not isinstance(scores, Importance):
-        routing = "hash-random"  # neurons drawn at random suit no token better than another
-    return adapt(
-        source.teacher,
-        scores,
-        num_experts=s.num_experts,
-        expert_size=s.expert_size,
-        num_shared=s.num_shared,
-        tie_shared=s.tie_shared,
-        routing=routing,
-        top_k=s.top_k,
-        seed=seed,
-        token_counts_V=source.token_counts() if routing in COUNTING_ROUTINGS else None,
-        progress=report,
-    )
-
-
 def _split_from(source: Source, seed: int) -> list[Any]:
     """What a split depends on beside the scores."""
     s = source.settings
@@ -170,33 +149,39 @@ def _split_from(source: Source, seed: int) -> list[Any]:
     return [source.teacher_print, *sizes, s.routing, s.top_k, seed, counts]
 
 
+def _build_student(source: Source, seed: int, report: Report) -> PreTrainedModel:
+    return source.cut(source.importance, replace(source.settings, seed=seed), report)
+
+
 def _build_random(source: Source, seed: int, report: Report) -> PreTrainedModel:
-    ffns = find_ffns(source.teacher)
+    ffns, settings = find_ffns(source.subject.model), replace(source.settings, seed=seed)
+    if settings.routing == "hash-affinity":  # neurons drawn at random suit no token better than another
+        settings = replace(settings, routing="hash-random")
     scores_LF = random_scores(len(ffns), ffns[0].w1.out_features, seed=seed)
-    return _split(source, scores_LF, seed, report)
+    return source.cut(scores_LF, settings, report)
 
 
 def _narrow_width(source: Source) -> int:
     """As many neurons as a token meets in a layer of the student."""
     s = source.settings
     assert s.expert_size is not None  # resolved
-    return min(s.top_k * s.expert_size, find_ffns(source.teacher)[0].w1.out_features)
+    return min(s.top_k * s.expert_size, find_ffns(source.subject.model)[0].w1.out_features)
 
 
 def _build_narrow(source: Source, seed: int, report: Report) -> PreTrainedModel:
     order_LF = source.importance.scores_LF.argsort(dim=1, descending=True, stable=True)
-    return narrow_ffns(source.teacher, order_LF[:, : _narrow_width(source)])
+    return narrow_ffns(source.subject.model, order_LF[:, : _narrow_width(source)])
 
 
 def _kept_layers(source: Source) -> list[int]:
-    return layers_of_equal_cost(source.teacher, source.student_flops)
+    return layers_of_equal_cost(source.subject.model, source.student_flops)
 
 
 STUDENT = Variant(
     "student",
     "student",
     is_drawn=True,
-    build=lambda source, seed, report: _split(source, source.importance, seed, report),
+    build=_build_student,
     made_from=lambda source, seed: [source.importance_print, *_split_from(source, seed)],
 )
 _COMPARISONS = {
@@ -218,7 +203,7 @@ _COMPARISONS = {
         "fewer layers",
         "layers",
         is_drawn=False,
-        build=lambda source, seed, report: keep_layers(source.teacher, _kept_layers(source)),
+        build=lambda source, seed, report: keep_layers(source.subject.model, _kept_layers(source)),
         made_from=lambda source, seed: [source.teacher_print, _kept_layers(source)],
         kept_layers=_kept_layers,
         can_be_fitted=False,

@@ -21,8 +21,8 @@ from transformers import (
 )
 
 from moebert_kernels.compress.checkpoint import load_weights, read_config
-from moebert_kernels.compress.embeddings import SentenceEncoder, copy_modules, load_sentence_encoder
 from moebert_kernels.compress.loading import load_tokenizer
+from moebert_kernels.compress.sentence_encoder import SentenceEncoder, copy_modules, load_sentence_encoder
 from moebert_kernels.compress.tasks import auto_model_of
 from moebert_kernels.errors import ArgumentError, UserError, naming
 from moebert_kernels.export.encoder import base_of

@@ -10,7 +10,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from moebert_kernels.compress.losses import sequence_kind
+from moebert_kernels.compress.predictions import sequence_kind
 from moebert_kernels.compress.tasks import texts
 from moebert_kernels.compress.tasks.answers import QuestionAnswering
 from moebert_kernels.compress.tasks.sequences import Classification, MultiLabelClassification, Regression

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterable
 from itertools import chain
 
-from moebert_kernels.compress.tasks import texts
 from moebert_kernels.compress.tasks.task import TaskData
 
 _MOST_LISTED = 10
@@ -20,7 +19,7 @@ def describe_labels(data: TaskData) -> str:
         '900 training rows, 100 to validate; 2 classes: neg (412), pos (488)'
     """
     task, rows = data.task, data.train
-    if task.kind == texts.KIND:
+    if not data.has_labels:
         return f"{len(rows):,} training texts, {len(data.validation):,} held out; no labels"
     sizes = f"{len(rows):,} training rows, {len(data.validation):,} to validate"
     if task.kind == "question_answering":

@@ -101,6 +101,11 @@ class TaskData:
         return {"": self.validation, **self.further_validation}
 
     @property
+    def has_labels(self) -> bool:
+        """Whether rows come with what a model should say of them."""
+        return not {"label", "answers"}.isdisjoint(self.train.column_names)
+
+    @property
     def scarcity(self) -> str | None:
         """That scores say little, if there are few rows to validate on."""
         rows = len(self.validation)

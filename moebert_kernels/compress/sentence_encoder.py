@@ -1,17 +1,9 @@
-"""Sentence-embedding models: compressed from text without labels, saved as sentence_transformers saves them.
+"""Sentence-embedding models, read and saved as sentence_transformers saves them.
 
 Such a model is a folder with a `modules.json`: a transformers encoder, a pooling of its last hidden states
 and perhaps a normalisation to length 1. The folder is read here, so that sentence_transformers itself is only
 needed by those who load the result with it. As with any model of this package, `import moebert_kernels` makes
 the architecture known first.
-
-Example:
-    >>> teacher = load_sentence_encoder("all-MiniLM-L6-v2")
-    >>> rows = tokenize_texts(texts, teacher)
-    >>> importance = embedding_importance(teacher, rows)
-    >>> student = replace(teacher, model=adapt(teacher.model, importance))
-    >>> distill_embeddings(student, teacher, rows, DistillSettings(), Path("checkpoints"))
-    >>> save_sentence_encoder(student, Path("all-MiniLM-L6-moe"))
 """
 
 from __future__ import annotations
@@ -19,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,10 +24,7 @@ from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 from moebert_kernels.compress.artifacts import replace_whole
 from moebert_kernels.compress.batching import padded_batches
 from moebert_kernels.compress.checkpoint import load_weights, read_config
-from moebert_kernels.compress.distill import Distilled, DistillSettings, distill
-from moebert_kernels.compress.importance import Importance, compute_importance
 from moebert_kernels.compress.loading import load_tokenizer
-from moebert_kernels.compress.teacher_loss import NUM_DIRECTIONS, drawn_directions, sample_numbers
 from moebert_kernels.errors import UserError
 from moebert_kernels.models import max_tokens
 
@@ -99,6 +88,11 @@ class SentenceEncoder:
             states_BSD = self.model(**batch).last_hidden_state
             embedding_ND[order_B] = self.pool(states_BSD, batch.get("attention_mask")).float().cpu()
         return embedding_ND
+
+
+def is_sentence_encoder(folder: str | Path) -> bool:
+    """Whether a folder holds such a model, by its list of modules."""
+    return (Path(folder) / "modules.json").is_file()
 
 
 def load_sentence_encoder(folder: str | Path) -> SentenceEncoder:
@@ -183,99 +177,6 @@ def tokenize_texts(texts: Sequence[str], encoder: SentenceEncoder) -> Dataset:
     rows = Dataset.from_dict({"text": [text.lower() for text in texts] if encoder.lower_case else texts})
     return rows.map(
         encode, batched=True, remove_columns=["text"], load_from_cache_file=False, desc="Tokenizing texts"
-    )
-
-
-def embedding_importance(
-    encoder: SentenceEncoder,
-    rows: Dataset,
-    *,
-    batch_size: int = 32,
-    num_samples: int | None = None,
-    seed: int = 0,
-    model_name: str | None = None,
-    group_V: Tensor | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> Importance:
-    """Score every neuron by how far the sentences' embeddings move without it, to first order.
-
-    There are no labels, and a loss that compares the embedding with itself has no gradient. The loss of a
-    sentence is its embedding's component along a direction, drawn at random once for all sentences whose
-    token ids have the same sum modulo a prime: over many sentences, moves in every direction count, and how
-    they are batched changes nothing.
-
-    Args:
-        encoder: on any device.
-        rows: from `tokenize_texts`.
-        batch_size: sentences of a batch.
-        num_samples: take so many rows only, evenly spread; None for all.
-        seed: of the directions.
-        model_name: as for `compute_importance`.
-        group_V: too.
-        progress: as for `compute_importance`, whose other errors are raised too.
-    """
-    directions_ND = drawn_directions(encoder.model.config.hidden_size, seed).to(encoder.model.device)
-
-    def component(output: Any, batch: Mapping[str, Tensor]) -> Tensor:
-        mask_BS = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
-        embedding_BD = encoder.pool(output.last_hidden_state, mask_BS)
-        number_B = sample_numbers(batch["input_ids"], mask_BS) % NUM_DIRECTIONS
-        return (embedding_BD * directions_ND[number_B]).sum()
-
-    return compute_importance(
-        encoder.model,
-        padded_batches(rows, encoder.tokenizer, batch_size, num_samples=num_samples),
-        loss=component,
-        task="sentence embedding",
-        model_name=model_name,
-        group_V=group_V,
-        progress=progress,
-    )
-
-
-def distill_embeddings(
-    student: SentenceEncoder,
-    teacher: SentenceEncoder,
-    rows: Dataset,
-    settings: DistillSettings,
-    checkpoints: Path,
-    *,
-    held_out: Dataset | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    say: Callable[[str], None] | None = None,
-) -> Distilled:
-    """Train the student, in place, to have the teacher's hidden states and embeddings; see `distill`.
-
-    Args:
-        student: made of the teacher by `adapt`.
-        teacher: pools as the student does.
-        rows: from `tokenize_texts`; no labels.
-        settings: the same when resuming.
-        checkpoints: folder for this run's checkpoints and nothing else.
-        held_out: as for `distill`.
-        progress: called with (steps done, steps in all).
-        say: as for `distill`.
-
-    Raises:
-        ValueError: student and teacher do not fit each other.
-        UserError: the loss became infinite or NaN.
-    """
-    if (student.pooling, student.normalize) != (teacher.pooling, teacher.normalize):
-        raise ValueError(
-            f"student and teacher must pool alike, got {student.pooling}, normalize={student.normalize} and "
-            f"{teacher.pooling}, normalize={teacher.normalize}"
-        )
-    return distill(
-        student.model,
-        teacher.model,
-        rows,
-        student.tokenizer,
-        settings,
-        checkpoints,
-        held_out=held_out,
-        pooling=student.pool,
-        progress=progress,
-        say=say,
     )
 
 

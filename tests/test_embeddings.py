@@ -17,14 +17,13 @@ from moebert_kernels.compress.adapt import adapt
 from moebert_kernels.compress.batching import padded_batches
 from moebert_kernels.compress.distill import DistillSettings, distill
 from moebert_kernels.compress.importance import compute_importance
-from moebert_kernels.compress.teacher_loss import embedding_shift_loss
-from moebert_kernels.compress.embeddings import distill_embeddings, embedding_importance
 from moebert_kernels.compress.losses import embedding_loss
 from moebert_kernels.compress.sentence_encoder import (
     load_sentence_encoder,
     save_sentence_encoder,
     tokenize_texts,
 )
+from moebert_kernels.compress.teacher_loss import embedding_shift_loss
 from moebert_kernels.errors import UserError
 from moebert_kernels.models import find_ffns, is_moe, to_moe
 

@@ -129,8 +129,6 @@ def test_likeness_by_hand():
     doubled = [2 * number for number in numbers]
     found = prediction_likeness("regression", doubled, numbers)
     assert found == pytest.approx({"pearson": 1.0, "divergence": 7.0})
-        {"pearson": 1.0, "divergence": 7.0}
-    )
     assert prediction_likeness("regression", [np.array([1.0])] * 3, numbers)["pearson"] == 0
     tokens = [np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]), np.array([[1.0, 0.0]])]
     other = [np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), np.array([[1.0, 0.0]])]

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moebert_kernels.activations import activate
-from moebert_kernels.compress.affinity import DEFAULT_MAX_LOAD
-from moebert_kernels.compress.assignment import assign, loads
-from moebert_kernels.compress.batching import LABEL_COLUMNS
-from moebert_kernels.compress.layerwise import evaluating, forward_replaced
+from moebert_kernels.compress.data.batching import LABEL_COLUMNS
+from moebert_kernels.compress.experts.affinity import DEFAULT_MAX_LOAD
+from moebert_kernels.compress.experts.assignment import assign, loads
+from moebert_kernels.compress.experts.layerwise import evaluating, forward_replaced
 from moebert_kernels.layer import MoEFFN
 from moebert_kernels.models import find_ffns, is_moe
 from moebert_kernels.models.families import DenseFFN

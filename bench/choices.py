@@ -19,9 +19,9 @@ import typer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moebert_kernels.compress.adapt import split_neurons
-from moebert_kernels.compress.affinity import split_by_affinity
-from moebert_kernels.compress.fitting import RIDGE
+from moebert_kernels.compress.experts.adaptation import split_neurons
+from moebert_kernels.compress.experts.affinity import split_by_affinity
+from moebert_kernels.compress.experts.fitting import RIDGE
 from moebert_kernels.models import count_parameters, find_ffns, narrow_ffns, to_moe
 from moebert_kernels.routing import hash_random_tables
 

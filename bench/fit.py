@@ -26,14 +26,14 @@ import torch
 import typer
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
-from moebert_kernels.compress.artifacts import write_json
-from moebert_kernels.compress.evaluate import predict
-from moebert_kernels.compress.likeness import prediction_likeness
-from moebert_kernels.compress.loading import load_model
-from moebert_kernels.compress.pipeline import compress
-from moebert_kernels.compress.settings import CompressSettings
-from moebert_kernels.compress.tasks import CsvOptions, TaskData, load_task, match_labels, tokenize
-from moebert_kernels.compress.tasks.texts import load_texts
+from moebert_kernels.compress.data.tasks import CsvOptions, TaskData, load_task, match_labels, tokenize
+from moebert_kernels.compress.data.tasks.texts import load_texts
+from moebert_kernels.compress.evaluation.likeness import prediction_likeness
+from moebert_kernels.compress.evaluation.quality import predict
+from moebert_kernels.compress.runs.pipeline import compress
+from moebert_kernels.compress.runs.settings import CompressSettings
+from moebert_kernels.compress.storage.artifacts import write_json
+from moebert_kernels.compress.storage.loading import load_model
 from moebert_kernels.environment import OtherWork, describe_environment
 
 LENGTH = 48  # of the demonstration

@@ -80,7 +80,7 @@ def _sample_losses(model: Any, inputs: ImportanceInputs) -> Tensor:
 
 
 def _ours(inputs: ImportanceInputs, pass_: str) -> Thunk:
-    from moebert_kernels.compress.importance import compute_importance
+    from moebert_kernels.compress.scoring.importance import compute_importance
 
     batch = {"input_ids": inputs.ids_BS, "labels": inputs.labels_B}
     return lambda: {"scores": compute_importance(inputs.model, [batch]).scores_LF}

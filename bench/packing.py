@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moebert_kernels.compress.artifacts import write_json
+from moebert_kernels.compress.storage.artifacts import write_json
 from moebert_kernels.environment import OtherWork, describe_environment
 from moebert_kernels.models import packed, to_moe
 
@@ -145,7 +145,7 @@ def _steps(student: Any, teacher: Any, rows: list[list[int]], dtype: str, *, pac
     """Seconds of `BLOCK` steps, after one that does not count."""
     from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
-    from moebert_kernels.compress.trainer import DistillationTrainer
+    from moebert_kernels.compress.training.trainer import DistillationTrainer
 
     class Clock(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):

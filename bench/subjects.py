@@ -22,16 +22,9 @@ from datasets import Dataset, concatenate_datasets
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moebert_kernels.compress.adapt import token_counts
-from moebert_kernels.compress.artifacts import write_json
-from moebert_kernels.compress.batching import hold_out
-from moebert_kernels.compress.docstrings import load_docstrings
-from moebert_kernels.compress.evaluate import batches, predict
-from moebert_kernels.compress.fitting import RIDGE, Fitted, fit_experts
-from moebert_kernels.compress.importance import Importance, compute_importance
-from moebert_kernels.compress.likeness import prediction_likeness
-from moebert_kernels.compress.loading import load_teacher
-from moebert_kernels.compress.tasks import (
+from moebert_kernels.compress.data.batching import hold_out
+from moebert_kernels.compress.data.docstrings import load_docstrings
+from moebert_kernels.compress.data.tasks import (
     CsvOptions,
     TaskData,
     kind_of_model,
@@ -39,8 +32,15 @@ from moebert_kernels.compress.tasks import (
     match_labels,
     tokenize,
 )
-from moebert_kernels.compress.teacher_loss import prediction_shift_loss
-from moebert_kernels.compress.token_scores import token_groups
+from moebert_kernels.compress.evaluation.likeness import prediction_likeness
+from moebert_kernels.compress.evaluation.quality import batches, predict
+from moebert_kernels.compress.experts.adaptation import token_counts
+from moebert_kernels.compress.experts.fitting import RIDGE, Fitted, fit_experts
+from moebert_kernels.compress.scoring.importance import Importance, compute_importance
+from moebert_kernels.compress.scoring.teacher_loss import prediction_shift_loss
+from moebert_kernels.compress.scoring.token_scores import token_groups
+from moebert_kernels.compress.storage.artifacts import write_json
+from moebert_kernels.compress.storage.loading import load_teacher
 from moebert_kernels.environment import describe_environment
 
 from .quality.bootstrap import Interval, Resampled

@@ -24,10 +24,10 @@ import typer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 
-from moebert_kernels.compress.adapt import adapt
-from moebert_kernels.compress.batching import LABEL_COLUMNS
-from moebert_kernels.compress.distill import DistillSettings, distill
-from moebert_kernels.compress.layerwise import evaluating
+from moebert_kernels.compress.data.batching import LABEL_COLUMNS
+from moebert_kernels.compress.experts.adaptation import adapt
+from moebert_kernels.compress.experts.layerwise import evaluating
+from moebert_kernels.compress.training.distillation import DistillSettings, distill
 from moebert_kernels.layer import MoEFFN
 from moebert_kernels.models import find_ffns, narrow_ffns
 from moebert_kernels.models.families import DenseFFN

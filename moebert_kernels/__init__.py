@@ -11,14 +11,14 @@ from moebert_kernels.registration import register_when_imported
 
 if TYPE_CHECKING:
     from moebert_kernels import compress, export, models
-    from moebert_kernels.compress.adapt import adapt
-    from moebert_kernels.compress.fitting import fit_experts
-    from moebert_kernels.compress.importance import compute_importance
-    from moebert_kernels.compress.sentences import load_sentences
-    from moebert_kernels.compress.settings import CompressSettings
-    from moebert_kernels.compress.tasks import load_task
-    from moebert_kernels.compress.tasks.texts import load_texts
-    from moebert_kernels.compress.trainer import DistillationTrainer
+    from moebert_kernels.compress.data.sentences import load_sentences
+    from moebert_kernels.compress.data.tasks import load_task
+    from moebert_kernels.compress.data.tasks.texts import load_texts
+    from moebert_kernels.compress.experts.adaptation import adapt
+    from moebert_kernels.compress.experts.fitting import fit_experts
+    from moebert_kernels.compress.runs.settings import CompressSettings
+    from moebert_kernels.compress.scoring.importance import compute_importance
+    from moebert_kernels.compress.training.trainer import DistillationTrainer
     from moebert_kernels.layer import MoEFFN
     from moebert_kernels.ops import moe_ffn
     from moebert_kernels.routing import (
@@ -60,14 +60,14 @@ __getattr__ = getter(
     __name__,
     {
         "compress": ["compress"],
-        "compress.adapt": ["adapt"],
-        "compress.fitting": ["fit_experts"],
-        "compress.importance": ["compute_importance"],
-        "compress.sentences": ["load_sentences"],
-        "compress.settings": ["CompressSettings"],
-        "compress.tasks": ["load_task"],
-        "compress.tasks.texts": ["load_texts"],
-        "compress.trainer": ["DistillationTrainer"],
+        "compress.experts.adaptation": ["adapt"],
+        "compress.experts.fitting": ["fit_experts"],
+        "compress.scoring.importance": ["compute_importance"],
+        "compress.data.sentences": ["load_sentences"],
+        "compress.runs.settings": ["CompressSettings"],
+        "compress.data.tasks": ["load_task"],
+        "compress.data.tasks.texts": ["load_texts"],
+        "compress.training.trainer": ["DistillationTrainer"],
         "export": ["export"],
         "layer": ["MoEFFN"],
         "models": ["models"],

@@ -118,9 +118,9 @@ def finetune(
 
     moebert finetune --model bert-base-uncased --task sst2 --data SST-2 --output runs/teacher
     """
-    from moebert_kernels.compress.finetune import finetune
-    from moebert_kernels.compress.tasks import constant_score, describe_labels
-    from moebert_kernels.compress.terminal import StageBars
+    from moebert_kernels.compress.data.tasks import constant_score, describe_labels
+    from moebert_kernels.compress.report.terminal import StageBars
+    from moebert_kernels.compress.training.finetuning import finetune
 
     rows = data.load()
     typer.echo(describe_labels(rows))
@@ -191,9 +191,11 @@ def compress(
     sentences, after `import moebert_kernels`. An interrupted run goes on where it was when it is given again;
     a stage whose inputs are unchanged is reused.
     """
-    from moebert_kernels.compress import pipeline, processes, report
-    from moebert_kernels.compress.tasks import describe_labels
-    from moebert_kernels.compress.terminal import StageBars, results_table
+    from moebert_kernels.compress import distributed
+    from moebert_kernels.compress.data.tasks import describe_labels
+    from moebert_kernels.compress.report import page as report
+    from moebert_kernels.compress.report.terminal import StageBars, results_table
+    from moebert_kernels.compress.runs import pipeline
 
     comparisons = defaults.COMPARISONS
     if compare is not None:
@@ -214,7 +216,7 @@ def compress(
         rows = data.load(needs_labels=False, pairs=pairs)
         console.print(describe_labels(rows), soft_wrap=True, markup=False)
         results = pipeline.compress(settings, rows, teacher, output, progress=progress, say=console.print)
-    processes.on_main(lambda: report.write_report(results, output / "report.html"))
+    distributed.on_main(lambda: report.write_report(results, output / "report.html"))
     console.print(results_table(results))
     for warning in results["warnings"]:
         if warning not in rows.oddities:  # said when they were read
@@ -248,9 +250,10 @@ def importance(
 
     moebert importance --convert importance_sst2.pkl --output scores.safetensors
     """
-    from moebert_kernels.compress import processes, steps
-    from moebert_kernels.compress.published import convert_published
-    from moebert_kernels.compress.terminal import StageBars
+    from moebert_kernels.compress import distributed
+    from moebert_kernels.compress.report.terminal import StageBars
+    from moebert_kernels.compress.runs import steps
+    from moebert_kernels.compress.scoring.published import convert_published
     from moebert_kernels.errors import UserError, naming
 
     if (teacher is None) == (convert is None):
@@ -260,7 +263,7 @@ def importance(
         steps.check_scores_file(output)
         with naming("convert"):
             scores = convert_published(convert)
-        processes.on_main(lambda: scores.save(output))
+        distributed.on_main(lambda: scores.save(output))
     else:
         assert teacher is not None
         settings = compress_settings(run, importance_rows=importance_rows, bf16=bf16)
@@ -299,9 +302,9 @@ def adapt(
     With --no-fit, only hash-balance and hash-affinity read rows: they count their tokens. hash-affinity needs
     importance that was taken --per-token. Labels are not needed.
     """
-    from moebert_kernels.compress import steps
-    from moebert_kernels.compress.adapt import COUNTING_ROUTINGS
-    from moebert_kernels.compress.terminal import StageBars
+    from moebert_kernels.compress.experts.adaptation import COUNTING_ROUTINGS
+    from moebert_kernels.compress.report.terminal import StageBars
+    from moebert_kernels.compress.runs import steps
     from moebert_kernels.errors import UserError
 
     if (importance is None) != random_split:
@@ -342,8 +345,8 @@ def distill(
 
     moebert distill --student adapted --teacher my-bert --task sst2 --data SST-2 --output student
     """
-    from moebert_kernels.compress import steps
-    from moebert_kernels.compress.terminal import StageBars
+    from moebert_kernels.compress.report.terminal import StageBars
+    from moebert_kernels.compress.runs import steps
 
     settings = compress_settings(run, training)
     console = Console(highlight=False)
@@ -386,8 +389,9 @@ def evaluate(
 
     moebert evaluate --model runs/fitted/student --teacher my-bert --data sentences.txt
     """
-    from moebert_kernels.compress import artifacts, steps
-    from moebert_kernels.compress.terminal import StageBars
+    from moebert_kernels.compress.report.terminal import StageBars
+    from moebert_kernels.compress.runs import steps
+    from moebert_kernels.compress.storage import artifacts
     from moebert_kernels.errors import UserError
 
     if output is not None and (output.is_dir() or output.suffix != ".json"):
@@ -465,7 +469,7 @@ def env(
     """Show versions, devices, and which backends can run here, and why others cannot."""
     import json
 
-    from moebert_kernels.compress.terminal import environment_table
+    from moebert_kernels.compress.report.terminal import environment_table
     from moebert_kernels.environment import Backend, describe_environment
     from moebert_kernels.models.packing import packed_families
 

@@ -78,7 +78,7 @@ def import_libraries() -> None:
     import transformers
 
     # The parts that import all the others.
-    from moebert_kernels.compress import demo, published, steps  # noqa: F401
+    from moebert_kernels.compress import demo, steps  # noqa: F401
 
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
@@ -89,18 +89,18 @@ def import_libraries() -> None:
 
 
 def _run(name: str, by_many: bool, work: Callable[[], None]) -> None:
-    from moebert_kernels.compress import processes
+    from moebert_kernels.compress import distributed
     from moebert_kernels.errors import UserError
 
-    with processes.one_voice():
-        if processes.count() > 1 and not by_many:
+    with distributed.one_voice():
+        if distributed.world_size() > 1 and not by_many:
             raise UserError(f"moebert {name} runs in one process: start it without torchrun or accelerate")
         work()
 
 
 def _explain(error: ValueError | OSError) -> tuple[str, int]:
     """What to say of an error, and the exit code; a defect of ours is raised again."""
-    from moebert_kernels.compress.writing import explain
+    from moebert_kernels.compress.storage.writing import explain
     from moebert_kernels.errors import OutputError, UserError
 
     known = error if isinstance(error, UserError) else explain(error)
@@ -110,9 +110,9 @@ def _explain(error: ValueError | OSError) -> tuple[str, int]:
 
 
 def _say_once(sentence: str, style: str | None = None) -> None:
-    from moebert_kernels.compress import processes
+    from moebert_kernels.compress import distributed
 
-    processes.say_once(lambda: _say_on_stderr(sentence, style))
+    distributed.say_once(lambda: _say_on_stderr(sentence, style))
 
 
 def _say_on_stderr(sentence: str, style: str | None = None) -> None:

@@ -19,8 +19,8 @@ import typer
 from moebert_kernels.compress import defaults
 
 if TYPE_CHECKING:
-    from moebert_kernels.compress.settings import CompressSettings
-    from moebert_kernels.compress.tasks import TaskData
+    from moebert_kernels.compress.data.tasks import TaskData
+    from moebert_kernels.compress.runs.settings import CompressSettings
 
 GlueName = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
 TaskName = Literal[GlueName, "squad", "squad_v2", "conll", "csv", "embed"]
@@ -108,7 +108,7 @@ class DataOptions:
         Raises:
             UserError: the options do not fit each other or the files.
         """
-        from moebert_kernels.compress.tasks import AnswerOptions, CsvOptions, load_task
+        from moebert_kernels.compress.data.tasks import AnswerOptions, CsvOptions, load_task
         from moebert_kernels.errors import UserError
 
         if pairs is not None and self.task != "embed":
@@ -147,8 +147,8 @@ class DataOptions:
     def _has_no_labels(self) -> bool:
         import warnings
 
-        from moebert_kernels.compress.tasks import CsvOptions
-        from moebert_kernels.compress.tasks.texts import TEXT_SUFFIXES, has_no_labels
+        from moebert_kernels.compress.data.tasks import CsvOptions
+        from moebert_kernels.compress.data.tasks.texts import TEXT_SUFFIXES, has_no_labels
 
         if self.data is None or Path(self.data).suffix.lower() not in TEXT_SUFFIXES:
             return False
@@ -164,8 +164,8 @@ class DataOptions:
         return self.task is None
 
     def _load_texts(self) -> TaskData:
-        from moebert_kernels.compress.tasks import CsvOptions
-        from moebert_kernels.compress.tasks.texts import load_texts
+        from moebert_kernels.compress.data.tasks import CsvOptions
+        from moebert_kernels.compress.data.tasks.texts import load_texts
         from moebert_kernels.errors import UserError
 
         used = (
@@ -185,8 +185,8 @@ class DataOptions:
         return load_texts(str(self.data), CsvOptions(**columns))
 
     def _load_sentences(self, data: str, pairs: str | None) -> TaskData:
-        from moebert_kernels.compress.sentences import load_sentences
-        from moebert_kernels.compress.tasks import CsvOptions
+        from moebert_kernels.compress.data.sentences import load_sentences
+        from moebert_kernels.compress.data.tasks import CsvOptions
 
         used = ("text_column", "pair_column", "label_column", "validation_fraction", "split_seed")
         self._check_unused(("task", "data", *used), "--task embed")
@@ -459,7 +459,7 @@ def compress_settings(*groups: ExpertOptions | DistillOptions | RunOptions, **mo
     Raises:
         UserError: a value makes no sense.
     """
-    from moebert_kernels.compress.settings import CompressSettings
+    from moebert_kernels.compress.runs.settings import CompressSettings
 
     for group in groups:
         more |= dataclasses.asdict(group) if isinstance(group, RunOptions) else group.settings()

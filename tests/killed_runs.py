@@ -21,7 +21,7 @@ from transformers import TrainerState
 
 from moebert_kernels import cli
 from moebert_kernels.cli_command import import_libraries
-from moebert_kernels.compress.terminal import StageBars
+from moebert_kernels.compress.report.terminal import StageBars
 
 BEGINNING = "beginning"
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT

@@ -21,14 +21,15 @@ from transformers import (
     TrainerCallback,
 )
 
-from moebert_kernels.compress import processes, run
-from moebert_kernels.compress.adapt import adapt, random_scores
-from moebert_kernels.compress.distill import DistillSettings, distill
-from moebert_kernels.compress.evaluate import batches, predict
-from moebert_kernels.compress.finetune import finetune
-from moebert_kernels.compress.importance import compute_importance
-from moebert_kernels.compress.pipeline import compress
-from moebert_kernels.compress.tasks import tokenize
+from moebert_kernels.compress import distributed
+from moebert_kernels.compress.data.tasks import tokenize
+from moebert_kernels.compress.evaluation.quality import batches, predict
+from moebert_kernels.compress.experts.adaptation import adapt, random_scores
+from moebert_kernels.compress.runs import run
+from moebert_kernels.compress.runs.pipeline import compress
+from moebert_kernels.compress.scoring.importance import compute_importance
+from moebert_kernels.compress.training.distillation import DistillSettings, distill
+from moebert_kernels.compress.training.finetuning import finetune
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 SETTINGS = replace(BOTH, comparisons=())
@@ -59,8 +60,8 @@ def score(folder: Path, out: Path) -> None:
         group_V=torch.arange(45),
         progress=counted.append,
     )
-    importance.save(out / f"importance-{processes.index()}.safetensors")
-    write(out / f"counted-{processes.index()}.json", [counted[-1], importance.num_samples])
+    importance.save(out / f"importance-{distributed.rank()}.safetensors")
+    write(out / f"counted-{distributed.rank()}.json", [counted[-1], importance.num_samples])
 
 
 def tagged_rows(n: int) -> Dataset:
@@ -86,15 +87,15 @@ def train(folder: Path, out: Path) -> None:
         data = tokenize(make_data(n=n), tokenizer, 16)
         rows = tagged_rows(n) if name == "tokens" else data.train
         found = distill(student, teacher, rows, tokenizer, HOW, out / f"checkpoints-{name}")
-        if processes.is_main():
+        if distributed.is_main():
             write(out / f"log-{name}.json", found.losses)
             write(out / f"load-{name}.json", found.load_NLE)
             if name != "tokens":
                 save_logits(student, data, tokenizer, out / f"logits-{name}.safetensors")
     data = make_data(n=25)
     metrics = finetune(folder / "teacher", data, out / "tuned", epochs=3, lr=1e-3, batch_size=8)
-    write(out / f"metrics-{processes.index()}.json", metrics)
-    if processes.is_main():
+    write(out / f"metrics-{distributed.rank()}.json", metrics)
+    if distributed.is_main():
         tuned = AutoModelForSequenceClassification.from_pretrained(out / "tuned")
         save_logits(tuned, tokenize(data, tokenizer, 16), tokenizer, out / "logits-tuned.safetensors")
 
@@ -111,8 +112,8 @@ def whole(folder: Path, out: Path) -> None:
     results = compress(
         SETTINGS, make_data(), folder / "teacher", out / "whole", progress=lambda *call: calls.append(call)
     )
-    write(out / f"calls-{processes.index()}.json", calls)
-    write(out / f"results-{processes.index()}.json", results)
+    write(out / f"calls-{distributed.rank()}.json", calls)
+    write(out / f"results-{distributed.rank()}.json", results)
 
 
 class FailAt(TrainerCallback):
@@ -129,8 +130,8 @@ class FailAt(TrainerCallback):
 
 def broken(folder: Path, out: Path) -> None:
     """`compress`, until a process that is not the main one fails in the midst of distillation."""
-    with processes.one_voice():
-        if not processes.is_main():
+    with distributed.one_voice():
+        if not distributed.is_main():
             run.distill = functools.partial(distill, callbacks=[FailAt(9)])
         compress(SETTINGS, make_data(), folder / "teacher", out / "broken")
 

@@ -5,16 +5,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BertConfig, BertForSequenceClassification
 
-from moebert_kernels.compress.adapt import (
+from moebert_kernels.compress.experts.adaptation import (
     adapt,
     default_sizes,
     random_scores,
     split_neurons,
     token_counts,
 )
-from moebert_kernels.compress.affinity import split_by_affinity
-from moebert_kernels.compress.importance import Importance
-from moebert_kernels.compress.token_scores import TokenScores
+from moebert_kernels.compress.experts.affinity import split_by_affinity
+from moebert_kernels.compress.scoring.importance import Importance
+from moebert_kernels.compress.scoring.token_scores import TokenScores
 from moebert_kernels.errors import UserError
 from python_ref import adaptation
 

@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moebert_kernels.compress.affinity import alternate, split_by_affinity
-from moebert_kernels.compress.assignment import assign, loads, total_value
-from moebert_kernels.compress.importance import Importance
-from moebert_kernels.compress.token_scores import TokenScores
+from moebert_kernels.compress.experts.affinity import alternate, split_by_affinity
+from moebert_kernels.compress.experts.assignment import assign, loads, total_value
+from moebert_kernels.compress.scoring.importance import Importance
+from moebert_kernels.compress.scoring.token_scores import TokenScores
 from moebert_kernels.errors import UserError
 from moebert_kernels.routing import hash_balance_tables
 from python_ref import affinity as ref

@@ -10,8 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BertConfig, BertTokenizerFast
 
-from moebert_kernels.compress.tasks import AnswerOptions, Task, TaskData, load_task, match_labels, tokenize
-from moebert_kernels.compress.tasks.squad_score import (
+from moebert_kernels.compress.data.tasks import (
+    AnswerOptions,
+    Task,
+    TaskData,
+    load_task,
+    match_labels,
+    tokenize,
+)
+from moebert_kernels.compress.data.tasks.squad_score import (
     answer_scores,
     best_over_thresholds,
     normalize_answer,

@@ -26,12 +26,12 @@ from moebert_kernels import (
     moe_ffn,
 )
 from moebert_kernels.cli import app
-from moebert_kernels.compress.adapt import adapt, random_scores
-from moebert_kernels.compress.finetune import finetune
-from moebert_kernels.compress.importance import Importance, compute_importance
-from moebert_kernels.compress.loading import load_model
-from moebert_kernels.compress.sentence_encoder import load_sentence_encoder
-from moebert_kernels.compress.tasks import CsvOptions, load_task, match_labels
+from moebert_kernels.compress.data.tasks import CsvOptions, load_task, match_labels
+from moebert_kernels.compress.experts.adaptation import adapt, random_scores
+from moebert_kernels.compress.scoring.importance import Importance, compute_importance
+from moebert_kernels.compress.storage.loading import load_model
+from moebert_kernels.compress.storage.sentence_encoder import load_sentence_encoder
+from moebert_kernels.compress.training.finetuning import finetune
 from moebert_kernels.errors import UserError
 from moebert_kernels.models import MoEBertConfig, replace_ffns, to_moe
 

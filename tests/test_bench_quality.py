@@ -20,9 +20,9 @@ from bench.quality.remembered import RememberedLayers, RememberedTeacher
 from bench.quality.study import largest_load
 from bench.quality.tables import Contrasts, settings_table, table
 from bench.readme import update
-from moebert_kernels.compress.adapt import split_neurons
-from moebert_kernels.compress.evaluate import expert_load
-from moebert_kernels.compress.fitting import fit_experts
+from moebert_kernels.compress.evaluation.quality import expert_load
+from moebert_kernels.compress.experts.adaptation import split_neurons
+from moebert_kernels.compress.experts.fitting import fit_experts
 from moebert_kernels.models import count_parameters, find_ffns, to_moe
 
 WORDS = [f"w{i}" for i in range(60)]

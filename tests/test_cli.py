@@ -24,12 +24,12 @@ import moebert_kernels
 from moebert_kernels import cli_command, cli_options
 from moebert_kernels.cli import app
 from moebert_kernels.cli_command import INTERRUPTED, USER_ERROR
-from moebert_kernels.compress import pipeline
-from moebert_kernels.compress.distill import DistillSettings
-from moebert_kernels.compress.finetune import finetune
-from moebert_kernels.compress.importance import Importance
-from moebert_kernels.compress.settings import CompressSettings
-from moebert_kernels.compress.tasks import task_names
+from moebert_kernels.compress.data.tasks import task_names
+from moebert_kernels.compress.runs import pipeline
+from moebert_kernels.compress.runs.settings import CompressSettings
+from moebert_kernels.compress.scoring.importance import Importance
+from moebert_kernels.compress.training.distillation import DistillSettings
+from moebert_kernels.compress.training.finetuning import finetune
 from moebert_kernels.errors import UserError
 from moebert_kernels.models import ROUTINGS, MoEBertConfig
 

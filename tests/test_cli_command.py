@@ -13,8 +13,10 @@ from typer.testing import CliRunner
 
 from moebert_kernels.cli import app
 from moebert_kernels.cli_command import FAILED, INTERRUPTED
-from moebert_kernels.compress import artifacts, files, pipeline
-from moebert_kernels.compress.artifacts import exclusive
+from moebert_kernels.compress.data import files
+from moebert_kernels.compress.runs import pipeline
+from moebert_kernels.compress.storage import artifacts
+from moebert_kernels.compress.storage.artifacts import exclusive
 
 TABLE = "--task csv --data rows.csv --batch-size 16 --max-length 16 --lr 1e-3"
 COMPRESS = f"compress --teacher teacher {TABLE} --epochs 1 --measure-length 8"
@@ -136,7 +138,7 @@ moebert.main()
 """
 
 
-@pytest.mark.parametrize("when", ["torch", "moebert_kernels.compress.steps", "the end"])
+@pytest.mark.parametrize("when", ["torch", "moebert_kernels.compress.runs.steps", "the end"])
 def test_ctrl_c_before_and_after_the_work_is_quiet(when):
     """It showed the traceback of whatever was being imported, or "Aborted!", in the first seconds."""
     done = subprocess.run(

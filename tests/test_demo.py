@@ -9,9 +9,9 @@ from rich.console import Console
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from moebert_kernels.compress import demo
+from moebert_kernels.compress.data.tasks import CsvOptions, load_task
 from moebert_kernels.compress.demo import Recipe, run_demo, write_tables
 from moebert_kernels.compress.minilm import find_base_model
-from moebert_kernels.compress.tasks import CsvOptions, load_task
 from moebert_kernels.errors import UserError
 from tests.test_docstrings import write_library
 

@@ -20,10 +20,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from moebert_kernels.compress.distill import DistillSettings, distill
-from moebert_kernels.compress.finetune import last_checkpoint
-from moebert_kernels.compress.settings import CompressSettings
-from moebert_kernels.compress.trainer import DistillationTrainer
+from moebert_kernels.compress.runs.settings import CompressSettings
+from moebert_kernels.compress.training.distillation import DistillSettings, distill
+from moebert_kernels.compress.training.finetuning import last_checkpoint
+from moebert_kernels.compress.training.trainer import DistillationTrainer
 from moebert_kernels.errors import UserError
 from moebert_kernels.models import to_moe
 from python_ref import distillation as ref

@@ -5,7 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from moebert_kernels.compress.docstrings import load_docstrings, split_docstring, standard_library_snippets
+from moebert_kernels.compress.data.docstrings import (
+    load_docstrings,
+    split_docstring,
+    standard_library_snippets,
+)
 
 
 @pytest.fixture(scope="module")

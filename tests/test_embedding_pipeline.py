@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 from scipy.stats import spearmanr
 from test_embeddings import TEXTS, make_folder
 
-from moebert_kernels.compress.importance import Importance
-from moebert_kernels.compress.likeness import embedding_likeness
-from moebert_kernels.compress.pipeline import compress, stage_names
-from moebert_kernels.compress.report import render_report
-from moebert_kernels.compress.sentence_encoder import load_sentence_encoder
-from moebert_kernels.compress.sentences import load_sentences
-from moebert_kernels.compress.settings import CompressSettings
-from moebert_kernels.compress.terminal import results_table
+from moebert_kernels.compress.data.sentences import load_sentences
+from moebert_kernels.compress.evaluation.likeness import embedding_likeness
+from moebert_kernels.compress.report.page import render_report
+from moebert_kernels.compress.report.terminal import results_table
+from moebert_kernels.compress.runs.pipeline import compress, stage_names
+from moebert_kernels.compress.runs.settings import CompressSettings
+from moebert_kernels.compress.scoring.importance import Importance
+from moebert_kernels.compress.storage.sentence_encoder import load_sentence_encoder
 from moebert_kernels.errors import UserError
 from moebert_kernels.models import is_moe
 

@@ -13,17 +13,17 @@ from tiny_bert import VOCAB, WIDTH, all_neurons
 from tiny_encoders import build
 from transformers import BertTokenizerFast
 
-from moebert_kernels.compress.adapt import adapt
-from moebert_kernels.compress.batching import padded_batches
-from moebert_kernels.compress.distill import DistillSettings, distill
-from moebert_kernels.compress.importance import compute_importance
-from moebert_kernels.compress.losses import embedding_loss
-from moebert_kernels.compress.sentence_encoder import (
+from moebert_kernels.compress.data.batching import padded_batches
+from moebert_kernels.compress.experts.adaptation import adapt
+from moebert_kernels.compress.scoring.importance import compute_importance
+from moebert_kernels.compress.scoring.losses import embedding_loss
+from moebert_kernels.compress.scoring.teacher_loss import embedding_shift_loss
+from moebert_kernels.compress.storage.sentence_encoder import (
     load_sentence_encoder,
     save_sentence_encoder,
     tokenize_texts,
 )
-from moebert_kernels.compress.teacher_loss import embedding_shift_loss
+from moebert_kernels.compress.training.distillation import DistillSettings, distill
 from moebert_kernels.errors import UserError
 from moebert_kernels.models import find_ffns, is_moe, to_moe
 

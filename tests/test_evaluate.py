@@ -11,8 +11,8 @@ from transformers import (
     BertTokenizerFast,
 )
 
-from moebert_kernels.compress.evaluate import batches, evaluate, expert_load, predict
-from moebert_kernels.compress.tasks import EncodedData, EncodedRows, Task
+from moebert_kernels.compress.data.tasks import EncodedData, EncodedRows, Task
+from moebert_kernels.compress.evaluation.quality import batches, evaluate, expert_load, predict
 from moebert_kernels.models import to_moe
 
 

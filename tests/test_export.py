@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 
 import moebert_kernels
 from moebert_kernels import cli
-from moebert_kernels.compress.sentence_encoder import load_sentence_encoder, save_sentence_encoder
-from moebert_kernels.compress.tasks import CsvOptions, load_task
+from moebert_kernels.compress.data.tasks import CsvOptions, load_task
+from moebert_kernels.compress.storage.sentence_encoder import load_sentence_encoder, save_sentence_encoder
 from moebert_kernels.errors import UserError
 from moebert_kernels.export import check, exporting
 from moebert_kernels.export.check import Checker, Likeness, compare

@@ -15,7 +15,7 @@ from exported import student, tokenizer  # noqa: E402
 from transformers import AutoConfig, AutoTokenizer  # noqa: E402
 
 import moebert_kernels  # noqa: E402
-from moebert_kernels.compress.sentence_encoder import load_sentence_encoder  # noqa: E402
+from moebert_kernels.compress.storage.sentence_encoder import load_sentence_encoder  # noqa: E402
 from moebert_kernels.export.folder import dense_config  # noqa: E402
 
 # text-embeddings-inference: which pooled or classified output it takes, and the inputs it can give.

@@ -17,9 +17,9 @@ from transformers import (
     TrainerCallback,
 )
 
-from moebert_kernels.compress.batching import LengthGroupedSampler, RowCollator, padded_batches
-from moebert_kernels.compress.finetune import finetune, last_checkpoint
-from moebert_kernels.compress.tasks import Task, TaskData
+from moebert_kernels.compress.data.batching import LengthGroupedSampler, RowCollator, padded_batches
+from moebert_kernels.compress.data.tasks import Task, TaskData
+from moebert_kernels.compress.training.finetuning import finetune, last_checkpoint
 from moebert_kernels.errors import UserError
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "a", "b", "c", "d"]

@@ -17,7 +17,7 @@ from transformers import (
     BertModel,
 )
 
-from moebert_kernels.compress.fitting import RARE, RIDGE, fit_experts, rows_to_fit
+from moebert_kernels.compress.experts.fitting import RARE, RIDGE, fit_experts, rows_to_fit
 from moebert_kernels.layer import MoEFFN
 from moebert_kernels.models import find_ffns, is_moe, narrow_ffns, replace_ffns
 from moebert_kernels.models.surgery import to_moe
@@ -277,7 +277,7 @@ def test_blocks_and_batches_change_nothing_but_rounding(monkeypatch):
     teacher = tiny_bert.build(BertForSequenceClassification).double()
     fitted = []
     for tokens in (1, 1 << 20):
-        monkeypatch.setattr("moebert_kernels.compress.fitting._BLOCK_TOKENS", tokens)
+        monkeypatch.setattr("moebert_kernels.compress.experts.fitting._BLOCK_TOKENS", tokens)
         student = to_moe(teacher, tiny_bert.quarters(), num_shared_neurons=0)
         fit_experts(student, teacher, batches())
         fitted.append(student)

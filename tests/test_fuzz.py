@@ -24,12 +24,12 @@ from typer.testing import CliRunner
 
 from moebert_kernels.cli import app
 from moebert_kernels.cli_command import USER_ERROR
-from moebert_kernels.compress.adapt import adapt, random_scores
-from moebert_kernels.compress.importance import Importance
-from moebert_kernels.compress.loading import load_model
-from moebert_kernels.compress.published import convert_published
-from moebert_kernels.compress.sentence_encoder import load_sentence_encoder
-from moebert_kernels.compress.token_scores import TokenScores
+from moebert_kernels.compress.experts.adaptation import adapt, random_scores
+from moebert_kernels.compress.scoring.importance import Importance
+from moebert_kernels.compress.scoring.published import convert_published
+from moebert_kernels.compress.scoring.token_scores import TokenScores
+from moebert_kernels.compress.storage.loading import load_model
+from moebert_kernels.compress.storage.sentence_encoder import load_sentence_encoder
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(20))]
 SECONDS, MEBIBYTES = 2.0, 500

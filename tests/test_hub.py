@@ -4,7 +4,7 @@ import datasets
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Sequence, Value
 
-from moebert_kernels.compress.tasks import CsvOptions, load_task
+from moebert_kernels.compress.data.tasks import CsvOptions, load_task
 from moebert_kernels.errors import UserError
 
 

@@ -15,7 +15,7 @@ from transformers import (
     BertForTokenClassification,
 )
 
-from moebert_kernels.compress.importance import Importance, compute_importance, labelled_loss
+from moebert_kernels.compress.scoring.importance import Importance, compute_importance, labelled_loss
 from moebert_kernels.errors import UserError
 from moebert_kernels.models.surgery import find_ffns
 from python_ref.importance import importance_by_sample_gradients

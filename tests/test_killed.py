@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moebert_kernels.compress.pipeline import stage_names
-from moebert_kernels.compress.settings import CompressSettings
+from moebert_kernels.compress.runs.pipeline import stage_names
+from moebert_kernels.compress.runs.settings import CompressSettings
 
 TIMES = ("timings_s", "latency_ms", "throughput_per_s", "busy_cpus")
 

@@ -8,8 +8,8 @@ from datasets import Dataset
 from test_pipeline import make_data, make_teacher
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from moebert_kernels.compress.loading import compared_with_training, load_model, save_encoder
-from moebert_kernels.compress.tasks import Task, TaskData
+from moebert_kernels.compress.data.tasks import Task, TaskData
+from moebert_kernels.compress.storage.loading import compared_with_training, load_model, save_encoder
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moebert_kernels.compress.losses import label_loss, layer_loss, prediction_loss, symmetric_kl
+from moebert_kernels.compress.scoring.losses import label_loss, layer_loss, prediction_loss, symmetric_kl
 from python_ref import distillation as ref
 
 shapes = st.tuples(st.integers(1, 4), st.integers(1, 7), st.integers(1, 5), st.integers(0, 10_000))

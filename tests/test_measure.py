@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from moebert_kernels.compress import measure as module
-from moebert_kernels.compress.measure import measure, packed_inputs, summarize, time_models
+from moebert_kernels.compress.evaluation import speed as module
+from moebert_kernels.compress.evaluation.speed import measure, packed_inputs, summarize, time_models
 
 
 class Recorder(nn.Module):

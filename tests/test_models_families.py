@@ -27,7 +27,7 @@ from transformers import (
     pipeline,
 )
 
-from moebert_kernels.compress.importance import compute_importance
+from moebert_kernels.compress.scoring.importance import compute_importance
 from moebert_kernels.models import (
     GATE_ROUTINGS,
     MoEConfig,

@@ -8,9 +8,9 @@ from test_distill import StopAt, make_rows, tiny_bert, tokenizer  # noqa: F401
 from tiny_bert import LAYERS, VOCAB, WIDTH
 from tiny_encoders import build, each_family
 
-from moebert_kernels.compress.distill import DistillSettings, distill, without_dropout
-from moebert_kernels.compress.divergence import divergence
-from moebert_kernels.compress.finetune import last_checkpoint
+from moebert_kernels.compress.training.distillation import DistillSettings, distill, without_dropout
+from moebert_kernels.compress.training.divergence import divergence
+from moebert_kernels.compress.training.finetuning import last_checkpoint
 from moebert_kernels.errors import UserError
 from moebert_kernels.models import to_moe
 
@@ -56,7 +56,7 @@ def test_it_is_never_farther_than_it_began(tmp_path, tokenizer, learning_rate): 
 
 def test_an_epoch_in_the_middle_is_kept(tmp_path, tokenizer, monkeypatch):  # noqa: F811
     """Stops keeping the last epoch's, or what the optimizer goes on to change."""
-    from moebert_kernels.compress import distill as module
+    from moebert_kernels.compress.training import distillation as module
 
     distances, seen = iter([3.0, 2.0, 1.0, 1.5]), []
 

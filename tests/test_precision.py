@@ -7,10 +7,10 @@ from tiny_bert import build
 from torch import nn
 from transformers import BertForSequenceClassification, BertTokenizerFast, TrainerCallback
 
-from moebert_kernels.compress import precision
-from moebert_kernels.compress.distill import DistillSettings, distill
-from moebert_kernels.compress.finetune import finetune
-from moebert_kernels.compress.tasks import Task, TaskData
+from moebert_kernels.compress.data.tasks import Task, TaskData
+from moebert_kernels.compress.training import precision
+from moebert_kernels.compress.training.distillation import DistillSettings, distill
+from moebert_kernels.compress.training.finetuning import finetune
 from moebert_kernels.errors import UserError
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]

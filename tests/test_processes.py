@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_pipeline import make_data
 
-from moebert_kernels.compress import processes
-from moebert_kernels.compress.artifacts import exclusive
-from moebert_kernels.compress.batching import LengthGroupedSampler, SharedBatchSampler
-from moebert_kernels.compress.pipeline import compress
+from moebert_kernels.compress import distributed
+from moebert_kernels.compress.data.batching import LengthGroupedSampler, SharedBatchSampler
+from moebert_kernels.compress.runs.pipeline import compress
+from moebert_kernels.compress.storage.artifacts import exclusive
 from moebert_kernels.errors import ArgumentError
 
 TORCHRUN = ["torch.distributed.run", "--nproc-per-node", "2"]
@@ -28,7 +28,7 @@ ACCELERATE += ["--num_machines", "1", "--dynamo_backend", "no", "--main_process_
 def start(launcher, *command):
     """What two processes print, and how they end."""
     here = Path(__file__).parent
-    inherited = {name: value for name, value in os.environ.items() if name not in processes._LAUNCHED}
+    inherited = {name: value for name, value in os.environ.items() if name not in distributed._LAUNCHED}
     environment = inherited | {
         "PYTHONPATH": f"{here.parent}{os.pathsep}{here}",
         "OMP_NUM_THREADS": "1",
@@ -178,12 +178,12 @@ def test_two_processes_make_one_complaint(folder, tmp_path):
 
 
 def test_rows_of_a_step_must_divide(monkeypatch):
-    for name, value in zip(processes._LAUNCHED, ("1", "1", "2", "localhost", "1"), strict=True):
+    for name, value in zip(distributed._LAUNCHED, ("1", "1", "2", "localhost", "1"), strict=True):
         monkeypatch.setenv(name, value)
-    assert (processes.count(), processes.index(), processes.is_main()) == (2, 1, False)
-    assert processes.rows_each(8) == 4
+    assert (distributed.world_size(), distributed.rank(), distributed.is_main()) == (2, 1, False)
+    assert distributed.rows_each(8) == 4
     with pytest.raises(ArgumentError, match="batch_size is 7, expected a multiple of 2"):
-        processes.rows_each(7)
+        distributed.rows_each(7)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

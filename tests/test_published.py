@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moebert_kernels.compress.adapt import split_neurons
-from moebert_kernels.compress.published import convert_published
+from moebert_kernels.compress.experts.adaptation import split_neurons
+from moebert_kernels.compress.scoring.published import convert_published
 from moebert_kernels.errors import UserError
 
 

@@ -7,9 +7,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from moebert_kernels.compress.plots import plot_importance
-from moebert_kernels.compress.report import render_report, write_report
-from moebert_kernels.compress.summary import summarize, warnings_of
+from moebert_kernels.compress.report.page import render_report, write_report
+from moebert_kernels.compress.report.plots import plot_importance
+from moebert_kernels.compress.report.summary import summarize, warnings_of
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from moebert_kernels.compress.files import read_table, read_text
-from moebert_kernels.compress.sentences import load_sentences
-from moebert_kernels.compress.tasks.tables import CsvOptions
+from moebert_kernels.compress.data.files import read_table, read_text
+from moebert_kernels.compress.data.sentences import load_sentences
+from moebert_kernels.compress.data.tasks.tables import CsvOptions
 from moebert_kernels.errors import UserError
 
 

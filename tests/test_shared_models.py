@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from test_fitting import calls_of, experts_of, tokens
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, BertModel
 
-from moebert_kernels.compress.adapt import adapt, random_scores
-from moebert_kernels.compress.fitting import RARE, RIDGE, fit_experts
+from moebert_kernels.compress.experts.adaptation import adapt, random_scores
+from moebert_kernels.compress.experts.fitting import RARE, RIDGE, fit_experts
 from moebert_kernels.errors import UserError
 from moebert_kernels.models import (
     MoEBertConfig,

@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset
 from transformers import BertConfig, BertTokenizerFast
 
-from moebert_kernels.compress.tasks import (
+from moebert_kernels.compress.data.tasks import (
     AnswerOptions,
     CsvOptions,
     Task,

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from moebert_kernels.compress.terminal import StageBars, environment_table, results_table
-from moebert_kernels.compress.units import short_count
+from moebert_kernels.compress.report.terminal import StageBars, environment_table, results_table
+from moebert_kernels.compress.report.units import short_count
 from moebert_kernels.environment import Backend, Environment
 
 
@@ -48,7 +48,7 @@ def test_a_stage_that_fails_is_not_said_to_be_done(console):
 def test_long_work_in_a_file_says_how_far_it_is(console, monkeypatch):
     """Fine-tuning into a file was silent for half an hour."""
     seconds = 0.0
-    monkeypatch.setattr("moebert_kernels.compress.terminal.time.monotonic", lambda: seconds)
+    monkeypatch.setattr("moebert_kernels.compress.report.terminal.time.monotonic", lambda: seconds)
     with StageBars(console) as bars:
         bars("distill", 0, 1)
         for step in range(1, 10):

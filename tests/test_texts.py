@@ -11,14 +11,14 @@ from transformers import (
     BertForTokenClassification,
 )
 
-from moebert_kernels.compress.evaluate import batches
-from moebert_kernels.compress.importance import compute_importance
-from moebert_kernels.compress.likeness import prediction_likeness
-from moebert_kernels.compress.pipeline import compress
-from moebert_kernels.compress.settings import CompressSettings
-from moebert_kernels.compress.tasks import CsvOptions, tokenize
-from moebert_kernels.compress.tasks.texts import has_no_labels, load_texts
-from moebert_kernels.compress.teacher_loss import _roots, _yes_and_no_roots, prediction_shift_loss
+from moebert_kernels.compress.data.tasks import CsvOptions, tokenize
+from moebert_kernels.compress.data.tasks.texts import has_no_labels, load_texts
+from moebert_kernels.compress.evaluation.likeness import prediction_likeness
+from moebert_kernels.compress.evaluation.quality import batches
+from moebert_kernels.compress.runs.pipeline import compress
+from moebert_kernels.compress.runs.settings import CompressSettings
+from moebert_kernels.compress.scoring.importance import compute_importance
+from moebert_kernels.compress.scoring.teacher_loss import _roots, _yes_and_no_roots, prediction_shift_loss
 from moebert_kernels.errors import ArgumentError, UserError
 
 HEADS = {

@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 from tiny_bert import VOCAB, WIDTH, batch, build
 from transformers import BertForSequenceClassification
 
-from moebert_kernels.compress.importance import Importance, compute_importance, labelled_loss
-from moebert_kernels.compress.token_scores import TokenScores, group_tokens, token_groups
+from moebert_kernels.compress.scoring.importance import Importance, compute_importance, labelled_loss
+from moebert_kernels.compress.scoring.token_scores import TokenScores, group_tokens, token_groups
 from moebert_kernels.errors import UserError
 from moebert_kernels.models.surgery import find_ffns
 from python_ref import affinity as ref
@@ -104,7 +104,7 @@ def test_similarities_in_blocks_are_those_of_the_whole(monkeypatch):
     counts_V = (torch.arange(50) % 3 == 0).long()
     embedding_VD = torch.randn(50, 5, generator=torch.Generator().manual_seed(0))
     whole_V = group_tokens(counts_V, embedding_VD, 50)
-    monkeypatch.setattr("moebert_kernels.compress.token_scores._MOST_SIMILARITIES", 40)
+    monkeypatch.setattr("moebert_kernels.compress.scoring.token_scores._MOST_SIMILARITIES", 40)
     assert torch.equal(group_tokens(counts_V, embedding_VD, 50), whole_V)
 
 

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BertConfig, BertTokenizerFast
 
-from moebert_kernels.compress.tasks import Task, TaskData, load_task, match_labels, tokenize
-from moebert_kernels.compress.tasks.entities import bio_tags, entities, entity_scores
+from moebert_kernels.compress.data.tasks import Task, TaskData, load_task, match_labels, tokenize
+from moebert_kernels.compress.data.tasks.entities import bio_tags, entities, entity_scores
 from moebert_kernels.errors import UserError
 
 TRAIN = (

@@ -13,12 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import BertTokenizerFast
 
 import python_ref.routing as ref
-from moebert_kernels.compress.adapt import adapt, random_scores, token_counts
-from moebert_kernels.compress.distill import DistillSettings, distill
-from moebert_kernels.compress.evaluate import batches, expert_load
-from moebert_kernels.compress.finetune import last_checkpoint
-from moebert_kernels.compress.trainer import DistillationTrainer
-from moebert_kernels.compress.training_load import TrainingLoad
+from moebert_kernels.compress.evaluation.quality import batches, expert_load
+from moebert_kernels.compress.experts.adaptation import adapt, random_scores, token_counts
+from moebert_kernels.compress.training.distillation import DistillSettings, distill
+from moebert_kernels.compress.training.finetuning import last_checkpoint
+from moebert_kernels.compress.training.load import TrainingLoad
+from moebert_kernels.compress.training.trainer import DistillationTrainer
 
 SETTINGS = DistillSettings(epochs=3, batch_size=8, learning_rate=1e-3, seed=5)
 

@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from test_pipeline import SETTINGS, make_data, make_teacher
 from transformers import BertForSequenceClassification
 
-from moebert_kernels.compress.importance import Importance
-from moebert_kernels.compress.pipeline import compress, stage_names
-from moebert_kernels.compress.report import render_report
-from moebert_kernels.compress.variants import over_seeds
+from moebert_kernels.compress.report.page import render_report
+from moebert_kernels.compress.runs.pipeline import compress, stage_names
+from moebert_kernels.compress.runs.variants import over_seeds
+from moebert_kernels.compress.scoring.importance import Importance
 from moebert_kernels.models import is_moe
 
 EVERYTHING = replace(SETTINGS, epochs=0.5, comparisons=("random", "narrow", "layers"), seed=3, seeds=2)

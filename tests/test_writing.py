@@ -16,8 +16,13 @@ from safetensors.torch import save_file
 from test_pipeline import SETTINGS, assert_same_outcome, make_data, make_teacher
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from moebert_kernels.compress import artifacts, report
-from moebert_kernels.compress.artifacts import (
+from moebert_kernels.compress.demo import write_tables
+from moebert_kernels.compress.report import page as report
+from moebert_kernels.compress.report.page import write_report
+from moebert_kernels.compress.runs.pipeline import compress
+from moebert_kernels.compress.scoring.importance import Importance
+from moebert_kernels.compress.storage import artifacts
+from moebert_kernels.compress.storage.artifacts import (
     Stage,
     claim,
     exclusive,
@@ -26,13 +31,9 @@ from moebert_kernels.compress.artifacts import (
     workroom,
     write_json,
 )
-from moebert_kernels.compress.demo import write_tables
-from moebert_kernels.compress.finetune import finetune
-from moebert_kernels.compress.importance import Importance
-from moebert_kernels.compress.loading import save_encoder
-from moebert_kernels.compress.pipeline import compress
-from moebert_kernels.compress.report import write_report
-from moebert_kernels.compress.writing import check_writable, explain, writing
+from moebert_kernels.compress.storage.loading import save_encoder
+from moebert_kernels.compress.storage.writing import check_writable, explain, writing
+from moebert_kernels.compress.training.finetuning import finetune
 from moebert_kernels.errors import OutputError, UserError
 
 

@@ -19,7 +19,7 @@ from typing import Annotated
 
 import typer
 
-from moebert_kernels.compress.artifacts import exclusive
+from moebert_kernels.compress.storage.artifacts import exclusive
 
 from .contenders import CONTENDERS
 from .records import collect, read, read_rows

@@ -9,8 +9,8 @@ from typing import Literal
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moebert_kernels.compress.adapt import adapt, random_scores
-from moebert_kernels.compress.importance import Importance
+from moebert_kernels.compress.experts.adaptation import adapt, random_scores
+from moebert_kernels.compress.scoring.importance import Importance
 from moebert_kernels.models import (
     encoder_flops_per_token,
     find_ffns,

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from moebert_kernels.compress.losses import prediction_loss
-from moebert_kernels.compress.tasks.task import Outputs
+from moebert_kernels.compress.data.tasks.task import Outputs
+from moebert_kernels.compress.scoring.losses import prediction_loss
 
 Outcomes = dict[str, list[Any]]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from moebert_kernels.compress.artifacts import replace_whole
+from moebert_kernels.compress.storage.artifacts import replace_whole
 
 from .contenders import CONTENDERS
 from .study import TASKS

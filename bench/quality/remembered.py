@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from moebert_kernels.compress.layerwise import forward_replaced
+from moebert_kernels.compress.experts.layerwise import forward_replaced
 from moebert_kernels.models import find_ffns
 from moebert_kernels.models.families import DenseFFN
 

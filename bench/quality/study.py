@@ -16,19 +16,8 @@ import typer
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moebert_kernels.compress.adapt import token_counts
-from moebert_kernels.compress.artifacts import Stage, fingerprint
-from moebert_kernels.compress.batching import hold_out, sample_rows
-from moebert_kernels.compress.distill import DistillSettings, distill
-from moebert_kernels.compress.divergence import divergence
-from moebert_kernels.compress.evaluate import batches, predict
-from moebert_kernels.compress.finetune import finetune
-from moebert_kernels.compress.fitting import Fitted, fit_experts, rows_to_fit
-from moebert_kernels.compress.importance import Importance, compute_importance
-from moebert_kernels.compress.likeness import prediction_likeness
-from moebert_kernels.compress.loading import load_teacher
-from moebert_kernels.compress.minilm import find_base_model
-from moebert_kernels.compress.tasks import (
+from moebert_kernels.compress.data.batching import hold_out, sample_rows
+from moebert_kernels.compress.data.tasks import (
     CsvOptions,
     EncodedData,
     TaskData,
@@ -36,7 +25,18 @@ from moebert_kernels.compress.tasks import (
     match_labels,
     tokenize,
 )
-from moebert_kernels.compress.token_scores import token_groups
+from moebert_kernels.compress.evaluation.likeness import prediction_likeness
+from moebert_kernels.compress.evaluation.quality import batches, predict
+from moebert_kernels.compress.experts.adaptation import token_counts
+from moebert_kernels.compress.experts.fitting import Fitted, fit_experts, rows_to_fit
+from moebert_kernels.compress.minilm import find_base_model
+from moebert_kernels.compress.scoring.importance import Importance, compute_importance
+from moebert_kernels.compress.scoring.token_scores import token_groups
+from moebert_kernels.compress.storage.artifacts import Stage, fingerprint
+from moebert_kernels.compress.storage.loading import load_teacher
+from moebert_kernels.compress.training.distillation import DistillSettings, distill
+from moebert_kernels.compress.training.divergence import divergence
+from moebert_kernels.compress.training.finetuning import finetune
 from moebert_kernels.environment import describe_environment
 from moebert_kernels.models import count_parameters, encoder_flops_per_token, is_moe
 

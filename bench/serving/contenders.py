@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
 import moebert_kernels
-from moebert_kernels.compress.adapt import adapt, random_scores
+from moebert_kernels.compress.experts.adaptation import adapt, random_scores
 from moebert_kernels.compress.minilm import find_base_model
-from moebert_kernels.compress.sentence_encoder import (
+from moebert_kernels.compress.storage.sentence_encoder import (
     SentenceEncoder,
     load_sentence_encoder,
     save_sentence_encoder,

@@ -16,12 +16,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from moebert_kernels.compress.artifacts import write_json
-from moebert_kernels.compress.evaluate import predict
-from moebert_kernels.compress.likeness import prediction_likeness
-from moebert_kernels.compress.loading import load_model
-from moebert_kernels.compress.pipeline import compress
-from moebert_kernels.compress.tasks import CsvOptions, load_task, match_labels, tokenize
+from moebert_kernels.compress.data.tasks import CsvOptions, load_task, match_labels, tokenize
+from moebert_kernels.compress.evaluation.likeness import prediction_likeness
+from moebert_kernels.compress.evaluation.quality import predict
+from moebert_kernels.compress.runs.pipeline import compress
+from moebert_kernels.compress.storage.artifacts import write_json
+from moebert_kernels.compress.storage.loading import load_model
 from moebert_kernels.environment import describe_environment
 from moebert_kernels.export.exporting import export
 from moebert_kernels.export.folder import GRAPH, QUANTIZED

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from moebert_kernels.lazy import getter, make_callable
 
 if TYPE_CHECKING:
-    from moebert_kernels.compress.pipeline import compress
+    from moebert_kernels.compress.runs.pipeline import compress
 
 __all__ = ["compress"]
 
-__getattr__ = getter(__name__, {"pipeline": ["compress"]})
-make_callable(__name__, "pipeline")
+__getattr__ = getter(__name__, {"runs.pipeline": ["compress"]})
+make_callable(__name__, "runs.pipeline")

@@ -16,7 +16,15 @@ from typing import Any
 from rich.console import Console
 
 import moebert_kernels
-from moebert_kernels.compress.artifacts import (
+from moebert_kernels.compress.data.docstrings import load_docstrings
+from moebert_kernels.compress.data.tasks import TaskData
+from moebert_kernels.compress.minilm import find_base_model
+from moebert_kernels.compress.report.page import write_report
+from moebert_kernels.compress.report.summary import summarize
+from moebert_kernels.compress.report.terminal import StageBars, results_table
+from moebert_kernels.compress.runs.pipeline import compress
+from moebert_kernels.compress.runs.settings import CompressSettings
+from moebert_kernels.compress.storage.artifacts import (
     Stage,
     claim,
     exclusive,
@@ -26,15 +34,7 @@ from moebert_kernels.compress.artifacts import (
     rows_fingerprint,
     write_json,
 )
-from moebert_kernels.compress.docstrings import load_docstrings
-from moebert_kernels.compress.finetune import finetune
-from moebert_kernels.compress.minilm import find_base_model
-from moebert_kernels.compress.pipeline import compress
-from moebert_kernels.compress.report import write_report
-from moebert_kernels.compress.settings import CompressSettings
-from moebert_kernels.compress.summary import summarize
-from moebert_kernels.compress.tasks import TaskData
-from moebert_kernels.compress.terminal import StageBars, results_table
+from moebert_kernels.compress.training.finetuning import finetune
 from moebert_kernels.errors import naming
 
 

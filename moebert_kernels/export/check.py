@@ -11,11 +11,11 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from moebert_kernels.compress.evaluate import predict, score
-from moebert_kernels.compress.loading import row_length
-from moebert_kernels.compress.tasks import KINDS, EncodedData, TaskData, match_labels, tokenize
-from moebert_kernels.compress.tasks import texts as plain_texts
-from moebert_kernels.compress.tasks.task import Task
+from moebert_kernels.compress.data.tasks import KINDS, EncodedData, TaskData, match_labels, tokenize
+from moebert_kernels.compress.data.tasks import texts as plain_texts
+from moebert_kernels.compress.data.tasks.task import Task
+from moebert_kernels.compress.evaluation.quality import predict, score
+from moebert_kernels.compress.storage.loading import row_length
 from moebert_kernels.errors import ArgumentError
 from moebert_kernels.export.folder import Source
 from moebert_kernels.export.heads import ANSWERS, SEQUENCE, head_of

@@ -10,10 +10,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from moebert_kernels.compress.artifacts import replace_whole
-from moebert_kernels.compress.docstrings import standard_library_snippets
-from moebert_kernels.compress.loading import check_new_folder
-from moebert_kernels.compress.tasks import TaskData
+from moebert_kernels.compress.data.docstrings import standard_library_snippets
+from moebert_kernels.compress.data.tasks import TaskData
+from moebert_kernels.compress.storage.artifacts import replace_whole
+from moebert_kernels.compress.storage.loading import check_new_folder
 from moebert_kernels.errors import ArgumentError, naming
 from moebert_kernels.export.check import Checker, Likeness
 from moebert_kernels.export.folder import GRAPH, QUANTIZED, open_source, write_beside

@@ -20,10 +20,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from moebert_kernels.compress.checkpoint import load_weights, read_config
-from moebert_kernels.compress.loading import load_tokenizer
-from moebert_kernels.compress.sentence_encoder import SentenceEncoder, copy_modules, load_sentence_encoder
-from moebert_kernels.compress.tasks import auto_model_of
+from moebert_kernels.compress.data.tasks import auto_model_of
+from moebert_kernels.compress.storage.checkpoint import load_weights, read_config
+from moebert_kernels.compress.storage.loading import load_tokenizer
+from moebert_kernels.compress.storage.sentence_encoder import (
+    SentenceEncoder,
+    copy_modules,
+    load_sentence_encoder,
+)
 from moebert_kernels.errors import ArgumentError, UserError, naming
 from moebert_kernels.export.encoder import base_of
 from moebert_kernels.export.heads import SEQUENCE, TOKENS, head_of

@@ -24,9 +24,9 @@ from tiny_bert import LAYERS, VOCAB, build, quarters  # noqa: E402
 from transformers import BertForSequenceClassification  # noqa: E402
 
 import moebert_kernels  # noqa: E402
-from moebert_kernels.compress.adapt import adapt, random_scores  # noqa: E402
+from moebert_kernels.compress.experts.adaptation import adapt, random_scores  # noqa: E402
 from moebert_kernels.compress.minilm import find_base_model  # noqa: E402
-from moebert_kernels.compress.sentence_encoder import load_sentence_encoder  # noqa: E402
+from moebert_kernels.compress.storage.sentence_encoder import load_sentence_encoder  # noqa: E402
 from moebert_kernels.models import find_ffns, to_moe  # noqa: E402
 
 TEXTS = [

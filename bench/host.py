@@ -27,13 +27,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from moebert_kernels import RoutingPlan, backends, moe_ffn
+from moebert_kernels.timing import spread
 
 from .cases import SHAPES, ModelCase, Request, token_ids
 from .ceilings import TOY as TOY_PROBES
 from .registry import DidNotRun
 from .results import Row, write
 from .run import Settings, describe_run
-from .timing import first_line, interleave, make_timer, spread
+from .timing import first_line, interleave, make_timer
 
 AIMS = {  # microseconds, and the encoder's time relative to its twin's
     ("CUDA path", "forward"): 35.0,

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from moebert_kernels import RoutingPlan
+from moebert_kernels.timing import Spread, spread
 
 from . import ceilings
 from .baselines.implementation import FFNInputs
@@ -30,7 +31,7 @@ from .registry import DidNotRun, Work
 from .results import Row, write
 from .run import Settings, copies_past_cache, describe_run
 from .tables import duration, half_width
-from .timing import Spread, first_line, make_timer, spread
+from .timing import first_line, make_timer
 
 TOKENS = (16384, 65536, 4096)
 TOY_TOKENS = (24,)

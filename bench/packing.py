@@ -32,11 +32,13 @@ from torch import Tensor
 from moebert_kernels.compress.storage.artifacts import write_json
 from moebert_kernels.environment import OtherWork, describe_environment
 from moebert_kernels.models import packed, to_moe
+from moebert_kernels.timing import interleave, on_host
 
 from .cases import DTYPES, SHAPES, ModelCase, cpu_dtypes
 from .encoders import bert_sizes, build
 from .text import BATCH, encode_sentences, pad, read_batch
 
+_MOST_ROUNDS = 10_000
 FULL = ((1, 32), (8, 128))
 STEPS, BLOCK = 8, 4  # steps of each trainer that are timed, and at a time
 _TITLES = {"bert-base": "BERT-base", "minilm": "MiniLM"}
@@ -44,21 +46,11 @@ Call = Callable[[], Any]
 
 
 def interleaved(calls: dict[str, Call], seconds: float) -> dict[str, list[float]]:
-    """Seconds of each call in every round, the order rotating, after two rounds that do not count."""
-    names = list(calls)
-    found: dict[str, list[float]] = {name: [] for name in names}
-    rounds, until = 0, float("inf")
-    while rounds < 5 or time.perf_counter() < until:
-        for name in names:
-            start = time.perf_counter()
-            calls[name]()
-            if rounds >= 2:
-                found[name].append(time.perf_counter() - start)
-        names = names[1:] + names[:1]
-        rounds += 1
-        if rounds == 2:
-            until = time.perf_counter() + seconds
-    return found
+    """Seconds of each call in every round, after two calls that do not count."""
+    for call in [*calls.values()] * 2:
+        call()
+    timers = {name: on_host(call) for name, call in calls.items()}
+    return interleave(timers, rounds=_MOST_ROUNDS, max_seconds=seconds)
 
 
 def ratio(found: dict[str, list[float]], slow: str, fast: str) -> dict[str, float]:

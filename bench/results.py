@@ -11,8 +11,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from moebert_kernels.timing import Spread
+
 from .ceilings import Ceiling
-from .timing import Spread
 
 FORMAT = 1
 

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from moebert_kernels.environment import busy_cpus, describe_environment
+from moebert_kernels.timing import Timer, spread
 
 from .cases import Request
 from .ceilings import Ceiling, ProbeSizes, measure_ceilings
 from .registry import DidNotRun, Entry, Op, Thunk
 from .results import Row, Run
-from .timing import Timer, first_line, interleave, make_timer, spread
+from .timing import first_line, interleave, make_timer
 
 _CACHES_TO_ROTATE_PAST = 3
 _MOST_COPIES = 32

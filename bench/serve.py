@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from moebert_kernels.environment import BUSY
+from moebert_kernels.timing import spread
 
 from . import ceilings
 from .cases import Request, token_ids
@@ -34,7 +35,6 @@ from .serving.tables import AIMS_LEGEND, LEGEND, all_tables
 from .serving.worker import RUNTIMES, Feed
 from .tables import plain_text
 from .text import read_batch
-from .timing import spread
 
 SHAPES = ("minilm", "bert-base")
 BATCHES = ((1, 16), (1, 32), (1, 128), (8, 128))

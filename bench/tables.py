@@ -6,9 +6,10 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from moebert_kernels.timing import Spread
+
 from .cases import DTYPES, SHAPES
 from .results import Results, Row
-from .timing import Spread
 from .verify import LIMITS
 
 NOTHING = "–"

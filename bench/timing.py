@@ -2,42 +2,20 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 
-from .registry import DidNotRun, Thunk
+from moebert_kernels import timing
+from moebert_kernels.timing import Key, Timer, on_cuda, on_host
 
-Timer = Callable[[], float]
-Key = TypeVar("Key")
+from .registry import DidNotRun, Thunk
 
 LAUNCHES = ("eager", "graph")
 CACHES = ("warm", "cold")
 _SHORTEST_SAMPLE_S = 1e-3
 _LONGEST_BURST = 128
 _LONG_CALL_S = 0.2
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Seconds of one call: the median, and the 10th and 90th percentile, of `samples` measurements."""
-
-    median: float
-    low: float
-    high: float
-    samples: int
-
-
-def spread(seconds: Sequence[float]) -> Spread:
-    """Summarise the samples of one entry."""
-    if len(seconds) == 1:
-        return Spread(seconds[0], seconds[0], seconds[0], 1)
-    deciles = statistics.quantiles(seconds, n=10, method="inclusive")
-    return Spread(statistics.median(seconds), deciles[0], deciles[-1], len(seconds))
 
 
 def make_timer(device: torch.device, launch: str, thunks: Sequence[Thunk]) -> Timer:
@@ -74,36 +52,21 @@ def _burst(thunks: Sequence[Thunk], seconds: float) -> list[Thunk]:
     return [thunks[index % len(thunks)] for index in range(calls)]
 
 
+def _per_call(timer: Timer, calls: int) -> Timer:
+    return lambda: timer() / calls
+
+
 def _host_timer(burst: Sequence[Thunk]) -> Timer:
-    def timer() -> float:
-        start = time.perf_counter()
-        for thunk in burst:
-            thunk()
-        return (time.perf_counter() - start) / len(burst)
-
-    return timer
-
-
-def _between_events(run: Callable[[], None], calls: int) -> Timer:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def timer() -> float:
-        torch.cuda.synchronize()
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3 / calls
-
-    return timer
+    return _per_call(on_host(lambda: _call_all(burst)), len(burst))
 
 
 def _event_timer(burst: Sequence[Thunk]) -> Timer:
-    def run() -> None:
-        for thunk in burst:
-            thunk()
+    return _per_call(on_cuda(lambda: _call_all(burst)), len(burst))
 
-    return _between_events(run, len(burst))
+
+def _call_all(burst: Sequence[Thunk]) -> None:
+    for thunk in burst:
+        thunk()
 
 
 def _graph_timer(thunks: Sequence[Thunk]) -> Timer:
@@ -126,7 +89,7 @@ def _graph_timer(thunks: Sequence[Thunk]) -> Timer:
     def run(_kept_alive: Sequence[Thunk] = burst) -> None:  # the graph reads what the thunks hold
         graph.replay()
 
-    return _between_events(run, len(burst))
+    return _per_call(on_cuda(run), len(burst))
 
 
 def _check_asynchronous(thunk: Thunk) -> None:
@@ -150,30 +113,10 @@ def first_line(error: BaseException) -> str:
 def interleave(
     timers: Mapping[Key, Timer], rounds: int, max_seconds: float
 ) -> tuple[dict[Key, list[float]], dict[Key, str]]:
-    """Sample each timer in turn, round after round, so that a slow spell of the machine meets all alike.
-
-    Args:
-        timers: by entry.
-        rounds: samples of each.
-        max_seconds: stop early, after three rounds at least, when the rounds have taken longer than this.
-
-    Returns:
-        The samples of each entry, and the error of each that failed; a failed entry has no samples.
-    """
-    samples: dict[Key, list[float]] = {key: [] for key in timers}
+    """The samples of each entry, and the error of each that failed; see the same of `moebert_kernels.timing`."""
     failed: dict[Key, str] = {}
-    order = list(timers)
-    begin = time.perf_counter()
-    for done in range(rounds):
-        if done >= 3 and time.perf_counter() - begin > max_seconds:
-            break
-        for key in order:
-            if key in failed:
-                continue
-            try:
-                samples[key].append(timers[key]())
-            except Exception as error:
-                failed[key] = first_line(error)
-                del samples[key]
-        order = order[1:] + order[:1]  # no entry always follows the same one
-    return samples, failed
+
+    def note(key: Key, error: Exception) -> None:
+        failed[key] = first_line(error)
+
+    return timing.interleave(timers, rounds=rounds, max_seconds=max_seconds, failed=note), failed

@@ -26,12 +26,13 @@ import torch
 from torch import Tensor
 
 from moebert_kernels.environment import describe_environment
+from moebert_kernels.timing import spread
 
 from .ahead import as_on, compile_launch
 from .cases import FFNCase
 from .ffn import footprint, make_inputs
 from .run import copies_past_cache
-from .timing import first_line, make_timer, spread
+from .timing import first_line, make_timer
 from .verify import check_close
 
 TOKENS = (16384, 4096, 65536, 512, 64)

@@ -24,7 +24,7 @@ from bench.results import Results, Row, Run, slug
 from bench.run import Settings
 from bench.suite import OPS
 from bench.tables import duration, plain_text
-from bench.timing import Spread
+from moebert_kernels.timing import Spread
 
 ROOT = Path(__file__).resolve().parents[1]
 

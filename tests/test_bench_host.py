@@ -11,7 +11,7 @@ import torch
 
 from bench import host
 from bench.results import Row
-from bench.timing import Spread
+from moebert_kernels.timing import Spread
 
 
 def measured(*options: str, **environment: str) -> str:

@@ -20,8 +20,9 @@ from bench.model import MODEL, ModelInputs
 from bench.registry import DidNotRun, Work
 from bench.tables import shape_name
 from bench.text import read_batch, read_sentences
-from bench.timing import interleave, make_timer, spread
+from bench.timing import interleave, make_timer
 from bench.verify import check_close, relative_errors
+from moebert_kernels.timing import spread
 
 CPU = torch.device("cpu")
 

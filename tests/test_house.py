@@ -14,7 +14,7 @@ PACKAGE = Path(moebert_kernels.__file__).parent
 
 # From the ground up; those of one line do not know each other.
 HOUSE = (
-    ("errors", "checks", "activations", "lazy", "awaited", "watchers"),
+    ("errors", "checks", "activations", "lazy", "awaited", "watchers", "timing"),
     ("native",),
     ("routing",),
     ("arguments",),

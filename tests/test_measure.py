@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from moebert_kernels.compress.evaluation import speed as module
+from moebert_kernels import timing
 from moebert_kernels.compress.evaluation.speed import measure, packed_inputs, summarize, time_models
 
 
@@ -28,7 +28,7 @@ class Recorder(nn.Module):
 @pytest.fixture
 def clock(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
     return now
 
 

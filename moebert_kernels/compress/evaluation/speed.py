@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import chain, cycle, islice
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moebert_kernels.environment import OtherWork
+from moebert_kernels.timing import interleave, spread, timer_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -88,22 +88,12 @@ def time_models(
         model.eval()
     device = next(iter(models.values())).device
     inputs = {name: value.to(device) for name, value in inputs.items()}
-    time_once = _time_on_cuda if device.type == "cuda" else _time_on_host
-    for model in models.values():
+    as_timer = timer_of(device)
+    timers = {name: as_timer(partial(model, **inputs)) for name, model in models.items()}
+    for timer in timers.values():
         for _ in range(warmup):
-            time_once(model, inputs)
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    names = list(models)
-    start = time.perf_counter()
-    for done in range(rounds):
-        if done >= 3 and time.perf_counter() - start > max_seconds:
-            break
-        for name in names:
-            seconds[name].append(time_once(models[name], inputs))
-        names = names[1:] + names[:1]  # no model always follows the same one
-        if progress is not None:
-            progress(done + 1, rounds)
-    return seconds
+            timer()
+    return interleave(timers, rounds=rounds, max_seconds=max_seconds, progress=progress)
 
 
 def measure(
@@ -155,23 +145,5 @@ def measure(
 
 def summarize(values: Sequence[float]) -> Timing:
     """The median of measured values, and as low and high their 10th and 90th percentile."""
-    if len(values) == 1:
-        return {"median": values[0], "low": values[0], "high": values[0]}
-    deciles = statistics.quantiles(values, n=10, method="inclusive")
-    return {"median": statistics.median(values), "low": deciles[0], "high": deciles[-1]}
-
-
-def _time_on_host(model: PreTrainedModel, inputs: dict[str, Tensor]) -> float:
-    start = time.perf_counter()
-    model(**inputs)
-    return time.perf_counter() - start
-
-
-def _time_on_cuda(model: PreTrainedModel, inputs: dict[str, Tensor]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
-    model(**inputs)
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
+    found = spread(values)
+    return {"median": found.median, "low": found.low, "high": found.high}

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 
 from moebert_kernels.compress.data.batching import LABEL_COLUMNS
-from moebert_kernels.compress.experts.adaptation import adapt
+from moebert_kernels.compress.experts.adaptation import adapt, narrow
 from moebert_kernels.compress.experts.layerwise import evaluating
 from moebert_kernels.compress.training.distillation import DistillSettings, distill
 from moebert_kernels.layer import MoEFFN
-from moebert_kernels.models import find_ffns, narrow_ffns
+from moebert_kernels.models import find_ffns
 from moebert_kernels.models.families import DenseFFN
 
 from .quality.remembered import RememberedTeacher
@@ -88,8 +88,7 @@ class Fits:
         importance, counts_V = subject.importance(ROWS, 0), subject.counts_V(ROWS, 0)
         width = find_ffns(subject.teacher)[0].w1.out_features // 4
         if name == "narrow":
-            order_LF = importance.scores_LF.argsort(dim=1, descending=True, stable=True)
-            student = narrow_ffns(subject.teacher, order_LF[:, :width])
+            student = narrow(subject.teacher, importance.scores_LF, width)
         else:
             student = adapt(
                 subject.teacher,

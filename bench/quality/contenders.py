@@ -9,14 +9,13 @@ from typing import Literal
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moebert_kernels.compress.experts.adaptation import adapt, random_scores
+from moebert_kernels.compress.experts.adaptation import adapt, narrow, random_scores
 from moebert_kernels.compress.scoring.importance import Importance
 from moebert_kernels.models import (
     encoder_flops_per_token,
     find_ffns,
     keep_layers,
     layers_of_equal_cost,
-    narrow_ffns,
 )
 
 
@@ -108,8 +107,7 @@ class Narrow:
     def build(self, made_of: Materials, seed: int) -> PreTrainedModel:
         """Make the student; the seed has no part in it."""
         scores_LF = made_of.importance.scores_LF if self.score == "sample" else made_of.token_scores_LF
-        order_LF = scores_LF.argsort(dim=1, descending=True, stable=True)
-        return narrow_ffns(made_of.teacher, order_LF[:, : made_of.num_met])
+        return narrow(made_of.teacher, scores_LF, made_of.num_met)
 
 
 @dataclass(frozen=True)

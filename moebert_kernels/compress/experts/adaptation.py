@@ -15,6 +15,7 @@ from moebert_kernels.compress import defaults
 from moebert_kernels.compress.experts.affinity import split_by_affinity
 from moebert_kernels.compress.scoring.importance import Importance
 from moebert_kernels.errors import ArgumentError, UserError
+from moebert_kernels.models.shrink import narrow_ffns
 from moebert_kernels.models.surgery import find_ffns, to_moe
 from moebert_kernels.routing import hash_balance_tables
 from moebert_kernels.routing.tables import check_seed
@@ -113,6 +114,18 @@ def random_scores(num_layers: int, ffn_width: int, *, seed: int = 0) -> Tensor:
     check_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     return torch.stack([torch.randperm(ffn_width, generator=generator) for _ in range(num_layers)]).float()
+
+
+def narrow(teacher: PreTrainedModel, scores_LF: Tensor, num_neurons: int) -> PreTrainedModel:
+    """A dense model of the cost of experts of `num_neurons`: each layer keeps so many, the best scored.
+
+    Args:
+        teacher: as for `narrow_ffns`.
+        scores_LF: of its neurons.
+        num_neurons: of each layer of the result.
+    """
+    order_LF = scores_LF.argsort(dim=1, descending=True, stable=True)
+    return narrow_ffns(teacher, order_LF[:, :num_neurons])
 
 
 def token_counts(dataset: Dataset, vocab_size: int) -> Tensor:

@@ -11,11 +11,11 @@ from typing import Any, Protocol
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moebert_kernels.compress.experts.adaptation import COUNTING_ROUTINGS, random_scores
+from moebert_kernels.compress.experts.adaptation import COUNTING_ROUTINGS, narrow, random_scores
 from moebert_kernels.compress.scoring.importance import Importance
 from moebert_kernels.compress.runs.settings import CompressSettings
 from moebert_kernels.compress.runs.subjects import Report, Subject
-from moebert_kernels.models import find_ffns, keep_layers, layers_of_equal_cost, narrow_ffns
+from moebert_kernels.models import find_ffns, keep_layers, layers_of_equal_cost
 
 
 class Source(Protocol):
@@ -169,8 +169,7 @@ def _narrow_width(source: Source) -> int:
 
 
 def _build_narrow(source: Source, seed: int, report: Report) -> PreTrainedModel:
-    order_LF = source.importance.scores_LF.argsort(dim=1, descending=True, stable=True)
-    return narrow_ffns(source.subject.model, order_LF[:, : _narrow_width(source)])
+    return narrow(source.subject.model, source.importance.scores_LF, _narrow_width(source))
 
 
 def _kept_layers(source: Source) -> list[int]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from moebert_kernels.compress.data.batching import padded_batches
+from moebert_kernels.compress.data.files import read_json
 from moebert_kernels.compress.storage.artifacts import replace_whole
 from moebert_kernels.compress.storage.checkpoint import load_weights, read_config
 from moebert_kernels.compress.storage.loading import load_tokenizer
@@ -245,12 +246,9 @@ def _read_modules(folder: Path) -> list[dict[str, Any]]:
 
 
 def _read_json(path: Path, kind: type) -> Any:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"there is no {path}: give the folder of a sentence_transformers model") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
+    if not path.is_file():
+        raise UserError(f"there is no {path}: give the folder of a sentence_transformers model")
+    content = read_json(path)
     if not isinstance(content, kind):
         raise UserError(f"{path} must hold a JSON {'list' if kind is list else 'object'}")
     return content

@@ -113,7 +113,7 @@ def first_line(error: BaseException) -> str:
 def interleave(
     timers: Mapping[Key, Timer], rounds: int, max_seconds: float
 ) -> tuple[dict[Key, list[float]], dict[Key, str]]:
-    """The samples of each entry, and the error of each that failed; see the same of `moebert_kernels.timing`."""
+    """The samples of each entry, and the error of each that failed; see `moebert_kernels.timing`."""
     failed: dict[Key, str] = {}
 
     def note(key: Key, error: Exception) -> None:

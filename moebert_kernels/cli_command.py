@@ -78,7 +78,8 @@ def import_libraries() -> None:
     import transformers
 
     # The parts that import all the others.
-    from moebert_kernels.compress import demo, steps  # noqa: F401
+    from moebert_kernels.compress import demo  # noqa: F401
+    from moebert_kernels.compress.runs import steps  # noqa: F401
 
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()

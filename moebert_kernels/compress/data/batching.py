@@ -124,7 +124,8 @@ class LengthGroupedTrainer(Trainer):
             return super().get_train_dataloader()
         dataset = self._remove_unused_columns(self.train_dataset, description="Training")
         count = self.args.world_size
-        sampler = LengthGroupedSampler(row_lengths(dataset), count * self._train_batch_size, self.args.seed)
+        step_size = count * self.args.train_batch_size
+        sampler = LengthGroupedSampler(row_lengths(dataset), step_size, self.args.seed)
         loader = DataLoader(
             dataset,
             batch_sampler=SharedBatchSampler(sampler, sampler.batch_size, count, self.args.process_index),
@@ -139,7 +140,7 @@ class LengthGroupedTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        return LengthGroupedSampler(row_lengths(dataset), self._train_batch_size, self.args.seed)
+        return LengthGroupedSampler(row_lengths(dataset), self.args.train_batch_size, self.args.seed)
 
 
 class _SeedEachProcess(TrainerCallback):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from moebert_kernels.compress import defaults
 from moebert_kernels.compress.training.distillation import DistillSettings
-from moebert_kernels.compress.training.limits import MAX_SEED, check_learning_rate
+from moebert_kernels.compress.training.arguments import MAX_SEED, check_learning_rate
 from moebert_kernels.errors import ArgumentError
 from moebert_kernels.models import HASH_ROUTINGS, ROUTINGS
 

@@ -17,13 +17,13 @@ from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
     TrainerCallback,
-    TrainingArguments,
 )
 
 from moebert_kernels.compress import defaults, distributed
 from moebert_kernels.compress.data.batching import LABEL_COLUMNS, LengthGroupedTrainer, RowCollator
 from moebert_kernels.compress.data.predictions import Pooling
 from moebert_kernels.compress.storage.writing import writing
+from moebert_kernels.compress.training.arguments import OneDevice
 from moebert_kernels.compress.training.divergence import divergence
 from moebert_kernels.compress.training.finetuning import last_checkpoint
 from moebert_kernels.compress.training.load import SayLoad
@@ -132,7 +132,7 @@ def distill(
     on_cuda = torch.cuda.is_available()
     steps_per_epoch = math.ceil(len(rows) / settings.batch_size)
     logging_steps = min(max(math.ceil(settings.epochs * steps_per_epoch / 50), 1), 100)
-    arguments = TrainingArguments(
+    arguments = OneDevice(
         output_dir=str(checkpoints),
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=rows_each,
@@ -150,10 +150,6 @@ def distill(
         use_cpu=not on_cuda,
         dataloader_pin_memory=on_cuda,
     )
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = (
-            1  # DataParallel would multiply the batch size, and the result depend on the machine
-        )
     trainer = _LengthGroupedDistillationTrainer(
         student,
         teacher,
@@ -219,7 +215,7 @@ class _LengthGroupedDistillationTrainer(DistillationTrainer, LengthGroupedTraine
 
     def _repeats_a_batch(self) -> bool:
         """A last batch of fewer rows than there are processes is taken whole by all; the main one counts."""
-        rows, step = len(cast(Dataset, self.train_dataset)), self.args.world_size * self._train_batch_size
+        rows, step = len(cast(Dataset, self.train_dataset)), self.args.world_size * self.args.train_batch_size
         left = rows - self.state.global_step % math.ceil(rows / step) * step
         return left < self.args.world_size and not distributed.is_main()
 

@@ -13,7 +13,6 @@ from transformers import (
     PreTrainedModel,
     PrinterCallback,
     TrainerCallback,
-    TrainingArguments,
     set_seed,
 )
 
@@ -37,7 +36,7 @@ from moebert_kernels.compress.storage.checkpoint import (
 )
 from moebert_kernels.compress.storage.loading import load_tokenizer, row_length, save_encoder
 from moebert_kernels.compress.storage.writing import writing
-from moebert_kernels.compress.training.limits import MAX_SEED, check_learning_rate
+from moebert_kernels.compress.training.arguments import MAX_SEED, OneDevice, check_learning_rate
 from moebert_kernels.compress.training.precision import check_bf16
 from moebert_kernels.errors import ArgumentError, UserError, naming
 from moebert_kernels.models.surgery import find_ffns
@@ -135,9 +134,7 @@ def finetune(
     )
     with workroom(output_dir, made_from) as room:
         device = {"use_cpu": not torch.cuda.is_available()}
-        arguments = TrainingArguments(output_dir=str(room), **{**device, **fixed, **_shared(fixed)})
-        if arguments.n_gpu > 1:
-            arguments._n_gpu = 1  # DataParallel would multiply the batch size
+        arguments = OneDevice(output_dir=str(room), **{**device, **fixed, **_shared(fixed)})
         trainer = _FinetuningTrainer(
             network,
             arguments,

@@ -1,6 +1,8 @@
-"""What any training may be asked for."""
+"""What any training may be asked for, and is given."""
 
 from __future__ import annotations
+
+from transformers import TrainingArguments
 
 from moebert_kernels.errors import ArgumentError
 
@@ -19,3 +21,12 @@ def check_learning_rate(argument: str, rate: float | None) -> None:
         raise ArgumentError(
             argument, f"must be less than 1, got {rate:g}: a step moves every weight by about that much"
         )
+
+
+class OneDevice(TrainingArguments):
+    """One device to a process: with DataParallel, batches and outcome would depend on the machine."""
+
+    @property
+    def n_gpu(self) -> int:
+        """0 or 1."""
+        return min(super().n_gpu, 1)

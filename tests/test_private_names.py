@@ -39,9 +39,9 @@ def names_of_ours(trees: list[ast.AST]) -> set[str]:
                 found.add(node.id)
             elif isinstance(node, ast.arg):
                 found.add(node.arg)
-            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
-                if isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"):
-                    found.add(node.attr)
+            elif isinstance(node, ast.Attribute):
+                is_set_here = isinstance(node.ctx, ast.Store) and ast.unparse(node.value) in ("self", "cls")
+                found.update({node.attr} if is_set_here else ())
     return found
 
 

@@ -252,7 +252,7 @@ def importance(
     """
     from moebert_kernels.compress import distributed
     from moebert_kernels.compress.report.terminal import StageBars
-    from moebert_kernels.compress.runs import steps
+    from moebert_kernels.compress.runs import stage_by_stage
     from moebert_kernels.compress.scoring.published import convert_published
     from moebert_kernels.errors import UserError, naming
 
@@ -260,7 +260,7 @@ def importance(
         raise UserError("give --teacher to score a model, or --convert to convert a file: one of the two")
     console = Console(highlight=False)
     if convert is not None:
-        steps.check_scores_file(output)
+        stage_by_stage.check_scores_file(output)
         with naming("convert"):
             scores = convert_published(convert)
         distributed.on_main(lambda: scores.save(output))
@@ -268,7 +268,7 @@ def importance(
         assert teacher is not None
         settings = compress_settings(run, importance_rows=importance_rows, bf16=bf16)
         with StageBars(console) as progress:
-            scores = steps.score_teacher(
+            scores = stage_by_stage.score_teacher(
                 settings,
                 data.load(needs_labels=False),
                 teacher,
@@ -304,7 +304,7 @@ def adapt(
     """
     from moebert_kernels.compress.experts.adaptation import COUNTING_ROUTINGS
     from moebert_kernels.compress.report.terminal import StageBars
-    from moebert_kernels.compress.runs import steps
+    from moebert_kernels.compress.runs import stage_by_stage
     from moebert_kernels.errors import UserError
 
     if (importance is None) != random_split:
@@ -320,7 +320,7 @@ def adapt(
     rows = data.load(needs_labels=False) if needed else None
     console = Console(highlight=False)
     with StageBars(console) as progress:
-        student = steps.split_teacher(
+        student = stage_by_stage.split_teacher(
             settings, teacher, importance, output, data=rows, progress=progress, say=console.print
         )
     config = student.config
@@ -346,13 +346,13 @@ def distill(
     moebert distill --student adapted --teacher my-bert --task sst2 --data SST-2 --output student
     """
     from moebert_kernels.compress.report.terminal import StageBars
-    from moebert_kernels.compress.runs import steps
+    from moebert_kernels.compress.runs import stage_by_stage
 
     settings = compress_settings(run, training)
     console = Console(highlight=False)
     with StageBars(console) as progress:
         rows = data.load(needs_labels=False)
-        found = steps.distill_student(
+        found = stage_by_stage.distill_student(
             settings,
             rows,
             student,
@@ -390,7 +390,7 @@ def evaluate(
     moebert evaluate --model runs/fitted/student --teacher my-bert --data sentences.txt
     """
     from moebert_kernels.compress.report.terminal import StageBars
-    from moebert_kernels.compress.runs import steps
+    from moebert_kernels.compress.runs import stage_by_stage
     from moebert_kernels.compress.storage import artifacts
     from moebert_kernels.errors import UserError
 
@@ -398,7 +398,7 @@ def evaluate(
         raise UserError(f"--output {output} must be a file named .json")
     rows = data.load(needs_labels=False, pairs=pairs)
     with StageBars(Console(stderr=True, highlight=False)) as progress:
-        metrics = steps.evaluate_model(
+        metrics = stage_by_stage.evaluate_model(
             model, rows, teacher_dir=teacher, max_length=run.max_length, progress=progress
         )
     for name, value in metrics.items():

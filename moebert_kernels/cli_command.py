@@ -79,7 +79,7 @@ def import_libraries() -> None:
 
     # The parts that import all the others.
     from moebert_kernels.compress import demo  # noqa: F401
-    from moebert_kernels.compress.runs import steps  # noqa: F401
+    from moebert_kernels.compress.runs import stage_by_stage  # noqa: F401
 
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()

@@ -138,7 +138,7 @@ moebert.main()
 """
 
 
-@pytest.mark.parametrize("when", ["torch", "moebert_kernels.compress.runs.steps", "the end"])
+@pytest.mark.parametrize("when", ["torch", "moebert_kernels.compress.runs.stage_by_stage", "the end"])
 def test_ctrl_c_before_and_after_the_work_is_quiet(when):
     """It showed the traceback of whatever was being imported, or "Aborted!", in the first seconds."""
     done = subprocess.run(

@@ -27,14 +27,9 @@ from moebert_kernels.compress.experts.adaptation import token_counts
 from moebert_kernels.compress.runs import pipeline
 from moebert_kernels.compress.runs.pipeline import compress, stage_names
 from moebert_kernels.compress.runs.settings import CompressSettings
+from moebert_kernels.compress.runs.stages import Stage
 from moebert_kernels.compress.scoring.importance import Importance
-from moebert_kernels.compress.storage.artifacts import (
-    Stage,
-    exclusive,
-    fingerprint,
-    replace_whole,
-    write_json,
-)
+from moebert_kernels.compress.storage.artifacts import exclusive, fingerprint, replace_whole, write_json
 from moebert_kernels.compress.training import distillation as distill
 from moebert_kernels.errors import UserError
 from moebert_kernels.models import MoEBertForSequenceClassification

@@ -20,10 +20,10 @@ from moebert_kernels.compress.demo import write_tables
 from moebert_kernels.compress.report import page as report
 from moebert_kernels.compress.report.page import write_report
 from moebert_kernels.compress.runs.pipeline import compress
+from moebert_kernels.compress.runs.stages import Stage
 from moebert_kernels.compress.scoring.importance import Importance
 from moebert_kernels.compress.storage import artifacts
 from moebert_kernels.compress.storage.artifacts import (
-    Stage,
     claim,
     exclusive,
     fingerprint,

@@ -30,9 +30,10 @@ from moebert_kernels.compress.evaluation.quality import batches, predict
 from moebert_kernels.compress.experts.adaptation import token_counts
 from moebert_kernels.compress.experts.fitting import Fitted, fit_experts, rows_to_fit
 from moebert_kernels.compress.minilm import find_base_model
+from moebert_kernels.compress.runs.stages import Stage
 from moebert_kernels.compress.scoring.importance import Importance, compute_importance
 from moebert_kernels.compress.scoring.token_scores import token_groups
-from moebert_kernels.compress.storage.artifacts import Stage, fingerprint
+from moebert_kernels.compress.storage.artifacts import fingerprint
 from moebert_kernels.compress.storage.loading import load_teacher
 from moebert_kernels.compress.training.distillation import DistillSettings, distill
 from moebert_kernels.compress.training.divergence import divergence

@@ -24,8 +24,8 @@ from moebert_kernels.compress.report.summary import summarize
 from moebert_kernels.compress.report.terminal import StageBars, results_table
 from moebert_kernels.compress.runs.pipeline import compress
 from moebert_kernels.compress.runs.settings import CompressSettings
+from moebert_kernels.compress.runs.stages import Stage
 from moebert_kernels.compress.storage.artifacts import (
-    Stage,
     claim,
     exclusive,
     fingerprint,

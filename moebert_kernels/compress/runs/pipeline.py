@@ -37,14 +37,14 @@ from pathlib import Path
 from typing import Any
 
 from moebert_kernels.compress import distributed
-from moebert_kernels.compress.storage.artifacts import claim, discard_unfinished, exclusive
-from moebert_kernels.compress.storage.loading import check_no_model
+from moebert_kernels.compress.data.tasks import TaskData
 from moebert_kernels.compress.runs.run import Run
 from moebert_kernels.compress.runs.settings import CompressSettings
 from moebert_kernels.compress.runs.stages import Progress
 from moebert_kernels.compress.runs.subjects import subject_of
-from moebert_kernels.compress.data.tasks import TaskData
 from moebert_kernels.compress.runs.variants import trials
+from moebert_kernels.compress.storage.artifacts import claim, discard_unfinished, exclusive
+from moebert_kernels.compress.storage.loading import check_no_model
 from moebert_kernels.errors import naming
 
 

@@ -15,7 +15,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moebert_kernels.compress import distributed
+from moebert_kernels.compress.data.batching import hold_out
+from moebert_kernels.compress.data.tasks import EncodedData, constant_score
+from moebert_kernels.compress.evaluation.quality import batches, evaluate, expert_load
+from moebert_kernels.compress.evaluation.speed import Speed, measure
 from moebert_kernels.compress.experts.adaptation import COUNTING_ROUTINGS
+from moebert_kernels.compress.experts.fitting import RARE, RIDGE
+from moebert_kernels.compress.report.summary import warnings_of
+from moebert_kernels.compress.runs.settings import CompressSettings
+from moebert_kernels.compress.runs.stages import Progress, Stages
+from moebert_kernels.compress.runs.subjects import Report, Subject
+from moebert_kernels.compress.runs.variants import STUDENT, Trial, over_seeds, trials
+from moebert_kernels.compress.scoring.importance import Importance
 from moebert_kernels.compress.storage.artifacts import (
     fingerprint,
     remove_folders,
@@ -23,20 +34,9 @@ from moebert_kernels.compress.storage.artifacts import (
     rows_fingerprint,
     write_json,
 )
-from moebert_kernels.compress.data.batching import hold_out
 from moebert_kernels.compress.training.distillation import Distilled, DistillSettings, distill
 from moebert_kernels.compress.training.divergence import divergence
-from moebert_kernels.compress.evaluation.quality import batches, evaluate, expert_load
-from moebert_kernels.compress.experts.fitting import RARE, RIDGE
-from moebert_kernels.compress.scoring.importance import Importance
-from moebert_kernels.compress.evaluation.speed import Speed, measure
 from moebert_kernels.compress.training.nearest import Nearest
-from moebert_kernels.compress.runs.settings import CompressSettings
-from moebert_kernels.compress.runs.stages import Progress, Stages
-from moebert_kernels.compress.runs.subjects import Report, Subject
-from moebert_kernels.compress.report.summary import warnings_of
-from moebert_kernels.compress.data.tasks import EncodedData, constant_score
-from moebert_kernels.compress.runs.variants import STUDENT, Trial, over_seeds, trials
 from moebert_kernels.environment import describe_environment
 from moebert_kernels.models import (
     count_parameters,

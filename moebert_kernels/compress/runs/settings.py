@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moebert_kernels.compress import defaults
-from moebert_kernels.compress.training.distillation import DistillSettings
 from moebert_kernels.compress.training.arguments import MAX_SEED, check_learning_rate
+from moebert_kernels.compress.training.distillation import DistillSettings
 from moebert_kernels.errors import ArgumentError
 from moebert_kernels.models import HASH_ROUTINGS, ROUTINGS
 

@@ -9,34 +9,12 @@ from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moebert_kernels.compress.data import sentences
-from moebert_kernels.compress.experts.adaptation import COUNTING_ROUTINGS, adapt, check_sizes, default_sizes, token_counts
-from moebert_kernels.compress.storage.artifacts import fingerprint, model_fingerprint
 from moebert_kernels.compress.data.batching import sample_rows
-from moebert_kernels.compress.evaluation.quality import batches, predict
-from moebert_kernels.compress.experts.fitting import Fitted, fit_experts, rows_to_fit
-from moebert_kernels.compress.scoring.importance import Importance, LossFunction, compute_importance
-from moebert_kernels.compress.evaluation.likeness import embedding_likeness, pair_correlation, prediction_likeness
-from moebert_kernels.compress.storage.loading import (
-    check_can_be_cut,
-    compared_with_training,
-    load_model,
-    place,
-    row_length,
-    save_encoder,
-)
-from moebert_kernels.compress.training.precision import computing
 from moebert_kernels.compress.data.predictions import Pooling
-from moebert_kernels.compress.storage.sentence_encoder import (
-    is_sentence_encoder,
-    load_sentence_encoder,
-    save_sentence_encoder,
-    tokenize_texts,
-)
-from moebert_kernels.compress.runs.settings import CompressSettings
 from moebert_kernels.compress.data.tasks import (
     KINDS,
     EncodedData,
@@ -48,8 +26,40 @@ from moebert_kernels.compress.data.tasks import (
     texts,
     tokenize,
 )
+from moebert_kernels.compress.evaluation.likeness import (
+    embedding_likeness,
+    pair_correlation,
+    prediction_likeness,
+)
+from moebert_kernels.compress.evaluation.quality import batches, predict
+from moebert_kernels.compress.experts.adaptation import (
+    COUNTING_ROUTINGS,
+    adapt,
+    check_sizes,
+    default_sizes,
+    token_counts,
+)
+from moebert_kernels.compress.experts.fitting import Fitted, fit_experts, rows_to_fit
+from moebert_kernels.compress.runs.settings import CompressSettings
+from moebert_kernels.compress.scoring.importance import Importance, LossFunction, compute_importance
 from moebert_kernels.compress.scoring.teacher_loss import embedding_shift_loss, prediction_shift_loss
 from moebert_kernels.compress.scoring.token_scores import token_groups
+from moebert_kernels.compress.storage.artifacts import fingerprint, model_fingerprint
+from moebert_kernels.compress.storage.loading import (
+    check_can_be_cut,
+    compared_with_training,
+    load_model,
+    place,
+    row_length,
+    save_encoder,
+)
+from moebert_kernels.compress.storage.sentence_encoder import (
+    is_sentence_encoder,
+    load_sentence_encoder,
+    save_sentence_encoder,
+    tokenize_texts,
+)
+from moebert_kernels.compress.training.precision import computing
 from moebert_kernels.models import find_ffns
 
 Report = Callable[[int, int], None]

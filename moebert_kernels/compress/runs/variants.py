@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moebert_kernels.compress.experts.adaptation import COUNTING_ROUTINGS, narrow, random_scores
-from moebert_kernels.compress.scoring.importance import Importance
 from moebert_kernels.compress.runs.settings import CompressSettings
 from moebert_kernels.compress.runs.subjects import Report, Subject
+from moebert_kernels.compress.scoring.importance import Importance
 from moebert_kernels.models import find_ffns, keep_layers, layers_of_equal_cost
 
 

@@ -10,10 +10,8 @@ import os
 import re
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -150,82 +148,6 @@ def write_json(path: Path, value: Any) -> None:
     text = json.dumps(value, indent=2, allow_nan=False)
     with replace_whole(path) as fresh:
         fresh.write_text(text + "\n", encoding="utf-8")
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One step of a run, done once for given inputs.
-
-    Its record, a json file, holds the fingerprint of its inputs, the seconds it took (interrupted attempts
-    included, unless the process was killed) and a small result; its files lie elsewhere.
-
-    Attributes:
-        record_path: of the record.
-        fingerprint: of everything the stage's outcome depends on.
-        outputs: files or folders it makes, which must be there for it to count as done.
-    """
-
-    record_path: Path
-    fingerprint: str
-    outputs: tuple[Path, ...] = ()
-
-    @property
-    def is_done(self) -> bool:
-        """Whether `run` would do nothing but return the recorded result."""
-        record = self._read()
-        return record is not None and record["done"] and all(path.exists() for path in self.outputs)
-
-    @property
-    def is_outdated(self) -> bool:
-        """Whether the record is of the stage done with other inputs."""
-        return self.record_path.exists() and self._read() is None
-
-    def run(self, work: Callable[[], Any], *, together: bool = False) -> Any:
-        """Return the recorded result if the stage is done; otherwise do `work` and record what it returns.
-
-        With several processes this is collective; the main one keeps the record, and all return its result.
-
-        Args:
-            work: makes the outputs and returns what json can write.
-            together: all processes do it; otherwise, the main one while the others wait.
-        """
-        if together and not distributed.on_main(lambda: self.is_done):
-            result = self._run(work) if distributed.is_main() else work()
-            return distributed.on_main(lambda: result)
-        return distributed.on_main(lambda: self._run(work))
-
-    def _run(self, work: Callable[[], Any]) -> Any:
-        record = self._read()
-        if record is not None and self.is_done:
-            return record["result"]
-        seconds_before = 0.0 if record is None or record["done"] else record["seconds"]
-        start = time.monotonic()
-        self._write(False, seconds_before, None)
-        try:
-            result = work()
-        except BaseException:
-            with suppress(OutputError):  # of a full disk the other error tells
-                self._write(False, seconds_before + time.monotonic() - start, None)
-            raise
-        self._write(True, seconds_before + time.monotonic() - start, result)
-        return result
-
-    @property
-    def seconds(self) -> float:
-        """How long the stage has taken; 0 if it has not begun."""
-        record = self._read()
-        return 0.0 if record is None else record["seconds"]
-
-    def _read(self) -> dict[str, Any] | None:
-        try:
-            record = json.loads(self.record_path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        return record if record.get("fingerprint") == self.fingerprint else None
-
-    def _write(self, done: bool, seconds: float, result: Any) -> None:
-        record = {"fingerprint": self.fingerprint, "done": done, "seconds": seconds, "result": result}
-        write_json(self.record_path, record)
 
 
 @contextmanager

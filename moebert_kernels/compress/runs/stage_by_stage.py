@@ -11,7 +11,14 @@ from transformers import PreTrainedModel
 
 from moebert_kernels.compress import distributed
 from moebert_kernels.compress.data import sentences
+from moebert_kernels.compress.data.batching import hold_out
+from moebert_kernels.compress.data.tasks import TaskData
+from moebert_kernels.compress.evaluation.quality import evaluate
 from moebert_kernels.compress.experts.adaptation import COUNTING_ROUTINGS, random_scores
+from moebert_kernels.compress.runs.settings import CompressSettings
+from moebert_kernels.compress.runs.stages import Progress
+from moebert_kernels.compress.runs.subjects import Subject, model_alone, subject_of
+from moebert_kernels.compress.scoring.importance import Importance
 from moebert_kernels.compress.storage.artifacts import (
     check_workroom,
     fingerprint,
@@ -19,16 +26,9 @@ from moebert_kernels.compress.storage.artifacts import (
     rows_fingerprint,
     workroom,
 )
-from moebert_kernels.compress.data.batching import hold_out
-from moebert_kernels.compress.training.distillation import Distilled, distill
-from moebert_kernels.compress.evaluation.quality import evaluate
-from moebert_kernels.compress.scoring.importance import Importance
 from moebert_kernels.compress.storage.loading import check_new_folder, place
-from moebert_kernels.compress.runs.settings import CompressSettings
-from moebert_kernels.compress.runs.stages import Progress
-from moebert_kernels.compress.runs.subjects import Subject, model_alone, subject_of
-from moebert_kernels.compress.data.tasks import TaskData
 from moebert_kernels.compress.storage.writing import check_writable
+from moebert_kernels.compress.training.distillation import Distilled, distill
 from moebert_kernels.errors import ArgumentError, UserError, naming
 from moebert_kernels.models import find_ffns, is_moe
 

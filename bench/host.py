@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moebert_kernels import RoutingPlan, backends, moe_ffn
+from moebert_kernels import RoutingPlan, moe_ffn
+from moebert_kernels.ops import backends
 
 from .cases import SHAPES, ModelCase, Request, token_ids
 from .ceilings import TOY as TOY_PROBES
@@ -85,8 +86,8 @@ def launching_nothing() -> Iterator[None]:
         raise DidNotRun("Triton is not installed")
     from triton.runtime import JITFunction
 
-    from moebert_kernels import kernels
-    from moebert_kernels.kernels import configs, direct, grouped
+    from moebert_kernels.kernels import triton as kernels
+    from moebert_kernels.kernels.triton import configs, direct, grouped
 
     if not isinstance(grouped.gather_kernel, JITFunction):
         raise DidNotRun("TRITON_INTERPRET is set")

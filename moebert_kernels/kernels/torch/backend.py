@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moebert_kernels.activations import activate, activate_backward
-from moebert_kernels.arguments import Call, Gradients, Saved
+from moebert_kernels.kernels.call import Call, Gradients, Saved
 
 
 def forward(call: Call, training: bool, kept: dict[Any, Any]) -> tuple[Tensor, Saved]:

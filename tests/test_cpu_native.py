@@ -193,7 +193,7 @@ def test_such_calls_go_this_way():
 @pytest.mark.parametrize("rows", [1, 31, 32, 33, 63, 64, 65, 100, 2047, 2048, 100_003])
 def test_row_counts_are_bounded_and_little_more(rows):
     """Each new row count of a 16-bit GEMM makes oneDNN build code for it: 32 counts an octave are enough."""
-    bounded = native.row_kernels().bounded_rows
+    bounded = native.extension().bounded_rows
     filled = bounded(rows)
     assert rows <= filled <= rows + rows // 32
     low = 1 << (rows.bit_length() - 1)

@@ -15,7 +15,7 @@ PACKAGE = Path(moebert_kernels.__file__).parent
 # From the ground up; those of one line do not know each other.
 HOUSE = (
     ("errors", "checks", "activations", "lazy", "awaited", "watchers"),
-    ("native",),
+    ("native", "addresses"),
     ("routing", "kernels"),
     ("environment",),
     ("ops",),

@@ -12,21 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moebert_kernels import native
+from moebert_kernels.addresses import address
 from moebert_kernels.kernels.call import Call, Gradients, Saved
 from moebert_kernels.kernels.cpu import experts
 from moebert_kernels.kernels.cpu.experts import dense_like
 from moebert_kernels.kernels.cpu.rows import DTYPES, SortedRows, sort_rows
-from moebert_kernels.native import address
 
 
 def serves(call: Call) -> bool:
-    """Whether there are row kernels for the dtypes and the form of a call."""
-    if call.x_TD.dtype not in DTYPES:
-        return False
+    """Whether there are row kernels, and for the dtypes and the form of a call."""
     if call.ln_w_ED is None:
-        return call.gate_TK is None and call.top_k == 1
-    same = call.ln_b_ED is not None and call.ln_b_ED.dtype == call.ln_w_ED.dtype
-    return same and call.ln_w_ED.dtype in DTYPES and call.residual.dtype in DTYPES
+        fits = call.gate_TK is None and call.top_k == 1
+    else:
+        same = call.ln_b_ED is not None and call.ln_b_ED.dtype == call.ln_w_ED.dtype
+        fits = same and call.ln_w_ED.dtype in DTYPES and call.residual.dtype in DTYPES
+    return fits and call.x_TD.dtype in DTYPES and native.extension() is not None
 
 
 def forward(call: Call, training: bool, kept: dict[Any, Any]) -> tuple[Tensor, Saved]:

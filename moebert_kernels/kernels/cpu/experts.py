@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moebert_kernels.addresses import address
 from moebert_kernels.kernels.call import Call, Gradients
 from moebert_kernels.kernels.cpu.rows import SortedRows
-from moebert_kernels.native import address
 
 
 def forward(rows: SortedRows, call: Call, training: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from moebert_kernels import native
 from moebert_kernels.activations import ACTIVATIONS
+from moebert_kernels.addresses import addresses_of
 from moebert_kernels.kernels.call import NUM_TENSORS, Call
-from moebert_kernels.native import addresses_of
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # Dtype in csrc/rows_cpu.h
 _ACTIVATIONS = {name: code for code, name in enumerate(ACTIVATIONS)}  # Activation there
@@ -160,7 +160,7 @@ def most_rows(num_slots: int, num_shared: int) -> int:
 
 def sort_rows(call: Call, kept: dict[Any, Any], *, in_pieces: bool) -> SortedRows:
     """Lay out the rows of a plan; `in_pieces` allows pieces, where many rows need not stay together."""
-    kernels: Any = native.row_kernels()
+    kernels: Any = native.extension()
     sizes = kept.get(Sizes)
     if sizes is None:
         sizes = kept[Sizes] = Sizes.of(call)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -54,6 +55,11 @@ class Call(NamedTuple):
     def residual(self) -> Tensor:
         """What the norm adds to the experts' output."""
         return self.x_TD if self.residual_TD is None else self.residual_TD
+
+    @property
+    def norm_dtype(self) -> torch.dtype:
+        """In which the norm is computed and its statistics are kept: the residual's, float32 at least."""
+        return torch.promote_types(self.residual.dtype, torch.float32)
 
 
 NUM_TENSORS = Call._fields.index("activation")

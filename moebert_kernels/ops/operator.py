@@ -181,11 +181,10 @@ def _saved_shapes(call: Call, training: bool) -> list[tuple[tuple[int, ...], tor
     rows = cpu.most_rows(S, C) if on_cpu else 2 * S
     rows_of_z = rows if on_cpu else S
     with_norm = training and call.ln_w_ED is not None
-    stats = torch.promote_types(call.residual.dtype, torch.float32)
     return [
         ((rows if training else 0, F if on_cpu else C + F), call.x_TD.dtype),
         ((rows_of_z if with_norm else 0, D), call.x_TD.dtype),
-        ((2, S if with_norm else 0), stats),
+        ((2, S if with_norm else 0), call.norm_dtype),
         ((rows if training and on_cpu and C else 0, C), call.x_TD.dtype),
     ]
 

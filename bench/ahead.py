@@ -62,7 +62,7 @@ CALLS = tuple(
 @contextmanager
 def as_on(family: str, multiprocessors: int) -> Iterator[None]:
     """Let tensors that are on no GPU get the config of such a device."""
-    from moebert_kernels.kernels import configs
+    from moebert_kernels.kernels.triton import configs
 
     with (
         mock.patch.object(configs, "family", return_value=family),
@@ -76,8 +76,8 @@ def launches(call: Call) -> list[Any]:
 
     Its tensors are never read or written, and so take no memory.
     """
-    from moebert_kernels import kernels
-    from moebert_kernels.kernels.launch import recorded
+    from moebert_kernels.kernels import triton as kernels
+    from moebert_kernels.kernels.triton.launch import recorded
 
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype)
@@ -177,7 +177,7 @@ def compile_all(calls: tuple[Call, ...], jobs: int, target: Target) -> list[Comp
 
 def current_device() -> Target:
     """The GPU of this machine."""
-    from moebert_kernels.kernels import configs
+    from moebert_kernels.kernels.triton import configs
 
     here = torch.device("cuda", torch.cuda.current_device())
     return Target(configs.family(here), configs.multiprocessors(here))

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moebert_kernels import RoutingPlan, backends, moe_ffn
+from moebert_kernels import RoutingPlan, moe_ffn
+from moebert_kernels.ops import backends
 from moebert_kernels.timing import spread
 
 from .cases import SHAPES, ModelCase, Request, token_ids
@@ -86,8 +87,8 @@ def launching_nothing() -> Iterator[None]:
         raise DidNotRun("Triton is not installed")
     from triton.runtime import JITFunction
 
-    from moebert_kernels import kernels
-    from moebert_kernels.kernels import configs, direct, grouped
+    from moebert_kernels.kernels import triton as kernels
+    from moebert_kernels.kernels.triton import configs, direct, grouped
 
     if not isinstance(grouped.gather_kernel, JITFunction):
         raise DidNotRun("TRITON_INTERPRET is set")

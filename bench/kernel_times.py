@@ -54,8 +54,8 @@ class Step:
 
 def record(inputs: FFNInputs) -> Step:
     """Record what a forward and backward pass launches, the plan given, and run it once."""
-    from moebert_kernels import kernels
-    from moebert_kernels.kernels.launch import recorded
+    from moebert_kernels.kernels import triton as kernels
+    from moebert_kernels.kernels.triton.launch import recorded
 
     plan = RoutingPlan.from_expert_ids(inputs.expert_ids_TK, inputs.case.E)
     arguments: list[Any] = [plan.order_S, plan.offsets_E1, inputs.w1_EFD, inputs.b1_EF]

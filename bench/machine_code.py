@@ -76,7 +76,7 @@ def tile_of(tile: Any, stream_k: bool = False) -> Tile:
 
 def compiled(candidate: Any) -> Code:
     """Compile and read one candidate of `tune.candidates`."""
-    from moebert_kernels.kernels import configs, inspect
+    from moebert_kernels.kernels.triton import configs, inspect
 
     from . import tune
     from .ahead import as_on

@@ -12,7 +12,7 @@ from math import exp, log, sqrt
 from pathlib import Path
 from typing import Any
 
-from moebert_kernels.kernels import configs
+from moebert_kernels.kernels.triton import configs
 
 from . import results
 from .cases import TIMED_TOKENS, FFNCase, expert_ids

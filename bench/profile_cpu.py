@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from moebert_kernels import RoutingPlan, cpu_rows, moe_ffn, native
+from moebert_kernels import RoutingPlan, moe_ffn, native
 from moebert_kernels.environment import describe_environment
+from moebert_kernels.kernels.cpu import experts
 
 from .baselines.implementation import NORM_EPS
 from .cases import SHAPES, cpu_dtypes
@@ -130,14 +131,14 @@ def _line(calls: dict[str, Callable[[], Any]], watch: _Watch) -> dict[str, float
 
 def main(tokens: tuple[int, ...]) -> None:
     """Print the table."""
-    extension = native.row_kernels()
+    extension = native.extension()
     if extension is None:
         sys.exit("the native extension is absent: there are no row kernels to time")
     watch = _Watch()
     watched = _Watched(extension, watch)
-    native.row_kernels = lambda: watched
+    native.extension = lambda: watched
     for name in ("_multiply", "_multiply_transposed"):
-        setattr(cpu_rows, name, watch.around("multiply", getattr(cpu_rows, name)))
+        setattr(experts, name, watch.around("multiply", getattr(experts, name)))
     print("| layer, T | pass | ours | bound | ratio | GEMMs: 4 experts | GEMMs: one | row kernels | other |")
     print("|---|---|--:|--:|--:|--:|--:|--:|--:|")
     for shape in ("bert-base", "minilm"):

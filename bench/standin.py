@@ -71,8 +71,9 @@ def install(compiled: Callable[[Path, bool], None]) -> None:
     from triton import knobs
     from triton.runtime.driver import driver
 
-    from moebert_kernels import backends, kernels
-    from moebert_kernels.kernels import configs
+    from moebert_kernels.kernels import triton as kernels
+    from moebert_kernels.kernels.triton import configs
+    from moebert_kernels.ops import backends
 
     driver.set_active(Driver())
     knobs.compilation.listener = lambda **event: compiled(folder_of(event), event["cache_hit"])

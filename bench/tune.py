@@ -7,7 +7,7 @@ tile; the pass runs once, so that the GEMM finds real data, and its result is he
 own tile. Its time is that of its launches in a CUDA graph over copies of the inputs that no cache holds. Each
 figure is appended to the file at once; the fastest of each role and T are printed. With --toy everything runs
 without a GPU, in Triton's interpreter, and says nothing. What is put into the table is read with `python -m
-moebert_kernels.kernels.inspect`: an entry that spills is a bug, however fast.
+moebert_kernels.kernels.triton.inspect`: an entry that spills is a bug, however fast.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Candidate:
 
 def candidates(role: str, k: int = 64) -> Iterator[Candidate]:
     """What is tried for a role."""
-    from moebert_kernels.kernels.configs import Tile
+    from moebert_kernels.kernels.triton.configs import Tile
 
     if ROLES[role].field == "weight_grad":
         for m, n, warps, stages, programs in _WEIGHTS:
@@ -139,8 +139,8 @@ class Pass:
 
 def record(arguments: tuple[Any, ...], dy_TD: Tensor, hidden: Tensor | None, pass_: str, config: Any) -> Pass:
     """Record one pass; `arguments` are those of `expert_ffn_forward` up to `per_slot`."""
-    from moebert_kernels import kernels
-    from moebert_kernels.kernels.launch import recorded
+    from moebert_kernels.kernels import triton as kernels
+    from moebert_kernels.kernels.triton.launch import recorded
 
     with recorded() as launches:
         if pass_ == "backward":
@@ -195,7 +195,7 @@ def _compile(family: str, multiprocessors: int, case: FFNCase, candidate: Candid
 
 def compile_all(case: FFNCase, wanted: list[Candidate], base: Any, jobs: int) -> dict[Candidate, str]:
     """Compile every candidate for the current device, and tell which failed and why."""
-    from moebert_kernels.kernels import configs
+    from moebert_kernels.kernels.triton import configs
 
     here = torch.device("cuda", torch.cuda.current_device())
     device = (configs.family(here), configs.multiprocessors(here))
@@ -209,7 +209,7 @@ class Bench:
 
     def __init__(self, case: FFNCase, device: torch.device, commit: str | None = None) -> None:
         from moebert_kernels import RoutingPlan
-        from moebert_kernels.kernels import configs
+        from moebert_kernels.kernels.triton import configs
 
         copies = [make_inputs(case, device, 0)]
         copies += [
@@ -321,8 +321,8 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := [role for role in options.roles.split(",") if role not in ROLES]:
         parser.error(f"--roles must be some of {', '.join(ROLES)}, got {', '.join(unknown)}")
-    from moebert_kernels.kernels import configs
-    from moebert_kernels.kernels.configs import Tile
+    from moebert_kernels.kernels.triton import configs
+    from moebert_kernels.kernels.triton.configs import Tile
 
     deadline = time.monotonic() + options.limit
     commit = options.commit or describe_environment().commit

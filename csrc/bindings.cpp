@@ -1,5 +1,5 @@
 // moebert_kernels._native: raw addresses and sizes in, so that the module depends on no torch.
-// native.py (plans) and cpu_native.py (rows) call it; they own dtypes, devices, contiguity and allocation.
+// routing/native_plans.py and kernels/cpu/ call it; they own dtypes, devices, contiguity and allocation.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -303,8 +303,7 @@ std::string compiler_name() {
 }  // namespace
 
 PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
-  m.doc() =
-      "Routing plans in C++ and CUDA, row kernels in C++; see moebert_kernels/native.py, cpu_native.py.";
+  m.doc() = "Routing plans in C++ and CUDA, row kernels in C++; see moebert_kernels/native.py.";
   m.attr("ABI_VERSION") = kAbiVersion;
   m.attr("COMPILER") = compiler_name();
   m.attr("CUDA_VERSION") = MOEBERT_CUDA_VERSION;  // "" where built without nvcc

@@ -124,7 +124,7 @@ def _git(root: Path, *arguments: str) -> str:
 
 def _triton_backend() -> Backend:
     name = "Triton kernels"
-    if importlib.util.find_spec("moebert_kernels.kernels") is None:
+    if importlib.util.find_spec("moebert_kernels.kernels.triton") is None:
         return Backend(name, False, "this version of moebert-kernels has none")
     if importlib.util.find_spec("triton") is None:
         return Backend(name, False, "triton is not installed: pip install triton")

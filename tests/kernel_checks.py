@@ -19,8 +19,10 @@ import torch
 from cases import Case, expert_ids, tensors
 from torch import Tensor
 
-from moebert_kernels import RoutingPlan, backends, cpu, moe_ffn
-from moebert_kernels.arguments import Call
+from moebert_kernels import RoutingPlan, moe_ffn
+from moebert_kernels.kernels import torch as plain
+from moebert_kernels.kernels.call import Call
+from moebert_kernels.ops import backends
 from python_ref import ffn as ref
 
 SHARED = ("shared_w1", "shared_b1", "shared_w2")
@@ -40,7 +42,7 @@ def send_to(backend: ModuleType, patch: pytest.MonkeyPatch) -> None:
 
 def use_config(config: Any, patch: pytest.MonkeyPatch) -> None:
     """Let every call of the kernels have this config, and none be repeated as it was with another."""
-    from moebert_kernels.kernels import configs
+    from moebert_kernels.kernels.triton import configs
 
     patch.setattr(configs, "select", lambda *_: config)
     patch.setattr(backends, "_forms", {})
@@ -179,7 +181,7 @@ def plain_errors(case: Case, t: dict[str, Tensor], neighbours: int = NEIGHBOURS)
     for i in range(neighbours):
         near = {k: _nudge(v, g) for k, v in t.items()} if i else t
         with pytest.MonkeyPatch.context() as plain_path:
-            send_to(cpu, plain_path)
+            send_to(plain, plain_path)
             result = run(case, near)
         for group, (rms, largest) in errors(result, reference(case, near), expert_ids(case), case.E).items():
             before = worst.get(group, (0.0, 0.0))

@@ -27,8 +27,8 @@ def run_cases(*, interpreted: bool = False) -> None:
     from cases import Case
     from kernel_checks import inputs, run, send_to, use_config
 
-    from moebert_kernels import kernels
-    from moebert_kernels.kernels import configs
+    from moebert_kernels.kernels import triton as kernels
+    from moebert_kernels.kernels.triton import configs
 
     device, dtype = ("cpu", torch.float16) if interpreted else ("cuda", torch.bfloat16)
     cases = (

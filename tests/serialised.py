@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from moebert_kernels.kernels import inspect
-from moebert_kernels.kernels.launch import Launch
+from moebert_kernels.kernels.triton import inspect
+from moebert_kernels.kernels.triton.launch import Launch
 
 
 @triton.jit

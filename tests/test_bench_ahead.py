@@ -42,7 +42,7 @@ KEYS = """
     from bench.baselines.implementation import PASSES, bind
     from bench.cases import FFNCase, expert_ids
     from moebert_kernels import RoutingPlan, backends, kernels
-    from moebert_kernels.kernels.launch import recorded
+    from moebert_kernels.kernels.triton.launch import recorded
 
     cpu = torch.device("cpu")
 

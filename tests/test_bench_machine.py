@@ -29,7 +29,7 @@ from bench.machine_code import Tile, codes
 from bench.predictions import ROLES, committed, config_of, of_kernels, pass_us, ranked, seconds_of
 from bench.results import read
 from bench.traffic import Cache, Shape, Shares, balanced, gemm_programs, simulate, weight_programs
-from moebert_kernels.kernels.steps import count_steps, find_step, share_begin, steps_before_cut
+from moebert_kernels.kernels.triton.steps import count_steps, find_step, share_begin, steps_before_cut
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"

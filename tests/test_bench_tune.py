@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 from bench import tune
 from bench.cases import FFNCase
-from moebert_kernels.kernels.configs import Tile
+from moebert_kernels.kernels.triton.configs import Tile
 
 TILE = Tile(16, 16, 16, 4, 2)
 

@@ -9,8 +9,12 @@ from hypothesis import strategies as st
 from kernel_checks import FORMS, SHARED, arguments
 from test_ops import make_inputs, ours, reference, used
 
-from moebert_kernels import RoutingPlan, backends, cpu, cpu_native, cpu_rows, native, ops
-from moebert_kernels.arguments import Gradients
+from moebert_kernels import RoutingPlan, native
+from moebert_kernels.kernels import cpu
+from moebert_kernels.kernels import torch as plain_torch
+from moebert_kernels.kernels.call import Gradients
+from moebert_kernels.kernels.cpu import rows
+from moebert_kernels.ops import backends, operator
 
 pytestmark = pytest.mark.skipif(not native.status().cpu, reason=native.status().cpu_detail)
 
@@ -55,9 +59,9 @@ LAYOUTS = ("one batch", "one after another", "in pieces")
 def layout(request, monkeypatch):
     """Forces a layout that only large inputs would reach."""
     if request.param != "one batch":
-        monkeypatch.setattr(cpu_rows, "_MAX_BATCH_FILL", -1)
+        monkeypatch.setattr(rows, "_MAX_BATCH_FILL", -1)
     if request.param == "in pieces":
-        monkeypatch.setattr(cpu_rows, "_ROWS_AT_ONCE", 5)
+        monkeypatch.setattr(rows, "_ROWS_AT_ONCE", 5)
     return request.param
 
 
@@ -118,8 +122,8 @@ def test_mixed_dtypes_equal_plain_pytorch(residual_dtype):
     call = arguments(t, plan, norm=True, gate=True)
     exact_call = arguments({name: v.double() for name, v in t.items()}, plan, norm=True, gate=True)
     dy = torch.randn(33, 24).to(residual_dtype)
-    found, plain = ((y, *grads) for y, grads in (both_ways(b, call, dy) for b in (cpu_native, cpu)))
-    exact_y, exact_grads = both_ways(cpu, exact_call, dy.double())
+    found, plain = ((y, *grads) for y, grads in (both_ways(b, call, dy) for b in (cpu, plain_torch)))
+    exact_y, exact_grads = both_ways(plain_torch, exact_call, dy.double())
     for name, a, b, exact in zip(
         ("y", *Gradients._fields), found, plain, (exact_y, *exact_grads), strict=True
     ):
@@ -139,7 +143,7 @@ def test_results_are_the_same_for_every_thread_count(restored_threads, dtype):
     for num_threads in (1, 2, 3, 2):
         torch.set_num_threads(num_threads)
         call = arguments(t, RoutingPlan.from_expert_ids(ids, 4), norm=True, gate=False, dropout_p=0.1)
-        y, grads = both_ways(cpu_native, call, t["residual"])
+        y, grads = both_ways(cpu, call, t["residual"])
         results.append([y, grads.b2_ED, grads.ln_w_ED, grads.ln_b_ED, grads.residual_TD])
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
@@ -156,7 +160,7 @@ def test_dropout_drops_its_share_without_a_pattern():
     call = arguments(t, plan, norm=True, gate=False, dropout_p=0.25, residual=False)
 
     def dropped(seed):
-        y, _ = cpu_native.forward(call._replace(seed=torch.tensor([seed])), False, {})
+        y, _ = cpu.forward(call._replace(seed=torch.tensor([seed])), False, {})
         return (y < 0).float()
 
     mask = dropped(2**61 + 3)
@@ -169,7 +173,7 @@ def test_dropout_drops_its_share_without_a_pattern():
 def test_eager_calls_equal_those_through_the_dispatcher(norm, monkeypatch):
     t, ids = make_inputs(20, 16, 24, 3, 1, dtype=torch.float32)
     direct, _ = run(t, ids, 3, norm=norm, gate=False)
-    monkeypatch.setattr(ops, "unwatched", lambda _: False)
+    monkeypatch.setattr(operator, "unwatched", lambda _: False)
     dispatched, _ = run(t, ids, 3, norm=norm, gate=False)
     for name, value in direct.items():
         assert torch.equal(value, dispatched[name]), name
@@ -181,7 +185,7 @@ def test_such_calls_go_this_way():
     for dtype, form in itertools.product((torch.float32, torch.float64), FORMS):
         t, ids = make_inputs(5, 8, 8, 2, 1, dtype=dtype)
         call = arguments(t, RoutingPlan.from_expert_ids(ids, 2), **form)
-        served[dtype, form["norm"], form["gate"]] = backends.choose(call) is cpu_native
+        served[dtype, form["norm"], form["gate"]] = backends.choose(call) is cpu
     gate_without_norm = {key for key in served if key[2] and not key[1]}
     assert all(served[key] == (key[0] == torch.float32 and key not in gate_without_norm) for key in served)
 
@@ -189,7 +193,7 @@ def test_such_calls_go_this_way():
 @pytest.mark.parametrize("rows", [1, 31, 32, 33, 63, 64, 65, 100, 2047, 2048, 100_003])
 def test_row_counts_are_bounded_and_little_more(rows):
     """Each new row count of a 16-bit GEMM makes oneDNN build code for it: 32 counts an octave are enough."""
-    bounded = native.row_kernels().bounded_rows
+    bounded = native.extension().bounded_rows
     filled = bounded(rows)
     assert rows <= filled <= rows + rows // 32
     low = 1 << (rows.bit_length() - 1)

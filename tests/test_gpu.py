@@ -23,7 +23,8 @@ from kernel_checks import (
 )
 from torch import library
 
-from moebert_kernels import MoEFFN, RoutingPlan, backends, moe_ffn, ops
+from moebert_kernels import MoEFFN, RoutingPlan, moe_ffn
+from moebert_kernels.ops import backends, operator
 
 pytestmark = pytest.mark.gpu
 pytest.importorskip("triton", reason="the kernels are written in Triton")
@@ -38,7 +39,7 @@ PLAN_FIELDS = [field.name for field in dataclasses.fields(RoutingPlan)]
 @pytest.fixture(autouse=True)
 def kernels_and_ieee():
     """A fallback to PyTorch would pass most of these tests: it may not happen. Nor may stray TF32."""
-    from moebert_kernels import kernels
+    from moebert_kernels.kernels import triton as kernels
 
     assert backends.on_cuda(torch.empty(0, device="cuda")) is kernels
     assert not torch.backends.cuda.matmul.allow_tf32
@@ -48,7 +49,7 @@ def table_entries():
     """Every config the table has for this device, by its key; none to choose from without one."""
     if not torch.cuda.is_available():
         return [pytest.param("", "", marks=pytest.mark.gpu, id="no device")]
-    from moebert_kernels.kernels import configs
+    from moebert_kernels.kernels.triton import configs
 
     mine = configs.family(torch.device("cuda", torch.cuda.current_device()))
     return [(arithmetic, size) for family, arithmetic, size in configs.TABLE if family == mine] or [("", "")]
@@ -72,7 +73,7 @@ def test_bert_base_sizes(dtype, routing, norm, poisoned_memory):
 @pytest.mark.parametrize(("arithmetic", "size"), table_entries())
 def test_committed_config(arithmetic, size, poisoned_memory, monkeypatch):
     """Each config of this device's family, at sizes that are no multiple of any tile, and skewed."""
-    from moebert_kernels.kernels import configs
+    from moebert_kernels.kernels.triton import configs
 
     family = configs.family(torch.device("cuda", torch.cuda.current_device()))
     use_config(configs.TABLE.get((family, arithmetic, size), configs.SAFE), monkeypatch)
@@ -214,14 +215,14 @@ def test_compiles_whole_and_once_for_all_token_counts():
 def test_opcheck_is_clean(form):
     case = Case(9, K=2, gate=True, norm=True)
     t = leaves(inputs(case, torch.float32, "cuda"))
-    library.opcheck(ops.ffn, (*arguments(t, plan_of(case, "cuda"), **form), True))
+    library.opcheck(operator.ffn, (*arguments(t, plan_of(case, "cuda"), **form), True))
 
 
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("T", [16, 700])
 def test_repeated_calls_compute_what_passes_as_written_do(T, norm, poisoned_memory, monkeypatch):
     """Launches are repeated with other addresses alone."""
-    from moebert_kernels.kernels import replay
+    from moebert_kernels.kernels.triton import replay
 
     case = bert_base(T, gate=True, norm=norm)
     draws = [inputs(case, torch.bfloat16, "cuda", seed=seed) for seed in range(3)]

@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="the kernels are written in Triton")
 
 READ = """
 import dataclasses, json, sys
-from moebert_kernels.kernels import inspect
+from moebert_kernels.kernels.triton import inspect
 family, variants, options, *arithmetics = sys.argv[1:]
 variants = getattr(inspect, variants)
 variants = variants if isinstance(variants, tuple) else (variants,)
@@ -53,7 +53,7 @@ def run(*arguments):
 COUNT = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
-from moebert_kernels.kernels import configs, inspect
+from moebert_kernels.kernels.triton import configs, inspect
 for arithmetic in ("ieee", "half"):
     config = configs.TABLE["sm_90", arithmetic, "large"]
     dtype = inspect.ELEMENT[arithmetic]
@@ -145,7 +145,7 @@ def test_float32_is_added_up_in_two_chains():
 
 SHARED = """
 import dataclasses, json, sys
-from moebert_kernels.kernels import configs, inspect
+from moebert_kernels.kernels.triton import configs, inspect
 family = sys.argv[1]
 found = []
 for C in (0, 512):

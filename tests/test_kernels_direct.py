@@ -25,8 +25,8 @@ from triton.runtime import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from moebert_kernels import backends, kernels  # noqa: E402
-from moebert_kernels.kernels import (  # noqa: E402
+from moebert_kernels.kernels import triton as kernels  # noqa: E402
+from moebert_kernels.kernels.triton import (  # noqa: E402
     direct,
     grouped,
     norm,
@@ -34,7 +34,8 @@ from moebert_kernels.kernels import (  # noqa: E402
     rows,
     wgrad,
 )
-from moebert_kernels.kernels.configs import Config, Tile  # noqa: E402
+from moebert_kernels.kernels.triton.configs import Config, Tile  # noqa: E402
+from moebert_kernels.ops import backends  # noqa: E402
 
 TENSOR_MAP = object()
 

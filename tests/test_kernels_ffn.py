@@ -31,10 +31,10 @@ pytest.importorskip("triton", reason="the kernels are written in Triton")
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
-from moebert_kernels import kernels  # noqa: E402
-from moebert_kernels.kernels import launch  # noqa: E402
-from moebert_kernels.kernels.blocks import activate_with_slope  # noqa: E402
-from moebert_kernels.kernels.configs import Config, Tile  # noqa: E402
+from moebert_kernels.kernels import triton as kernels  # noqa: E402
+from moebert_kernels.kernels.triton import launch  # noqa: E402
+from moebert_kernels.kernels.triton.blocks import activate_with_slope  # noqa: E402
+from moebert_kernels.kernels.triton.configs import Config, Tile  # noqa: E402
 
 # 32 products a step, the least that are added up in two chains.
 SQUARE = Tile(16, 16, 32, 4, 2)

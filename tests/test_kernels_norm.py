@@ -8,7 +8,7 @@ from moebert_kernels import RoutingPlan
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # numpy on Triton's index conversions
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 
-from moebert_kernels.kernels import expert_norm_backward, expert_norm_forward  # noqa: E402
+from moebert_kernels.kernels.triton import expert_norm_backward, expert_norm_forward  # noqa: E402
 
 T, K, D, E, P = 24, 2, 40, 3, 0.3
 

@@ -7,7 +7,8 @@ import warnings
 import pytest
 import torch
 
-from moebert_kernels import backends, cpu
+from moebert_kernels.kernels import torch as plain
+from moebert_kernels.ops import backends
 
 WITHOUT_TRITON = """
 import sys
@@ -26,14 +27,17 @@ def test_import_and_use_without_triton():
 
 def test_the_import_leaves_triton_alone():
     """Importing Triton takes a second: it waits for the first CUDA call."""
-    program = "import sys, moebert_kernels; sys.exit('moebert_kernels.kernels' in sys.modules)"
+    program = (
+        "import sys; from moebert_kernels import MoEFFN; "
+        "sys.exit('moebert_kernels.kernels.triton' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
 
 @pytest.fixture
 def no_triton(monkeypatch):
-    monkeypatch.setitem(sys.modules, "moebert_kernels.kernels", None)
-    monkeypatch.delattr("moebert_kernels.kernels", raising=False)
+    monkeypatch.setitem(sys.modules, "moebert_kernels.kernels.triton", None)
+    monkeypatch.delattr("moebert_kernels.kernels.triton", raising=False)
     monkeypatch.setattr(backends, "why_not_triton", lambda device: None)
     backends._triton_backend.cache_clear()
     yield
@@ -44,7 +48,7 @@ def test_cuda_without_triton_warns_once_and_takes_the_pytorch_path(no_triton):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         chosen = [backends.on_cuda(torch.empty(0)) for _ in range(2)]
-    assert chosen == [cpu, cpu]
+    assert chosen == [plain, plain]
     assert [str(w.message).count("Triton cannot be imported") for w in caught] == [1]
 
 
@@ -57,6 +61,6 @@ def test_a_device_that_the_kernels_do_not_serve_takes_the_pytorch_path(monkeypat
         warnings.simplefilter("always")
         chosen = [backends.on_cuda(torch.empty(0)) for _ in range(2)]
     backends._triton_backend.cache_clear()
-    assert chosen == [cpu, cpu]
+    assert chosen == [plain, plain]
     (warning,) = caught
     assert "needs compute capability 8.0, Tesla T4 has 7.5" in str(warning.message)

@@ -22,9 +22,9 @@ from kernel_checks import (
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::DeprecationWarning")
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 
-from moebert_kernels import kernels  # noqa: E402
-from moebert_kernels.kernels import launch  # noqa: E402
-from moebert_kernels.kernels.configs import Config, Tile  # noqa: E402
+from moebert_kernels.kernels import triton as kernels  # noqa: E402
+from moebert_kernels.kernels.triton import launch  # noqa: E402
+from moebert_kernels.kernels.triton.configs import Config, Tile  # noqa: E402
 
 SQUARE = Tile(16, 16, 32, 4, 2)
 WIDE = Tile(16, 32, 32, 4, 2, parts=4)

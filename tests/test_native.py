@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from plan_checks import assert_same_plans, looked_up, random_ids, sorted_plans
 
 from moebert_kernels import native
+from moebert_kernels.addresses import address
+from moebert_kernels.routing import native_plans
 
 needs_extension = pytest.mark.skipif(not native.status().cpu, reason=native.status().cpu_detail)
 
@@ -49,7 +51,7 @@ def test_plans_from_expert_ids_equal_a_stable_sort(size, dtype, manner, outside,
     ids_LS = random_ids(
         generator, (num_layers, num_slots), num_experts, dtype, manner=manner, outside=outside
     )
-    plans = native.build_plans_from_expert_ids(ids_LS, num_experts)
+    plans = native_plans.from_expert_ids(ids_LS, num_experts)
     assert_same_plans(plans, sorted_plans(ids_LS, num_experts))
     assert plans.num_invalid is None
 
@@ -67,7 +69,7 @@ def test_plans_from_input_ids_equal_lookup_and_stable_sort(
         generator, (num_layers, vocab_size), num_experts, torch.int32, manner="even", outside=outside
     )
     mask_T = torch.rand(num_tokens, generator=generator) < 0.7 if masked else None
-    plans = native.build_plans_from_input_ids(ids_T, tables_LV, mask_T, num_experts)
+    plans = native_plans.from_input_ids(ids_T, tables_LV, mask_T, num_experts)
     expert_ids_LT, num_invalid = looked_up(ids_T, tables_LV, mask_T)
     assert_same_plans(plans, sorted_plans(expert_ids_LT, num_experts))
     assert plans.num_invalid == num_invalid
@@ -93,19 +95,19 @@ def test_thread_count_does_not_change_a_plan(restored_threads, num_layers, num_s
     expected = sorted_plans(ids_LS, num_experts)
     for num_threads in (1, 2, 3, 5):
         torch.set_num_threads(num_threads)
-        assert_same_plans(native.build_plans_from_expert_ids(ids_LS, num_experts), expected)
+        assert_same_plans(native_plans.from_expert_ids(ids_LS, num_experts), expected)
 
 
 @needs_extension
 def test_strided_inputs_are_read_as_they_look():
     ids_LS = torch.arange(24, dtype=torch.int64).remainder(5).reshape(8, 3).t()
-    assert_same_plans(native.build_plans_from_expert_ids(ids_LS, 4), sorted_plans(ids_LS, 4))
+    assert_same_plans(native_plans.from_expert_ids(ids_LS, 4), sorted_plans(ids_LS, 4))
 
     ids_T = torch.tensor([3, 9, 1, 9, 0, 9, 2, 9])[::2]
     tables_LV = torch.tensor([[0, 1], [1, 0], [2, 2], [0, 3]], dtype=torch.int32).t()
     mask_T = torch.tensor([True, False, True, False, False, False, True, False])[::2]
     expert_ids_LT, _ = looked_up(ids_T, tables_LV, mask_T)
-    plans = native.build_plans_from_input_ids(ids_T, tables_LV, mask_T, 4)
+    plans = native_plans.from_input_ids(ids_T, tables_LV, mask_T, 4)
     assert_same_plans(plans, sorted_plans(expert_ids_LT, 4))
 
 
@@ -115,7 +117,7 @@ def test_ids_of_masked_tokens_are_not_looked_at():
     ids_T = torch.tensor([0, 1, -100, 2**40])
     tables_LV = torch.tensor([[1, 0]], dtype=torch.int32)
     mask_T = torch.tensor([True, True, False, False])
-    plans = native.build_plans_from_input_ids(ids_T, tables_LV, mask_T, 2)
+    plans = native_plans.from_input_ids(ids_T, tables_LV, mask_T, 2)
     assert plans.expert_ids_LS.tolist() == [[1, 0, -1, -1]]
     assert plans.num_invalid == 0
 
@@ -130,7 +132,7 @@ def test_the_interpreter_runs_on_while_a_plan_is_built(restored_threads):
         builder = threading.Thread(
             target=lambda span=span: (
                 span.append(time.perf_counter()),
-                native.build_plans_from_expert_ids(ids_LS, 4),
+                native_plans.from_expert_ids(ids_LS, 4),
                 span.append(time.perf_counter()),
             )
         )
@@ -149,9 +151,9 @@ def test_the_interpreter_runs_on_while_a_plan_is_built(restored_threads):
 
 @needs_extension
 def test_what_the_native_part_does_not_serve_is_left_to_pytorch():
-    assert native.build_plans_from_expert_ids(torch.zeros(1, 4, dtype=torch.int16), 2) is None
+    assert native_plans.from_expert_ids(torch.zeros(1, 4, dtype=torch.int16), 2) is None
     no_tables_LV = torch.zeros(0, 4, dtype=torch.int32)
-    assert native.build_plans_from_input_ids(torch.zeros(3, dtype=torch.int64), no_tables_LV, None, 2) is None
+    assert native_plans.from_input_ids(torch.zeros(3, dtype=torch.int64), no_tables_LV, None, 2) is None
 
 
 @pytest.mark.parametrize(
@@ -177,28 +179,28 @@ def test_arguments_that_do_not_fit_are_named(change, error, message):
         "num_experts": 2,
     }
     with pytest.raises(error, match=message):
-        native.build_plans_from_input_ids(**(arguments | change))
+        native_plans.from_input_ids(**(arguments | change))
 
 
 def test_expert_ids_must_have_a_row_per_layer():
     with pytest.raises(ValueError, match=r"expert_ids_LS must have shape \[L, S\]"):
-        native.build_plans_from_expert_ids(torch.zeros(4, dtype=torch.int64), 2)
+        native_plans.from_expert_ids(torch.zeros(4, dtype=torch.int64), 2)
 
 
 def test_every_address_is_checked():
     """Stops native code from reading through the pointer of a tensor that lies elsewhere."""
     whole = torch.zeros(4, 6)
-    assert native.address(None) == 0
-    assert native.address(whole) == whole.data_ptr()
-    assert native.address(whole[2:]) == whole.data_ptr() + 12 * 4
+    assert address(None) == 0
+    assert address(whole) == whole.data_ptr()
+    assert address(whole[2:]) == whole.data_ptr() + 12 * 4
     with pytest.raises(ValueError, match="a tensor on meta goes to native code that works on cpu"):
-        native.address(torch.zeros(2, device="meta"))
+        address(torch.zeros(2, device="meta"))
     with pytest.raises(ValueError, match=r"contiguous tensors: shape \(6, 4\), strides \(1, 6\)"):
-        native.address(whole.t())
+        address(whole.t())
     whole.untyped_storage().resize_(0)
     with pytest.raises(ValueError, match=r"shape \(4, 6\) has no memory"):
-        native.address(whole)
-    assert native.address(torch.empty(0, 6)) == 0
+        address(whole)
+    assert address(torch.empty(0, 6)) == 0
 
 
 @needs_extension
@@ -254,10 +256,10 @@ def test_an_unusable_extension_is_one_warning_and_a_reason(extension_import, out
     extension_import(outcome)
     ids_LS = torch.zeros(1, 4, dtype=torch.int64)
     with pytest.warns(RuntimeWarning, match=reason):
-        assert native.build_plans_from_expert_ids(ids_LS, 2) is None
+        assert native_plans.from_expert_ids(ids_LS, 2) is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert native.build_plans_from_expert_ids(ids_LS, 2) is None
+        assert native_plans.from_expert_ids(ids_LS, 2) is None
         status = native.status()
     assert not status.cpu
     assert not status.cuda

@@ -7,6 +7,7 @@ import torch
 from plan_checks import assert_same_plans, looked_up, random_ids, sorted_plans
 
 from moebert_kernels import native
+from moebert_kernels.routing import native_plans
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,7 +38,7 @@ def no_host_sync():
 
 def to_host(plans):
     torch.cuda.set_sync_debug_mode("default")
-    return native.PlanTensors(*(t.cpu() for t in plans))
+    return native_plans.PlanTensors(*(t.cpu() for t in plans))
 
 
 def token_case(num_layers, num_tokens, num_experts, dtype, *, seed, outside=True, masked=True):
@@ -61,7 +62,7 @@ def test_plans_from_expert_ids_equal_a_stable_sort(size, dtype, manner):
     num_layers, num_slots, num_experts = size
     generator = torch.Generator().manual_seed(1)
     ids_LS = random_ids(generator, (num_layers, num_slots), num_experts, dtype, manner=manner, outside=True)
-    plans = to_host(native.build_plans_from_expert_ids(*on_device(ids_LS), num_experts))
+    plans = to_host(native_plans.from_expert_ids(*on_device(ids_LS), num_experts))
     assert_same_plans(plans, sorted_plans(ids_LS, num_experts))
     assert plans.num_invalid is None
 
@@ -72,7 +73,7 @@ def test_plans_from_expert_ids_equal_a_stable_sort(size, dtype, manner):
 def test_plans_from_input_ids_equal_lookup_and_stable_sort(size, dtype, masked):
     num_layers, num_tokens, num_experts = size
     ids_T, tables_LV, mask_T = token_case(num_layers, num_tokens, num_experts, dtype, seed=2, masked=masked)
-    plans = to_host(native.build_plans_from_input_ids(*on_device(ids_T, tables_LV, mask_T), num_experts))
+    plans = to_host(native_plans.from_input_ids(*on_device(ids_T, tables_LV, mask_T), num_experts))
     expert_ids_LT, num_invalid = looked_up(ids_T, tables_LV, mask_T)
     assert_same_plans(plans, sorted_plans(expert_ids_LT, num_experts))
     assert plans.num_invalid == num_invalid
@@ -85,7 +86,7 @@ def test_a_captured_plan_follows_its_inputs(num_tokens):
     ids_T, tables_LV, mask_T = on_device(*first)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        plans = native.build_plans_from_input_ids(ids_T, tables_LV, mask_T, 4)
+        plans = native_plans.from_input_ids(ids_T, tables_LV, mask_T, 4)
     for seed in (4, 5):
         case = token_case(12, num_tokens, 4, torch.int64, seed=seed)
         for buffer, value in zip((ids_T, tables_LV, mask_T), on_device(*case), strict=True):
@@ -105,7 +106,7 @@ def test_twenty_runs_on_another_stream_agree_bit_for_bit(num_tokens):
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        runs = [native.build_plans_from_input_ids(ids_T, tables_LV, mask_T, 4) for _ in range(20)]
+        runs = [native_plans.from_input_ids(ids_T, tables_LV, mask_T, 4) for _ in range(20)]
     torch.cuda.set_sync_debug_mode("default")
     stream.synchronize()
     for run in runs[1:]:
@@ -121,7 +122,7 @@ def test_indices_past_two_to_the_31_elements():
     if torch.cuda.mem_get_info()[0] < 70 * 2**30:
         pytest.skip("needs 70 GiB of free device memory")
     ids_LS = torch.arange(num_slots, device="cuda", dtype=torch.int32).remainder_(3).expand(num_layers, -1)
-    plans = native.build_plans_from_expert_ids(ids_LS.contiguous(), 4)
+    plans = native_plans.from_expert_ids(ids_LS.contiguous(), 4)
     counts = [num_slots // 3 + (e < num_slots % 3) for e in range(3)]
     assert plans.counts_LE.tolist() == [[*counts, 0]] * num_layers
     last_S = plans.order_LS[-1]

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from kernel_checks import FORMS, arguments
 from torch import library
 
-from moebert_kernels import RoutingPlan, moe_ffn, ops
+from moebert_kernels import RoutingPlan, moe_ffn
+from moebert_kernels.ops.operator import ffn
 from python_ref import ffn as ref
 
 INPUTS = ("x", "w1", "b1", "w2", "b2", "gate", "ln_w", "ln_b", "residual")
@@ -243,10 +244,10 @@ def test_opcheck_is_clean(form, K, dtype):
     # The last check compares gradients of its own compilation: for them 16 bits are too few.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     library.opcheck(
-        ops.ffn, (*arguments(t, plan, **form), True), test_utils=checks[: 3 if dtype == torch.bfloat16 else 4]
+        ffn, (*arguments(t, plan, **form), True), test_utils=checks[: 3 if dtype == torch.bfloat16 else 4]
     )
     fixed = {k: v.detach() for k, v in t.items()}
-    library.opcheck(ops.ffn, (*arguments(fixed, plan, **form), False))
+    library.opcheck(ffn, (*arguments(fixed, plan, **form), False))
 
 
 @pytest.mark.slow

@@ -24,15 +24,14 @@ from torch import library
 from moebert_kernels import (
     HashRouter,
     MoEFFN,
-    backends,
-    cpu,
-    cpu_native,
-    cpu_rows,
     hash_random_tables,
     moe_ffn,
     native,
-    ops,
 )
+from moebert_kernels.kernels import cpu
+from moebert_kernels.kernels import torch as plain
+from moebert_kernels.kernels.cpu import rows
+from moebert_kernels.ops import backends, operator
 from python_ref.adaptation import tie_shared
 
 CASES = [
@@ -83,9 +82,9 @@ def test_tied_equals_untied_with_copies(case):
 def layout(request, monkeypatch):
     """Forces a layout of rows that only large inputs would reach."""
     if request.param != "together":
-        monkeypatch.setattr(cpu_rows, "_MAX_BATCH_FILL", -1)
+        monkeypatch.setattr(rows, "_MAX_BATCH_FILL", -1)
     if request.param == "in pieces":
-        monkeypatch.setattr(cpu_rows, "_ROWS_AT_ONCE", 40)
+        monkeypatch.setattr(rows, "_ROWS_AT_ONCE", 40)
     monkeypatch.setattr(backends, "_forms", {})
 
 
@@ -96,10 +95,7 @@ def test_native_rows_in_every_layout(layout, dtype, limit, norm, poisoned_memory
     """Row counts of no expert are those of a GEMM over all rows: filled up, rows beyond must not show."""
     case = Case(230, D=19, F=37, C=21, E=5, norm=norm, routing="skewed")
     t = inputs(case, dtype, "cpu")
-    assert (
-        backends.choose(arguments(t | {"gate": None}, plan_of(case, "cpu"), norm=norm, gate=False))
-        is cpu_native
-    )
+    assert backends.choose(arguments(t | {"gate": None}, plan_of(case, "cpu"), norm=norm, gate=False)) is cpu
     exact = reference(case, t)
     found = run(case, t)
     with torch.no_grad():  # nothing is kept for backward: this is where pieces are cut
@@ -116,7 +112,7 @@ def test_opcheck_is_clean(form, dtype):
     t = leaves(inputs(case, dtype, "cpu"))
     call_ = arguments(t, plan_of(case, "cpu"), **form)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    library.opcheck(ops.ffn, (*call_, True), test_utils=checks[: 3 if dtype == torch.bfloat16 else 4])
+    library.opcheck(operator.ffn, (*call_, True), test_utils=checks[: 3 if dtype == torch.bfloat16 else 4])
 
 
 def test_plain_pytorch_keeps_on_a_gpu_what_the_kernels_would(monkeypatch):
@@ -124,7 +120,7 @@ def test_plain_pytorch_keeps_on_a_gpu_what_the_kernels_would(monkeypatch):
     case = Case(33, C=7, norm=True, routing="dropped")
     t = {name: value.double() for name, value in inputs(case, torch.float64, "cpu").items()}
     expected = run(case, t)
-    monkeypatch.setattr(cpu, "_together", lambda _: True)
+    monkeypatch.setattr(plain.backend, "_together", lambda _: True)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda v: kept.append(v) or v, lambda v: v):
         found = run(case, t)
@@ -138,7 +134,7 @@ def test_eager_calls_equal_those_through_the_dispatcher(norm, monkeypatch):
     case = Case(300, D=16, F=24, E=3, C=16, norm=norm, routing="dropped")
     t = inputs(case, torch.float32, "cpu")
     direct = run(case, t)
-    monkeypatch.setattr(ops, "unwatched", lambda _: False)
+    monkeypatch.setattr(operator, "unwatched", lambda _: False)
     for name, value in run(case, t).items():
         assert torch.equal(value, direct[name]), name
 

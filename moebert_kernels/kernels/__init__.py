@@ -1,31 +1,10 @@
-"""The operator in Triton.
+"""The operator's backends: Triton's kernels, the CPU's row kernels of csrc/, and plain PyTorch.
 
-    blocks.py    which rows a tile has, the K loop, the activation: what all GEMMs share
-    grouped.py   gather-and-multiply, multiply-and-scatter: forward and data gradients
-    wgrad.py     weight gradients
-    steps.py     how streamed ones share the work
-    norm.py      residual sum and per-expert LayerNorm
-    rows.py      the sum over a token's experts, the gate's gradient
-    ffn.py       what the experts' passes launch
-    backend.py   experts and norm together: what `backends` calls
-    launch.py    how kernels are started
-    replay.py    calls whose shapes come again
-    direct.py    what Triton's launcher calls in the end
-    configs.py   the tuning table
-    inspect.py   what the table compiles to, read without a GPU
+Each of the packages `triton`, `cpu` and `torch` has the same two functions:
 
-Importing this needs Triton and no GPU.
+    forward(call, training, kept) -> (y_TD, Saved)
+    backward(call, saved, dy_TD, needs, kept) -> Gradients
+
+in the terms of `call`. `kept` is a dictionary of its own for all calls of the same form. None of the three
+knows another, and nothing is imported here: `triton` needs Triton, and two have the names of packages.
 """
-
-from moebert_kernels.kernels.backend import backward, forward
-from moebert_kernels.kernels.ffn import expert_ffn_backward, expert_ffn_forward
-from moebert_kernels.kernels.norm import expert_norm_backward, expert_norm_forward
-
-__all__ = [
-    "backward",
-    "expert_ffn_backward",
-    "expert_ffn_forward",
-    "expert_norm_backward",
-    "expert_norm_forward",
-    "forward",
-]

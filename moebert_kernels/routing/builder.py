@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, library
 
-from moebert_kernels import native
+from moebert_kernels.routing import native_plans
 from moebert_kernels.watchers import unwatched
 
 
@@ -24,7 +24,7 @@ def build_from_expert_ids(expert_ids_LS: Tensor, num_experts: int) -> tuple[Tens
     Returns:
         slots_3LS and offsets_LE1, int32.
     """
-    plans = native.build_plans_from_expert_ids(expert_ids_LS, num_experts)
+    plans = native_plans.from_expert_ids(expert_ids_LS, num_experts)
     if plans is None:
         return sort_in_torch(expert_ids_LS, num_experts)
     return plans.slots_3LS, plans.offsets_LE1
@@ -59,7 +59,7 @@ def build_from_input_ids(
         ValueError: on the CPU, an unmasked id outside [0, V). On an accelerator, where looking would wait for
             the device, such a token gets no expert.
     """
-    plans = native.build_plans_from_input_ids(input_ids_T, tables_LV, mask_T, num_experts)
+    plans = native_plans.from_input_ids(input_ids_T, tables_LV, mask_T, num_experts)
     on_cpu = input_ids_T.device.type == "cpu"
     if plans is not None and not (on_cpu and plans.num_invalid):
         return plans.slots_3LS, plans.offsets_LE1

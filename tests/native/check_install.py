@@ -10,6 +10,7 @@ import torch
 
 import moebert_kernels
 from moebert_kernels import native
+from moebert_kernels.routing import native_plans
 
 expected = sys.argv[1]
 status = native.status()
@@ -18,8 +19,8 @@ assert (status.cpu, status.cuda) == (expected != "none", expected == "cuda"), st
 ids_LS = torch.randint(-1, 4, (12, 5000))
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    plans = native.build_plans_from_expert_ids(ids_LS, 4)
-    native.build_plans_from_expert_ids(ids_LS, 4)
+    plans = native_plans.from_expert_ids(ids_LS, 4)
+    native_plans.from_expert_ids(ids_LS, 4)
 if expected == "none":
     assert plans is None
     assert [w.category for w in caught] == [RuntimeWarning], caught

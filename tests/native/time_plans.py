@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from moebert_kernels import native
+from moebert_kernels.routing import native_plans
 
 num_tokens, num_experts, num_layers = (int(a) for a in sys.argv[1:4] or (65536, 4, 12))
 input_ids_T = torch.randint(30522, (num_tokens,))
@@ -26,8 +26,8 @@ def argsort_dispatch():
         torch.bincount(expert_ids_T, minlength=num_experts).cumsum(0)
 
 
-def native_plans():
-    native.build_plans_from_input_ids(input_ids_T, tables_LV, None, num_experts)
+def native_dispatch():
+    native_plans.from_input_ids(input_ids_T, tables_LV, None, num_experts)
 
 
 def spread(samples):
@@ -44,7 +44,7 @@ def milliseconds(build):
 
 for num_threads in (1, 2):
     torch.set_num_threads(num_threads)
-    pairs = [(milliseconds(argsort_dispatch), milliseconds(native_plans)) for _ in range(105)][5:]
+    pairs = [(milliseconds(argsort_dispatch), milliseconds(native_dispatch)) for _ in range(105)][5:]
     dispatch, plans = zip(*pairs, strict=True)
     ratio = statistics.median(dispatch) / statistics.median(plans)
     print(

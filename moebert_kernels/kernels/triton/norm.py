@@ -16,11 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moebert_kernels.kernels import configs
-from moebert_kernels.kernels.blocks import OF_PLAN, find_rows
-from moebert_kernels.kernels.launch import ceil_div, groups_of, launch, on_device_of
-from moebert_kernels.kernels.launch import rows as with_contiguous_rows
-from moebert_kernels.kernels.rows import Parts, over_experts, over_tiles
+from moebert_kernels.kernels.triton import configs
+from moebert_kernels.kernels.triton.blocks import OF_PLAN, find_rows
+from moebert_kernels.kernels.triton.launch import ceil_div, groups_of, launch, on_device_of
+from moebert_kernels.kernels.triton.launch import rows as with_contiguous_rows
+from moebert_kernels.kernels.triton.rows import Parts, over_experts, over_tiles
 
 
 def expert_norm_forward(

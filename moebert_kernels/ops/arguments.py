@@ -1,104 +1,17 @@
-"""The arguments of `moe_ffn`: checked, and in the form in which the operator and every backend take them."""
+"""What `moe_ffn` refuses: arguments of the wrong kind, and those that do not fit together."""
 
 from __future__ import annotations
-
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from moebert_kernels.activations import check_activation
 from moebert_kernels.checks import check_number, check_tensor
+from moebert_kernels.kernels.call import Call
 from moebert_kernels.routing.plan import RoutingPlan
 
 _PLAIN = frozenset((Tensor, nn.Parameter))
 _PLAIN_OR_NONE = _PLAIN | {type(None)}
-
-
-class Call(NamedTuple):
-    """One call of the operator: `moe_ffn`'s arguments, the plan's tables among them, after any autocast.
-
-    The norm's two are None without norm, `residual_TD` where it is x itself, `seed` (int64 [1], which fixes
-    the dropout mask) without dropout, the last three where experts share no neurons.
-    """
-
-    x_TD: Tensor
-    expert_ids_TK: Tensor
-    order_S: Tensor
-    inverse_S: Tensor
-    offsets_E1: Tensor
-    w1_EFD: Tensor
-    b1_EF: Tensor | None
-    w2_EDF: Tensor
-    b2_ED: Tensor | None
-    gate_TK: Tensor | None
-    ln_w_ED: Tensor | None
-    ln_b_ED: Tensor | None
-    residual_TD: Tensor | None
-    seed: Tensor | None
-    shared_w1_CD: Tensor | None
-    shared_b1_C: Tensor | None
-    shared_w2_DC: Tensor | None
-    activation: str
-    norm_eps: float
-    dropout_p: float
-
-    @property
-    def tensors(self) -> tuple[Any, ...]:
-        """Those that come first, None for each that there is not."""
-        return self[:NUM_TENSORS]
-
-    @property
-    def top_k(self) -> int:
-        """K, the experts a token may use."""
-        return self.expert_ids_TK.shape[1]
-
-    @property
-    def num_shared(self) -> int:
-        """C, the neurons that all experts have; F counts none of them."""
-        return 0 if self.shared_w1_CD is None else self.shared_w1_CD.shape[0]
-
-    @property
-    def residual(self) -> Tensor:
-        """What the norm adds to the experts' output."""
-        return self.x_TD if self.residual_TD is None else self.residual_TD
-
-
-NUM_TENSORS = Call._fields.index("activation")
-
-
-class Saved(NamedTuple):
-    """What a backend's forward leaves for its own backward, in rows of its own order; None where unused.
-
-    `hidden` are pre-activations, or activations and slopes: [*, F], and of shared neurons `shared` [*, C], or
-    both in `hidden`, [*, C + F]; with norm `z` [*, D] the experts' outputs, `stats_2S` mean and 1/std of each
-    slot, float32 or wider.
-    """
-
-    hidden: Tensor | None
-    z: Tensor | None
-    stats_2S: Tensor | None
-    shared: Tensor | None = None
-
-
-class Gradients(NamedTuple):
-    """One thing for each argument that has a gradient: the gradient or None, or whether it is wanted.
-
-    Where the residual is x, its gradient is part of `x_TD`'s.
-    """
-
-    x_TD: Any
-    w1_EFD: Any
-    b1_EF: Any
-    w2_EDF: Any
-    b2_ED: Any
-    gate_TK: Any
-    ln_w_ED: Any
-    ln_b_ED: Any
-    residual_TD: Any
-    shared_w1_CD: Any
-    shared_b1_C: Any
-    shared_w2_DC: Any
 
 
 def check_kinds(x_TD, plan, w1_EFD, b1_EF, w2_EDF, b2_ED, gate_TK, norm, residual_TD, dropout_p, shared):

@@ -1,6 +1,6 @@
 """Compile every committed config for each GPU generation, with no GPU, and read the binaries.
 
-    python -m moebert_kernels.kernels.inspect [sm_80 sm_90 sm_100]
+    python -m moebert_kernels.kernels.triton.inspect [sm_80 sm_90 sm_100]
 
 prints, for each kernel, config and architecture: registers, spilled bytes, shared memory, how many programs
 fit one multiprocessor, which matrix instructions came out, whether the assembler had to serialise them, how
@@ -28,9 +28,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from moebert_kernels.kernels import configs, ffn, norm
-from moebert_kernels.kernels.configs import Config
-from moebert_kernels.kernels.launch import Launch, recorded
+from moebert_kernels.kernels.triton import configs, ffn, norm
+from moebert_kernels.kernels.triton.configs import Config
+from moebert_kernels.kernels.triton.launch import Launch, recorded
 
 
 @dataclass(frozen=True)

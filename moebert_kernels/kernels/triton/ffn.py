@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moebert_kernels.kernels import configs
-from moebert_kernels.kernels.configs import Config, Tile
-from moebert_kernels.kernels.grouped import gather_backward_kernel, gather_kernel, scatter_kernel
-from moebert_kernels.kernels.launch import (
+from moebert_kernels.kernels.triton import configs
+from moebert_kernels.kernels.triton.configs import Config, Tile
+from moebert_kernels.kernels.triton.grouped import gather_backward_kernel, gather_kernel, scatter_kernel
+from moebert_kernels.kernels.triton.launch import (
     ceil_div,
     describe,
     descriptor_fits,
@@ -22,9 +22,9 @@ from moebert_kernels.kernels.launch import (
     on_device_of,
     weight,
 )
-from moebert_kernels.kernels.launch import rows as with_contiguous_rows
-from moebert_kernels.kernels.rows import Parts, gate_grad_kernel, over_experts, over_tiles
-from moebert_kernels.kernels.wgrad import Factors, weight_grads
+from moebert_kernels.kernels.triton.launch import rows as with_contiguous_rows
+from moebert_kernels.kernels.triton.rows import Parts, gate_grad_kernel, over_experts, over_tiles
+from moebert_kernels.kernels.triton.wgrad import Factors, weight_grads
 
 
 class Shared(NamedTuple):

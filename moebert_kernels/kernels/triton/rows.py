@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moebert_kernels.kernels.blocks import OF_PLAN, find_columns, find_rows
-from moebert_kernels.kernels.launch import ceil_div, groups_of, launch
+from moebert_kernels.kernels.triton.blocks import OF_PLAN, find_columns, find_rows
+from moebert_kernels.kernels.triton.launch import ceil_div, groups_of, launch
 
 
 def over_experts(z_SD: Tensor, top_k: int, dtype: torch.dtype, plus_TD: Tensor | None = None) -> Tensor:

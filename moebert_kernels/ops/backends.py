@@ -1,8 +1,7 @@
 """Which backend computes a call.
 
-A backend is a module with `forward(call, training, kept)` and `backward(call, saved, dy_TD, needs, kept)`:
-`kernels` (Triton) on CUDA, `cpu_native` (C++ between torch's GEMMs) on the CPU, `cpu` (plain PyTorch) for all
-else. `kept` is a dictionary of its own for all calls of the same form.
+Of those in `kernels`: `triton` on CUDA, `cpu` (C++ between torch's GEMMs) on the CPU, `torch` (plain PyTorch)
+for all else.
 """
 
 from __future__ import annotations
@@ -15,9 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moebert_kernels import cpu, cpu_native, native
-from moebert_kernels.arguments import NUM_TENSORS, Call, Gradients, Saved, check_call
 from moebert_kernels.environment import why_not_triton
+from moebert_kernels.kernels import cpu
+from moebert_kernels.kernels import torch as plain
+from moebert_kernels.kernels.call import NUM_TENSORS, Call, Gradients, Saved
+from moebert_kernels.ops.arguments import check_call
 
 _MOST_FORMS = 1024
 
@@ -63,12 +64,12 @@ def choose(call: Call) -> ModuleType:
     """The backend of a call."""
     if call.x_TD.is_cuda:
         return on_cuda(call.x_TD)
-    return cpu_native if cpu_native.serves(call) and native.row_kernels() is not None else cpu
+    return cpu if cpu.serves(call) else plain
 
 
 def on_cuda(x: Tensor) -> ModuleType:
     """Where CUDA tensors go: the Triton kernels, which do not do float64, or the PyTorch path."""
-    return cpu if x.dtype == torch.float64 else _triton_backend(x.device)
+    return plain if x.dtype == torch.float64 else _triton_backend(x.device)
 
 
 @cache
@@ -76,14 +77,14 @@ def _triton_backend(device: torch.device) -> ModuleType:
     problem = why_not_triton(device)
     if problem is None:
         try:
-            from moebert_kernels import kernels
+            from moebert_kernels.kernels import triton
         except ImportError as error:
             problem = f"Triton cannot be imported ({error})"
         else:
-            return kernels
+            return triton
     warnings.warn(
         f"moebert_kernels runs its slower PyTorch path on {device}, with a host synchronisation per call: "
         f"{problem}",
         stacklevel=2,
     )
-    return cpu
+    return plain

@@ -1,4 +1,4 @@
-"""The operator on the CPU: torch's GEMMs, with the row kernels of csrc/ for everything between them.
+"""Which calls the CPU's row kernels serve; the norm, and both ends of the rows' way through the experts.
 
 Rows stay in sorted order from the first GEMM to the last: the LayerNorm reads the experts' outputs where the
 GEMM left them, and its backward leaves their gradient where the next GEMM wants it.
@@ -12,26 +12,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moebert_kernels import cpu_rows
-from moebert_kernels.arguments import Call, Gradients, Saved
-from moebert_kernels.cpu_rows import DTYPES, SortedRows, dense_like, sort_rows
-from moebert_kernels.native import address
+from moebert_kernels import native
+from moebert_kernels.addresses import address
+from moebert_kernels.kernels.call import Call, Gradients, Saved
+from moebert_kernels.kernels.cpu import experts
+from moebert_kernels.kernels.cpu.experts import dense_like
+from moebert_kernels.kernels.cpu.rows import DTYPES, SortedRows, sort_rows
 
 
 def serves(call: Call) -> bool:
-    """Whether there are row kernels for the dtypes and the form of a call."""
-    if call.x_TD.dtype not in DTYPES:
-        return False
+    """Whether there are row kernels, and for the dtypes and the form of a call."""
     if call.ln_w_ED is None:
-        return call.gate_TK is None and call.top_k == 1
-    same = call.ln_b_ED is not None and call.ln_b_ED.dtype == call.ln_w_ED.dtype
-    return same and call.ln_w_ED.dtype in DTYPES and call.residual.dtype in DTYPES
+        fits = call.gate_TK is None and call.top_k == 1
+    else:
+        same = call.ln_b_ED is not None and call.ln_b_ED.dtype == call.ln_w_ED.dtype
+        fits = same and call.ln_w_ED.dtype in DTYPES and call.residual.dtype in DTYPES
+    return fits and call.x_TD.dtype in DTYPES and native.extension() is not None
 
 
 def forward(call: Call, training: bool, kept: dict[Any, Any]) -> tuple[Tensor, Saved]:
     """y_TD, and what `backward` needs if `training`: sorted pre-activations and z, both without biases."""
     rows = sort_rows(call, kept, in_pieces=not training)
-    z_PD, h_PF, h_PC = cpu_rows.forward(rows, call, training)
+    z_PD, h_PF, h_PC = experts.forward(rows, call, training)
     if call.ln_w_ED is None:
         return _scatter(rows, z_PD, rows.at.b2_ED), Saved(h_PF, None, None, h_PC)
     stats_2S = z_PD.new_empty(2, rows.sizes.num_slots, dtype=torch.float32) if training else None
@@ -67,7 +69,7 @@ def backward(call: Call, saved: Saved, dy_TD: Tensor, needs: Gradients, kept: di
         h_PF, h_PC = rows.view(saved.hidden), None if call.shared_w1_CD is None else saved.shared
         if h_PC is not None:
             h_PC = h_PC[: rows.total]
-        found = cpu_rows.backward(rows, call, dz_PD, h_PF, h_PC, needs)
+        found = experts.backward(rows, call, dz_PD, h_PF, h_PC, needs)
         dx_PD, dw1_EFD, db1_EF, dw2_EDF, *of_shared = found
         if dx_PD is not None:
             to_TD = dresidual_TD if call.residual_TD is None and top_k == 1 else None

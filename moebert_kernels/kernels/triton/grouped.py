@@ -20,7 +20,7 @@ exactly once, except sorted rows without an expert in `dh`, `ga` and, in inferen
 import triton
 import triton.language as tl
 
-from moebert_kernels.kernels.blocks import (
+from moebert_kernels.kernels.triton.blocks import (
     OF_PLAN,
     activate,
     activate_with_slope,

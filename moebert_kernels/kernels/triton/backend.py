@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
-from moebert_kernels.arguments import NUM_TENSORS, Call, Gradients, Saved
-from moebert_kernels.kernels import configs
-from moebert_kernels.kernels.configs import Config
-from moebert_kernels.kernels.ffn import Shared, expert_ffn_backward, expert_ffn_forward
-from moebert_kernels.kernels.norm import expert_norm_backward, expert_norm_forward
-from moebert_kernels.kernels.replay import Results, repeated
+from moebert_kernels.kernels.call import NUM_TENSORS, Call, Gradients, Saved
+from moebert_kernels.kernels.triton import configs
+from moebert_kernels.kernels.triton.configs import Config
+from moebert_kernels.kernels.triton.ffn import Shared, expert_ffn_backward, expert_ffn_forward
+from moebert_kernels.kernels.triton.norm import expert_norm_backward, expert_norm_forward
+from moebert_kernels.kernels.triton.replay import Results, repeated
 
 
 def forward(call: Call, training: bool, kept: dict[Any, Any]) -> tuple[Tensor, Saved]:

@@ -25,11 +25,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moebert_kernels.kernels import configs
-from moebert_kernels.kernels.blocks import OF_PLAN
-from moebert_kernels.kernels.configs import Config
-from moebert_kernels.kernels.launch import ceil_div, launch, rows_are_aligned
-from moebert_kernels.kernels.steps import count_steps, find_step, share_begin, share_of, steps_before_cut
+from moebert_kernels.kernels.triton import configs
+from moebert_kernels.kernels.triton.blocks import OF_PLAN
+from moebert_kernels.kernels.triton.configs import Config
+from moebert_kernels.kernels.triton.launch import ceil_div, launch, rows_are_aligned
+from moebert_kernels.kernels.triton.steps import (
+    count_steps,
+    find_step,
+    share_begin,
+    share_of,
+    steps_before_cut,
+)
 
 
 class Factors(NamedTuple):

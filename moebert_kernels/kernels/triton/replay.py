@@ -20,9 +20,9 @@ from torch.utils.dlpack import from_dlpack, to_dlpack
 from triton.runtime import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moebert_kernels.kernels import configs, direct, launch
-from moebert_kernels.kernels.rows import sum_slots_kernel
-from moebert_kernels.native import addresses_of
+from moebert_kernels.addresses import addresses_of
+from moebert_kernels.kernels.triton import configs, direct, launch
+from moebert_kernels.kernels.triton.rows import sum_slots_kernel
 
 Results = Sequence[Tensor | None]
 Pass = Callable[[Sequence[Tensor | None], tuple[Any, ...]], Results]

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, library
 from torch.autograd import forward_ad
 
-from moebert_kernels import cpu_rows
-from moebert_kernels.arguments import NUM_TENSORS, Call, Gradients, Saved, check_call, check_kinds
 from moebert_kernels.awaited import when_imported
-from moebert_kernels.backends import Form, form_of
+from moebert_kernels.kernels import cpu
+from moebert_kernels.kernels.call import NUM_TENSORS, Call, Gradients, Saved
+from moebert_kernels.ops.arguments import check_call, check_kinds
+from moebert_kernels.ops.backends import Form, form_of
 from moebert_kernels.routing.plan import RoutingPlan
 from moebert_kernels.watchers import unwatched
 
@@ -177,14 +178,13 @@ def _saved_shapes(call: Call, training: bool) -> list[tuple[tuple[int, ...], tor
     S, F, C, D = call.order_S.shape[0], call.w1_EFD.shape[1], call.num_shared, call.x_TD.shape[1]
     on_cpu = call.x_TD.device.type == "cpu"
     # On the CPU experts' rows are filled up; on CUDA the kernels keep activations and slopes, shared and own.
-    rows = cpu_rows.most_rows(S, C) if on_cpu else 2 * S
+    rows = cpu.most_rows(S, C) if on_cpu else 2 * S
     rows_of_z = rows if on_cpu else S
     with_norm = training and call.ln_w_ED is not None
-    stats = torch.promote_types(call.residual.dtype, torch.float32)
     return [
         ((rows if training else 0, F if on_cpu else C + F), call.x_TD.dtype),
         ((rows_of_z if with_norm else 0, D), call.x_TD.dtype),
-        ((2, S if with_norm else 0), stats),
+        ((2, S if with_norm else 0), call.norm_dtype),
         ((rows if training and on_cpu and C else 0, C), call.x_TD.dtype),
     ]
 

@@ -82,7 +82,7 @@ SECOND = (
 )
 CALLS = {"first": (FIRST, 480), "second": (SECOND, 240)}
 # It takes 60 GiB: no test may run beside it.
-DESELECTED = ("--deselect", "tests/test_gpu.py::test_elements_past_two_to_the_31")
+DESELECTED = ("--deselect", "tests/kernels/test_gpu.py::test_elements_past_two_to_the_31")
 KERNELS = Path(__file__).resolve().parents[1] / "build" / "kernels-sm_90.zip"
 _BENCHMARKS = ("machine", "ffn", "columns", "peers", "dispatch", "model")
 
@@ -238,7 +238,7 @@ def environment_of(part: Part, options: argparse.Namespace) -> dict[str, str]:
     else:
         variables["PYTHONWARNINGS"] = "ignore"
     if part.name == "memcheck":
-        variables["PYTHONPATH"] = os.pathsep.join(["tests", "."])
+        variables["PYTHONPATH"] = "."
     if options.dry_run:
         variables |= {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
     return variables
@@ -267,7 +267,7 @@ def command_of(part: Part, seconds: float, options: argparse.Namespace) -> list[
     if part.name == "memcheck":
         return [
             python,
-            "tests/sanitize.py",
+            "tests/kernels/sanitize.py",
             *(["--cases", "--interpreted"] if options.dry_run else ["memcheck"]),
         ]
     if part.name == "counters":

@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_fuzz import WORDS, save_sentence_encoder, save_tokenizer, tiny_config
-from tiny_bert import VOCAB, build, quarters
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, BertTokenizerFast
 from typer.testing import CliRunner
 
@@ -34,6 +32,8 @@ from moebert_kernels.compress.storage.sentence_encoder import load_sentence_enco
 from moebert_kernels.compress.training.finetuning import finetune
 from moebert_kernels.errors import UserError
 from moebert_kernels.models import MoEBertConfig, replace_ffns, to_moe
+from tests.test_fuzz import WORDS, save_sentence_encoder, save_tokenizer, tiny_config
+from tests.tiny_bert import VOCAB, build, quarters
 
 
 class Marker:

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from bench.gpu import FIRST
+from tests import ROOT
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 
-ROOT = Path(__file__).resolve().parents[1]
+TESTS = ROOT / "tests"
 BARE = ("torch", "triton", "numpy", "pytest")
 # What the whole package needs; it would be noticed if an installed package's modules could not be told.
 NEVER_THERE = (
@@ -32,8 +33,15 @@ NEVER_THERE = (
 )
 # Modules with tests of a GPU that run where these are installed besides.
 NEEDING_MORE = {
-    "test_fitting.py": ("transformers", "accelerate", "datasets", "scikit-learn", "scipy", "hypothesis"),
-    "test_packing_device.py": ("transformers",),
+    "compress/experts/test_fitting.py": (
+        "transformers",
+        "accelerate",
+        "datasets",
+        "scikit-learn",
+        "scipy",
+        "hypothesis",
+    ),
+    "models/test_packing_device.py": ("transformers",),
 }
 
 
@@ -76,7 +84,7 @@ def run(tmp_path_factory):
         environment = os.environ | {
             "OMP_NUM_THREADS": "1",
             "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-            "PYTHONPATH": os.pathsep.join([str(startup), str(ROOT / "tests")]),
+            "PYTHONPATH": str(startup),
             "TRITON_INTERPRET": "1",
         }
         command = [sys.executable, "-m", module, *arguments]
@@ -101,12 +109,13 @@ def test_no_test_of_a_gpu_is_lost(run):
         options = ["--collect-only", "-m", "gpu", "-p", "no:cacheprovider"]
         status, out, errors = run("pytest", *options, *arguments, packages=packages)
         assert status == 0, out + errors
-        return set(re.findall(r"^tests/(\w+\.py)(?:: [1-9]|::)", out, re.MULTILINE))
+        return set(re.findall(r"^tests/([\w/]+\.py)(?:: [1-9]|::)", out, re.MULTILINE))
 
     meant_for_one = re.compile(r"mark\.gpu|^def test_\w+\([^)]*\bdevice\b", re.MULTILINE)
-    modules = {path.name for path in ROOT.glob("tests/test_*.py") if meant_for_one.search(path.read_text())}
+    files = [path for path in TESTS.rglob("test_*.py") if meant_for_one.search(path.read_text())]
+    modules = {path.relative_to(TESTS).as_posix() for path in files}
     there = modules - {Path(__file__).name} - NEEDING_MORE.keys()
-    assert collected() >= there >= {"test_gpu.py", "test_native_cuda.py"}
+    assert collected() >= there >= {"kernels/test_gpu.py", "native/test_cuda.py"}
     for name, packages in NEEDING_MORE.items():
         assert collected(f"tests/{name}", packages=(*BARE, *packages)) == {name}
 
@@ -164,7 +173,7 @@ def test_tiles_are_tuned(run):
 
 
 def test_the_sanitizers_cases_run(run):
-    status, _, errors = run("tests.sanitize", "--cases", "--interpreted")
+    status, _, errors = run("tests.kernels.sanitize", "--cases", "--interpreted")
     assert status == 0, errors
 
 

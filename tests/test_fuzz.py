@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from mutations import mutate_bytes, mutate_header, mutate_json, mutate_tensors
 from safetensors import safe_open
 from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizerFast
 from typer.testing import CliRunner
@@ -30,6 +29,7 @@ from moebert_kernels.compress.scoring.published import convert_published
 from moebert_kernels.compress.scoring.token_scores import TokenScores
 from moebert_kernels.compress.storage.loading import load_model
 from moebert_kernels.compress.storage.sentence_encoder import load_sentence_encoder
+from tests.mutations import mutate_bytes, mutate_header, mutate_json, mutate_tensors
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(20))]
 SECONDS, MEBIBYTES = 2.0, 500

@@ -5,12 +5,12 @@ import sys
 
 import pytest
 import torch
-from tiny_bert import LAYERS
-from tiny_encoders import build
 
 import moebert_kernels
 from moebert_kernels import models
 from moebert_kernels.models import to_moe
+from tests.tiny_bert import LAYERS
+from tests.tiny_encoders import build
 
 SLOW = ("transformers", "datasets", "sklearn", "scipy", "pandas", "matplotlib", "triton", "torch._dynamo")
 

@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from former_names import under_former_names
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from moebert_kernels import HashRouter, MoEFFN, RoutingPlan, SentenceGate, TokenGate, hash_random_tables
+from tests.former_names import under_former_names
 
 
 def dense_ffn(D, F, norm_eps=None):

@@ -6,11 +6,11 @@ import ast
 import inspect
 import re
 from importlib import import_module, metadata
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests import ROOT
+
 CHECKED = "moebert_kernels", "bench", "python_ref"
 
 

@@ -5,12 +5,12 @@ import shlex
 from pathlib import Path
 
 import pytest
-from test_pipeline import WORDS, make_teacher
 from typer.testing import CliRunner
 
 from moebert_kernels import cli
+from tests import ROOT
+from tests.compress.runs.test_pipeline import WORDS, make_teacher
 
-ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = [
     ROOT / "README.md",

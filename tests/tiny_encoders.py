@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from tiny_bert import HIDDEN, LAYERS, VOCAB, WIDTH
 
 from moebert_kernels.models import FAMILIES
 from moebert_kernels.models.families import Family
+from tests.tiny_bert import HIDDEN, LAYERS, VOCAB, WIDTH
 
 _SIZES = {
     "vocab_size": VOCAB,

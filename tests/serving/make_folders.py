@@ -18,9 +18,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertTokenizerFast
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 
-from tiny_bert import LAYERS, VOCAB, build, quarters  # noqa: E402
 from transformers import BertForSequenceClassification  # noqa: E402
 
 import moebert_kernels  # noqa: E402
@@ -28,6 +27,7 @@ from moebert_kernels.compress.experts.adaptation import adapt, random_scores  # 
 from moebert_kernels.compress.minilm import find_base_model  # noqa: E402
 from moebert_kernels.compress.storage.sentence_encoder import load_sentence_encoder  # noqa: E402
 from moebert_kernels.models import find_ffns, to_moe  # noqa: E402
+from tests.tiny_bert import LAYERS, VOCAB, build, quarters  # noqa: E402
 
 TEXTS = [
     "Send a request and return its response.",

@@ -3,8 +3,8 @@
 That binds, specialises and hashes the arguments anew at every launch, in Python, and encodes every
 descriptor: it takes longer than a small kernel runs. The C function that it calls in the end is Triton's own.
 
-Private names of Triton 3.6, of which `test_kernels_direct.py` says whether they are as they were, and without
-which Triton starts every kernel: `_BASE_ARGS_FORMAT`, `make_tensordesc_arg` and, in the closure of
+Private names of Triton 3.6, of which `tests/kernels/test_direct.py` says whether they are as they were, and
+without which Triton starts every kernel: `_BASE_ARGS_FORMAT`, `make_tensordesc_arg` and, in the closure of
 `wrap_handle_tensordesc`, `launcher` of `backends.nvidia.driver`; `launch`, the two flags and the two scratch
 sizes of its `CudaLauncher`; `run`, `function`, `packed_metadata` and `metadata` of `CompiledKernel`.
 """

@@ -1,0 +1,167 @@
+"""What the student is compared with: made as they should be, through the whole pipeline, with every seed."""
+
+import json
+import statistics
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import BertForSequenceClassification
+
+from moebert_kernels.compress.report.page import render_report
+from moebert_kernels.compress.runs.pipeline import compress, stage_names
+from moebert_kernels.compress.runs.variants import over_seeds
+from moebert_kernels.compress.scoring.importance import Importance
+from moebert_kernels.models import is_moe
+from tests.compress.runs.test_pipeline import SETTINGS, make_data, make_teacher
+
+EVERYTHING = replace(SETTINGS, epochs=0.5, comparisons=("random", "narrow", "layers"), seed=3, seeds=2)
+NAMES = ["student", "random split", "narrow FFN", "fewer layers"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One whole run, not to be written to."""
+    folder = tmp_path_factory.mktemp("finished")
+    teacher = make_teacher(folder / "teacher")
+    calls = []
+    results = compress(
+        EVERYTHING, make_data(), teacher, folder / "out", progress=lambda *call: calls.append(call)
+    )
+    return folder, results, calls
+
+
+def test_all_of_them_stand_in_the_results_with_every_seed(finished):
+    folder, results, calls = finished
+    assert json.loads((folder / "out" / "results.json").read_text()) == json.loads(json.dumps(results))
+    models = {model["name"]: model for model in results["models"]}
+    assert list(models) == ["teacher", *(n for name in NAMES for n in (f"{name} before distillation", name))]
+    assert "spread" not in models["teacher"]
+    for name in NAMES:
+        model = models[name]
+        values = [of_seed["quality"]["accuracy"] for of_seed in model["seeds"]]
+        assert [of_seed["seed"] for of_seed in model["seeds"]] == [3, 4]
+        assert model["quality"]["accuracy"] == pytest.approx(statistics.mean(values))
+        assert model["spread"]["accuracy"] == pytest.approx(statistics.stdev(values))
+        assert model["latency_ms"]["median"] > 0
+        # What is drawn differs from seed to seed before distillation too; what is not is made once.
+        assert ("seeds" in models[f"{name} before distillation"]) == (name in ("student", "random split"))
+    order = list(dict.fromkeys(stage for stage, *_ in calls))
+    assert order == list(results["timings_s"]) == stage_names(EVERYTHING)
+    assert "distill fewer layers seed 4" in order
+    assert "adapt fewer layers seed 4" not in order
+    assert list(results["losses"]) == NAMES
+
+
+def test_the_seeds_differ_and_the_first_is_kept(finished):
+    out = finished[0] / "out"
+    # The others' beginnings are not drawn, and tiny models are kept as they began: training moves them away.
+    for folder in ("student", "random"):
+        first = out / "student" if folder == "student" else out / "work" / folder / "distilled"
+        second = out / "work" / folder / f"seed-{EVERYTHING.seed + 1}" / "distilled"
+        weights, others = (load_file(f / "model.safetensors") for f in (first, second))
+        assert any(not torch.equal(weights[name], others[name]) for name in weights)
+
+
+def test_the_costs_are_those_of_the_student(finished):
+    models = {model["name"]: model for model in finished[1]["models"]}
+    student, narrow, fewer = (models[name] for name in ("student", "narrow FFN", "fewer layers"))
+    assert narrow["encoder_flops_per_token"] == student["encoder_flops_per_token"]
+    assert narrow["ffn_flops_per_token"] == student["ffn_flops_per_token"]
+    # A layer of the teacher costs 16,384 and the student 20,480: one layer is nearer than two.
+    assert student["encoder_flops_per_token"] == 20480
+    assert fewer["encoder_flops_per_token"] == 16384
+    assert fewer["kept_layers"] == [2]
+    assert "kept_layers" not in narrow
+
+
+def test_the_narrow_model_has_the_most_important_neurons(finished):
+    folder = finished[0]
+    scores_LF = Importance.load(folder / "out" / "importance.safetensors").scores_LF
+    teacher = BertForSequenceClassification.from_pretrained(folder / "teacher")
+    narrow = BertForSequenceClassification.from_pretrained(folder / "out" / "work" / "narrow" / "adapted")
+    assert narrow.config.intermediate_size == 16
+    for layer, scores_F in enumerate(scores_LF):
+        top_F = scores_F.topk(16).indices
+        dense, kept = (model.bert.encoder.layer[layer].intermediate.dense for model in (teacher, narrow))
+        assert torch.equal(kept.weight, dense.weight[top_F])
+        assert torch.equal(kept.bias, dense.bias[top_F])
+
+
+def test_the_dense_ones_load_as_any_model(finished):
+    for folder, num_layers in (("narrow", 2), ("layers", 1)):
+        where = finished[0] / "out" / "work" / folder / "distilled"
+        model = BertForSequenceClassification.from_pretrained(where)
+        assert model.config.num_hidden_layers == num_layers
+        assert not is_moe(model.config)
+
+
+def test_the_report_shows_every_model_and_its_spread(finished):
+    page = render_report(finished[1])
+    student = next(model for model in finished[1]["models"] if model["name"] == "student")
+    assert f"{student['quality']['accuracy']:.3f} ± {student['spread']['accuracy']:.3f}" in page
+    for name in NAMES:
+        assert name in page
+
+
+def test_interrupted_in_a_later_seed_it_goes_on_there_and_ends_the_same(finished, tmp_path):
+    interrupted_at, calls = "distill fewer layers seed 4", []
+
+    def interrupt(stage, done, total):
+        if (stage, done) == (interrupted_at, 2):
+            raise KeyboardInterrupt
+
+    folder, results, _ = finished
+    with pytest.raises(KeyboardInterrupt):
+        compress(EVERYTHING, make_data(), folder / "teacher", tmp_path / "out", progress=interrupt)
+    again = compress(
+        EVERYTHING,
+        make_data(),
+        folder / "teacher",
+        tmp_path / "out",
+        progress=lambda *call: calls.append(call),
+    )
+    reused = [stage for stage, _, total in calls if total == 0]
+    names = stage_names(EVERYTHING)
+    assert reused == names[: names.index(interrupted_at)]
+    for key in ("quality", "spread", "seeds"):
+        assert [m.get(key) for m in again["models"]] == [m.get(key) for m in results["models"]]
+
+
+def test_more_seeds_and_comparisons_leave_what_was_made(finished, tmp_path):
+    """Who has a student may ask for company later: nothing is distilled twice."""
+    calls = []
+
+    def run(**changes):
+        calls.clear()
+        settings = replace(EVERYTHING, **changes)
+        data, teacher = make_data(), finished[0] / "teacher"
+        compress(settings, data, teacher, tmp_path / "out", progress=lambda *call: calls.append(call))
+        return {stage for stage, _, total in calls if total > 0}
+
+    first = run(comparisons=(), seeds=1)
+    assert run(comparisons=("narrow",), seeds=2).isdisjoint(first - {"measure"})
+
+
+def test_a_narrow_model_has_as_many_neurons_as_a_token_meets(tmp_path):
+    """Two experts of 16 for every token cost what 32 dense neurons do."""
+    teacher = make_teacher(tmp_path / "teacher")
+    settings = replace(SETTINGS, epochs=0.1, routing="gate-token", top_k=2, comparisons=("narrow",))
+    compress(settings, make_data(), teacher, tmp_path / "out")
+    narrow = BertForSequenceClassification.from_pretrained(tmp_path / "out" / "work" / "narrow" / "distilled")
+    assert narrow.config.intermediate_size == 32
+
+
+def test_one_seed_is_its_own_mean():
+    record = {"quality": {"accuracy": 0.1 + 0.2}, "parameters_stored": 5}
+    assert over_seeds([record], [0]) is record
+    other = {"quality": {"accuracy": 0.5}, "parameters_stored": 5}
+    both = over_seeds([record, other], [7, 8])
+    assert both["parameters_stored"] == 5
+    assert both["quality"] == {"accuracy": pytest.approx(0.4)}
+    assert both["spread"] == {"accuracy": pytest.approx(0.2 / 2**0.5)}
+    assert both["seeds"] == [
+        {"seed": 7, "quality": record["quality"]},
+        {"seed": 8, "quality": other["quality"]},
+    ]

@@ -1,0 +1,121 @@
+"""The Triton kernels where experts share neurons, interpreted and on a GPU, against float64 python_ref."""
+
+import itertools
+
+import pytest
+import torch
+
+from tests.cases import Case, expert_ids
+from tests.kernels.checks import (
+    call,
+    check,
+    errors,
+    inputs,
+    leaves,
+    outputs,
+    plan_of,
+    reference,
+    run,
+    send_to,
+    use_config,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::DeprecationWarning")
+pytest.importorskip("triton", reason="the kernels are written in Triton")
+
+from moebert_kernels.kernels import triton as kernels  # noqa: E402
+from moebert_kernels.kernels.triton import launch  # noqa: E402
+from moebert_kernels.kernels.triton.configs import Config, Tile  # noqa: E402
+
+SQUARE = Tile(16, 16, 32, 4, 2)
+WIDE = Tile(16, 32, 32, 4, 2, parts=4)
+PLAIN = Config(SQUARE, SQUARE, SQUARE, SQUARE, Tile(16, 16, 16, 4, 2))
+STREAMED = Config(WIDE, WIDE, WIDE, WIDE, Tile(16, 32, 16, 4, 2), stream_k=True, tma=True)
+
+
+@pytest.fixture(autouse=True)
+def through_the_kernels(device, monkeypatch, poisoned_memory):
+    """CPU tensors go to the interpreted kernels, and tiles are small enough for small cases to have many."""
+    send_to(kernels, monkeypatch)
+    use_config(PLAIN, monkeypatch)
+
+
+# Widths that tiles of 16 and 32 columns divide, and that none does: no tile has neurons of both kinds.
+CASES = [
+    Case(0, C=16),
+    Case(1, C=16),
+    Case(37, C=48, F=24),
+    Case(33, C=32, F=16, routing="dropped", norm=True),
+    Case(33, C=13, F=29, D=13, routing="middle empty", gate=True),
+    Case(19, C=40, F=8, activation="relu", bias=False),
+    Case(11, C=20, K=2, gate=True, routing="dropped"),
+    Case(11, C=20, K=3, norm=True, routing="first empty"),
+    Case(9, C=16, norm=True, routing="nobody"),
+    Case(5, C=8, E=32, D=8, F=8),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_case_in_float32(case, device):
+    check(case, torch.float32, device)
+
+
+@pytest.mark.parametrize("case", [CASES[2], CASES[4]], ids=str)
+def test_case_in_float16(case, device):
+    check(case, torch.float16, device)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.T > 9], ids=str)
+def test_case_streamed_with_descriptors(case, device, monkeypatch):
+    """Shared weights' tiles, which go over all rows, are cut like those of experts."""
+    use_config(STREAMED, monkeypatch)
+    check(case, torch.float32, device)
+
+
+def test_many_tokens_are_streamed_without_being_asked(device):
+    """Plain, a shared tile's program would take as long as all experts' together."""
+    case = Case(300, C=16, F=16, routing="skewed")
+    t = inputs(case, torch.float32, device)
+    u = leaves(t)
+    y = call(case, u, plan_of(case, device))
+    with launch.recorded() as launches:
+        torch.autograd.grad(y, [u["w1"]], u["dy"])
+    assert "weight_grad_stream_kernel" in [l.kernel.__name__ for l in launches]
+    for group, (_, largest) in errors(run(case, t), reference(case, t), expert_ids(case), case.E).items():
+        assert largest < 1e-4, group
+
+
+def test_any_subset_of_inputs_may_require_grad(device):
+    """Shared weights' gradients come out of the experts' kernels: nobody's may be left out or made up."""
+    case = Case(5, E=2, D=8, F=8, C=16, gate=True, routing="dropped")
+    t = inputs(case, torch.float32, device)
+    everything = run(case, t)
+    plan = plan_of(case, device)
+    names = [k for k in t if k != "dy"]
+    for wanted in (c for n in (1, 2) for c in itertools.combinations(names, n)):
+        part = {k: v.clone().requires_grad_(k in wanted) for k, v in t.items()}
+        grads = torch.autograd.grad(call(case, part, plan), [part[n] for n in wanted], t["dy"])
+        for name, grad in zip(wanted, grads, strict=True):
+            assert torch.equal(grad, everything["d" + name]), f"{name} with {wanted}"
+
+
+def test_launches_are_those_of_experts_that_share_nothing(device):
+    """Forward and backward: the shared block is a matter of addresses within them."""
+    names = []
+    for case in (Case(9, F=32, norm=True), Case(9, F=16, C=16, norm=True)):
+        t = leaves(inputs(case, torch.float32, device))
+        y = call(case, t, plan_of(case, device))
+        with launch.recorded() as launches:
+            call(case, t, plan_of(case, device))
+            outputs(y, t)
+        names.append([l.kernel.__name__ for l in launches])
+    assert names[0] == names[1]
+
+
+def test_inference_equals_training_bit_for_bit(device):
+    case = Case(21, K=2, C=24, routing="dropped")
+    t = inputs(case, torch.float32, device)
+    plan = plan_of(case, device)
+    trained = call(case, leaves(t), plan)
+    with torch.no_grad():
+        assert torch.equal(call(case, t, plan), trained)

@@ -1,0 +1,89 @@
+"""What users of transformers, accelerate and torch do with any model, and have seen fail with some."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from accelerate import cpu_offload, init_empty_weights, load_checkpoint_and_dispatch
+from transformers import AutoModelForSequenceClassification as Auto
+from transformers import BertForSequenceClassification
+
+from moebert_kernels.models import to_moe
+from tests.tiny_bert import batch, build, quarters
+
+
+@pytest.fixture(scope="module")
+def student():
+    return to_moe(build(BertForSequenceClassification), quarters(), num_shared_neurons=0)
+
+
+@pytest.fixture
+def folder(student, tmp_path):
+    student.save_pretrained(tmp_path, max_shard_size="20KB")
+    return tmp_path
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(**batch()).logits
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}])
+def test_a_device_map_leaves_the_tables_as_they_were_saved(student, folder, device_map):
+    """Stops buffers from being left uninitialised where weights are placed one by one, from several files."""
+    found = Auto.from_pretrained(folder, device_map=device_map)
+    assert torch.equal(found.bert.encoder.tables_LV, student.bert.encoder.tables_LV)
+    torch.testing.assert_close(logits(found), logits(student))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, "auto"])
+def test_a_dtype_is_that_of_weights_alone(student, folder, dtype):
+    """Stops routing tables from being cast, in which large numbers of experts would be rounded."""
+    found = Auto.from_pretrained(folder, dtype=dtype)
+    assert found.bert.encoder.tables_LV.dtype == torch.int32
+    assert (logits(found).float() - logits(student)).abs().max() < 0.1
+
+
+def test_accelerate_offloads_and_dispatches(student, folder):
+    """Stops weights that a hook brings for one call from being missed by what looks at them between calls."""
+    offloaded = copy.deepcopy(student)
+    cpu_offload(offloaded, execution_device=torch.device("cpu"))
+    torch.testing.assert_close(logits(offloaded), logits(student))
+    with init_empty_weights():
+        empty = Auto.from_config(student.config)
+    found = load_checkpoint_and_dispatch(empty, folder, device_map={"": "cpu"})
+    torch.testing.assert_close(logits(found), logits(student))
+
+
+def test_a_pickle_of_a_model_is_read_in_a_new_process(student, tmp_path):
+    """Stops classes that are made when asked for from being missed by pickle, as in a pool's workers."""
+    torch.save(student, tmp_path / "model.pt")
+    script = (
+        "import sys, torch\n"
+        "model = torch.load(sys.argv[1], weights_only=False)\n"
+        "from transformers import AutoModel\n"
+        "print(type(model).__name__, type(AutoModel.from_config(model.config)).__name__)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "model.pt")], capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["MoEBertForSequenceClassification", "MoEBertModel"], done.stderr
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_gives_the_same_gradients_of_a_gated_student(use_reentrant):
+    """Stops recomputation from choosing other experts than the forward pass did."""
+    grads = []
+    for checkpointed in (False, True):
+        dense = build(
+            BertForSequenceClassification, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+        )
+        model = to_moe(dense, quarters(), num_shared_neurons=0, routing="gate-token").train()
+        model.enable_input_require_grads()
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        model(**batch(), labels=torch.tensor([0, 1, 0])).loss.backward()
+        grads.append(model.bert.encoder.layer[0].ffn.w1_EFD.grad)
+    torch.testing.assert_close(*grads)

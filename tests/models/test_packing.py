@@ -1,0 +1,438 @@
+"""Packed batches: what a model gives for real tokens, losses and gradients are those of the padded form."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moebert_kernels.models import Pack, packed, to_moe, why_not_packed
+from moebert_kernels.models.config import GATE_ROUTINGS
+from moebert_kernels.models.packed_attention import PACKED_SDPA
+from tests.tiny_bert import LAYERS, VOCAB, all_neurons, quarters
+from tests.tiny_encoders import FAMILY, build, each_family
+
+PADDING_ID = 1
+each_packed_family = [name for name in each_family if FAMILY[name].attends_by_interface]
+HEADS = (None, "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM")
+
+
+def moe(name: str = "Bert", head: str | None = None, routing: str = "hash-random", **changes):
+    return to_moe(build(name, head, **changes), quarters(), num_shared_neurons=0, routing=routing)
+
+
+def batch_of(mask: torch.Tensor, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = torch.randint(2, VOCAB, mask.shape, generator=generator)
+    return {"input_ids": input_ids.masked_fill(mask == 0, PADDING_ID), "attention_mask": mask}
+
+
+def mask_of(*lengths: int, length: int | None = None) -> torch.Tensor:
+    places = torch.arange(max(lengths) if length is None else length)
+    return (places < torch.tensor(lengths).unsqueeze(1)).long()
+
+
+class Shapes:
+    """The shapes that a model's first feed-forward half is called with, while it is watched."""
+
+    def __init__(self, model):
+        self.seen: list[tuple[int, ...]] = []
+        norms = [m for m in model.modules() if isinstance(m, torch.nn.LayerNorm)]
+        self._hook = norms[1].register_forward_hook(lambda _, args, y: self.seen.append(tuple(y.shape[:2])))
+
+    def __enter__(self):
+        return self.seen
+
+    def __exit__(self, *_):
+        self._hook.remove()
+
+
+def is_packed(model, **inputs) -> bool:
+    """Whether a call computes rows."""
+    with Shapes(model) as seen, torch.no_grad():
+        model(**inputs)
+    shapes = {shape for shape in seen}
+    assert len(shapes) == 1
+    return shapes != {tuple(inputs["attention_mask"].shape)}
+
+
+masks = st.one_of(
+    st.lists(st.integers(1, 9), min_size=1, max_size=5).map(lambda lengths: mask_of(*lengths)),
+    st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=1, max_size=4).map(
+        lambda rows: torch.tensor(rows).long()  # holes, padding in front, nothing but padding
+    ),
+    st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=4).map(
+        lambda rows: torch.tensor([[True, *row] for row in rows])  # holes behind a first token
+    ),
+)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    name=st.sampled_from(each_family),
+    head=st.sampled_from(HEADS),
+    routing=st.sampled_from(["hash-random", *GATE_ROUTINGS]),
+    implementation=st.sampled_from(["sdpa", "sdpa", "eager"]),
+    mask=masks,
+    options=st.fixed_dictionaries(
+        {},
+        optional={
+            "output_hidden_states": st.just(True),
+            "return_dict": st.just(False),
+            "token_type_ids": st.just(True),
+            "position_ids": st.just(True),
+        },
+    ),
+    seed=st.integers(0, 99),
+)
+def test_real_tokens_get_what_they_get_in_the_padded_form(
+    name, head, routing, implementation, mask, options, seed
+):
+    if name in ("MPNet", "DebertaV2"):
+        implementation = "eager"
+    model = moe(name, head, routing)
+    if name not in ("MPNet", "DebertaV2"):
+        model.set_attn_implementation(implementation)
+    inputs, options = batch_of(mask, seed), dict(options)
+    if options.pop("token_type_ids", False) and name not in ("DistilBert", "MPNet", "DebertaV2"):
+        inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+    if options.pop("position_ids", False) and name not in ("DistilBert",):
+        inputs["position_ids"] = torch.arange(mask.shape[1]).flip(0).unsqueeze(0) + 2
+    routed, expected_routed = [], []
+    with torch.no_grad():
+        expected = model(**inputs, **options, pack=False, router_outputs=expected_routed)
+        actual = model(**inputs, **options, router_outputs=routed)
+    assert type(actual) is type(expected)
+    if not isinstance(actual, tuple):
+        assert list(actual) == list(expected)  # heads go by the order
+        actual, expected = actual.to_tuple(), expected.to_tuple()
+    for ours, theirs in zip(flat(actual), flat(expected), strict=True):
+        assert_real_close(ours, theirs, mask)
+    for ours, theirs in zip(routed, expected_routed, strict=True):
+        assert torch.equal(ours.plan.expert_ids_TK, theirs.plan.expert_ids_TK)
+        assert torch.equal(ours.plan.order_S, theirs.plan.order_S)
+        if theirs.gate_TK is not None:
+            torch.testing.assert_close(ours.gate_TK, theirs.gate_TK, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(ours.balance_loss, theirs.balance_loss, atol=1e-4, rtol=1e-4)
+
+
+def flat(output):
+    for part in output:
+        if isinstance(part, tuple):
+            yield from part
+        else:
+            yield part
+
+
+def assert_real_close(ours, theirs, mask, tolerance=1e-4):
+    assert ours.shape == theirs.shape
+    if ours.shape[:2] == mask.shape and ours.dim() >= 2:
+        ours, theirs = ours[mask != 0], theirs[mask != 0]
+    torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("name", each_family)
+def test_which_families_are_packed(name):
+    model, inputs = moe(name), batch_of(mask_of(9, 3, 5))
+    expected = name in each_packed_family
+    assert is_packed(model, **inputs) == expected
+    assert (why_not_packed(model) is None) == (why_not_packed(build(name)) is None) == expected
+    if not expected:
+        assert name in why_not_packed(model)
+
+
+def test_hidden_states_are_0_at_padding():
+    inputs = batch_of(mask_of(9, 3, 5))
+    output = moe()(**inputs, output_hidden_states=True)
+    assert len(output.hidden_states) == LAYERS + 1
+    assert output.hidden_states[-1] is output.last_hidden_state
+    for state in output.hidden_states:
+        assert not state[inputs["attention_mask"] == 0].any()
+
+
+@pytest.mark.parametrize(
+    ("mask", "why"),
+    [
+        (mask_of(9, 9), "nothing to gain"),
+        (mask_of(9, 3).flip(1), "the first place of a sequence is read, and is padding"),
+        (torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0]]), "a sequence of nothing but padding is read, too"),
+        (mask_of(*[40] * 9, 39), "next to nothing to gain"),
+    ],
+)
+def test_batches_that_are_computed_as_they_are(mask, why):
+    model, inputs = moe(), batch_of(mask)
+    assert not is_packed(model, **inputs), why
+    with torch.no_grad():
+        for ours, theirs in zip(
+            model(**inputs).to_tuple(), model(**inputs, pack=False).to_tuple(), strict=True
+        ):
+            assert torch.equal(ours, theirs)
+
+
+def test_a_call_that_asks_for_attentions_is_computed_as_it_is():
+    inputs = batch_of(mask_of(9, 3))
+    model = moe(attn_implementation="eager")
+    assert len(model(**inputs, output_attentions=True).attentions) == LAYERS
+    assert not is_packed(moe(), **inputs, output_attentions=True)
+
+
+@pytest.mark.parametrize("shape", [(2, 9, 9), (2, 1, 9, 9)])
+def test_masks_of_other_shapes_say_nothing_about_padding(shape):
+    inputs = batch_of(mask_of(9, 3))
+    inputs["attention_mask"] = torch.ones(shape, dtype=torch.bool)
+    model = moe()
+    with torch.no_grad():
+        assert torch.equal(model(**inputs)[0], model(**inputs, pack=False)[0])
+        assert model(input_ids=inputs["input_ids"])[0].all()
+
+
+@pytest.mark.parametrize("name", each_packed_family)
+def test_embeddings_in_the_place_of_ids(name):
+    """RoBERTa's kin number their positions otherwise then."""
+    model, mask = moe(name, routing="gate-token"), mask_of(9, 3, 5)
+    embeds = model.get_input_embeddings()(batch_of(mask)["input_ids"]).detach()
+    with torch.no_grad():
+        expected = model(inputs_embeds=embeds, attention_mask=mask, pack=False)[0]
+        actual = model(inputs_embeds=embeds, attention_mask=mask)[0]
+    assert not actual[mask == 0].any()
+    assert_real_close(actual, expected, mask)
+
+
+def labels_of(head: str, mask: torch.Tensor, at_padding: bool) -> dict[str, torch.Tensor]:
+    if head == "ForQuestionAnswering":
+        ones = torch.ones(len(mask), dtype=torch.long)
+        return {"start_positions": ones * 0, "end_positions": ones * 2}
+    if head == "ForSequenceClassification":
+        return {"labels": torch.arange(len(mask)) % 2}
+    labels = torch.arange(mask.numel()).view(mask.shape) % 2
+    return {"labels": labels if at_padding else labels.masked_fill(mask == 0, -100)}
+
+
+def gradients(model, **inputs) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    torch.manual_seed(0)
+    loss = model(**inputs).loss
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), **found}
+
+
+def assert_same_gradients(actual, expected, tolerance=2e-4):
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        scale = max(float(gradient.abs().max()), 1e-3)
+        torch.testing.assert_close(
+            actual[name], gradient, atol=tolerance * scale, rtol=0, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+@pytest.mark.parametrize("at_padding", [False, True])
+@pytest.mark.parametrize("head", HEADS[1:])
+@pytest.mark.parametrize("name", ["Bert", "Roberta", "Electra", "DistilBert"])
+def test_losses_and_gradients_are_those_of_the_padded_form(name, head, at_padding):
+    """Of labels at padding, too, and of answers, which are chosen among all places: these are not packed."""
+    model = moe(name, head).double().train()
+    without_dropout(model)
+    mask = mask_of(9, 3, 5)
+    inputs = {**batch_of(mask), **labels_of(head, mask, at_padding)}
+    expected = gradients(model, **inputs, pack=False)
+    assert_same_gradients(gradients(model, **inputs), expected)
+    read = head == "ForQuestionAnswering" or (
+        at_padding and "labels" in inputs and inputs["labels"].dim() == 2
+    )
+    assert is_packed(model, **inputs) != read
+
+
+def without_dropout(model):
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "dropout") and isinstance(module.dropout, float):
+            module.dropout = 0.0
+
+
+@pytest.mark.parametrize("routing", ["hash-random", "gate-token", "gate-sentence"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_no_gradient(routing, reentrant):
+    """Dropout on: recomputation draws for rows what they had."""
+    model = moe("Bert", "ForTokenClassification", routing).train()
+    mask = mask_of(9, 3, 5)
+    inputs = {**batch_of(mask), **labels_of("ForTokenClassification", mask, False)}
+    expected = gradients(model, **inputs)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert_same_gradients(gradients(model, **inputs), expected, 1e-6)
+
+
+def test_dropout_leaves_as_many_rows_and_scales_them():
+    """Training draws other numbers than in the padded form, and keeps the mean."""
+    model = moe("Bert").train()
+    inputs = batch_of(mask_of(9, 3, 5))
+    with torch.no_grad():
+        states = [model(**inputs, output_hidden_states=True).hidden_states[0] for _ in range(400)]
+        expected = copy.deepcopy(model).eval()(**inputs, output_hidden_states=True).hidden_states[0]
+    real = inputs["attention_mask"] != 0
+    error = torch.stack(states).mean(0)[real] - expected[real]
+    assert error.abs().mean() < 0.02 * expected[real].abs().mean()
+
+
+def test_bfloat16_and_autocast():
+    model, inputs = moe("Bert", "ForSequenceClassification", "gate-sentence"), batch_of(mask_of(9, 3, 5))
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        with torch.autocast("cpu", torch.bfloat16):
+            under_autocast = model(**inputs).logits.float()
+        half = model.to(torch.bfloat16)(**inputs).logits.float()
+    for actual in (under_autocast, half):
+        assert (actual - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_a_saved_model_knows_nothing_of_it(tmp_path):
+    model, inputs = moe(), batch_of(mask_of(9, 3, 5))
+    assert model.config._attn_implementation == "sdpa"
+    expected = model(**inputs)[0]
+    assert model.config._attn_implementation == PACKED_SDPA
+    model.save_pretrained(tmp_path)
+    assert PACKED_SDPA not in (tmp_path / "config.json").read_text()
+    reloaded = type(model).from_pretrained(tmp_path)
+    assert reloaded.config._attn_implementation == "sdpa"
+    assert torch.equal(reloaded(**inputs)[0], expected)
+
+
+def test_a_batch_without_padding_is_the_same_to_packed_attention():
+    """A model keeps the implementation that packed a batch: without a pack it must be SDPA, mask and all."""
+    model, left = moe(), batch_of(mask_of(9, 3).flip(1))
+    full = {"input_ids": batch_of(mask_of(9, 9))["input_ids"]}
+    with torch.no_grad():
+        before = [model(**inputs)[0] for inputs in (full, left)]
+        model(**batch_of(mask_of(9, 3)))
+        assert model.config._attn_implementation == PACKED_SDPA
+        after = [model(**inputs)[0] for inputs in (full, left)]
+    for ours, theirs in zip(after, before, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", each_packed_family)
+def test_a_dense_model_packs_where_it_is_told_to(name):
+    dense, inputs = build(name, "ForSequenceClassification"), batch_of(mask_of(9, 3, 5))
+    moe_model = to_moe(dense, all_neurons(1), num_shared_neurons=64)
+    with torch.no_grad():
+        expected = dense(**inputs, output_hidden_states=True)
+        with packed(dense), packed(dense):  # once is enough
+            assert is_packed(dense, **inputs)
+            actual = dense(**inputs, output_hidden_states=True)
+            as_tuple = dense(**inputs, return_dict=False)
+        with packed(moe_model):
+            torch.testing.assert_close(moe_model(**inputs).logits, actual.logits, atol=1e-4, rtol=1e-4)
+        assert not is_packed(dense, **inputs)
+    assert dense.config._attn_implementation == "sdpa"
+    torch.testing.assert_close(actual.logits, expected.logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(as_tuple[0], expected.logits, atol=1e-4, rtol=1e-4)
+    for ours, theirs in zip(actual.hidden_states, expected.hidden_states, strict=True):
+        assert_real_close(ours, theirs, inputs["attention_mask"])
+        assert not ours[inputs["attention_mask"] == 0].any()
+
+
+def test_a_dense_model_that_cannot_pack_says_why():
+    with (
+        pytest.raises(ValueError, match=r"MPNetModel cannot be packed: the attention of MPNet is its own"),
+        packed(build("MPNet")),
+    ):
+        pass
+    with (
+        pytest.raises(ValueError, match=r"attn_implementation='eager' cannot be given rows; 'sdpa' can"),
+        packed(build("Bert", attn_implementation="eager")),
+    ):
+        pass
+    with pytest.raises(ValueError, match="must hold exactly one of"), packed(torch.nn.Linear(2, 2)):
+        pass
+
+
+@pytest.mark.parametrize("routing", ["hash-random", "gate-token", "gate-sentence"])
+@pytest.mark.parametrize("max_tokens", [None, 17, 20, 27, 999])
+def test_a_pack_that_is_given(routing, max_tokens):
+    """With a bound too, which leaves rows that no token has."""
+    mask = mask_of(9, 3, 5)
+    model, inputs = moe("Bert", "ForSequenceClassification", routing), batch_of(mask)
+    pack = Pack.from_mask(mask, max_tokens=max_tokens)
+    assert pack.num_rows == {None: 17, 999: 27}.get(max_tokens, max_tokens)
+    routed, expected_routed = [], []
+    with torch.no_grad():
+        expected = model(**inputs, pack=False, output_hidden_states=True, router_outputs=expected_routed)
+        actual = model(**inputs, pack=pack, output_hidden_states=True, router_outputs=routed)
+        kept = model(**inputs, pack=pack.with_rows_kept(), output_hidden_states=True)
+    torch.testing.assert_close(actual.logits, expected.logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(kept.logits, expected.logits, atol=1e-4, rtol=1e-4)
+    for ours, rows_ND, theirs in zip(
+        actual.hidden_states, kept.hidden_states, expected.hidden_states, strict=True
+    ):
+        assert_real_close(ours, theirs, mask)
+        assert rows_ND.shape == (pack.num_rows, 32)
+        assert torch.equal(pack.padded(rows_ND), ours)
+    for ours, theirs in zip(routed, expected_routed, strict=True):
+        assert torch.equal(ours.plan.expert_ids_TK, theirs.plan.expert_ids_TK)
+
+
+def test_gradients_with_rows_that_no_token_has():
+    mask = mask_of(9, 3, 5)
+    model = moe("Bert", "ForSequenceClassification", "gate-sentence").double().train()
+    without_dropout(model)
+    inputs = {**batch_of(mask), "labels": torch.tensor([0, 1, 1])}
+    expected = gradients(model, **inputs, pack=False)
+    actual = gradients(model, **inputs, pack=Pack.from_mask(mask, max_tokens=25))
+    assert_same_gradients(actual, expected)
+
+
+def test_more_tokens_than_rows_are_not_left_out_in_silence():
+    """Without asking the device nothing can be raised: everything is NaN."""
+    mask = mask_of(9, 3, 5)
+    model, inputs = moe("Bert", "ForSequenceClassification"), batch_of(mask)
+    assert bool(model(**inputs, pack=Pack.from_mask(mask, max_tokens=16)).logits.isnan().all())
+
+
+def test_nothing_but_padding_gives_0():
+    mask = torch.zeros(2, 4, dtype=torch.long)
+    states = moe()(**batch_of(mask), pack=Pack.from_mask(mask), output_hidden_states=True).hidden_states
+    assert not any(bool(state.any()) for state in states)
+
+
+def test_an_empty_sequence_among_others_takes_no_part():
+    mask = torch.tensor([[1, 1, 1, 0], [0, 0, 0, 0], [1, 0, 1, 1]])
+    model, inputs = moe(), batch_of(mask)
+    for max_tokens in (None, 8):
+        actual = model(**inputs, pack=Pack.from_mask(mask, max_tokens=max_tokens))[0]
+        assert_real_close(actual, model(**inputs, pack=False)[0], mask)
+        assert not actual[1].any()
+
+
+def test_packs_that_do_not_fit_are_refused():
+    model, inputs = moe(), batch_of(mask_of(9, 3))
+    pack = Pack.from_mask(inputs["attention_mask"])
+    with pytest.raises(
+        ValueError, match=r"pack is of a batch of shape \(2, 8\), got tokens of shape \(2, 9\)"
+    ):
+        model(**inputs, pack=Pack.from_mask(mask_of(8, 3)))
+    with pytest.raises(TypeError, match="pack must be a Pack, False or None, got bool"):
+        model(**inputs, pack=True)
+    with pytest.raises(ValueError, match="attentions are of the padded form alone"):
+        model(**inputs, pack=pack, output_attentions=True)
+    with pytest.raises(ValueError, match="the attention of MPNet is its own"):
+        moe("MPNet")(**inputs, pack=pack)
+    with pytest.raises(ValueError, match=r"mask must have shape \[B, S\], got \(9,\)"):
+        Pack.from_mask(torch.ones(9, dtype=torch.bool))
+    with pytest.raises(ValueError, match="max_tokens must be at least 1, got 0"):
+        Pack.from_mask(mask_of(9, 3), max_tokens=0)
+
+
+@pytest.mark.parametrize("routing", ["hash-random", "gate-sentence"])
+@pytest.mark.parametrize("max_tokens", [None, 20])
+def test_a_given_pack_compiles_as_one_graph(routing, max_tokens):
+    mask = mask_of(9, 3, 5)
+    model, inputs = moe("Bert", "ForSequenceClassification", routing), batch_of(mask)
+    pack = Pack.from_mask(mask, max_tokens=max_tokens)
+    expected = model(**inputs, pack=pack).logits
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**inputs, pack=pack).logits, expected, atol=1e-4, rtol=1e-4)
+    torch._dynamo.reset()

@@ -53,6 +53,14 @@ def pytest_collection_modifyitems(items):
 KERNELS = Counter()  # that were compiled or found in Triton's cache, here and by the workers of xdist
 
 
+if importlib.util.find_spec("hypothesis") is not None:
+    from hypothesis import settings
+
+    # The same examples in every run, however slow the machine; a test that needs more or fewer says so.
+    settings.register_profile("suite", max_examples=25, derandomize=True, deadline=None)
+    settings.load_profile("suite")
+
+
 def pytest_configure(config):
     """Count kernels where tests compile them: a cache that was brought along should have had them."""
     if INTERPRETING or importlib.util.find_spec("triton") is None:

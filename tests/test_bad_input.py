@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, BertTokenizerFast
+from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
 from typer.testing import CliRunner
 
 from moebert_kernels import (
@@ -32,8 +32,9 @@ from moebert_kernels.compress.storage.sentence_encoder import load_sentence_enco
 from moebert_kernels.compress.training.finetuning import finetune
 from moebert_kernels.errors import UserError
 from moebert_kernels.models import MoEBertConfig, replace_ffns, to_moe
-from tests.test_fuzz import WORDS, save_sentence_encoder, save_tokenizer, tiny_config
-from tests.tiny_bert import VOCAB, build, quarters
+from tests import tiny
+from tests.smallest import WORDS, save_sentence_encoder, save_tokenizer, smallest
+from tests.tiny import VOCAB, build, quarters
 
 
 class Marker:
@@ -47,8 +48,7 @@ class Marker:
 
 
 def make_model(folder: Path, model=None) -> Path:
-    torch.manual_seed(0)
-    (model or BertForSequenceClassification(tiny_config())).save_pretrained(folder)
+    (model or smallest()).save_pretrained(folder)
     save_tokenizer(folder)
     return folder
 
@@ -234,10 +234,9 @@ def test_saved_scores_know_their_model(tmp_path):
 
 
 def test_a_tokenizer_of_more_ids_than_the_routing_table(tmp_path):
-    model = adapt(BertForSequenceClassification(tiny_config()), random_scores(1, 16), num_experts=2)
+    model = adapt(smallest(), random_scores(1, 16), num_experts=2)
     folder = make_model(tmp_path / "model", model)
-    (folder / "more.txt").write_text("\n".join([*WORDS, "x", "y"]))
-    BertTokenizerFast(str(folder / "more.txt")).save_pretrained(folder)
+    tiny.tokenizer(folder, [*WORDS, "x", "y"]).save_pretrained(folder)
     with pytest.raises(UserError, match="has token ids from 0 to 26, but its model's vocabulary has 25"):
         load_model(folder)
     for ids in ([[1, 26]], [[-1, 1]]):
@@ -248,7 +247,7 @@ def test_a_tokenizer_of_more_ids_than_the_routing_table(tmp_path):
 
 
 def test_a_moe_checkpoint_must_be_whole_and_its_tables_name_experts(tmp_path):
-    model = adapt(BertForSequenceClassification(tiny_config()), random_scores(1, 16), num_experts=2)
+    model = adapt(smallest(), random_scores(1, 16), num_experts=2)
     folder = make_model(tmp_path / "model", model)
     weights = load_file(folder / "model.safetensors")
     table, expert = "bert.encoder.tables_LV", "bert.encoder.layer.0.ffn.w1_EFD"
@@ -271,7 +270,7 @@ def test_a_moe_checkpoint_must_be_whole_and_its_tables_name_experts(tmp_path):
 
 
 def test_labels_that_a_model_has_not_learned_are_named(tmp_path):
-    config = tiny_config()
+    config = smallest().config
     for rows in ("w1,low\nw2,high\nw3,middle\n", "w1,low\nw3,middle\n"):
         data = make_rows(tmp_path, "text,label\n" + rows * 3)
         with pytest.raises(UserError, match=r"labels are low, high, .* has not learned middle"):

@@ -6,7 +6,6 @@ folder; any other exception, a stall or memory out of all proportion is a failur
 
 from __future__ import annotations
 
-import json
 import pickle
 import random
 import resource
@@ -18,7 +17,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizerFast
 from typer.testing import CliRunner
 
 from moebert_kernels.cli import app
@@ -30,8 +28,8 @@ from moebert_kernels.compress.scoring.token_scores import TokenScores
 from moebert_kernels.compress.storage.loading import load_model
 from moebert_kernels.compress.storage.sentence_encoder import load_sentence_encoder
 from tests.mutations import mutate_bytes, mutate_header, mutate_json, mutate_tensors
+from tests.smallest import VOCAB, save_sentence_encoder, save_tokenizer, smallest
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(20))]
 SECONDS, MEBIBYTES = 2.0, 500
 Mutation = Callable[[bytes, random.Random], bytes]
 
@@ -87,42 +85,11 @@ WEIGHTS: list[Mutation] = [mutate_bytes, mutate_header, mutate_begin, mutate_ten
 JSON: list[Mutation] = [hostile_json, hostile_json, hostile_json, mutate_bytes]
 
 
-def save_tokenizer(folder: Path) -> None:
-    (folder / "words.txt").write_text("\n".join(WORDS))
-    BertTokenizerFast(str(folder / "words.txt"), model_max_length=16).save_pretrained(folder)
-
-
-def tiny_config() -> BertConfig:
-    return BertConfig(
-        vocab_size=len(WORDS),
-        hidden_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=16,
-        id2label={0: "low", 1: "high"},
-    )
-
-
-def save_sentence_encoder(folder: Path) -> None:
-    BertModel(tiny_config()).save_pretrained(folder)
-    save_tokenizer(folder)
-    parts = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
-    modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in parts]
-    (folder / "modules.json").write_text(json.dumps(modules))
-    (folder / "1_Pooling").mkdir()
-    pooling = {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
-    options = {"max_seq_length": 12, "do_lower_case": True}
-    (folder / "sentence_bert_config.json").write_text(json.dumps(options))
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """A dense model, two MoE models, a sentence encoder and every kind of scores."""
     root = tmp_path_factory.mktemp("fuzz")
-    torch.manual_seed(0)
-    teacher = BertForSequenceClassification(tiny_config())
+    teacher = smallest()
     scores_LF = random_scores(1, 16)
     models = {"dense": teacher}
     for name, routing in (("hash", "hash-random"), ("gate", "gate-token")):
@@ -132,7 +99,7 @@ def files(tmp_path_factory):
         save_tokenizer(root / name)
     save_sentence_encoder(root / "sentences")
     Importance(scores_LF, "m", "t", 3).save(root / "plain.safetensors")
-    tokens = TokenScores(torch.rand(1, 4, 16), torch.arange(len(WORDS)) % 4)
+    tokens = TokenScores(torch.rand(1, 4, 16), torch.arange(VOCAB) % 4)
     Importance(scores_LF, "m", "t", 3, tokens).save(root / "tokens.safetensors")
     published = {"importance": [[3.0, 2.0, 1.0]] * 1, "idx": [[2, 0, 1]]}
     (root / "published.pkl").write_bytes(pickle.dumps(published))

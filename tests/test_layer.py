@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -50,7 +50,6 @@ def test_learned_gates_train(make_router):
         assert torch.equal(per_expert > 0, used)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
 @given(
     lengths=st.lists(st.integers(1, 7), min_size=1, max_size=4),
     extra=st.integers(0, 5),

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from moebert_kernels import cli
 from tests import ROOT
-from tests.compress.runs.test_pipeline import WORDS, make_teacher
+from tests.compress.toys import WORDS, make_teacher
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = [

@@ -13,16 +13,12 @@ from transformers import BertTokenizerFast
 from moebert_kernels.export.graph import write_graph
 from moebert_kernels.export.heads import ExportedModel
 from moebert_kernels.models import to_moe
-from tests.tiny_bert import VOCAB, quarters
-from tests.tiny_encoders import build
-
-PADDING = 1  # the padding token's id in `tiny_encoders`
-TEXTS = [" ".join(f"w{(7 * i + j * j) % 60}" for j in range(2 + i % 9)) for i in range(24)]
+from tests.tiny import PADDING, VOCAB, WORDS, build_family, quarters
 
 
 def student(name: str, head: str | None, routing: str = "hash-random", top_k: int = 1, **changes):
     """A tiny MoE; dense if `routing` is "dense"."""
-    dense = build(name, head, **changes)
+    dense = build_family(name, head, **changes)
     if routing == "dense":
         return dense
     index_LEF = quarters(changes.get("num_hidden_layers", 3))
@@ -80,8 +76,8 @@ def session(path: Path) -> onnxruntime.InferenceSession:
 
 
 def tokenizer(folder: Path) -> BertTokenizerFast:
-    """Whole words w0, w1, ...; its padding token has the id of `tiny_encoders`."""
-    words = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(VOCAB - 5))]
+    """Whole words w0, w1, ...; its padding token has the id of `tiny.build_family`."""
+    words = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
     path = folder / "vocab.txt"
     path.write_text("\n".join(words))
     return BertTokenizerFast(str(path), model_max_length=38)

@@ -24,9 +24,9 @@ from moebert_kernels.export.check import Checker, Likeness, compare
 from moebert_kernels.export.folder import Source, dense_config, open_source, write_beside
 from moebert_kernels.export.quantize import quantize
 from moebert_kernels.models import to_moe
-from tests.compress.storage.test_embeddings import make_folder
-from tests.export.exported import TEXTS, session, student, tokenizer
-from tests.tiny_bert import WIDTH, all_neurons
+from tests.export.exported import session, student, tokenizer
+from tests.sentence_encoders import TEXTS, make_folder
+from tests.tiny import WIDTH, all_neurons
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from moebert_kernels.export import graph as graph_module
@@ -36,14 +36,12 @@ def worst(graph: Graph, inputs) -> float:
 
 
 @given(lengths=LENGTHS, seed=st.integers(0, 99), more=st.integers(0, 9))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_batch_gives_what_the_model_gives(hashed, lengths, seed, more):
     """Rows of nothing but padding, single tokens, experts without any, padding to more than the longest."""
     assert worst(hashed, batch(lengths, longest=max(lengths) + more, seed=seed)) < 1e-4
 
 
 @given(lengths=LENGTHS, seed=st.integers(0, 99))
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_batch_through_a_gate_gives_what_the_model_gives(gated, lengths, seed):
     assert worst(gated, batch(lengths, seed=seed)) < 1e-4
 

@@ -14,8 +14,7 @@ from moebert_kernels.export.heads import ExportedModel
 from moebert_kernels.export.rows import rank_by_expert, real_rows
 from moebert_kernels.models.families import HEADS
 from tests.export.exported import batch, outputs_of, student, worst_difference
-from tests.tiny_bert import VOCAB
-from tests.tiny_encoders import build, each_family
+from tests.tiny import VOCAB, build_family, each_family
 
 GATES = [("gate-token", 1), ("gate-token", 2), ("gate-sentence", 1), ("gate-sentence", 3)]
 
@@ -145,7 +144,7 @@ def test_other_models_are_refused():
     from transformers import BertForNextSentencePrediction, GPT2Config, GPT2Model
 
     with pytest.raises(UserError, match=r"or have one of the heads .*, got BertForNextSentencePrediction"):
-        ExportedModel(BertForNextSentencePrediction(build("Bert").config))
+        ExportedModel(BertForNextSentencePrediction(build_family("Bert").config))
     with pytest.raises(UserError, match="GPT2Model holds 0"):
         ExportedModel(GPT2Model(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=VOCAB)))
 

@@ -6,14 +6,13 @@ import torch
 
 from moebert_kernels.models import to_moe
 from tests.export.exported import Graph, batch, outputs_of, worst_difference
-from tests.models.test_shared import OWN, SHARED, split
-from tests.tiny_encoders import build
+from tests.tiny import OWN, SHARED, build_family, some_shared
 
 
 @pytest.fixture(scope="module", params=["hash-random", "gate-token"])
 def graph(request, tmp_path_factory):
-    dense = build("Bert", "ForSequenceClassification")
-    student = to_moe(dense, split(), num_shared_neurons=SHARED, tie_shared=True, routing=request.param)
+    dense = build_family("Bert", "ForSequenceClassification")
+    student = to_moe(dense, some_shared(), num_shared_neurons=SHARED, tie_shared=True, routing=request.param)
     return Graph(student, tmp_path_factory.mktemp("graph") / "model.onnx")
 
 

@@ -15,7 +15,7 @@ from moebert_kernels.models import (
     replace_ffns,
     to_moe,
 )
-from tests.tiny_bert import HIDDEN, LAYERS, VOCAB, WIDTH, build, quarters
+from tests.tiny import HIDDEN, LAYERS, VOCAB, WIDTH, build, quarters
 
 
 def test_bert_base_and_its_moebert():

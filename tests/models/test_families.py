@@ -15,7 +15,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
-    BertTokenizer,
     GPT2Config,
     GPT2Model,
     RobertaConfig,
@@ -39,8 +38,18 @@ from moebert_kernels.models import (
 from moebert_kernels.models.families import HEADS
 from moebert_kernels.models.modeling import moe_classes
 from python_ref import ffn as ref
-from tests.tiny_bert import LAYERS, VOCAB, WIDTH, all_neurons, quarters
-from tests.tiny_encoders import FAMILY, build, class_of, each_family
+from tests import tiny
+from tests.tiny import (
+    FAMILY,
+    LAYERS,
+    VOCAB,
+    WIDTH,
+    all_neurons,
+    build_family,
+    class_of,
+    each_family,
+    quarters,
+)
 
 AUTO_CLASS = {
     None: AutoModel,
@@ -70,7 +79,7 @@ def labels_for(head: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("head", AUTO_CLASS)
 @pytest.mark.parametrize("name", each_family)
 def test_one_expert_of_all_neurons_is_the_dense_model(name, head):
-    dense, inputs = build(name, head).double(), batch()
+    dense, inputs = build_family(name, head).double(), batch()
     moe = to_moe(dense, all_neurons(1), num_shared_neurons=WIDTH)
     assert type(moe) is moe_classes(FAMILY[name]).models[class_of(FAMILY[name], head)]
     with torch.no_grad():
@@ -92,7 +101,7 @@ def test_one_expert_of_all_neurons_is_the_dense_model(name, head):
 def test_layers_compute_what_the_specification_does(name):
     """Each with its own random table; padding passes by."""
     moe, inputs, seen, routed = (
-        to_moe(build(name).double(), quarters(), num_shared_neurons=0),
+        to_moe(build_family(name).double(), quarters(), num_shared_neurons=0),
         batch(),
         [],
         [],
@@ -126,7 +135,7 @@ def test_layers_compute_what_the_specification_does(name):
 @pytest.mark.parametrize("name", each_family)
 def test_round_trip_through_the_auto_classes_is_bit_for_bit(name, head, tmp_path):
     routing = "hash-random" if head in (None, "ForMaskedLM") else "gate-token"
-    moe, inputs = to_moe(build(name, head), quarters(), num_shared_neurons=0, routing=routing), batch()
+    moe, inputs = to_moe(build_family(name, head), quarters(), num_shared_neurons=0, routing=routing), batch()
     moe.save_pretrained(tmp_path)
     reloaded = AUTO_CLASS[head].from_pretrained(tmp_path)
     assert type(reloaded) is type(moe)
@@ -144,7 +153,7 @@ def test_round_trip_through_the_auto_classes_is_bit_for_bit(name, head, tmp_path
 @pytest.mark.parametrize("name", each_family)
 def test_heads_hand_routing_out_and_add_the_balance_loss(name, head):
     """MPNet's and DeBERTa's heads pass no further argument on to their base model."""
-    moe = to_moe(build(name, head), quarters(), num_shared_neurons=0, routing="gate-token")
+    moe = to_moe(build_family(name, head), quarters(), num_shared_neurons=0, routing="gate-token")
     plain, routed = moe(**batch(), **labels_for(head)).loss, []
     for module in moe.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -164,7 +173,7 @@ def test_heads_hand_routing_out_and_add_the_balance_loss(name, head):
 
 @pytest.mark.parametrize("name", each_family)
 def test_attentions_are_handed_out_as_the_dense_model_does(name):
-    dense, inputs = build(name, "ForSequenceClassification", attn_implementation="eager"), batch()
+    dense, inputs = build_family(name, "ForSequenceClassification", attn_implementation="eager"), batch()
     moe = to_moe(dense, all_neurons(1), num_shared_neurons=WIDTH)
     expected = dense(**inputs, output_attentions=True).attentions
     actual = moe(**inputs, output_attentions=True).attentions
@@ -179,7 +188,7 @@ def test_attentions_are_handed_out_as_the_dense_model_does(name):
 @pytest.mark.parametrize("routing", ["hash-random", "gate-sentence"])
 def test_gradient_checkpointing_changes_no_gradient(name, routing):
     moe = to_moe(
-        build(name, "ForTokenClassification"), quarters(), num_shared_neurons=0, routing=routing
+        build_family(name, "ForTokenClassification"), quarters(), num_shared_neurons=0, routing=routing
     ).train()
 
     def gradients() -> dict[str, torch.Tensor]:
@@ -198,7 +207,11 @@ def test_gradient_checkpointing_changes_no_gradient(name, routing):
 
 @pytest.mark.parametrize("name", ["MPNet", "DistilBert"])
 def test_compiles_as_one_graph(name):
-    moe, inputs, routed = to_moe(build(name, "ForMaskedLM"), quarters(), num_shared_neurons=0), batch(), []
+    moe, inputs, routed = (
+        to_moe(build_family(name, "ForMaskedLM"), quarters(), num_shared_neurons=0),
+        batch(),
+        [],
+    )
     expected = moe(**inputs, pack=False).logits
     compiled = torch.compile(moe, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(
@@ -211,7 +224,7 @@ def test_compiles_as_one_graph(name):
 @pytest.mark.parametrize("name", ONE_OF_EACH_SHAPE)
 def test_importance_of_every_layer_shape_is_the_papers(name):
     """One backward pass per batch against the gradients of each sample alone."""
-    dense, inputs = build(name, "ForSequenceClassification").double(), batch()
+    dense, inputs = build_family(name, "ForSequenceClassification").double(), batch()
     labels = torch.tensor([0, 1])
     scores_LF = compute_importance(dense, [{**inputs, "labels": labels}]).scores_LF
     expected_LF = torch.zeros(LAYERS, WIDTH, dtype=torch.float64)
@@ -228,7 +241,7 @@ def test_importance_of_every_layer_shape_is_the_papers(name):
 @pytest.mark.parametrize("name", each_family)
 def test_max_tokens_is_the_longest_row_a_model_takes(name):
     """RoBERTa's positions start behind the padding token's: its 514 take 512 tokens."""
-    dense = build(name)
+    dense = build_family(name)
     longest = max_tokens(dense.config)
     assert longest == (38 if name in ("Roberta", "XLMRoberta", "Camembert", "Data2VecText", "MPNet") else 40)
     moe = to_moe(dense, quarters(), num_shared_neurons=0)
@@ -240,7 +253,7 @@ def test_max_tokens_is_the_longest_row_a_model_takes(name):
 
 
 def test_is_moe_tells_configurations_apart():
-    dense = build("Roberta")
+    dense = build_family("Roberta")
     assert not is_moe(dense.config)
     assert is_moe(to_moe(dense, quarters(), num_shared_neurons=0).config)
     assert max_tokens(RobertaConfig(max_position_embeddings=514)) == 512
@@ -297,7 +310,7 @@ def test_models_from_scratch_are_initialised(routing):
 
 
 def test_resizing_the_vocabulary_resizes_the_tables():
-    moe = to_moe(build("DistilBert", "ForMaskedLM"), quarters(), num_shared_neurons=0)
+    moe = to_moe(build_family("DistilBert", "ForMaskedLM"), quarters(), num_shared_neurons=0)
     before = moe.distilbert.transformer.tables_LV.clone()
     moe.resize_token_embeddings(VOCAB + 9)
     assert moe.distilbert.transformer.tables_LV.shape == (LAYERS, VOCAB + 9)
@@ -307,7 +320,7 @@ def test_resizing_the_vocabulary_resizes_the_tables():
 @pytest.mark.parametrize("name", each_family)
 def test_experts_cost_what_their_neurons_do(name):
     """Quarters compute a quarter of the network; attention stays."""
-    dense = build(name)
+    dense = build_family(name)
     moe = to_moe(dense, quarters(), num_shared_neurons=0)
     saved = encoder_flops_per_token(dense) - encoder_flops_per_token(moe)
     assert saved == 2 * LAYERS * 2 * 32 * (WIDTH - WIDTH // 4)
@@ -316,10 +329,8 @@ def test_experts_cost_what_their_neurons_do(name):
 
 
 def test_text_classification_pipeline(tmp_path, caplog):
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(VOCAB - 5))]
-    (tmp_path / "vocab.txt").write_text("\n".join(words))
-    BertTokenizer(vocab=str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
-    moe = to_moe(build("MPNet", "ForSequenceClassification"), quarters(), num_shared_neurons=0)
+    tiny.tokenizer(tmp_path).save_pretrained(tmp_path)
+    moe = to_moe(build_family("MPNet", "ForSequenceClassification"), quarters(), num_shared_neurons=0)
     moe.save_pretrained(tmp_path)
     result = pipeline("text-classification", model=str(tmp_path), device="cpu")("w1 w2")[0]
     assert "is not supported" not in caplog.text

@@ -27,7 +27,7 @@ from moebert_kernels.models import (
     MoEBertForSequenceClassification,
     to_moe,
 )
-from tests.tiny_bert import LAYERS, VOCAB, batch, build, quarters
+from tests.tiny import LAYERS, VOCAB, batch, build, quarters
 
 
 def moe_of(dense_class, routing: str = "hash-random", top_k: int = 1, seed: int = 0, **changes):
@@ -36,7 +36,7 @@ def moe_of(dense_class, routing: str = "hash-random", top_k: int = 1, seed: int 
     )
     return to_moe(
         build(dense_class, **changes),
-        quarters(),
+        quarters(changes.get("num_hidden_layers", LAYERS)),
         num_shared_neurons=0,
         routing=routing,
         tables_LV=tables_LV,
@@ -103,7 +103,7 @@ def test_gates_route_every_real_token_to_k_experts(routing, top_k):
                 assert len(expert_ids_SK[real_S].unique(dim=0)) == 1
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=12)
 @given(
     routing=st.sampled_from(ROUTINGS),
     lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4),
@@ -128,7 +128,7 @@ def test_padding_changes_nothing(routing, lengths, extra, seed):
                 torch.testing.assert_close(state[row, :length], expected[0], atol=1e-4, rtol=1e-4)
 
 
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=10)
 @given(
     lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4),
     extra=st.integers(0, 5),
@@ -293,13 +293,13 @@ def test_compiles_as_one_graph(routing):
     transformers installs its capture hooks under a lock on the first call that wants hidden states, which
     no graph can hold: that call is made before compiling.
     """
-    model, inputs = moe_of(BertForSequenceClassification, routing), batch()
+    model, inputs = moe_of(BertForSequenceClassification, routing, num_hidden_layers=2), batch()
     expected = model(**inputs, output_hidden_states=True)
     compiled, routed = torch.compile(model, fullgraph=True, backend="aot_eager"), []
     actual = compiled(**inputs, output_hidden_states=True, router_outputs=routed)
     torch.testing.assert_close(actual.logits, expected.logits, atol=1e-4, rtol=1e-4)
-    assert len(actual.hidden_states) == LAYERS + 1
-    assert [int(r.plan.counts_E.sum()) for r in routed] == [23] * LAYERS
+    assert len(actual.hidden_states) == 3
+    assert [int(r.plan.counts_E.sum()) for r in routed] == [23] * 2
     compiled.train()
     compiled(**inputs, labels=torch.tensor([0, 1, 1])).loss.backward()
     assert all(layer.ffn.w1_EFD.grad.abs().sum() > 0 for layer in model.bert.encoder.layer)

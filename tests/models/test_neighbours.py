@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification as Auto
 from transformers import BertForSequenceClassification
 
 from moebert_kernels.models import to_moe
-from tests.tiny_bert import batch, build, quarters
+from tests.tiny import batch, build, quarters
 
 
 @pytest.fixture(scope="module")

@@ -6,14 +6,13 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from moebert_kernels.models import Pack, packed, to_moe, why_not_packed
 from moebert_kernels.models.config import GATE_ROUTINGS
 from moebert_kernels.models.packed_attention import PACKED_SDPA
-from tests.tiny_bert import LAYERS, VOCAB, all_neurons, quarters
-from tests.tiny_encoders import FAMILY, build, each_family
+from tests.tiny import FAMILY, LAYERS, VOCAB, all_neurons, build_family, each_family, quarters
 
 PADDING_ID = 1
 each_packed_family = [name for name in each_family if FAMILY[name].attends_by_interface]
@@ -21,7 +20,7 @@ HEADS = (None, "ForSequenceClassification", "ForTokenClassification", "ForQuesti
 
 
 def moe(name: str = "Bert", head: str | None = None, routing: str = "hash-random", **changes):
-    return to_moe(build(name, head, **changes), quarters(), num_shared_neurons=0, routing=routing)
+    return to_moe(build_family(name, head, **changes), quarters(), num_shared_neurons=0, routing=routing)
 
 
 def batch_of(mask: torch.Tensor, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -70,7 +69,6 @@ masks = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     name=st.sampled_from(each_family),
     head=st.sampled_from(HEADS),
@@ -139,7 +137,7 @@ def test_which_families_are_packed(name):
     model, inputs = moe(name), batch_of(mask_of(9, 3, 5))
     expected = name in each_packed_family
     assert is_packed(model, **inputs) == expected
-    assert (why_not_packed(model) is None) == (why_not_packed(build(name)) is None) == expected
+    assert (why_not_packed(model) is None) == (why_not_packed(build_family(name)) is None) == expected
     if not expected:
         assert name in why_not_packed(model)
 
@@ -316,7 +314,7 @@ def test_a_batch_without_padding_is_the_same_to_packed_attention():
 
 @pytest.mark.parametrize("name", each_packed_family)
 def test_a_dense_model_packs_where_it_is_told_to(name):
-    dense, inputs = build(name, "ForSequenceClassification"), batch_of(mask_of(9, 3, 5))
+    dense, inputs = build_family(name, "ForSequenceClassification"), batch_of(mask_of(9, 3, 5))
     moe_model = to_moe(dense, all_neurons(1), num_shared_neurons=64)
     with torch.no_grad():
         expected = dense(**inputs, output_hidden_states=True)
@@ -338,12 +336,12 @@ def test_a_dense_model_packs_where_it_is_told_to(name):
 def test_a_dense_model_that_cannot_pack_says_why():
     with (
         pytest.raises(ValueError, match=r"MPNetModel cannot be packed: the attention of MPNet is its own"),
-        packed(build("MPNet")),
+        packed(build_family("MPNet")),
     ):
         pass
     with (
         pytest.raises(ValueError, match=r"attn_implementation='eager' cannot be given rows; 'sdpa' can"),
-        packed(build("Bert", attn_implementation="eager")),
+        packed(build_family("Bert", attn_implementation="eager")),
     ):
         pass
     with pytest.raises(ValueError, match="must hold exactly one of"), packed(torch.nn.Linear(2, 2)):
@@ -426,8 +424,7 @@ def test_packs_that_do_not_fit_are_refused():
         Pack.from_mask(mask_of(9, 3), max_tokens=0)
 
 
-@pytest.mark.parametrize("routing", ["hash-random", "gate-sentence"])
-@pytest.mark.parametrize("max_tokens", [None, 20])
+@pytest.mark.parametrize(("routing", "max_tokens"), [("hash-random", None), ("gate-sentence", 20)])
 def test_a_given_pack_compiles_as_one_graph(routing, max_tokens):
     mask = mask_of(9, 3, 5)
     model, inputs = moe("Bert", "ForSequenceClassification", routing), batch_of(mask)

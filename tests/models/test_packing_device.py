@@ -10,8 +10,7 @@ from transformers import AttentionInterface
 from moebert_kernels.models import Pack, packed, packed_attention, to_moe
 from moebert_kernels.models import pack as pack_module
 from moebert_kernels.models.pack import pack_if_worthwhile
-from tests.tiny_bert import quarters
-from tests.tiny_encoders import build
+from tests.tiny import build_family, quarters
 
 LENGTHS = (9, 3, 5, 1)
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "bincount")
@@ -66,7 +65,7 @@ class Waits(TorchDispatchMode):
 
 @pytest.mark.usefixtures("as_on_a_device")
 def test_a_pack_made_on_a_device_computes_the_same():
-    model, inputs = to_moe(build("Bert"), quarters(), num_shared_neurons=0), batch()
+    model, inputs = to_moe(build_family("Bert"), quarters(), num_shared_neurons=0), batch()
     real = inputs["attention_mask"] != 0
     pack = pack_if_worthwhile(inputs["attention_mask"]).pack
     assert pack.windows is None
@@ -107,7 +106,7 @@ def test_places_that_are_read_are_asked_for_in_the_same_question():
 @pytest.mark.parametrize("routing", ["hash-random", "gate-sentence"])
 def test_attention_is_told_where_sequences_begin(routing, max_tokens):
     """Rows that no token has are sequences, too: no row may be left as memory was."""
-    dense = build("Bert", "ForSequenceClassification")
+    dense = build_family("Bert", "ForSequenceClassification")
     model, inputs = to_moe(dense, quarters(), num_shared_neurons=0, routing=routing), batch()
     pack = Pack.from_mask(inputs["attention_mask"], max_tokens=max_tokens)
     with torch.no_grad():
@@ -121,7 +120,7 @@ def test_attention_is_told_where_sequences_begin(routing, max_tokens):
 @pytest.mark.parametrize("max_tokens", [None, 20])
 def test_nothing_is_asked_once_the_pack_is_made(max_tokens):
     """With a bound, not even then: CUDA graphs can be captured."""
-    model, inputs = build("Bert", "ForSequenceClassification"), batch()
+    model, inputs = build_family("Bert", "ForSequenceClassification"), batch()
     with torch.no_grad(), packed(model):
         with Waits() as waits:
             pack = Pack.from_mask(inputs["attention_mask"], max_tokens=max_tokens)
@@ -151,7 +150,7 @@ def test_transformers_flash_attention_is_told_where_sequences_begin(monkeypatch)
         assert kwargs["cu_seq_lens_k"] is begin
         return attend_by_sequence(q, k, v, begin, begin, longest, longest, scale=scaling).unsqueeze(0), None
 
-    model, inputs = to_moe(build("Bert"), quarters(), num_shared_neurons=0), batch()
+    model, inputs = to_moe(build_family("Bert"), quarters(), num_shared_neurons=0), batch()
     expected = model(**inputs, pack=False)[0]
     monkeypatch.setattr(pack_module, "_on_host", lambda mask: False)
     before = AttentionInterface()["flash_attention_2"]
@@ -170,7 +169,7 @@ def test_transformers_flash_attention_is_told_where_sequences_begin(monkeypatch)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_cuda_real_tokens_get_what_they_get_in_the_padded_form(dtype):
     inputs = {name: value.cuda() for name, value in batch().items()}
-    model = to_moe(build("Bert", "ForSequenceClassification"), quarters(), num_shared_neurons=0)
+    model = to_moe(build_family("Bert", "ForSequenceClassification"), quarters(), num_shared_neurons=0)
     model = model.to("cuda", dtype)
     with torch.no_grad():
         expected, actual = model(**inputs, pack=False).logits, model(**inputs).logits
@@ -181,7 +180,7 @@ def test_on_cuda_real_tokens_get_what_they_get_in_the_padded_form(dtype):
 @pytest.mark.gpu
 def test_on_cuda_a_bound_waits_for_nothing_and_can_be_captured():
     inputs = {name: value.cuda() for name, value in batch().items()}
-    model = to_moe(build("Bert", "ForSequenceClassification"), quarters(), num_shared_neurons=0)
+    model = to_moe(build_family("Bert", "ForSequenceClassification"), quarters(), num_shared_neurons=0)
     model = model.to("cuda", torch.bfloat16)
 
     def run() -> torch.Tensor:

@@ -24,7 +24,6 @@ from transformers import (
     BertForSequenceClassification,
     BertForTokenClassification,
     BertModel,
-    BertTokenizer,
     pipeline,
 )
 
@@ -36,8 +35,9 @@ from moebert_kernels.models import (
     MoEBertModel,
     to_moe,
 )
+from tests import tiny
 from tests.former_names import under_former_names
-from tests.tiny_bert import LAYERS, VOCAB, batch, build, quarters
+from tests.tiny import LAYERS, VOCAB, batch, build, quarters
 
 AUTO_CLASSES = [
     (BertModel, AutoModel),
@@ -193,9 +193,7 @@ def test_tables_missing_from_a_checkpoint_are_those_of_the_seed(tmp_path):
 @pytest.fixture
 def folder(tmp_path):
     """A saved classifier with labels and the tokenizer it would come with."""
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(VOCAB - 5))]
-    (tmp_path / "vocab.txt").write_text("\n".join(words))
-    BertTokenizer(vocab=str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "model")
+    tiny.tokenizer(tmp_path).save_pretrained(tmp_path / "model")
     model = moe_of(
         BertForSequenceClassification, id2label={0: "dull", 1: "fine"}, label2id={"dull": 0, "fine": 1}
     )

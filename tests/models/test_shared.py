@@ -23,23 +23,15 @@ from moebert_kernels.models import (
 from moebert_kernels.models.surgery import to_moe
 from python_ref import fitting as ref
 from python_ref.ffn import activation
-from tests import tiny_bert
-from tests.compress.experts.test_fitting import calls_of, experts_of, tokens
-
-SHARED, OWN = 6, 3
-
-
-def split(num_experts=4):
-    """index_LEF with the shared neurons anywhere but at the front, and not in the same places."""
-    own = SHARED + torch.arange(num_experts * OWN).view(num_experts, OWN)
-    rows = [torch.cat([own_F, torch.arange(SHARED)]).roll(e) for e, own_F in enumerate(own)]
-    return torch.stack(rows).expand(tiny_bert.LAYERS, -1, -1)
+from tests import tiny
+from tests.compress.experts.layers import calls_of, experts_of, tokens
+from tests.tiny import OWN, SHARED
 
 
 def tied_and_untied(model_class=BertForSequenceClassification, **options):
-    teacher = tiny_bert.build(model_class)
+    teacher = tiny.build(model_class)
     return [
-        to_moe(teacher, split(), num_shared_neurons=SHARED, tie_shared=tie, **options)
+        to_moe(teacher, tiny.some_shared(), num_shared_neurons=SHARED, tie_shared=tie, **options)
         for tie in (True, False)
     ]
 
@@ -47,18 +39,18 @@ def tied_and_untied(model_class=BertForSequenceClassification, **options):
 @torch.no_grad()
 def test_a_tied_student_begins_as_the_untied_one():
     tied, untied = tied_and_untied()
-    batch = tiny_bert.batch()
+    batch = tiny.batch()
     torch.testing.assert_close(tied(**batch).logits, untied(**batch).logits)
-    stored = 2 * tiny_bert.HIDDEN + 1
-    saved = tiny_bert.LAYERS * 3 * SHARED * stored
+    stored = 2 * tiny.HIDDEN + 1
+    saved = tiny.LAYERS * 3 * SHARED * stored
     assert count_parameters(tied) == count_parameters(untied) - saved
     assert parameters_used_per_token(tied) == parameters_used_per_token(untied)
     assert encoder_flops_per_token(tied) == encoder_flops_per_token(untied)
 
 
 def test_in_place_all_neurons_in_common_are_tied_by_default():
-    model = tiny_bert.build(BertModel)
-    replace_ffns(model, split(), tie_shared=True)
+    model = tiny.build(BertModel)
+    replace_ffns(model, tiny.some_shared(), tie_shared=True)
     assert model.config.num_shared_neurons == SHARED
     assert {ffn.num_shared for ffn in experts_of(model)} == {SHARED}
 
@@ -76,13 +68,13 @@ def test_bert_base_stores_81_million():
 def test_a_checkpoint_round_trip(tmp_path):
     """It is smaller by the copies; one from before there was `tie_shared` is untied."""
     tied, untied = tied_and_untied()
-    batch = tiny_bert.batch()
+    batch = tiny.batch()
     for name, model in (("tied", tied), ("untied", untied)):
         model.save_pretrained(tmp_path / name)
         again = AutoModelForSequenceClassification.from_pretrained(tmp_path / name)
         assert torch.equal(again(**batch).logits, model(**batch).logits)
     sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("untied", "tied")]
-    copies = tiny_bert.LAYERS * 3 * SHARED * (2 * tiny_bert.HIDDEN + 1)
+    copies = tiny.LAYERS * 3 * SHARED * (2 * tiny.HIDDEN + 1)
     assert sizes[0] - sizes[1] == pytest.approx(4 * copies, abs=1500)  # the names take their bytes
     config = tmp_path / "untied" / "config.json"
     config.write_text(config.read_text().replace('"tie_shared": false,', ""))
@@ -91,7 +83,7 @@ def test_a_checkpoint_round_trip(tmp_path):
 
 
 def test_from_scratch_every_weight_is_drawn():
-    model = MoEBertModel(MoEBertConfig(**tiny_bert.bert_config().to_diff_dict(), **SIZES))
+    model = MoEBertModel(MoEBertConfig(**tiny.bert_config().to_diff_dict(), **SIZES))
     for ffn in experts_of(model):
         for weight in (ffn.shared_w1_CD, ffn.shared_w2_DC, ffn.w1_EFD, ffn.w2_EDF):
             assert weight.detach().std().item() == pytest.approx(0.02, rel=0.3)
@@ -102,9 +94,9 @@ SIZES = {"expert_size": SHARED + OWN, "num_shared_neurons": SHARED, "tie_shared"
 
 
 def test_what_cannot_be_tied_is_refused():
-    teacher = tiny_bert.build(BertModel)
+    teacher = tiny.build(BertModel)
     with pytest.raises(ValueError, match=r"num_shared_neurons must lie in \[0, 6\]"):
-        to_moe(teacher, split(), num_shared_neurons=7, tie_shared=True)
+        to_moe(teacher, tiny.some_shared(), num_shared_neurons=7, tie_shared=True)
     with pytest.raises(
         ValueError, match="num_shared_neurons must be less than expert_size=9 with tie_shared"
     ):
@@ -114,14 +106,14 @@ def test_what_cannot_be_tied_is_refused():
 
 
 def test_adapt_ties_the_most_important():
-    teacher = tiny_bert.build(BertModel)
-    scores_LF = random_scores(tiny_bert.LAYERS, tiny_bert.WIDTH)
+    teacher = tiny.build(BertModel)
+    scores_LF = random_scores(tiny.LAYERS, tiny.WIDTH)
     student = adapt(teacher, scores_LF, tie_shared=True)
     for ffn, dense, scores_F in zip(experts_of(student), find_ffns(teacher), scores_LF, strict=True):
         best = scores_F.argsort(descending=True)[:11]
         assert torch.equal(ffn.shared_w1_CD, dense.w1.weight[best])
         assert torch.equal(ffn.shared_w2_DC, dense.w2.weight[:, best])
-        assert ffn.w1_EFD.shape[1] == tiny_bert.WIDTH // 4 - 11
+        assert ffn.w1_EFD.shape[1] == tiny.WIDTH // 4 - 11
 
 
 def test_training_moves_shared_neurons_by_what_all_tokens_say():
@@ -135,9 +127,9 @@ def test_training_moves_shared_neurons_by_what_all_tokens_say():
                 module.p = 0.0
         for ffn in experts_of(model):
             ffn.dropout = 0.0
-        model(**tiny_bert.batch(), labels=labels).loss.backward()
+        model(**tiny.batch(), labels=labels).loss.backward()
     for mine, theirs in zip(experts_of(tied), experts_of(untied), strict=True):
-        index_EF = split()[0]
+        index_EF = tiny.some_shared()[0]
         where = [(row == neuron).nonzero().item() for neuron in range(SHARED) for row in index_EF]
         copies = torch.tensor(where).view(SHARED, 4)
         order = index_EF[0][index_EF[0] < SHARED]
@@ -146,7 +138,7 @@ def test_training_moves_shared_neurons_by_what_all_tokens_say():
 
 
 def batches(count=3):
-    return [tiny_bert.batch(batch_size=4, length=7 + i, seed=i) for i in range(count)]
+    return [tiny.batch(batch_size=4, length=7 + i, seed=i) for i in range(count)]
 
 
 @torch.no_grad()
@@ -182,8 +174,8 @@ def fit_by_reference(student, teacher, rows):
 @torch.no_grad()
 def test_the_fit_is_the_reference(absent):
     """Also where an expert has no tokens: it stays as it is."""
-    teacher = tiny_bert.build(BertForSequenceClassification).double()
-    student = to_moe(teacher, split(), num_shared_neurons=SHARED, tie_shared=True)
+    teacher = tiny.build(BertForSequenceClassification).double()
+    student = to_moe(teacher, tiny.some_shared(), num_shared_neurons=SHARED, tie_shared=True)
     tables_LV = student.bert.encoder.tables_LV
     if absent is not None:
         tables_LV[tables_LV == absent] = 0
@@ -197,7 +189,7 @@ def test_the_fit_is_the_reference(absent):
         assert torch.equal(old, new)
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=12)
 @given(
     routing=st.sampled_from(["hash-random", "gate-token"]),
     count=st.integers(1, 3),
@@ -205,9 +197,9 @@ def test_the_fit_is_the_reference(absent):
     seed=st.integers(0, 9),
 )
 def test_no_layer_is_worse_than_before_on_the_rows_it_saw(routing, count, ridge, seed):
-    teacher = tiny_bert.build(BertForSequenceClassification, seed)
+    teacher = tiny.build(BertForSequenceClassification, seed)
     options = {"num_shared_neurons": SHARED, "tie_shared": True, "routing": routing, "seed": seed}
-    student = to_moe(teacher, split(), **options)
+    student = to_moe(teacher, tiny.some_shared(), **options)
     found = fit_experts(student, teacher, batches(count), ridge=ridge)
     for cut, fitted in zip(found.cut_L, found.fitted_L, strict=True):
         assert 0 <= fitted <= cut
@@ -217,20 +209,19 @@ def test_no_layer_is_worse_than_before_on_the_rows_it_saw(routing, count, ridge,
 @torch.no_grad()
 def test_what_was_lost_is_made_up_for_by_shared_and_own_together():
     """Every neuron has a twin: half of them, most of these shared, can do all of it."""
-    teacher = tiny_bert.build(BertForSequenceClassification)
-    half = tiny_bert.WIDTH // 2
+    teacher = tiny.build(BertForSequenceClassification)
+    half = tiny.WIDTH // 2
     for ffn in find_ffns(teacher):
         ffn.w1.weight[half:], ffn.w1.bias[half:] = ffn.w1.weight[:half], ffn.w1.bias[:half]
-    index_LEF = torch.arange(half).expand(tiny_bert.LAYERS, 4, half)
+    index_LEF = torch.arange(half).expand(tiny.LAYERS, 4, half)
     student = to_moe(teacher, index_LEF, num_shared_neurons=half - 8, tie_shared=True)
-    rows = [tiny_bert.batch(batch_size=16, length=30, seed=i) for i in range(4)]
+    rows = [tiny.batch(batch_size=16, length=30, seed=i) for i in range(4)]
     found = fit_experts(student, teacher, rows, ridge=1e-9, rare=1e-9)
     assert min(found.cut_L) > 0.1
     assert max(found.fitted_L) < 1e-6
     torch.testing.assert_close(student(**rows[0]).logits, teacher(**rows[0]).logits, rtol=1e-2, atol=1e-2)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
 @given(
     rows=st.integers(1, 40),
     sizes=st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 3)),

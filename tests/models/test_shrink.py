@@ -17,8 +17,7 @@ from moebert_kernels.models import (
     to_moe,
 )
 from moebert_kernels.models.families import find_base
-from tests.tiny_bert import HIDDEN, LAYERS, WIDTH, batch
-from tests.tiny_encoders import build, each_family
+from tests.tiny import HIDDEN, LAYERS, WIDTH, batch, build_family, each_family
 
 HEAD = "ForSequenceClassification"
 FEW = 24
@@ -36,7 +35,7 @@ def states(model):
 
 @pytest.mark.parametrize("name", each_family)
 def test_a_narrow_model_is_the_dense_one_without_the_other_neurons(name):
-    teacher, index_LF = build(name, HEAD).double(), index_of_few()
+    teacher, index_LF = build_family(name, HEAD).double(), index_of_few()
     before = states(teacher).logits
     narrow = narrow_ffns(teacher, index_LF)
     assert torch.equal(states(teacher).logits, before)
@@ -50,7 +49,7 @@ def test_a_narrow_model_is_the_dense_one_without_the_other_neurons(name):
 
 @pytest.mark.parametrize("name", each_family)
 def test_kept_layers_are_run_one_after_the_other(name):
-    teacher = build(name, HEAD).double()
+    teacher = build_family(name, HEAD).double()
     fewer = keep_layers(teacher, [0, 2])
     assert len(find_ffns(teacher)) == LAYERS
     base, family = find_base(teacher)
@@ -66,7 +65,7 @@ def test_kept_layers_are_run_one_after_the_other(name):
 @pytest.mark.parametrize("name", each_family)
 @pytest.mark.parametrize("how", ["narrow", "layers"])
 def test_they_are_saved_and_loaded_as_models_of_transformers(name, how, tmp_path):
-    teacher = build(name, HEAD)
+    teacher = build_family(name, HEAD)
     small = narrow_ffns(teacher, index_of_few()) if how == "narrow" else keep_layers(teacher, [1, 2])
     small.save_pretrained(tmp_path)
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
@@ -76,7 +75,7 @@ def test_they_are_saved_and_loaded_as_models_of_transformers(name, how, tmp_path
 
 def test_what_is_made_of_a_frozen_teacher_can_be_trained():
     """Distillation freezes its teacher: the next student cut from it was frozen too, but for its experts."""
-    teacher = build("Bert", HEAD).requires_grad_(False)
+    teacher = build_family("Bert", HEAD).requires_grad_(False)
     quarters_LEF = torch.arange(WIDTH).view(4, -1).expand(LAYERS, -1, -1)
     for model in (
         narrow_ffns(teacher, index_of_few()),
@@ -102,7 +101,7 @@ def test_layers_are_kept_at_even_distances_up_to_the_last(num_layers, num_kept, 
 
 
 def test_so_many_layers_are_kept_as_cost_the_same():
-    teacher = build("Bert", HEAD)
+    teacher = build_family("Bert", HEAD)
     cost = encoder_flops_per_token(teacher)
     for share, kept in ((0.0, [2]), (0.34, [2]), (0.6, [0, 2]), (0.9, [0, 1, 2]), (2.0, [0, 1, 2])):
         assert layers_of_equal_cost(teacher, round(share * cost)) == kept
@@ -120,10 +119,10 @@ def test_so_many_layers_are_kept_as_cost_the_same():
 )
 def test_neurons_that_do_not_fit_are_refused(index_LF, message):
     with pytest.raises(ValueError, match=message):
-        narrow_ffns(build("Bert"), index_LF)
+        narrow_ffns(build_family("Bert"), index_LF)
 
 
 @pytest.mark.parametrize("kept", [[], [0, 3], [1, 0], [-1], [1, 1]])
 def test_layers_that_do_not_fit_are_refused(kept):
     with pytest.raises(ValueError, match=r"rising indices of layers in \[0, 3\)"):
-        keep_layers(build("Bert"), kept)
+        keep_layers(build_family("Bert"), kept)

@@ -33,7 +33,7 @@ from moebert_kernels.models import (
     replace_ffns,
     to_moe,
 )
-from tests.tiny_bert import HIDDEN, LAYERS, VOCAB, WIDTH, all_neurons, batch, build, quarters
+from tests.tiny import HIDDEN, LAYERS, VOCAB, WIDTH, all_neurons, batch, build, quarters
 
 HEADS = [
     (BertModel, MoEBertModel),

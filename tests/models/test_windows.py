@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from moebert_kernels.models.windows import DROPOUT, FLASH, choose_windows, cost_us, fill_windows
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 @given(
     lengths=st.lists(st.integers(0, 150), max_size=40),
     size=st.sampled_from([1, 32, 64, 128]),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from python_ref.adaptation import adapt_ffn, split_neurons
@@ -40,7 +40,6 @@ def test_all_shared_and_none_shared():
     assert split_neurons(importance, 3, 2, 0).tolist() == [[0, 3], [1, 4], [2, 5]]
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     experts=st.integers(1, 5),
     own=st.integers(0, 6),

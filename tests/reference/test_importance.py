@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from python_ref.ffn import activation
@@ -120,7 +120,6 @@ def closed_form(encoder: Encoder, x_BSD, mask_BS, labels_B) -> torch.Tensor:
     return torch.stack(rows)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     lengths=st.lists(st.integers(1, 5), min_size=1, max_size=4),
     extra_padding=st.integers(0, 2),

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from python_ref.routing import (
@@ -61,7 +61,6 @@ def test_balance_table_spreads_ids_never_seen():
     assert table.bincount().tolist() == [51, 51]
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
 @given(counts=st.lists(st.integers(0, 50), min_size=1, max_size=60), experts=st.integers(1, 6))
 def test_balance_table_is_balanced(counts: list[int], experts: int):
     table = hash_balance_table(torch.tensor(counts), experts)
@@ -198,7 +197,6 @@ def test_sort_by_expert_by_hand():
     assert offsets.tolist() == [0, 2, 4, 4]
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
 @given(data=st.data(), tokens=st.integers(0, 30), top_k=st.integers(1, 3), experts=st.integers(1, 5))
 def test_sort_by_expert_is_a_stable_permutation(data, tokens: int, top_k: int, experts: int):
     flat = data.draw(st.lists(st.integers(-1, experts - 1), min_size=tokens * top_k, max_size=tokens * top_k))

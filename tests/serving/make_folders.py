@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertTokenizerFast
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -27,7 +27,7 @@ from moebert_kernels.compress.experts.adaptation import adapt, random_scores  # 
 from moebert_kernels.compress.minilm import find_base_model  # noqa: E402
 from moebert_kernels.compress.storage.sentence_encoder import load_sentence_encoder  # noqa: E402
 from moebert_kernels.models import find_ffns, to_moe  # noqa: E402
-from tests.tiny_bert import LAYERS, VOCAB, build, quarters  # noqa: E402
+from tests.tiny import LAYERS, WORDS, build, quarters, tokenizer  # noqa: E402
 
 TEXTS = [
     "Send a request and return its response.",
@@ -45,11 +45,9 @@ def tiny_classifier(folder: Path):
         build(BertForSequenceClassification), quarters(LAYERS), num_shared_neurons=0, routing="hash-random"
     )
     words = sorted({word.strip(".,:").lower() for text in TEXTS for word in text.split()} | set(".,:"))
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
-    vocabulary += [f"[unused{i}]" for i in range(VOCAB - len(vocabulary))]
+    words += [f"[unused{i}]" for i in range(len(WORDS) - len(words))]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
-    return model, BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=40)
+    return model, tokenizer(folder, words, model_max_length=40)
 
 
 def with_experts(model):
@@ -66,11 +64,11 @@ def main(folder: Path) -> None:
     student = replace(encoder, model=with_experts(encoder.model))
     classifier = AutoModelForSequenceClassification.from_pretrained(find_base_model(), num_labels=3)
     classifier.classifier.weight.normal_(std=1.0)
-    tokenizer = AutoTokenizer.from_pretrained(find_base_model())
+    real_tokenizer = AutoTokenizer.from_pretrained(find_base_model())
     tiny, tiny_tokenizer = tiny_classifier(folder / "words")
     classifiers = {
         "tiny-classifier": (tiny, tiny_tokenizer),
-        "real-classifier": (with_experts(classifier.eval()), tokenizer),
+        "real-classifier": (with_experts(classifier.eval()), real_tokenizer),
     }
     for name, (model, its_tokenizer) in classifiers.items():
         moebert_kernels.export(model, folder / name, tokenizer=its_tokenizer, quantize="int8")

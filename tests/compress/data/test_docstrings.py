@@ -5,25 +5,27 @@ from pathlib import Path
 
 import pytest
 
+from moebert_kernels.compress.data import docstrings
 from moebert_kernels.compress.data.docstrings import (
     load_docstrings,
     split_docstring,
     standard_library_snippets,
 )
+from tests.compress.data.library import write_library
 
 
 @pytest.fixture(scope="module")
-def real():
-    return load_docstrings()
+def snippets():
+    """Those of Python's own library, which take seconds to read."""
+    return tuple(standard_library_snippets(Path(sysconfig.get_paths()["stdlib"])))
 
 
-def write_library(folder, packages):
-    """A library of {package: {function: docstring}}; a package is a folder with one module."""
-    for package, functions in packages.items():
-        (folder / package).mkdir(parents=True, exist_ok=True)
-        body = "\n\n".join(f'def {name}():\n    """{text}"""' for name, text in functions.items())
-        (folder / package / "__init__.py").write_text(body)
-    return folder
+@pytest.fixture(scope="module")
+def real(snippets):
+    """The task that is made of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(docstrings, "standard_library_snippets", lambda _: snippets)
+        return load_docstrings()
 
 
 def about(subject, count):
@@ -65,10 +67,10 @@ def test_no_text_names_a_package_or_is_on_both_sides(real):
     assert not train & validation
 
 
-def test_a_function_is_on_one_side(real):
+def test_a_function_is_on_one_side(real, snippets):
     """Overridden methods repeat each other's documentation; apart, one would give away the other."""
     owners = {}
-    for snippet in standard_library_snippets(Path(sysconfig.get_paths()["stdlib"])):
+    for snippet in snippets:
         owners.setdefault(snippet.text, (snippet.package, snippet.definition))
     train, validation = (
         {owners[text] for text in rows["text"] if text in owners} for rows in (real.train, real.validation)

@@ -4,7 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from datasets import Dataset
-from transformers import BertConfig, BertTokenizerFast
+from transformers import BertConfig
 
 from moebert_kernels.compress.data.tasks import (
     AnswerOptions,
@@ -19,6 +19,7 @@ from moebert_kernels.compress.data.tasks import (
     tokenize,
 )
 from moebert_kernels.errors import UserError
+from tests import tiny
 
 SST2 = "sentence\tlabel\nfine \t1\nit 's \" bad\t0\n"
 COLA = "gj04\t1\t\tThe sailors rode.\nbc01\t0\t*\tRode sailors the.\n"
@@ -501,10 +502,7 @@ def test_a_model_of_another_task_is_refused():
 
 @pytest.fixture
 def tokenizer(tmp_path):
-    vocab = write(
-        tmp_path / "vocab.txt", "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "c"])
-    )
-    return BertTokenizerFast(str(vocab), model_max_length=16)
+    return tiny.tokenizer(tmp_path, "abc", model_max_length=16)
 
 
 def test_tokenize_pairs_cuts_and_leaves_padding_out(tokenizer):

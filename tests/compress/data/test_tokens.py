@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 from datasets import Dataset
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from transformers import BertConfig, BertTokenizerFast
+from transformers import BertConfig
 
 from moebert_kernels.compress.data.tasks import Task, TaskData, load_task, match_labels, tokenize
 from moebert_kernels.compress.data.tasks.entities import bio_tags, entities, entity_scores
 from moebert_kernels.errors import UserError
+from tests import tiny
 
 TRAIN = (
     "\ufeff-DOCSTART- -X- -X- O\r\n\r\n"
@@ -104,7 +105,6 @@ def test_entities_of_both_schemes():
 spans = st.lists(st.tuples(st.sampled_from("AB"), st.integers(1, 3), st.integers(0, 2)), max_size=5)
 
 
-@settings(max_examples=50, derandomize=True, deadline=None)
 @given(spans)
 def test_entities_survive_being_written_as_tags(spans):
     found, at = [], 0
@@ -124,14 +124,10 @@ def test_scores_worked_by_hand():
     assert entity_scores([["O"]], [["O"]]) == {"precision": 0, "recall": 0, "f1": 0, "accuracy": 1}
 
 
-VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "ab", "c", "##d", "##e", "-", "f"]
-
-
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    vocab = tmp_path_factory.mktemp("vocab") / "vocab.txt"
-    vocab.write_text("\n".join(VOCAB))
-    return BertTokenizerFast(str(vocab), model_max_length=32)
+    words = ["ab", "c", "##d", "##e", "-", "f"]
+    return tiny.tokenizer(tmp_path_factory.mktemp("words"), words, model_max_length=32)
 
 
 TASK = Task(

@@ -7,20 +7,18 @@ from transformers import (
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
-    BertTokenizerFast,
 )
 
 from moebert_kernels.compress.data.tasks import EncodedData, EncodedRows, Task
 from moebert_kernels.compress.evaluation.quality import batches, evaluate, expert_load, predict
 from moebert_kernels.models import to_moe
-from tests.tiny_bert import LAYERS, VOCAB, build, quarters
+from tests import tiny
+from tests.tiny import LAYERS, VOCAB, build, quarters
 
 
 @pytest.fixture
 def tokenizer(tmp_path):
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(VOCAB - 5))]
-    (tmp_path / "vocab.txt").write_text("\n".join(words))
-    return BertTokenizerFast(str(tmp_path / "vocab.txt"))
+    return tiny.tokenizer(tmp_path)
 
 
 def make_rows(n=30):

@@ -4,7 +4,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from moebert_kernels.compress.experts.adaptation import split_neurons
@@ -33,7 +33,6 @@ def write(path, content, protocol=3):
     return path
 
 
-@settings(max_examples=30, derandomize=True, deadline=None)
 @given(
     scores_LF=st.integers(1, 12).flatmap(
         lambda width: st.lists(

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertTokenizerFast
 
 from moebert_kernels.compress.data.batching import padded_batches
 from moebert_kernels.compress.experts.adaptation import adapt
@@ -24,32 +23,8 @@ from moebert_kernels.compress.storage.sentence_encoder import (
 from moebert_kernels.compress.training.distillation import DistillSettings, distill
 from moebert_kernels.errors import UserError
 from moebert_kernels.models import find_ffns, is_moe, to_moe
-from tests.tiny_bert import VOCAB, WIDTH, all_neurons
-from tests.tiny_encoders import build
-
-TEXTS = [" ".join(f"w{(7 * i + j * j) % 60}" for j in range(2 + i % 9)) for i in range(24)]
-
-
-def make_folder(folder: Path, name: str = "Bert", pooling: str = "mean", normalize: bool = True) -> Path:
-    """A tiny model, as sentence_transformers 2 wrote it for "mean" and as version 5 and later for "cls"."""
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(VOCAB - 5))]
-    (folder / "1_Pooling").mkdir(parents=True)
-    (folder / "vocab.txt").write_text("\n".join(words))
-    inputs = ["input_ids", "attention_mask"]
-    BertTokenizerFast(str(folder / "vocab.txt"), model_input_names=inputs).save_pretrained(folder)
-    (folder / "vocab.txt").unlink()
-    build(name, pad_token_id=0).save_pretrained(folder)
-    old = {f"pooling_mode_{mode}": mode == f"{pooling}_tokens" for mode in ("cls_token", "mean_tokens")}
-    config = {"word_embedding_dimension": 32, **(old if pooling == "mean" else {"pooling_mode": pooling})}
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps(config))
-    kinds = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
-    modules = [
-        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for i, (path, kind) in enumerate(kinds[: 3 if normalize else 2])
-    ]
-    (folder / "modules.json").write_text(json.dumps(modules))
-    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 9}))
-    return folder
+from tests.sentence_encoders import TEXTS, make_folder
+from tests.tiny import WIDTH, all_neurons
 
 
 def importance_of(encoder, rows, batch_size=32):

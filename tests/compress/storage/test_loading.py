@@ -9,7 +9,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from moebert_kernels.compress.data.tasks import Task, TaskData
 from moebert_kernels.compress.storage.loading import compared_with_training, load_model, save_encoder
-from tests.compress.runs.test_pipeline import make_data, make_teacher
+from tests.compress.toys import make_data, make_teacher
 
 
 @pytest.fixture

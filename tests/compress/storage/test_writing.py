@@ -1,11 +1,9 @@
 """A full disk, a folder that cannot be written: every writer says so, and leaves no part of a file."""
 
 import errno
-import io
 import os
 import re
-import resource
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,22 +32,8 @@ from moebert_kernels.compress.storage.loading import save_encoder
 from moebert_kernels.compress.storage.writing import check_writable, explain, writing
 from moebert_kernels.compress.training.finetuning import finetune
 from moebert_kernels.errors import OutputError, UserError
-from tests.compress.runs.test_pipeline import SETTINGS, assert_same_outcome, make_data, make_teacher
-
-
-@contextmanager
-def no_file_above(size):
-    """The system's own refusal, met in the middle of a file by whatever library writes it.
-
-    What is printed goes elsewhere: pytest's file of it may be longer than that already.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-        try:
-            yield
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+from tests.compress.toys import SETTINGS, assert_same_outcome, make_data, make_teacher
+from tests.full_disk import no_file_above
 
 
 @contextmanager

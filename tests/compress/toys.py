@@ -1,0 +1,107 @@
+"""A toy task of forty words, and what is needed to compress a model of it: teachers, rows, settings."""
+
+import json
+
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from transformers import BertForSequenceClassification, TrainerCallback, TrainingArguments
+
+from moebert_kernels.compress.data.tasks import Task, TaskData
+from moebert_kernels.compress.runs.settings import CompressSettings
+from tests import tiny
+
+WORDS = [f"w{i}" for i in range(40)]
+SIZES = {
+    "vocab_size": 45,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 32,
+}
+SETTINGS = CompressSettings(
+    epochs=2, batch_size=8, max_length=16, measure_length=16, learning_rate=1e-3, comparisons=("random",)
+)
+
+
+def make_teacher(folder, head=BertForSequenceClassification, **options):
+    folder.mkdir(parents=True)
+    tokenizer = tiny.tokenizer(folder, WORDS, model_max_length=32)
+    tiny.initialised(head, **SIZES, **options).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def toy_bert(seed=0, head=BertForSequenceClassification, dropout=0.0, **options):
+    """The teacher, or one like it; not saved."""
+    no_more = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    return tiny.initialised(head, seed, **{**SIZES, **no_more, **options})
+
+
+def make_data(n=48, kind="classification", seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def rows(n):
+        ids = [torch.randint(0, 40, (5 + i % 7,), generator=generator).tolist() for i in range(n)]
+        labels = [sum(row) / 100 if kind == "regression" else sum(row) % 2 for row in ids]
+        return Dataset.from_dict({"text": [" ".join(WORDS[i] for i in row) for row in ids], "label": labels})
+
+    if kind == "regression":
+        task = Task("toy", kind, (), ("pearson", "spearman"), "pearson")
+    else:
+        task = Task("toy", kind, ("even", "odd"), ("accuracy",), "accuracy")
+    return TaskData(task, rows(n), rows(24))
+
+
+def make_rows(n=24, regression=False, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(3, 12, (n,), generator=generator).tolist()
+    ids = [torch.randint(5, 45, (length,), generator=generator).tolist() for length in lengths]
+    labels = [sum(row) / 500 if regression else sum(row) % 2 for row in ids]
+    masks = [[1] * length for length in lengths]
+    return Dataset.from_dict({"input_ids": ids, "attention_mask": masks, "labels": labels, "unused": labels})
+
+
+def arguments(tmp_path, **options):
+    defaults = dict(
+        output_dir=str(tmp_path / "run"),
+        per_device_train_batch_size=8,
+        num_train_epochs=1,
+        learning_rate=1e-3,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    return TrainingArguments(**(defaults | options))
+
+
+def weights(output):
+    return {
+        name: load_file(output / where / "model.safetensors")
+        for name, where in (
+            ("kept", "student"),
+            ("fitted", "work/student/fitted"),
+            ("student", "work/student/distilled"),
+            ("random", "work/random/distilled"),
+        )
+    }
+
+
+def assert_same_outcome(output, other):
+    for name, tensors in weights(output).items():
+        for key, value in weights(other)[name].items():
+            assert torch.equal(tensors[key], value), (name, key)
+    first, second = (json.loads((folder / "results.json").read_text()) for folder in (output, other))
+    for key in ("fitting", "losses", "training_load_NLE"):
+        assert first[key] == second[key]
+    assert [m["quality"] for m in first["models"]] == [m["quality"] for m in second["models"]]
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bench.cases import ROUTINGS, Case, expert_ids, tensors
 
-__all__ = ["CASES", "ROUTINGS", "Case", "bert_base", "expert_ids", "tensors"]
+__all__ = ["CASES", "ROUTINGS", "SHARING", "Case", "bert_base", "expert_ids", "tensors"]
 
 # Tile sides under test are 16 or 32: 15, 16, 17 and 33 lie around a boundary, 13 and 37 are primes.
 CASES = (
@@ -17,13 +17,29 @@ CASES = (
     Case(18, D=40, F=16, E=2, bias=False),
     Case(18, D=24, F=40, E=2, bias=False, gate=True),
     *(Case(11, K=k, gate=k % 2 == 0, routing="dropped") for k in (2, 3, 4)),
-    Case(5, E=256, D=8, F=8),
+    Case(5, E=70, D=8, F=8),
     Case(23, norm=True),
     Case(23, norm=True, gate=True, routing="dropped"),
     Case(11, K=2, norm=True, gate=True, routing="dropped", bias=False),
     Case(11, K=3, norm=True, routing="first empty"),
     Case(9, norm=True, routing="nobody"),
     Case(0, norm=True, gate=True, K=2),
+)
+
+# Experts that share C neurons, in widths that tiles of 16 and 32 columns divide and in such that none does:
+# no tile has neurons of both kinds.
+SHARING = (
+    Case(0, C=16),
+    Case(1, C=16),
+    Case(37, C=48),
+    Case(33, C=32, F=16, routing="dropped", norm=True),
+    Case(33, C=13, F=29, D=13, routing="middle empty", activation="silu", gate=True),
+    Case(19, C=40, F=8, activation="relu", bias=False),
+    Case(11, C=20, K=2, gate=True, routing="dropped"),
+    Case(11, C=20, K=3, norm=True, routing="first empty"),
+    Case(11, C=12, K=3, norm=True, gate=True, bias=False),
+    Case(9, C=16, norm=True, routing="nobody"),
+    Case(5, C=8, E=19, D=8, F=8),
 )
 
 

@@ -9,8 +9,7 @@ import torch
 import moebert_kernels
 from moebert_kernels import models
 from moebert_kernels.models import to_moe
-from tests.tiny_bert import LAYERS
-from tests.tiny_encoders import build
+from tests.tiny import LAYERS, build_family
 
 SLOW = ("transformers", "datasets", "sklearn", "scipy", "pandas", "matplotlib", "triton", "torch._dynamo")
 
@@ -24,7 +23,10 @@ def python(script, *arguments):
 
 
 def test_the_layer_alone_needs_torch_alone():
-    """Stops users of the layer from waiting for transformers, ten of its families, scikit-learn and scipy."""
+    """Stops users of the layer from waiting for transformers, ten of its families, scikit-learn and scipy.
+
+    And for Triton, which waits for the first call on a GPU.
+    """
     script = (
         "import sys, moebert_kernels\n"
         "assert 'torch' not in sys.modules\n"
@@ -56,7 +58,7 @@ def test_a_student_loads_whichever_package_comes_first(tmp_path, first):
     """Stops README's way to load a student from working in one order alone, or importing every family."""
     torch.manual_seed(0)
     index_LEF = torch.arange(8).view(1, 2, 4).repeat(LAYERS, 1, 1)
-    student = to_moe(build("Roberta"), index_LEF, num_shared_neurons=0)
+    student = to_moe(build_family("Roberta"), index_LEF, num_shared_neurons=0)
     student.save_pretrained(tmp_path)
     script = (
         f"import sys, {first}, moebert_kernels\n"

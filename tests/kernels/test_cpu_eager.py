@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moebert_kernels import RoutingPlan, moe_ffn
-from tests.ops.test_operator import make_inputs
+from tests.ops.calls import make_inputs
 
 
 def call(t, plan, **options):

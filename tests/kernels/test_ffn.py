@@ -35,13 +35,7 @@ import triton.language as tl  # noqa: E402
 from moebert_kernels.kernels import triton as kernels  # noqa: E402
 from moebert_kernels.kernels.triton import launch  # noqa: E402
 from moebert_kernels.kernels.triton.blocks import activate_with_slope  # noqa: E402
-from moebert_kernels.kernels.triton.configs import Config, Tile  # noqa: E402
-
-# 32 products a step, the least that are added up in two chains.
-SQUARE = Tile(16, 16, 32, 4, 2)
-WIDE = Tile(16, 32, 32, 4, 2, parts=4)
-PLAIN = Config(SQUARE, SQUARE, SQUARE, SQUARE, Tile(16, 16, 16, 4, 2))
-STREAMED = Config(WIDE, WIDE, WIDE, WIDE, Tile(16, 32, 16, 4, 2), stream_k=True, tma=True)
+from tests.kernels.tiles import PLAIN, STREAMED  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -202,7 +196,7 @@ def test_inference_equals_training_bit_for_bit(device):
 def test_streamed_gradients_do_not_depend_on_what_ran_before(device, monkeypatch):
     """Shares and workspaces are reused between routings: nothing of the last one may show."""
     use_config(STREAMED, monkeypatch)
-    case, other = Case(33, routing="skewed"), Case(33, routing="first empty")
+    case, other = Case(21, routing="skewed"), Case(21, routing="first empty")
     t, u = inputs(case, torch.float32, device), inputs(other, torch.float32, device, seed=1)
     first = run(case, t)
     run(other, u)

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from tests.cases import Case, expert_ids
+from tests.cases import SHARING, Case, expert_ids
 from tests.kernels.checks import (
     call,
     check,
@@ -25,12 +25,7 @@ pytest.importorskip("triton", reason="the kernels are written in Triton")
 
 from moebert_kernels.kernels import triton as kernels  # noqa: E402
 from moebert_kernels.kernels.triton import launch  # noqa: E402
-from moebert_kernels.kernels.triton.configs import Config, Tile  # noqa: E402
-
-SQUARE = Tile(16, 16, 32, 4, 2)
-WIDE = Tile(16, 32, 32, 4, 2, parts=4)
-PLAIN = Config(SQUARE, SQUARE, SQUARE, SQUARE, Tile(16, 16, 16, 4, 2))
-STREAMED = Config(WIDE, WIDE, WIDE, WIDE, Tile(16, 32, 16, 4, 2), stream_k=True, tma=True)
+from tests.kernels.tiles import PLAIN, STREAMED  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -40,32 +35,17 @@ def through_the_kernels(device, monkeypatch, poisoned_memory):
     use_config(PLAIN, monkeypatch)
 
 
-# Widths that tiles of 16 and 32 columns divide, and that none does: no tile has neurons of both kinds.
-CASES = [
-    Case(0, C=16),
-    Case(1, C=16),
-    Case(37, C=48, F=24),
-    Case(33, C=32, F=16, routing="dropped", norm=True),
-    Case(33, C=13, F=29, D=13, routing="middle empty", gate=True),
-    Case(19, C=40, F=8, activation="relu", bias=False),
-    Case(11, C=20, K=2, gate=True, routing="dropped"),
-    Case(11, C=20, K=3, norm=True, routing="first empty"),
-    Case(9, C=16, norm=True, routing="nobody"),
-    Case(5, C=8, E=32, D=8, F=8),
-]
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", SHARING, ids=str)
 def test_case_in_float32(case, device):
     check(case, torch.float32, device)
 
 
-@pytest.mark.parametrize("case", [CASES[2], CASES[4]], ids=str)
+@pytest.mark.parametrize("case", [SHARING[2], SHARING[4]], ids=str)
 def test_case_in_float16(case, device):
     check(case, torch.float16, device)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.T > 9], ids=str)
+@pytest.mark.parametrize("case", [c for c in SHARING if c.T > 9], ids=str)
 def test_case_streamed_with_descriptors(case, device, monkeypatch):
     """Shared weights' tiles, which go over all rows, are cut like those of experts."""
     use_config(STREAMED, monkeypatch)
@@ -76,12 +56,10 @@ def test_many_tokens_are_streamed_without_being_asked(device):
     """Plain, a shared tile's program would take as long as all experts' together."""
     case = Case(300, C=16, F=16, routing="skewed")
     t = inputs(case, torch.float32, device)
-    u = leaves(t)
-    y = call(case, u, plan_of(case, device))
     with launch.recorded() as launches:
-        torch.autograd.grad(y, [u["w1"]], u["dy"])
+        found = run(case, t)
     assert "weight_grad_stream_kernel" in [l.kernel.__name__ for l in launches]
-    for group, (_, largest) in errors(run(case, t), reference(case, t), expert_ids(case), case.E).items():
+    for group, (_, largest) in errors(found, reference(case, t), expert_ids(case), case.E).items():
         assert largest < 1e-4, group
 
 
@@ -92,7 +70,11 @@ def test_any_subset_of_inputs_may_require_grad(device):
     everything = run(case, t)
     plan = plan_of(case, device)
     names = [k for k in t if k != "dy"]
-    for wanted in (c for n in (1, 2) for c in itertools.combinations(names, n)):
+    # One, all but one, and two that one kernel may write.
+    together = ("w1", "b1", "shared_w1", "shared_b1"), ("w2", "b2", "shared_w2")
+    pairs = [pair for group in together for pair in itertools.combinations(group, 2)]
+    others = [pair for n in (1, len(names) - 1) for pair in itertools.combinations(names, n)]
+    for wanted in others + pairs:
         part = {k: v.clone().requires_grad_(k in wanted) for k, v in t.items()}
         grads = torch.autograd.grad(call(case, part, plan), [part[n] for n in wanted], t["dy"])
         for name, grad in zip(wanted, grads, strict=True):

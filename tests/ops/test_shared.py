@@ -18,7 +18,7 @@ from moebert_kernels.kernels import torch as plain
 from moebert_kernels.kernels.cpu import rows
 from moebert_kernels.ops import backends, operator
 from python_ref.adaptation import tie_shared
-from tests.cases import Case, expert_ids
+from tests.cases import SHARING, Case, expert_ids
 from tests.kernels.checks import (
     FORMS,
     SHARED,
@@ -34,20 +34,8 @@ from tests.kernels.checks import (
     shared_of,
 )
 
-CASES = [
-    *(Case(T, C=10) for T in (0, 1, 37)),
-    Case(33, C=7, routing="dropped"),
-    Case(33, C=40, F=8, routing="middle empty", activation="silu"),
-    Case(9, C=5, routing="nobody", norm=True),
-    Case(23, C=16, norm=True),
-    Case(18, C=9, bias=False, activation="relu"),
-    Case(23, C=11, norm=True, gate=True, routing="dropped"),
-    Case(11, C=12, K=2, gate=True, routing="dropped"),
-    Case(11, C=12, K=3, norm=True, gate=True, bias=False),
-]
 
-
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", SHARING, ids=str)
 def test_float64_equals_the_reference(case):
     """Values and all gradients of the path in plain PyTorch."""
     t = {name: value.double() for name, value in inputs(case, torch.float64, "cpu").items()}
@@ -56,12 +44,12 @@ def test_float64_equals_the_reference(case):
         torch.testing.assert_close(found, value, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", SHARING, ids=str)
 def test_float32_is_as_good_as_plain_pytorch(case):
     check(case, torch.float32, "cpu")
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.T > 1], ids=str)
+@pytest.mark.parametrize("case", [c for c in SHARING if c.T > 1], ids=str)
 def test_tied_equals_untied_with_copies(case):
     """The same function as that of experts which each hold a copy; the shared gradient is the copies' sum."""
     t = inputs(case, torch.float64, "cpu")

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from moebert_kernels import RoutingPlan, moe_ffn
 from moebert_kernels.ops.operator import ffn
 from tests.kernels.checks import arguments
-from tests.ops.test_operator import make_inputs
+from tests.ops.calls import make_inputs
 
 T, D, F, E, K = 9, 6, 5, 3, 2
 USED = int((make_inputs(T, D, F, E, K)[1] >= 0).sum())  # by tokens that have an expert

@@ -203,7 +203,7 @@ def keys_of_tests(jobs: int, *which: str) -> set[str]:
             str(keys),
         ]
         command += ["-q", "--tb=no", "-p", "no:cacheprovider", *DESELECTED, *which]
-        if importlib.util.find_spec("xdist") is not None:
+        if jobs > 1 and importlib.util.find_spec("xdist") is not None:
             command += ["-n", str(jobs)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         if done.returncode not in (0, 1) or not keys.exists():  # 1: tests failed, as they must

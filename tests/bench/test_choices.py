@@ -18,7 +18,7 @@ from bench.alternatives import (
     products,
 )
 from moebert_kernels.models import find_ffns
-from tests.compress.runs.test_pipeline import make_data, make_teacher
+from tests.compress.toys import make_data, make_teacher
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,11 @@
 """What a session on a GPU does with its time, by a stand-in clock, and with what it has measured at its end.
 
-That its parts run at all shows `bash bench/gpu.sh first --dry-run`, here at its smallest.
+That its parts run at all shows `bash bench/gpu.sh first --dry-run`, in tests/test_bare_machine.py.
 """
 
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -214,29 +213,6 @@ def test_what_a_killed_run_had_measured_can_be_read(tmp_path):
     with (tmp_path / "ffn-cpu.jsonl").open("a") as file:
         file.write('{"case": {"T"')  # cut off within a line
     assert read(tmp_path / "ffn-cpu.jsonl") == found
-
-
-@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
-def test_the_script_runs_without_a_gpu(tmp_path):
-    """Its folder was looked for in the repository, wherever it was called."""
-    options = ["--dry-run", "--only", "smoke,kernels", "--out", "out"]
-    command = ["bash", str(ROOT / "bench" / "gpu.sh"), "first", *options]
-    environment = os.environ | {"PYTHON": sys.executable}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"gpu.log", "session.jsonl", "smoke.jsonl", "kernels-cpu.jsonl"}
-    rows = read(tmp_path / "out" / "kernels-cpu.jsonl").rows
-    assert {"gather", "scatter"} <= {row.entry.split()[1] for row in rows}
-    assert all(row.seconds for row in rows)
-    session = [json.loads(line) for line in (tmp_path / "out" / "session.jsonl").read_text().splitlines()]
-    assert [(line["part"], line["became"]) for line in session] == [
-        ("machine", "ok"),
-        ("smoke", "ok"),
-        ("kernels", "ok"),
-    ]
-    assert "cpu: T=24" in done.stdout
-    assert "2 of 2 found when asked for" in done.stdout  # kernels that were carried
 
 
 def test_help_says_what_always_runs(capsys):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from sklearn import metrics
-from transformers import BertForSequenceClassification, BertTokenizerFast
+from transformers import BertForSequenceClassification
 from typer.testing import CliRunner
 
 from bench.quality.__main__ import app
@@ -23,7 +23,8 @@ from moebert_kernels.compress.evaluation.quality import expert_load
 from moebert_kernels.compress.experts.adaptation import split_neurons
 from moebert_kernels.compress.experts.fitting import fit_experts
 from moebert_kernels.models import count_parameters, find_ffns, to_moe
-from tests.tiny_bert import WIDTH, batch, build
+from tests import tiny
+from tests.tiny import WIDTH, batch, build
 
 WORDS = [f"w{i}" for i in range(60)]
 
@@ -86,8 +87,7 @@ def glue(tmp_path) -> list[str]:
     """A call of `bench.quality run` on a small CoLA with a small model and one seed."""
     model = build(BertForSequenceClassification, intermediate_size=60, num_hidden_layers=4)
     model.save_pretrained(tmp_path / "model")
-    (tmp_path / "words.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
-    BertTokenizerFast(str(tmp_path / "words.txt"), model_max_length=32).save_pretrained(tmp_path / "model")
+    tiny.tokenizer(tmp_path, WORDS, model_max_length=32).save_pretrained(tmp_path / "model")
     folder = tmp_path / "glue" / "CoLA"
     folder.mkdir(parents=True)
     for name, count in (("train.tsv", 40), ("dev.tsv", 16)):

@@ -4,8 +4,10 @@ import html
 import inspect
 import itertools
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -13,16 +15,15 @@ import pytest
 import torch
 from transformers import (
     AutoModelForSequenceClassification,
-    BertConfig,
     BertForSequenceClassification,
-    BertTokenizerFast,
 )
 from typer.testing import CliRunner
 
 import moebert_kernels
-from moebert_kernels import cli_command, cli_options
+from moebert_kernels import cli, cli_command, cli_options
 from moebert_kernels.cli import app
 from moebert_kernels.cli_command import INTERRUPTED, USER_ERROR
+from moebert_kernels.compress import demo
 from moebert_kernels.compress.data.tasks import task_names
 from moebert_kernels.compress.runs import pipeline
 from moebert_kernels.compress.runs.settings import CompressSettings
@@ -31,9 +32,10 @@ from moebert_kernels.compress.training.distillation import DistillSettings
 from moebert_kernels.compress.training.finetuning import finetune
 from moebert_kernels.errors import UserError
 from moebert_kernels.models import ROUTINGS, MoEBertConfig
-from tests.compress.storage.test_embeddings import TEXTS, make_folder
+from tests import tiny
+from tests.sentence_encoders import TEXTS, make_folder
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "a", "b", "c", "d"]
+WORDS = ["good", "bad", "a", "b", "c", "d"]
 COMMANDS = ("demo", "finetune", "importance", "adapt", "distill", "evaluate", "compress", "env")
 
 
@@ -48,19 +50,11 @@ def folder(tmp_path_factory):
         table.writerows(
             [f"{filler[i % 4]} {('bad', 'good')[i % 2]}", ("low", "high")[i % 2]] for i in range(40)
         )
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(WORDS),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=16,
-        id2label={0: "high", 1: "low"},
-    )
-    BertForSequenceClassification(config).save_pretrained(folder / "teacher")
-    (folder / "vocab.txt").write_text("\n".join(WORDS))
-    BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=16).save_pretrained(folder / "teacher")
+    words = tiny.tokenizer(folder, WORDS, model_max_length=16)
+    changes = {"vocab_size": len(words), "id2label": {0: "high", 1: "low"}}
+    teacher = tiny.initialised(BertForSequenceClassification, **tiny.SMALLER, **changes)
+    for saved in (teacher, words):
+        saved.save_pretrained(folder / "teacher")
     (folder / "mine").mkdir()
     (folder / "mine" / "thesis.tex").write_text("years of work")
     shutil.copytree(folder / "teacher", folder / "another")
@@ -451,16 +445,23 @@ def test_ctrl_c_says_how_to_go_on(call, monkeypatch):
     assert result.stderr.strip() == "interrupted; run the same command again to go on"
 
 
-def test_being_terminated_is_like_ctrl_c():
+def test_being_terminated_is_like_ctrl_c(tmp_path, monkeypatch):
     """A scheduler or `timeout` sends SIGTERM, which ends a process without a word by default."""
-    script = (
-        "import os, signal, sys; from moebert_kernels import cli; from moebert_kernels.compress import demo; "
-        "demo.run_demo = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM); "
-        "sys.argv = ['moebert', 'demo']; cli.main()"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == INTERRUPTED
-    assert done.stderr.strip() == "interrupted; run the same command again to go on"
+    monkeypatch.setattr(demo, "run_demo", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(sys, "argv", ["moebert", "demo"])
+    told = tmp_path / "told"
+    child = os.fork()  # which has imported everything
+    if child == 0:
+        try:
+            sys.stderr = told.open("w")
+            cli.main()
+        except SystemExit as left:
+            sys.stderr.flush()
+            os._exit(left.code)
+        finally:
+            os._exit(99)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == INTERRUPTED
+    assert told.read_text().strip() == "interrupted; run the same command again to go on"
 
 
 def test_a_defect_keeps_its_traceback(call, monkeypatch):

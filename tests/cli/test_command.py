@@ -16,8 +16,8 @@ from moebert_kernels.compress.runs import pipeline
 from moebert_kernels.compress.storage import artifacts
 from moebert_kernels.compress.storage.artifacts import exclusive
 from tests import ROOT
-from tests.compress.runs.test_pipeline import make_data, make_teacher
-from tests.compress.storage.test_writing import no_file_above
+from tests.compress.toys import make_data, make_teacher
+from tests.full_disk import no_file_above
 
 TABLE = "--task csv --data rows.csv --batch-size 16 --max-length 16 --lr 1e-3"
 COMPRESS = f"compress --teacher teacher {TABLE} --epochs 1 --measure-length 8"
@@ -139,11 +139,11 @@ moebert.main()
 """
 
 
-@pytest.mark.parametrize("when", ["torch", "moebert_kernels.compress.runs.stage_by_stage", "the end"])
+@pytest.mark.parametrize("when", ["torch", "transformers", "the end"])
 def test_ctrl_c_before_and_after_the_work_is_quiet(when):
     """It showed the traceback of whatever was being imported, or "Aborted!", in the first seconds."""
     done = subprocess.run(
-        [sys.executable, "-c", INTERRUPT, "env", when],
+        [sys.executable, "-c", INTERRUPT, "--version" if when == "the end" else "env", when],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,

@@ -3,18 +3,16 @@
 import json
 
 import pytest
-import torch
 from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForTokenClassification,
-    BertConfig,
     BertModel,
-    BertTokenizerFast,
 )
 from typer.testing import CliRunner
 
 from moebert_kernels.cli import app
 from moebert_kernels.models import MoEBertForQuestionAnswering, MoEBertForTokenClassification
+from tests import tiny
 
 WORDS = [f"w{i}" for i in range(30)]
 
@@ -23,18 +21,9 @@ WORDS = [f"w{i}" for i in range(30)]
 def folder(tmp_path, monkeypatch):
     """A pre-trained BERT of random weights in pretrained/."""
     monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=35,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=32,
-    )
-    BertModel(config).save_pretrained("pretrained")
-    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
-    BertTokenizerFast("vocab.txt", model_max_length=32).save_pretrained("pretrained")
+    sizes = {**tiny.SMALLER, "vocab_size": 35, "max_position_embeddings": 32}
+    tiny.initialised(BertModel, **sizes).save_pretrained("pretrained")
+    tiny.tokenizer(tmp_path, WORDS, model_max_length=32).save_pretrained("pretrained")
     return tmp_path
 
 

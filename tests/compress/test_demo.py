@@ -2,18 +2,19 @@ import csv
 import importlib.util
 import io
 import json
+import shutil
 
 import pytest
-import torch
 from rich.console import Console
-from transformers import BertConfig, BertModel, BertTokenizerFast
+from transformers import BertModel
 
 from moebert_kernels.compress import demo
 from moebert_kernels.compress.data.tasks import CsvOptions, load_task
 from moebert_kernels.compress.demo import Recipe, run_demo, write_tables
 from moebert_kernels.compress.minilm import find_base_model
 from moebert_kernels.errors import UserError
-from tests.compress.data.test_docstrings import write_library
+from tests import tiny
+from tests.compress.data.library import write_library
 
 SUBJECTS = ("letter", "object", "table", "thread", "colour", "number", "path", "socket", "matrix", "clock")
 MODULES = ("email", "json", "csv", "threading", "colorsys", "decimal", "pathlib", "socket", "array", "time")
@@ -36,19 +37,9 @@ def parts(tmp_path_factory):
         for module, subject in zip(MODULES, SUBJECTS, strict=True)
     }
     write_library(folder / "library", packages)
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "this", "function", "of", "ours", ".", *SUBJECTS]
-    (folder / "vocab.txt").write_text("\n".join(words))
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(words),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=16,
-    )
-    BertModel(config).save_pretrained(folder / "base")
-    BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=16).save_pretrained(folder / "base")
+    words = tiny.tokenizer(folder, ["this", "function", "of", "ours", ".", *SUBJECTS], model_max_length=16)
+    words.save_pretrained(folder / "base")
+    tiny.initialised(BertModel, vocab_size=len(words), **tiny.SMALLER).save_pretrained(folder / "base")
     return folder
 
 
@@ -63,9 +54,17 @@ def run(parts, output, console):
     )
 
 
+@pytest.fixture(scope="module")
+def finished(parts):
+    """The folder of a whole run, its results and what it said."""
+    console = Console(file=io.StringIO(), width=200)
+    results = run(parts, parts / "out", console)
+    return parts / "out", results, console.file.getvalue()
+
+
 @pytest.mark.slow
-def test_the_whole_run_its_files_and_its_second_call(parts, tmp_path, console):
-    results = run(parts, tmp_path / "out", console)
+def test_the_whole_run_its_files_and_its_second_call(parts, finished):
+    output, results, text = finished
     names = [model["name"] for model in results["models"]]
     assert names == [
         "teacher",
@@ -78,17 +77,16 @@ def test_the_whole_run_its_files_and_its_second_call(parts, tmp_path, console):
     assert results["reloaded"] == student["quality"]
     assert next(iter(results["timings_s"])) == "fine-tune teacher"
     assert list(results["timings_s"])[-1] == "reload"
-    saved = (tmp_path / "out" / "results.json").read_text()
+    saved = (output / "results.json").read_text()
     assert json.loads(saved) == json.loads(json.dumps(results))
-    assert "MoEBERT on docstrings" in (tmp_path / "out" / "report.html").read_text()
-    assert (tmp_path / "out" / "student" / "model.safetensors").is_file()
-    text = console.file.getvalue()
+    assert "MoEBERT on docstrings" in (output / "report.html").read_text()
+    assert (output / "student" / "model.safetensors").is_file()
     for expected in (*names, "checkpoint does not shrink", "exactly the same", "report.html", "10 packages"):
         assert expected in text
 
     again = Console(file=io.StringIO(), width=200)
-    run(parts, tmp_path / "out", again)
-    assert (tmp_path / "out" / "results.json").read_text() == saved
+    run(parts, output, again)
+    assert (output / "results.json").read_text() == saved
     stages = [line for line in again.file.getvalue().splitlines() if line.endswith(": reused")]
     assert len(stages) == len(results["timings_s"])
     assert "..." not in again.file.getvalue().replace(
@@ -96,8 +94,9 @@ def test_the_whole_run_its_files_and_its_second_call(parts, tmp_path, console):
     )
 
 
-def test_a_student_that_reloads_differently_is_a_defect(parts, tmp_path, console, monkeypatch):
+def test_a_student_that_reloads_differently_is_a_defect(parts, finished, tmp_path, console, monkeypatch):
     """The check that caught nothing would be a line in the output and no more."""
+    shutil.copytree(finished[0], tmp_path / "out")
     monkeypatch.setattr(demo, "_reload", lambda *args: ({"accuracy": -1.0, "macro_f1": 0.0}, 0.0))
     with pytest.raises(RuntimeError, match=r"reloaded student scores .*-1.0"):
         run(parts, tmp_path / "out", console)
@@ -107,15 +106,11 @@ def test_an_interrupted_run_goes_on(parts, tmp_path, console, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(demo, "compress", interrupt)
+    monkeypatch.setattr(demo, "compress", interrupt)
+    for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             run(parts, tmp_path / "out", console)
-    monkeypatch.setattr(demo, "_reload", interrupt)
-    again = Console(file=io.StringIO(), width=200)
-    with pytest.raises(KeyboardInterrupt):
-        run(parts, tmp_path / "out", again)
-    assert "fine-tune teacher: reused" in again.file.getvalue()
+    assert "fine-tune teacher: reused" in console.file.getvalue()
 
 
 def test_without_the_model_it_says_what_to_install(monkeypatch):

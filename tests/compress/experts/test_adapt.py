@@ -1,9 +1,9 @@
 import pytest
 import torch
 from datasets import Dataset
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertForSequenceClassification
 
 from moebert_kernels.compress.experts.adaptation import (
     adapt,
@@ -17,6 +17,7 @@ from moebert_kernels.compress.scoring.importance import Importance
 from moebert_kernels.compress.scoring.token_scores import TokenScores
 from moebert_kernels.errors import UserError
 from python_ref import adaptation
+from tests import tiny
 
 
 @pytest.mark.parametrize(
@@ -33,7 +34,6 @@ def test_more_experts_than_neurons_are_refused():
         default_sizes(4, 5)
 
 
-@settings(max_examples=60, derandomize=True, deadline=None)
 @given(data=st.data())
 def test_the_split_equals_the_reference(data):
     num_experts = data.draw(st.integers(1, 5))
@@ -109,17 +109,10 @@ VOCAB = 30
 
 @pytest.fixture
 def teacher():
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=VOCAB,
-        hidden_size=8,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=12,
-        num_labels=3,
-        initializer_range=0.5,
-    )
-    return BertForSequenceClassification(config).eval()
+    sizes = {**tiny.SMALLER, "vocab_size": VOCAB, "hidden_size": 8, "intermediate_size": 12}
+    return tiny.initialised(
+        BertForSequenceClassification, **sizes, num_labels=3, initializer_range=0.5
+    ).eval()
 
 
 def test_one_expert_of_all_neurons_computes_what_the_teacher_does(teacher):

@@ -36,22 +36,15 @@ def problems(draw):
     return scores_GF, counts_G, importance_F, start_G, sizes
 
 
-@settings(max_examples=150, derandomize=True, deadline=None)
+@settings(max_examples=50)
 @given(problems())
-def test_the_alternation_equals_the_reference(problem):
+def test_the_alternation_is_the_references_and_captures_more_every_round(problem):
     scores_GF, counts_G, importance_F, start_G, sizes = problem
     index_EF, expert_G, history = alternate(scores_GF, counts_G, importance_F, start_G, **sizes)
     expected = ref.alternate(scores_GF, counts_G, importance_F, start_G, **sizes)
     assert torch.equal(index_EF, expected[0])
     assert torch.equal(expert_G, expected[1])
     assert history == expected[2]
-
-
-@settings(max_examples=150, derandomize=True, deadline=None)
-@given(problems())
-def test_more_is_captured_every_round_within_the_capacity(problem):
-    scores_GF, counts_G, importance_F, start_G, sizes = problem
-    index_EF, expert_G, history = alternate(scores_GF, counts_G, importance_F, start_G, **sizes)
     assert all(later > earlier for earlier, later in itertools.pairwise(history))
     assert int(loads(expert_G, counts_G, sizes["num_experts"]).max()) <= sizes["capacity"]
     captured_GE = ref.captured_scores(scores_GF, index_EF)
@@ -65,7 +58,7 @@ def test_more_is_captured_every_round_within_the_capacity(problem):
 def test_assignment_comes_near_the_best_of_all():
     """The prices alone leave room behind heavy items; the passes after them have to fill it."""
     found = best_of_all = 0.0
-    for seed in range(40):
+    for seed in range(15):
         generator = torch.Generator().manual_seed(seed)
         value_GE = torch.rand(7, 3, generator=generator, dtype=torch.float64)
         weight_G = torch.randint(1, 10, (7,), generator=generator)
@@ -128,7 +121,7 @@ def test_a_split_routes_every_id_shares_neurons_and_keeps_loads():
 
 
 def test_the_seed_decides_and_the_global_random_state_is_left_alone():
-    importance, counts_V = make_importance()
+    importance, counts_V = make_importance(num_layers=1, num_groups=60, vocab_size=90)
     state = torch.get_rng_state()
     first, again, other = (split_by_affinity(importance, counts_V, **SIZES, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), state)

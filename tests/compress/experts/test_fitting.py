@@ -16,12 +16,12 @@ from transformers import (
 )
 
 from moebert_kernels.compress.experts.fitting import RARE, RIDGE, fit_experts, rows_to_fit
-from moebert_kernels.layer import MoEFFN
-from moebert_kernels.models import find_ffns, is_moe, narrow_ffns, replace_ffns
+from moebert_kernels.models import find_ffns, narrow_ffns, replace_ffns
 from moebert_kernels.models.surgery import to_moe
 from python_ref import fitting as ref
 from python_ref.ffn import activation
-from tests import tiny_bert, tiny_encoders
+from tests import tiny
+from tests.compress.experts.layers import calls_of, experts_of, tokens
 
 HEADS = [
     BertModel,
@@ -33,31 +33,7 @@ HEADS = [
 
 
 def batches(count=3):
-    return [tiny_bert.batch(batch_size=4, length=7 + i, seed=i) for i in range(count)]
-
-
-def experts_of(student):
-    return [module for module in student.modules() if isinstance(module, MoEFFN)]
-
-
-@torch.no_grad()
-def calls_of(module, model, rows):
-    """(input, keyword arguments, output) of a module, for every batch that the model runs on."""
-    found = []
-
-    def note(_, args, kwargs, output):
-        found.append((args[0], kwargs, output))
-
-    hook = module.register_forward_hook(note, with_kwargs=True)
-    as_it_is = {"pack": False} if is_moe(model.config) else {}
-    for batch in rows:
-        model(**batch, **as_it_is)
-    hook.remove()
-    return found
-
-
-def tokens(states):
-    return torch.cat([x_BSD.flatten(0, 1) for x_BSD in states])
+    return [tiny.batch(batch_size=4, length=7 + i, seed=i) for i in range(count)]
 
 
 def fit_by_reference(student, teacher, rows):
@@ -91,8 +67,8 @@ def fit_by_reference(student, teacher, rows):
 @pytest.mark.parametrize("routing", ["hash-random", "gate-token", "gate-sentence"])
 @torch.no_grad()
 def test_it_is_the_reference(routing):
-    teacher = tiny_bert.build(BertForSequenceClassification).double()
-    student = to_moe(teacher, tiny_bert.quarters(), num_shared_neurons=0, routing=routing)
+    teacher = tiny.build(BertForSequenceClassification).double()
+    student = to_moe(teacher, tiny.quarters(), num_shared_neurons=0, routing=routing)
     expected = fit_by_reference(copy.deepcopy(student), teacher, batches())
     fit_experts(student, teacher, batches())
     for name, value in expected.state_dict().items():
@@ -102,8 +78,8 @@ def test_it_is_the_reference(routing):
 @pytest.mark.parametrize("head", HEADS)
 def test_a_student_of_all_neurons_stays_as_it_is(head):
     """It does what its teacher does: there is nothing to change."""
-    teacher = tiny_bert.build(head)
-    student = to_moe(teacher, tiny_bert.all_neurons(), num_shared_neurons=tiny_bert.WIDTH)
+    teacher = tiny.build(head)
+    student = to_moe(teacher, tiny.all_neurons(), num_shared_neurons=tiny.WIDTH)
     before = copy.deepcopy(student.state_dict())
     found = fit_experts(student, teacher, batches())
     assert max(found.cut_L) < 1e-10
@@ -113,14 +89,14 @@ def test_a_student_of_all_neurons_stays_as_it_is(head):
 
 def test_neurons_that_were_lost_to_others_like_them_are_made_up_for():
     """Every neuron has a twin: half of them can do all of it, once the weights say so."""
-    teacher = tiny_bert.build(BertForSequenceClassification)
-    half = tiny_bert.WIDTH // 2
+    teacher = tiny.build(BertForSequenceClassification)
+    half = tiny.WIDTH // 2
     with torch.no_grad():
         for ffn in find_ffns(teacher):
             ffn.w1.weight[half:], ffn.w1.bias[half:] = ffn.w1.weight[:half], ffn.w1.bias[:half]
-    index_LF = torch.arange(half).expand(tiny_bert.LAYERS, half)
+    index_LF = torch.arange(half).expand(tiny.LAYERS, half)
     student = narrow_ffns(teacher, index_LF)
-    rows = [tiny_bert.batch(batch_size=16, length=30, seed=i) for i in range(4)]
+    rows = [tiny.batch(batch_size=16, length=30, seed=i) for i in range(4)]
     found = fit_experts(student, teacher, rows, ridge=1e-9, rare=1e-9)
     assert min(found.cut_L) > 0.1
     assert max(found.fitted_L) < 1e-6
@@ -128,7 +104,6 @@ def test_neurons_that_were_lost_to_others_like_them_are_made_up_for():
         torch.testing.assert_close(student(**rows[0]).logits, teacher(**rows[0]).logits, rtol=1e-2, atol=1e-2)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     tokens=st.integers(1, 40),
     neurons=st.integers(1, 12),
@@ -160,7 +135,7 @@ def test_reference_is_the_minimum(tokens, neurons, ridge, rare, seed):
         assert formula(*fitted) <= formula(*other) * (1 + 1e-9)
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=15)
 @given(
     routing=st.sampled_from(["hash-random", "gate-token", "gate-sentence", "narrow"]),
     count=st.integers(1, 4),
@@ -170,13 +145,13 @@ def test_reference_is_the_minimum(tokens, neurons, ridge, rare, seed):
 )
 def test_no_layer_is_worse_than_before_on_the_rows_it_saw(routing, count, ridge, seed, top_k):
     """Few tokens and experts without any included."""
-    teacher = tiny_bert.build(BertForSequenceClassification, seed)
+    teacher = tiny.build(BertForSequenceClassification, seed)
     if routing == "narrow":
-        student = narrow_ffns(teacher, tiny_bert.quarters()[:, seed % 4])
+        student = narrow_ffns(teacher, tiny.quarters()[:, seed % 4])
     else:
         top_k = top_k if routing.startswith("gate") else 1
         student = to_moe(
-            teacher, tiny_bert.quarters(), num_shared_neurons=0, routing=routing, seed=seed, top_k=top_k
+            teacher, tiny.quarters(), num_shared_neurons=0, routing=routing, seed=seed, top_k=top_k
         )
     found = fit_experts(student, teacher, batches(count), ridge=ridge)
     assert found.num_tokens == top_k * sum(int(b["attention_mask"].sum()) for b in batches(count)) or (
@@ -187,15 +162,15 @@ def test_no_layer_is_worse_than_before_on_the_rows_it_saw(routing, count, ridge,
     assert all(bool(value.isfinite().all()) for value in student.parameters())
 
 
-@pytest.mark.parametrize("family", tiny_encoders.each_family)
+@pytest.mark.parametrize("family", tiny.each_family)
 def test_every_family_is_fitted_as_its_own_code_runs_it(family):
     """The errors that are told are those of the student when it runs as a whole."""
     changes = {"conv_kernel_size": 3} if family == "DebertaV2" else {}
-    teacher = tiny_encoders.build(family, "ForSequenceClassification", **changes)
-    student = to_moe(teacher, tiny_bert.quarters(), num_shared_neurons=0)
+    teacher = tiny.build_family(family, "ForSequenceClassification", **changes)
+    student = to_moe(teacher, tiny.quarters(), num_shared_neurons=0)
     rows = [
         {"input_ids": batch["input_ids"].clamp(min=2), "attention_mask": batch["attention_mask"]}
-        for batch in (tiny_bert.batch(batch_size=8, length=20, seed=i) for i in range(3))
+        for batch in (tiny.batch(batch_size=8, length=20, seed=i) for i in range(3))
     ]
     found = fit_experts(student, teacher, rows)
     assert all(fitted < 0.9 * cut for cut, fitted in zip(found.cut_L, found.fitted_L, strict=True))
@@ -219,28 +194,28 @@ def test_a_model_that_was_given_experts_in_place_is_fitted():
     class Scorer(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.encoder = tiny_bert.build(BertModel)
+            self.encoder = tiny.build(BertModel)
 
         def forward(self, **batch):
             return self.encoder(**batch).last_hidden_state.mean(1)
 
     teacher = Scorer()
     student = copy.deepcopy(teacher)
-    replace_ffns(student.encoder, tiny_bert.quarters())
+    replace_ffns(student.encoder, tiny.quarters())
     found = fit_experts(student, teacher, batches())
     assert all(fitted < cut for cut, fitted in zip(found.cut_L, found.fitted_L, strict=True))
 
 
 def test_padding_counts_nothing():
-    teacher = tiny_bert.build(BertForSequenceClassification)
+    teacher = tiny.build(BertForSequenceClassification)
     fitted = []
     for filler in (7, 90):
         rows = batches()
         for batch in rows:
             batch["input_ids"][batch["attention_mask"] == 0] = filler
-        student = to_moe(teacher, tiny_bert.quarters(), num_shared_neurons=0)
+        student = to_moe(teacher, tiny.quarters(), num_shared_neurons=0)
         fit_experts(student, teacher, rows)
-        narrow = narrow_ffns(teacher, tiny_bert.quarters()[:, 0])
+        narrow = narrow_ffns(teacher, tiny.quarters()[:, 0])
         fit_experts(narrow, teacher, rows)
         fitted.append([*student.parameters(), *narrow.parameters()])
     for one, other in zip(*fitted, strict=True):
@@ -248,11 +223,11 @@ def test_padding_counts_nothing():
 
 
 def test_the_same_rows_give_the_same_student_and_leave_the_rest_alone():
-    teacher = tiny_bert.build(BertForSequenceClassification).train()
+    teacher = tiny.build(BertForSequenceClassification).train()
     before = copy.deepcopy(teacher.state_dict())
     students = []
     for _ in range(2):
-        student = to_moe(teacher, tiny_bert.quarters(), num_shared_neurons=0)
+        student = to_moe(teacher, tiny.quarters(), num_shared_neurons=0)
         cut = copy.deepcopy(student.state_dict())
         assert student.training
         calls = []
@@ -261,7 +236,7 @@ def test_the_same_rows_give_the_same_student_and_leave_the_rest_alone():
         )
         assert student.training
         assert teacher.training
-        assert calls[-1] == (3 * tiny_bert.LAYERS, 3 * tiny_bert.LAYERS)
+        assert calls[-1] == (3 * tiny.LAYERS, 3 * tiny.LAYERS)
         assert calls == sorted(calls)
         students.append(student.state_dict())
     for name, value in students[0].items():
@@ -273,11 +248,11 @@ def test_the_same_rows_give_the_same_student_and_leave_the_rest_alone():
 
 
 def test_blocks_and_batches_change_nothing_but_rounding(monkeypatch):
-    teacher = tiny_bert.build(BertForSequenceClassification).double()
+    teacher = tiny.build(BertForSequenceClassification).double()
     fitted = []
-    for tokens in (1, 1 << 20):
-        monkeypatch.setattr("moebert_kernels.compress.experts.fitting._BLOCK_TOKENS", tokens)
-        student = to_moe(teacher, tiny_bert.quarters(), num_shared_neurons=0)
+    for limit in (1, 1 << 20):
+        monkeypatch.setattr("moebert_kernels.compress.experts.fitting._BLOCK_TOKENS", limit)
+        student = to_moe(teacher, tiny.quarters(), num_shared_neurons=0)
         fit_experts(student, teacher, batches())
         fitted.append(student)
     for one, other in zip(*(student.parameters() for student in fitted), strict=True):
@@ -292,9 +267,9 @@ def test_rows_are_as_many_as_memory_holds():
 
 
 def test_what_does_not_fit_is_said():
-    teacher = tiny_bert.build(BertForSequenceClassification)
-    student = to_moe(teacher, tiny_bert.quarters(), num_shared_neurons=0)
-    deeper = tiny_bert.build(BertForSequenceClassification, num_hidden_layers=4)
+    teacher = tiny.build(BertForSequenceClassification)
+    student = to_moe(teacher, tiny.quarters(), num_shared_neurons=0)
+    deeper = tiny.build(BertForSequenceClassification, num_hidden_layers=4)
     with pytest.raises(ValueError, match="the same number of layers, got 3 and 4"):
         fit_experts(student, deeper, batches())
     with pytest.raises(ValueError, match="no tokens"):
@@ -306,10 +281,10 @@ def test_what_does_not_fit_is_said():
 @pytest.mark.gpu
 @pytest.mark.parametrize("routing", ["hash-random", "gate-token"])
 def test_a_gpu_fits_the_same(routing):
-    teacher = tiny_bert.build(BertForSequenceClassification)
+    teacher = tiny.build(BertForSequenceClassification)
     fitted = []
     for device in ("cpu", "cuda"):
-        student = to_moe(teacher.to(device), tiny_bert.quarters(), num_shared_neurons=0, routing=routing)
+        student = to_moe(teacher.to(device), tiny.quarters(), num_shared_neurons=0, routing=routing)
         found = fit_experts(student, teacher, batches())
         fitted.append((found, student.to("cpu")))
     (ours, there), (theirs, here) = fitted
@@ -320,8 +295,8 @@ def test_a_gpu_fits_the_same(routing):
 
 def test_under_autocast_the_models_compute_in_bfloat16_and_the_sums_do_not():
     """Sums and solutions in bfloat16 would have lost the fit; what the models compute in it costs little."""
-    teacher = tiny_bert.build(BertForSequenceClassification)
-    student = to_moe(teacher, tiny_bert.quarters(), num_shared_neurons=0, routing="hash-random")
+    teacher = tiny.build(BertForSequenceClassification)
+    student = to_moe(teacher, tiny.quarters(), num_shared_neurons=0, routing="hash-random")
     plain = copy.deepcopy(student)
     fit_experts(plain, teacher, batches())
     with torch.autocast("cpu", torch.bfloat16):

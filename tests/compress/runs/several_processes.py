@@ -28,8 +28,8 @@ from moebert_kernels.compress.runs.pipeline import compress
 from moebert_kernels.compress.scoring.importance import compute_importance
 from moebert_kernels.compress.training.distillation import DistillSettings, distill
 from moebert_kernels.compress.training.finetuning import finetune
-from tests.compress.runs.test_pipeline import SETTINGS as BOTH
-from tests.compress.runs.test_pipeline import make_data, make_teacher
+from tests.compress.toys import SETTINGS as BOTH
+from tests.compress.toys import make_data, make_teacher
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 SETTINGS = replace(BOTH, comparisons=())

@@ -4,74 +4,28 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import (
     AutoTokenizer,
-    BertConfig,
     BertForMaskedLM,
-    BertForSequenceClassification,
-    BertTokenizerFast,
 )
 
-from moebert_kernels.compress.data.tasks import Task, TaskData, tokenize
+from moebert_kernels.compress.data.tasks import TaskData, tokenize
 from moebert_kernels.compress.experts.adaptation import token_counts
 from moebert_kernels.compress.runs import pipeline
 from moebert_kernels.compress.runs.pipeline import compress, stage_names
-from moebert_kernels.compress.runs.settings import CompressSettings
 from moebert_kernels.compress.runs.stages import Stage
 from moebert_kernels.compress.scoring.importance import Importance
 from moebert_kernels.compress.storage.artifacts import exclusive, fingerprint, replace_whole, write_json
 from moebert_kernels.compress.training import distillation as distill
 from moebert_kernels.errors import UserError
 from moebert_kernels.models import MoEBertForSequenceClassification
-from tests import ROOT
-
-WORDS = [f"w{i}" for i in range(40)]
-SETTINGS = CompressSettings(
-    epochs=2, batch_size=8, max_length=16, measure_length=16, learning_rate=1e-3, comparisons=("random",)
-)
-
-
-def make_teacher(folder, head=BertForSequenceClassification, **options):
-    folder.mkdir(parents=True)
-    (folder / "words.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
-    tokenizer = BertTokenizerFast(str(folder / "words.txt"), model_max_length=32)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=45,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=32,
-        **options,
-    )
-    head(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def make_data(n=48, kind="classification", seed=0):
-    generator = torch.Generator().manual_seed(seed)
-
-    def rows(n):
-        ids = [torch.randint(0, 40, (5 + i % 7,), generator=generator).tolist() for i in range(n)]
-        labels = [sum(row) / 100 if kind == "regression" else sum(row) % 2 for row in ids]
-        return Dataset.from_dict({"text": [" ".join(WORDS[i] for i in row) for row in ids], "label": labels})
-
-    if kind == "regression":
-        task = Task("toy", kind, (), ("pearson", "spearman"), "pearson")
-    else:
-        task = Task("toy", kind, ("even", "odd"), ("accuracy",), "accuracy")
-    return TaskData(task, rows(n), rows(24))
+from tests.compress.toys import SETTINGS, assert_same_outcome, make_data, make_teacher
 
 
 @pytest.fixture
@@ -233,30 +187,6 @@ def test_progress_tells_the_truth(finished):
     assert ("importance", 48, 48) in calls
 
 
-def test_the_student_loads_in_a_new_process(finished):
-    """The authors drew a new routing on loading: outputs differed from process to process."""
-    output, _, _ = finished
-    code = """
-import sys, moebert_kernels
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-print(model(**tokenizer("w1 w2 w3", return_tensors="pt")).logits.tolist())
-"""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    printed = subprocess.run(
-        [sys.executable, "-c", code, str(output / "student")],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=environment,
-    ).stdout
-    student = MoEBertForSequenceClassification.from_pretrained(output / "student")
-    tokenizer = BertTokenizerFast.from_pretrained(output / "student")
-    logits = student(**tokenizer("w1 w2 w3", return_tensors="pt")).logits
-    torch.testing.assert_close(torch.tensor(json.loads(printed)), logits.detach())
-
-
 def test_the_student_folder_holds_a_model_and_nothing_else(finished):
     output, _, _ = finished
     names = {path.name for path in (output / "student").iterdir()}
@@ -270,39 +200,9 @@ def test_the_student_folder_holds_a_model_and_nothing_else(finished):
     assert not list(output.rglob(".unfinished-*"))
 
 
-def weights(output):
-    return {
-        name: load_file(output / where / "model.safetensors")
-        for name, where in (
-            ("kept", "student"),
-            ("fitted", "work/student/fitted"),
-            ("student", "work/student/distilled"),
-            ("random", "work/random/distilled"),
-        )
-    }
-
-
-def assert_same_outcome(output, other):
-    for name, tensors in weights(output).items():
-        for key, value in weights(other)[name].items():
-            assert torch.equal(tensors[key], value), (name, key)
-    first, second = (json.loads((folder / "results.json").read_text()) for folder in (output, other))
-    for key in ("fitting", "losses", "training_load_NLE"):
-        assert first[key] == second[key]
-    assert [m["quality"] for m in first["models"]] == [m["quality"] for m in second["models"]]
-
-
-@pytest.mark.parametrize(
-    "interrupted_at",
-    [
-        ("importance", 32),
-        ("adapt student", 0),
-        ("fit student", 2),
-        ("distill student", 9),
-        ("distill random split", 7),
-    ],
-)
-def test_interrupted_anywhere_and_started_again_it_ends_the_same(finished, teacher, tmp_path, interrupted_at):
+@pytest.mark.parametrize("interrupted_at", [("importance", 32), ("fit student", 2), ("distill student", 9)])
+def test_interrupted_and_started_again_it_ends_the_same(finished, teacher, tmp_path, interrupted_at):
+    """In other stages, and killed, in test_killed.py."""
     calls = []
 
     def interrupt(stage, done, total):

@@ -1,5 +1,6 @@
 """Two processes do what one does: the same scores, steps of the same rows, one voice, and no hanging."""
 
+import functools
 import json
 import os
 import subprocess
@@ -7,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -18,7 +19,7 @@ from moebert_kernels.compress.storage.artifacts import exclusive
 from moebert_kernels.errors import ArgumentError
 from tests import ROOT
 from tests.compress.runs import several_processes as jobs
-from tests.compress.runs.test_pipeline import make_data
+from tests.compress.toys import make_data
 
 TORCHRUN = ["torch.distributed.run", "--nproc-per-node", "2"]
 ACCELERATE = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--mixed_precision", "no"]
@@ -48,11 +49,18 @@ def folder(tmp_path_factory):
     return jobs.prepare(tmp_path_factory.mktemp("processes"))
 
 
+@functools.cache
+def started(folder):
+    """Every job by two processes, and in the end one that fails in one of them."""
+    done = start(TORCHRUN, jobs.__file__, "score,train,whole,broken", folder, folder / "two")
+    assert (folder / "two" / "results-1.json").exists(), done.stderr
+    return done
+
+
 @pytest.fixture(scope="module")
 def two(folder):
     """What two processes have made of every job."""
-    done = start(TORCHRUN, jobs.__file__, "score,train,whole", folder, folder / "two")
-    assert done.returncode == 0, done.stderr
+    started(folder)
     return folder / "two"
 
 
@@ -139,17 +147,17 @@ def test_compress_as_a_whole(one, two):
 
 def test_an_error_in_one_process_ends_both_and_another_number_of_them_goes_on(folder, one):
     """Stops a main process that waits for ever for one that has failed, and work that is lost."""
-    done = start(TORCHRUN, jobs.__file__, "broken", folder, folder)
+    done, output = started(folder), folder / "two" / "broken"
     assert done.returncode != 0
     assert done.stderr.count("RuntimeError: pulled the plug") == 1
     assert "Connection closed" not in done.stderr
-    assert not (folder / "broken" / "results.json").exists()
+    assert not (output / "results.json").exists()
     calls = []
     results = compress(
         jobs.SETTINGS,
         make_data(),
         folder / "teacher",
-        folder / "broken",
+        output,
         progress=lambda *call: calls.append(call),
     )
     assert ("importance", 0, 0) in calls
@@ -185,7 +193,6 @@ def test_rows_of_a_step_must_divide(monkeypatch):
         distributed.rows_each(7)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
 @given(rows=st.integers(1, 60), each=st.integers(1, 4), count=st.integers(1, 5), epoch=st.integers(0, 2))
 def test_shares_make_up_the_batches_of_one_process(rows, each, count, epoch):
     def sampler():

@@ -19,7 +19,7 @@ from moebert_kernels.compress.runs.settings import CompressSettings
 from moebert_kernels.compress.scoring.importance import compute_importance
 from moebert_kernels.compress.scoring.teacher_loss import _roots, _yes_and_no_roots, prediction_shift_loss
 from moebert_kernels.errors import ArgumentError, UserError
-from tests.compress.runs.test_pipeline import SETTINGS, WORDS, make_teacher
+from tests.compress.toys import SETTINGS, WORDS, make_teacher
 
 HEADS = {
     "classes": (BertForSequenceClassification, {"num_labels": 5}),

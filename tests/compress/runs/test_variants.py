@@ -14,7 +14,7 @@ from moebert_kernels.compress.runs.pipeline import compress, stage_names
 from moebert_kernels.compress.runs.variants import over_seeds
 from moebert_kernels.compress.scoring.importance import Importance
 from moebert_kernels.models import is_moe
-from tests.compress.runs.test_pipeline import SETTINGS, make_data, make_teacher
+from tests.compress.toys import SETTINGS, make_data, make_teacher
 
 EVERYTHING = replace(SETTINGS, epochs=0.5, comparisons=("random", "narrow", "layers"), seed=3, seeds=2)
 NAMES = ["student", "random split", "narrow FFN", "fewer layers"]

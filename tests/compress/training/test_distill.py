@@ -5,18 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
-    BertConfig,
     BertForQuestionAnswering,
-    BertForSequenceClassification,
     BertForTokenClassification,
-    BertTokenizerFast,
     DataCollatorForTokenClassification,
     TrainerCallback,
-    TrainingArguments,
 )
 
 from moebert_kernels.compress.runs.settings import CompressSettings
@@ -26,62 +21,14 @@ from moebert_kernels.compress.training.trainer import DistillationTrainer
 from moebert_kernels.errors import UserError
 from moebert_kernels.models import to_moe
 from python_ref import distillation as ref
+from tests.compress.toys import StopAt, arguments, make_rows, toy_bert
 from tests.former_names import under_former_names
-
-WORDS = [f"w{i}" for i in range(40)]
-
-
-@pytest.fixture
-def tokenizer(tmp_path):
-    vocab = tmp_path / "vocab.txt"
-    vocab.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
-    return BertTokenizerFast(str(vocab))
-
-
-def tiny_bert(seed=0, head=BertForSequenceClassification, dropout=0.0, num_hidden_layers=2, **options):
-    torch.manual_seed(seed)
-    config = BertConfig(
-        vocab_size=45,
-        hidden_size=32,
-        num_hidden_layers=num_hidden_layers,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=32,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-        **options,
-    )
-    return head(config)
-
-
-def make_rows(n=24, regression=False, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(3, 12, (n,), generator=generator).tolist()
-    ids = [torch.randint(5, 45, (length,), generator=generator).tolist() for length in lengths]
-    labels = [sum(row) / 500 if regression else sum(row) % 2 for row in ids]
-    masks = [[1] * length for length in lengths]
-    return Dataset.from_dict({"input_ids": ids, "attention_mask": masks, "labels": labels, "unused": labels})
-
-
-def arguments(tmp_path, **options):
-    defaults = dict(
-        output_dir=str(tmp_path / "run"),
-        per_device_train_batch_size=8,
-        num_train_epochs=1,
-        learning_rate=1e-3,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-    )
-    return TrainingArguments(**(defaults | options))
 
 
 def make_trainer(tmp_path, tokenizer, student=None, teacher=None, rows=None, distill_weight=1.0, **options):
     return DistillationTrainer(
-        student or tiny_bert(1),
-        teacher or tiny_bert(0),
+        student or toy_bert(1),
+        teacher or toy_bert(0),
         args=arguments(tmp_path, **options),
         distill_weight=distill_weight,
         train_dataset=rows or make_rows(),
@@ -113,7 +60,7 @@ def expected_terms(student, teacher, batch, kind="classification"):
 @pytest.mark.parametrize("kind", ["classification", "regression"])
 def test_terms_are_those_of_the_reference_and_logged_each_by_itself(tmp_path, tokenizer, kind):
     labels = 1 if kind == "regression" else 2
-    student, teacher = tiny_bert(1, num_labels=labels), tiny_bert(0, num_labels=labels)
+    student, teacher = toy_bert(1, num_labels=labels), toy_bert(0, num_labels=labels)
     rows = make_rows(8, regression=kind == "regression")
     batch = tokenizer.pad(rows.remove_columns("unused").to_list(), return_tensors="pt")
     with torch.no_grad():
@@ -129,8 +76,8 @@ def test_terms_are_those_of_the_reference_and_logged_each_by_itself(tmp_path, to
 
 
 def test_a_student_of_fewer_layers_learns_from_those_it_is_mapped_to(tmp_path, tokenizer):
-    teacher, rows = tiny_bert(0, num_hidden_layers=4), make_rows(8)
-    student = tiny_bert(1)
+    teacher, rows = toy_bert(0, num_hidden_layers=4), make_rows(8)
+    student = toy_bert(1)
     batch = tokenizer.pad(rows.remove_columns("unused").to_list(), return_tensors="pt")
     batch.pop("labels")
     with torch.no_grad():
@@ -155,10 +102,10 @@ def test_a_student_of_fewer_layers_learns_from_those_it_is_mapped_to(tmp_path, t
 def test_a_map_that_does_not_fit_is_refused(tmp_path, layer_map):
     with pytest.raises(ValueError, match="one of the teacher's layers, 0 to 3, for each of the model's 2"):
         DistillationTrainer(
-            tiny_bert(1), tiny_bert(0, num_hidden_layers=4), layer_map=layer_map, args=arguments(tmp_path)
+            toy_bert(1), toy_bert(0, num_hidden_layers=4), layer_map=layer_map, args=arguments(tmp_path)
         )
     with pytest.raises(ValueError, match="same num_hidden_layers, got 2 and 4"):
-        DistillationTrainer(tiny_bert(1), tiny_bert(0, num_hidden_layers=4), args=arguments(tmp_path))
+        DistillationTrainer(toy_bert(1), toy_bert(0, num_hidden_layers=4), args=arguments(tmp_path))
 
 
 def test_logged_terms_are_means_over_the_steps_since_the_last_log(tmp_path, tokenizer):
@@ -175,9 +122,9 @@ def test_logged_terms_are_means_over_the_steps_since_the_last_log(tmp_path, toke
 def test_accumulated_batches_step_as_one_large_batch(tmp_path, tokenizer, head):
     """Means of means weigh a short sequence's tokens more: rows here differ in length and in labels."""
     if head == "sequence":
-        make, rows = tiny_bert, make_rows(16)
+        make, rows = toy_bert, make_rows(16)
     else:
-        make = lambda seed: tiny_bert(seed, BertForTokenClassification, num_labels=3)  # noqa: E731
+        make = lambda seed: toy_bert(seed, BertForTokenClassification, num_labels=3)  # noqa: E731
         rows = make_rows(16).map(
             lambda row: {"labels": [-100 if i % 3 == 0 else i % 3 for i in row["input_ids"]]}
         )
@@ -206,7 +153,7 @@ def test_accumulated_batches_step_as_one_large_batch(tmp_path, tokenizer, head):
 
 def test_of_tokens_without_a_label_no_prediction_is_distilled(tmp_path, tokenizer):
     """Nobody trained the teacher on what it says of the second half of a word; nobody asks the student."""
-    student, teacher = (tiny_bert(seed, BertForTokenClassification, num_labels=3) for seed in (1, 0))
+    student, teacher = (toy_bert(seed, BertForTokenClassification, num_labels=3) for seed in (1, 0))
     rows = make_rows(8).map(lambda row: {"labels": [-100, *[1] * (len(row["input_ids"]) - 2), -100]})
     rows = rows.remove_columns("unused")
     trainer = make_trainer(tmp_path, tokenizer, student, teacher, rows)
@@ -225,7 +172,7 @@ def test_of_tokens_without_a_label_no_prediction_is_distilled(tmp_path, tokenize
 
 def test_the_teacher_is_frozen_in_eval_mode_and_in_no_checkpoint(tmp_path, tokenizer):
     """The authors' teacher was a submodule: its dropout was distilled, its weights saved with the student."""
-    teacher, student = tiny_bert(0, dropout=0.5), tiny_bert(1)
+    teacher, student = toy_bert(0, dropout=0.5), toy_bert(1)
     before = copy.deepcopy(teacher.state_dict())
     names = set(student.state_dict())
     trainer = make_trainer(tmp_path, tokenizer, student, teacher, save_strategy="epoch")
@@ -241,8 +188,8 @@ def test_the_teacher_is_frozen_in_eval_mode_and_in_no_checkpoint(tmp_path, token
 
 def test_a_student_equal_to_its_teacher_has_nothing_to_distil(tmp_path, tokenizer):
     """Embedding output included: with the teacher's dropout on, L_trm was never zero."""
-    teacher = tiny_bert(0, dropout=0.5)
-    student = tiny_bert(0)
+    teacher = toy_bert(0, dropout=0.5)
+    student = toy_bert(0)
     trainer = make_trainer(tmp_path, tokenizer, student, teacher, make_rows(8))
     trainer.train()
     (log,) = training_logs(trainer)
@@ -252,7 +199,7 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_distil(tmp_path, tokenize
 
 
 def test_question_answering_distils_start_and_end(tmp_path, tokenizer):
-    student, teacher = (tiny_bert(seed, BertForQuestionAnswering) for seed in (1, 0))
+    student, teacher = (toy_bert(seed, BertForQuestionAnswering) for seed in (1, 0))
     rows = make_rows(8).remove_columns("labels")
     rows = rows.add_column("start_positions", [1] * 8).add_column("end_positions", [2] * 8)
     trainer = make_trainer(tmp_path, tokenizer, student, teacher, rows)
@@ -275,7 +222,7 @@ def test_question_answering_distils_start_and_end(tmp_path, tokenizer):
 
 
 def test_evaluation_asks_the_student_alone(tmp_path, tokenizer):
-    student, teacher = tiny_bert(1), tiny_bert(0)
+    student, teacher = toy_bert(1), toy_bert(0)
     seen = []
     teacher.register_forward_hook(lambda *args: seen.append(args))
     trainer = DistillationTrainer(
@@ -293,7 +240,7 @@ def test_evaluation_asks_the_student_alone(tmp_path, tokenizer):
 
 
 def test_mixed_precision_runs_both_models_low_and_the_losses_high(tmp_path, tokenizer):
-    student, teacher = tiny_bert(1), tiny_bert(0)
+    student, teacher = toy_bert(1), toy_bert(0)
     dtypes = {}
     for name, model in (("teacher", teacher), ("student", student)):
         model.bert.encoder.layer[0].intermediate.register_forward_hook(
@@ -313,9 +260,9 @@ def test_real_tokens_alone_train_what_the_padded_form_does(tmp_path, tokenizer, 
     """Student and teacher on the same rows, whose hidden states are compared without a mask."""
     trained, shapes = {}, {True: set(), False: set()}
     for pack in (True, False):
-        teacher = tiny_bert(0)
+        teacher = toy_bert(0)
         index_LEF = torch.arange(64).view(4, 16).expand(2, 4, 16)
-        student = to_moe(tiny_bert(1), index_LEF, num_shared_neurons=0, routing=routing)
+        student = to_moe(toy_bert(1), index_LEF, num_shared_neurons=0, routing=routing)
         for model in (student, teacher):
             model.bert.encoder.layer[1].register_forward_pre_hook(
                 lambda _, args, pack=pack: shapes[pack].add(args[0].shape[0])
@@ -337,22 +284,13 @@ def test_real_tokens_alone_train_what_the_padded_form_does(tmp_path, tokenizer, 
         torch.testing.assert_close(trained[True][0][name], weight, atol=1e-5, rtol=1e-4, msg=name)
 
 
-class StopAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
-
-
 def test_an_interrupted_run_ends_where_an_undisturbed_one_does(tmp_path, tokenizer):
     """Weights and loss curves, dropout on, stopped in the second epoch between two checkpoints."""
     rows, settings = make_rows(128), DistillSettings(epochs=3, batch_size=8, learning_rate=1e-3, seed=5)
 
     def run(folder, callbacks=()):
-        student = tiny_bert(1, dropout=0.1)
-        log = distill(student, tiny_bert(0), rows, tokenizer, settings, folder, callbacks=callbacks)
+        student = toy_bert(1, dropout=0.1)
+        log = distill(student, toy_bert(0), rows, tokenizer, settings, folder, callbacks=callbacks)
         return student.state_dict(), log.losses
 
     undisturbed, log = run(tmp_path / "whole")
@@ -360,10 +298,10 @@ def test_an_interrupted_run_ends_where_an_undisturbed_one_does(tmp_path, tokeniz
         run(tmp_path / "cut", [StopAt(23)])
     assert Path(last_checkpoint(tmp_path / "cut")).name == "checkpoint-20"
     calls = []
-    student = tiny_bert(1, dropout=0.1)
+    student = toy_bert(1, dropout=0.1)
     resumed = distill(
         student,
-        tiny_bert(0),
+        toy_bert(0),
         rows,
         tokenizer,
         settings,
@@ -386,8 +324,8 @@ def test_a_run_resumes_from_a_checkpoint_with_former_names(tmp_path, tokenizer):
 
     def run(folder, callbacks=()):
         index_LEF = torch.arange(64).view(4, 16).expand(2, 4, 16)
-        student = to_moe(tiny_bert(1, dropout=0.1), index_LEF, num_shared_neurons=0)
-        distill(student, tiny_bert(0), rows, tokenizer, settings, folder, callbacks=callbacks)
+        student = to_moe(toy_bert(1, dropout=0.1), index_LEF, num_shared_neurons=0)
+        distill(student, toy_bert(0), rows, tokenizer, settings, folder, callbacks=callbacks)
         return student.state_dict()
 
     undisturbed = run(tmp_path / "whole")
@@ -420,10 +358,10 @@ def test_labels_that_are_not_wanted_are_not_read(tmp_path, tokenizer):
     settings = DistillSettings(epochs=1, batch_size=8, learning_rate=1e-3, labels=False)
     states = []
     for changed in (False, True):
-        rows, student = make_rows(16), tiny_bert(1)
+        rows, student = make_rows(16), toy_bert(1)
         if changed:
             rows = rows.map(lambda row: {"labels": 1 - row["labels"]})
-        found = distill(student, tiny_bert(0), rows, tokenizer, settings, tmp_path / str(changed))
+        found = distill(student, toy_bert(0), rows, tokenizer, settings, tmp_path / str(changed))
         assert "ce" not in found.losses[0]
         states.append(student.state_dict())
     for name, value in states[0].items():
@@ -439,7 +377,7 @@ def test_the_learning_rate_rises_as_long_as_is_said(tmp_path, tokenizer):
 
     settings = DistillSettings(epochs=2, batch_size=8, learning_rate=1e-3, warmup=0.25)
     distill(
-        tiny_bert(1), tiny_bert(0), make_rows(64), tokenizer, settings, tmp_path / "run", callbacks=[Rates()]
+        toy_bert(1), toy_bert(0), make_rows(64), tokenizer, settings, tmp_path / "run", callbacks=[Rates()]
     )
     assert rates[:5] == pytest.approx([0, 2.5e-4, 5e-4, 7.5e-4, 1e-3])
     assert rates[4:] == sorted(rates[4:], reverse=True)
@@ -448,19 +386,19 @@ def test_the_learning_rate_rises_as_long_as_is_said(tmp_path, tokenizer):
 def test_divergence_is_said_in_words(tmp_path, tokenizer):
     settings = DistillSettings(epochs=1, batch_size=8, learning_rate=1e30)
     with pytest.raises(UserError, match=r"diverged.*lower learning rate"):
-        distill(tiny_bert(1), tiny_bert(0), make_rows(64), tokenizer, settings, tmp_path / "run")
+        distill(toy_bert(1), toy_bert(0), make_rows(64), tokenizer, settings, tmp_path / "run")
 
 
 def test_models_that_do_not_fit_are_refused(tmp_path, tokenizer):
-    teacher = tiny_bert(0)
+    teacher = toy_bert(0)
     for student, message in (
         (teacher, "share parameters"),
-        (tiny_bert(1, num_labels=5), "num_labels, got 5 and 2"),
-        (tiny_bert(1, problem_type="multi_label_classification"), "problem_type, got 'multi"),
+        (toy_bert(1, num_labels=5), "num_labels, got 5 and 2"),
+        (toy_bert(1, problem_type="multi_label_classification"), "problem_type, got 'multi"),
     ):
         with pytest.raises(ValueError, match=message):
             make_trainer(tmp_path, tokenizer, student, teacher)
     with pytest.raises(ValueError, match="distill_weight"):
         make_trainer(tmp_path, tokenizer, distill_weight=-1.0)
     with pytest.raises(ValueError, match="compute_loss_func"):
-        DistillationTrainer(tiny_bert(1), teacher, args=arguments(tmp_path), compute_loss_func=print)
+        DistillationTrainer(toy_bert(1), teacher, args=arguments(tmp_path), compute_loss_func=print)

@@ -8,10 +8,8 @@ from safetensors.torch import load_file
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    BertConfig,
     BertForSequenceClassification,
     BertModel,
-    BertTokenizerFast,
     GPT2Config,
     GPT2Model,
     TrainerCallback,
@@ -21,25 +19,23 @@ from moebert_kernels.compress.data.batching import LengthGroupedSampler, RowColl
 from moebert_kernels.compress.data.tasks import Task, TaskData
 from moebert_kernels.compress.training.finetuning import finetune, last_checkpoint
 from moebert_kernels.errors import UserError
+from tests import tiny
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "a", "b", "c", "d"]
-SIZES = {"vocab_size": len(WORDS), "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-SIZES |= {"intermediate_size": 32, "max_position_embeddings": 16}
+WORDS = ["good", "bad", "a", "b", "c", "d"]
+SIZES = {**tiny.SMALLER, "vocab_size": 11, "num_hidden_layers": 1}
 SETTINGS = {"epochs": 2, "lr": 5e-3, "batch_size": 8, "max_length": 8}
 CPU = {"use_cpu": True, "disable_tqdm": True}
 
 
 @pytest.fixture
 def tokenizer(tmp_path):
-    (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
-    return BertTokenizerFast(str(tmp_path / "vocab.txt"))
+    return tiny.tokenizer(tmp_path, WORDS)
 
 
 @pytest.fixture
 def pretrained(tmp_path, tokenizer):
-    torch.manual_seed(0)
     folder = tmp_path / "pretrained"
-    BertModel(BertConfig(**SIZES)).save_pretrained(folder)
+    tiny.initialised(BertModel, **SIZES).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -162,7 +158,7 @@ def test_a_checkpoint_cut_off_while_it_was_written_is_passed_over(tmp_path):
 
 def test_regression_on_a_model_with_another_head(tmp_path, tokenizer):
     folder = tmp_path / "three labels"
-    BertForSequenceClassification(BertConfig(**SIZES, num_labels=3)).save_pretrained(folder)
+    tiny.initialised(BertForSequenceClassification, **SIZES, num_labels=3).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     data = sentiment(24)
     rows = data.train.remove_columns("label").add_column("label", [i % 2 + 0.5 for i in range(24)])

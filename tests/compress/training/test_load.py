@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import BertTokenizerFast
 
 import python_ref.routing as ref
 from moebert_kernels.compress.evaluation.quality import batches, expert_load
@@ -18,20 +17,14 @@ from moebert_kernels.compress.training.distillation import DistillSettings, dist
 from moebert_kernels.compress.training.finetuning import last_checkpoint
 from moebert_kernels.compress.training.load import TrainingLoad
 from moebert_kernels.compress.training.trainer import DistillationTrainer
-from tests.compress.training.test_distill import WORDS, StopAt, arguments, make_rows, tiny_bert
+from tests.compress.toys import StopAt, arguments, make_rows, toy_bert
 
 SETTINGS = DistillSettings(epochs=3, batch_size=8, learning_rate=1e-3, seed=5)
 
 
-@pytest.fixture
-def tokenizer(tmp_path):
-    (tmp_path / "words.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
-    return BertTokenizerFast(str(tmp_path / "words.txt"))
-
-
 def make_student(routing, dropout=0.0, top_k=1, counts_V=None):
     scores_LF = random_scores(2, 64, seed=1)
-    dense = tiny_bert(0, dropout=dropout)
+    dense = toy_bert(0, dropout=dropout)
     student = adapt(dense, scores_LF, routing=routing, top_k=top_k, seed=1, token_counts_V=counts_V)
     if student.config.is_gated:
         with torch.no_grad():  # not so small that all probabilities are alike
@@ -50,7 +43,7 @@ def test_a_hash_gives_in_every_epoch_what_its_tables_say_of_the_rows(tmp_path, t
             for table_V in student.bert.encoder.tables_LV
         ]
     )
-    found = distill(student, tiny_bert(0), rows, tokenizer, replace(SETTINGS, epochs=2), tmp_path / "run")
+    found = distill(student, toy_bert(0), rows, tokenizer, replace(SETTINGS, epochs=2), tmp_path / "run")
     shares_LE = expected_LE.double() / counts_V.sum()
     assert found.load_NLE == [shares_LE.tolist()] * 2
 
@@ -68,7 +61,7 @@ def test_balanced_tables_follow_the_training_rows_and_no_padding(tmp_path, token
     student = make_student("hash-balance", counts_V=counts_V)
     for table_V in student.bert.encoder.tables_LV:
         assert torch.equal(table_V.long(), ref.hash_balance_table(counts_V, 4))
-    found = distill(student, tiny_bert(0), padded, tokenizer, replace(SETTINGS, epochs=1), tmp_path / "run")
+    found = distill(student, toy_bert(0), padded, tokenizer, replace(SETTINGS, epochs=1), tmp_path / "run")
     assert all(abs(share - 1 / 4) < 0.01 for shares_E in found.load_NLE[0] for share in shares_E)
 
 
@@ -80,7 +73,7 @@ def test_accumulated_batches_count_as_their_rows_do(routing, top_k, tmp_path, to
     for size, accumulation in ((20, 1), (3, 4)):
         trainer = DistillationTrainer(
             student,
-            tiny_bert(0),
+            toy_bert(0),
             args=arguments(
                 tmp_path,
                 per_device_train_batch_size=size,
@@ -95,8 +88,7 @@ def test_accumulated_batches_count_as_their_rows_do(routing, top_k, tmp_path, to
         torch.testing.assert_close(torch.tensor(trainer.load.shares()), torch.tensor([expected_LE] * 2))
 
 
-@pytest.mark.parametrize("routing", ["hash-random", "gate-token"])
-@pytest.mark.parametrize("stop", [7, 23, 33])
+@pytest.mark.parametrize(("routing", "stop"), [("gate-token", 7), ("hash-random", 23), ("gate-token", 33)])
 def test_an_interrupted_run_reports_what_an_undisturbed_one_does(routing, stop, tmp_path, tokenizer):
     """Checkpoints at 5, 10 ...; epochs of 16 steps: the third stop throws the end of an epoch away."""
     rows = make_rows(128)
@@ -105,7 +97,7 @@ def test_an_interrupted_run_reports_what_an_undisturbed_one_does(routing, stop, 
         said = []
         student = make_student(routing, dropout=0.1)
         found = distill(
-            student, tiny_bert(0), rows, tokenizer, SETTINGS, folder, callbacks=callbacks, say=said.append
+            student, toy_bert(0), rows, tokenizer, SETTINGS, folder, callbacks=callbacks, say=said.append
         )
         return found, said
 
@@ -128,7 +120,7 @@ def test_a_run_called_again_after_its_last_step_takes_no_further_one(tmp_path, t
     """Half an epoch more, then killed before the student was saved: the Trainer took a 25th step of 24."""
     rows, settings = make_rows(128), replace(SETTINGS, epochs=1.5)
     first, again = (
-        distill(make_student("gate-token"), tiny_bert(0), rows, tokenizer, settings, tmp_path / "run")
+        distill(make_student("gate-token"), toy_bert(0), rows, tokenizer, settings, tmp_path / "run")
         for _ in range(2)
     )
     assert len(first.losses) == 24
@@ -141,7 +133,7 @@ def test_a_checkpoint_at_the_end_of_an_epoch_holds_the_whole_of_it(tmp_path, tok
     def train(folder, resume=None, **options):
         trainer = DistillationTrainer(
             make_student("gate-token"),
-            tiny_bert(0),
+            toy_bert(0),
             args=arguments(folder, num_train_epochs=2, save_strategy="epoch", seed=3, **options),
             train_dataset=make_rows(24),
             processing_class=tokenizer,
@@ -163,7 +155,7 @@ def test_a_checkpoint_at_the_end_of_an_epoch_holds_the_whole_of_it(tmp_path, tok
 def test_a_second_run_of_a_trainer_begins_at_nothing(tmp_path, tokenizer):
     trainer = DistillationTrainer(
         make_student("hash-random"),
-        tiny_bert(0),
+        toy_bert(0),
         args=arguments(tmp_path),
         train_dataset=make_rows(16),
         processing_class=tokenizer,
@@ -190,7 +182,7 @@ def test_a_student_without_experts_has_no_load(tmp_path, tokenizer):
     said = []
     settings = replace(SETTINGS, epochs=1)
     found = distill(
-        tiny_bert(1), tiny_bert(0), make_rows(), tokenizer, settings, tmp_path / "run", say=said.append
+        toy_bert(1), toy_bert(0), make_rows(), tokenizer, settings, tmp_path / "run", say=said.append
     )
     assert found.load_NLE == []
     assert said == []
@@ -224,7 +216,7 @@ def test_the_balance_loss_evens_the_load_out(routing, tmp_path, tokenizer):
         student.config.balance_loss_weight = weight
         send_to_the_first(student, rows, tokenizer)
         settings = replace(SETTINGS, epochs=6, learning_rate=3e-3)
-        found = distill(student, tiny_bert(0), rows, tokenizer, settings, tmp_path / f"run-{weight}")
+        found = distill(student, toy_bert(0), rows, tokenizer, settings, tmp_path / f"run-{weight}")
         return [max(max(shares_E) for shares_E in load_LE) for load_LE in found.load_NLE], found.losses
 
     (first, *_, last), losses = fullest(1.0)

@@ -10,9 +10,8 @@ from moebert_kernels.compress.training.divergence import divergence
 from moebert_kernels.compress.training.finetuning import last_checkpoint
 from moebert_kernels.errors import UserError
 from moebert_kernels.models import to_moe
-from tests.compress.training.test_distill import StopAt, make_rows, tiny_bert, tokenizer  # noqa: F401
-from tests.tiny_bert import LAYERS, VOCAB, WIDTH
-from tests.tiny_encoders import build, each_family
+from tests.compress.toys import StopAt, make_rows, toy_bert
+from tests.tiny import LAYERS, VOCAB, WIDTH, build_family, each_family
 
 SETTINGS = DistillSettings(epochs=3, batch_size=8, learning_rate=1e-3, seed=5)
 
@@ -27,9 +26,9 @@ def a_little_off(teacher, seed=1, by=0.02):
     return student
 
 
-def train(folder, tokenizer, settings=SETTINGS, dropout=0.1, **options):  # noqa: F811
+def train(folder, tokenizer, settings=SETTINGS, dropout=0.1, **options):
     """Returns the student as it was and as it is, what is known of the training, and how to measure."""
-    teacher = tiny_bert(0, dropout=dropout)
+    teacher = toy_bert(0, dropout=dropout)
     student, rows, held_out = a_little_off(teacher), make_rows(64), make_rows(24, seed=1)
     before = copy.deepcopy(student)
     found = distill(student, teacher, rows, tokenizer, settings, folder, held_out=held_out, **options)
@@ -37,7 +36,7 @@ def train(folder, tokenizer, settings=SETTINGS, dropout=0.1, **options):  # noqa
 
 
 @pytest.mark.parametrize("learning_rate", [1e-4, 3e-3, 0.05])
-def test_it_is_never_farther_than_it_began(tmp_path, tokenizer, learning_rate):  # noqa: F811
+def test_it_is_never_farther_than_it_began(tmp_path, tokenizer, learning_rate):
     """Stops a student that is worse for having been trained, and one that was better an epoch before."""
     said = []
     settings = DistillSettings(epochs=2.5, batch_size=8, learning_rate=learning_rate)
@@ -54,7 +53,7 @@ def test_it_is_never_farther_than_it_began(tmp_path, tokenizer, learning_rate): 
             assert torch.equal(value, student.state_dict()[name]), name
 
 
-def test_an_epoch_in_the_middle_is_kept(tmp_path, tokenizer, monkeypatch):  # noqa: F811
+def test_an_epoch_in_the_middle_is_kept(tmp_path, tokenizer, monkeypatch):
     """Stops keeping the last epoch's, or what the optimizer goes on to change."""
     from moebert_kernels.compress.training import distillation as module
 
@@ -74,7 +73,7 @@ def test_an_epoch_in_the_middle_is_kept(tmp_path, tokenizer, monkeypatch):  # no
 
 
 @pytest.mark.parametrize("stopped_at", [1, 8, 9, 16, 23])
-def test_an_interrupted_run_keeps_what_an_undisturbed_one_does(tmp_path, tokenizer, stopped_at):  # noqa: F811
+def test_an_interrupted_run_keeps_what_an_undisturbed_one_does(tmp_path, tokenizer, stopped_at):
     """Stopped before the first checkpoint, at an epoch's end, and between a better epoch and a checkpoint."""
     settings = DistillSettings(epochs=3, batch_size=8, learning_rate=3e-3, seed=5)
     _, undisturbed, whole, _ = train(tmp_path / "whole", tokenizer, settings)
@@ -87,7 +86,7 @@ def test_an_interrupted_run_keeps_what_an_undisturbed_one_does(tmp_path, tokeniz
         assert torch.equal(value, undisturbed.state_dict()[name]), name
 
 
-def test_a_student_that_puts_out_nothing_is_not_kept(tmp_path, tokenizer):  # noqa: F811
+def test_a_student_that_puts_out_nothing_is_not_kept(tmp_path, tokenizer):
     settings = DistillSettings(epochs=1, batch_size=8, learning_rate=1e30)
     with pytest.raises(UserError, match=r"diverged.*lower learning rate"):
         train(tmp_path, tokenizer, settings)
@@ -96,7 +95,7 @@ def test_a_student_that_puts_out_nothing_is_not_kept(tmp_path, tokenizer):  # no
 @pytest.mark.parametrize("family", each_family)
 def test_without_dropout_training_computes_what_evaluation_does(family):
     """Stops a family whose dropout is somewhere else: its students would be trained on noise."""
-    dense = build(family, hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
+    dense = build_family(family, hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
     model = to_moe(dense, torch.arange(WIDTH).view(1, 4, -1).expand(LAYERS, 4, -1), num_shared_neurons=0)
     ids = torch.randint(5, VOCAB, (2, 7), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

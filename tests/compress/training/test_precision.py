@@ -4,22 +4,20 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import BertForSequenceClassification, BertTokenizerFast, TrainerCallback
+from transformers import BertForSequenceClassification, TrainerCallback
 
 from moebert_kernels.compress.data.tasks import Task, TaskData
 from moebert_kernels.compress.training import precision
 from moebert_kernels.compress.training.distillation import DistillSettings, distill
 from moebert_kernels.compress.training.finetuning import finetune
 from moebert_kernels.errors import UserError
-from tests.tiny_bert import build
-
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]
+from tests import tiny
+from tests.tiny import build
 
 
 @pytest.fixture
 def tokenizer(tmp_path):
-    (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
-    return BertTokenizerFast(str(tmp_path / "vocab.txt"), model_max_length=16)
+    return tiny.tokenizer(tmp_path, "abcdefgh", model_max_length=16)
 
 
 class Watch(TrainerCallback):

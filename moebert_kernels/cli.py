@@ -31,12 +31,10 @@ from moebert_kernels.cli_options import (
     Teacher,
     compress_settings,
 )
-from moebert_kernels.cli_usage import PlainGroup
 from moebert_kernels.compress import defaults
 
 app = typer.Typer(
     name="moebert",
-    cls=PlainGroup,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

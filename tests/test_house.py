@@ -24,7 +24,7 @@ HOUSE = (
     ("registration",),
     ("compress",),
     ("export",),
-    ("cli_usage", "cli_options"),
+    ("cli_options",),
     ("cli_command",),
     ("cli",),
 )

@@ -270,7 +270,10 @@ def test_published_importance_converts(call, folder):
         ),
         ("compress --teacher teacher --output x", ["--task", "--data"]),
         ("finetune --model teacher --data texts.txt --output x", ["--task must be given"]),
-        ("evaluate --model teacher --data reviews.csv", ["--task must be given"]),
+        (
+            "evaluate --model teacher --data reviews.csv --text-column review",
+            ["--teacher must be given", "for labelled rows, name a task"],
+        ),
         (
             "compress --teacher teacher --data reviews.csv --label-column stars --output x",
             ["--label-column does not apply to text without labels; for labelled rows, name a --task"],
@@ -397,8 +400,8 @@ def test_wrong_input_gets_one_sentence(call, folder, command, words):
         ),
         ("compress --task imdb --teacher t --output o", ["imdb", "sst2", "csv"]),
         ("compress --output o", ["--teacher"]),
-        ("compress --task sst --teacher t --output o", ["Invalid value for '--task': 'sst' is not one of"]),
-        ("compress --epochs many --teacher t --output o", ["--epochs", "valid number", "many"]),
+        ("compress --task sst --teacher t --output o", ["--task", "'sst' is not one of"]),
+        ("compress --epochs many --teacher t --output o", ["--epochs", "valid number"]),
         ("bench ffn --tokens x", ["--tokens", "'x'"]),
         ("squeeze", ["squeeze"]),
     ],

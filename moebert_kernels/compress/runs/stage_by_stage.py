@@ -231,7 +231,10 @@ def evaluate_model(
     if teacher_dir is not None and data.has_labels:
         raise ArgumentError("teacher_dir", f"must not be given where rows have labels, as {data.task.name}'s")
     if teacher_dir is None and not (data.has_labels or has_pairs):
-        raise ArgumentError("teacher_dir", "must be given: rows without labels are scored against a teacher")
+        raise ArgumentError(
+            "teacher_dir",
+            "must be given: rows without labels are scored against a teacher; for labelled rows, name a task",
+        )
     with naming("model_dir" if teacher_dir is None else "teacher_dir"):
         subject = subject_of(teacher_dir or model_dir, data)
     encoded = subject.encode(max_length)

@@ -10,7 +10,7 @@ from pathlib import Path
 from datasets import ClassLabel, Dataset
 
 from moebert_kernels.compress.data.files import describe_folder, read_text, split_lines
-from moebert_kernels.compress.data.tasks.entities import OUTSIDE, bio_tags, entities
+from moebert_kernels.compress.data.tasks.entities import OUTSIDE, bio_tags
 from moebert_kernels.compress.data.tasks.hub import HubName, check_columns
 from moebert_kernels.compress.data.tasks.task import Task, TaskData
 from moebert_kernels.errors import UserError
@@ -146,7 +146,7 @@ def _from_hub(rows: Dataset, source: str) -> _Sentences:
 
 def _add(sentences: _Sentences, words: list[str], tags: Sequence[str], place: str) -> None:
     sentences.words.append(words)
-    sentences.tags.append(bio_tags(entities(tags), len(tags)))
+    sentences.tags.append(bio_tags(tags))
     sentences.places.append(place)
 
 

@@ -1,4 +1,8 @@
-"""What every backend is called with and what it answers: the terms that operator and backends share."""
+"""What every backend is called with and what it answers: the terms that operator and backends share.
+
+Notation: T tokens, K experts per token, S = T*K slots (slot s = t*K + k), D hidden size, F neurons of one
+expert, C neurons that all experts share beside, E experts.
+"""
 
 from __future__ import annotations
 

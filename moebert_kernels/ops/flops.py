@@ -13,37 +13,32 @@ from moebert_kernels.kernels.call import Call, Gradients
 
 def forward(*arguments, out_val=None) -> int:
     """Of `ffn`, for its arguments."""
-    return 2 * sum(_gemm_flops(arguments))
+    return 2 * sum(_gemm_flops(_call_of(arguments)))
 
 
 def backward(*arguments, out_val=None) -> int:
     """Of `ffn_backward`: the products that the wanted gradients need."""
-    needs = Gradients(*arguments[-1])
-    da = (
-        needs.x_TD
-        or needs.w1_EFD
-        or needs.b1_EF
-        or needs.shared_w1_CD
-        or needs.shared_b1_C
-        or (needs.gate_TK and arguments[Call._fields.index("ln_w_ED")] is None)
-    )
-    own, shared = _gemm_flops(arguments)
+    call, needs = _call_of(arguments), Gradients(*arguments[-1])
+    of_hidden = (needs.x_TD, needs.w1_EFD, needs.b1_EF, needs.shared_w1_CD, needs.shared_b1_C)
+    da = any(of_hidden) or (needs.gate_TK and call.ln_w_ED is None)
+    own, shared = _gemm_flops(call)
     of_own, of_shared = needs.w1_EFD + needs.w2_EDF, needs.shared_w1_CD + needs.shared_w2_DC
     return own * (da + needs.x_TD + of_own) + shared * (da + needs.x_TD + of_shared)
 
 
-def _gemm_flops(arguments: Sequence[Any]) -> tuple[int, int]:
+def _call_of(arguments: Sequence[Any]) -> Call:
+    return Call(*arguments[: len(Call._fields)])
+
+
+def _gemm_flops(call: Call) -> tuple[int, int]:
     """2 per multiply-add of one grouped GEMM, of experts' own neurons and of those they share.
 
     For tokens that have an expert; for all where none is known.
     """
-    ids_TK, offsets_E1, w1_EFD, shared_w1_CD = (
-        arguments[Call._fields.index(name)]
-        for name in ("expert_ids_TK", "offsets_E1", "w1_EFD", "shared_w1_CD")
-    )
-    has_values = type(offsets_E1) is Tensor and not offsets_E1.is_meta
-    rows = int(offsets_E1[-1]) if has_values else ids_TK.numel()
-    return 2 * rows * w1_EFD[0].numel(), 0 if shared_w1_CD is None else 2 * rows * shared_w1_CD.numel()
+    has_values = type(call.offsets_E1) is Tensor and not call.offsets_E1.is_meta
+    rows = int(call.offsets_E1[-1]) if has_values else call.expert_ids_TK.numel()
+    _, F, D = call.w1_EFD.shape
+    return 2 * rows * F * D, 2 * rows * call.num_shared * D
 
 
 def register() -> None:

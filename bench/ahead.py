@@ -85,9 +85,10 @@ def launches(call: Call) -> list[Any]:
 
     T, D, F, E = call.tokens, call.D, call.F, call.E
     gate_TK = empty(T, 1, dtype=torch.float32) if call.gate else None
-    plan = [empty(*shape, dtype=torch.int32) for shape in ((T, 1), (T,), (T,), (E + 1,))]
+    plan = (empty(*shape, dtype=torch.int32) for shape in ((T, 1), (T,), (T,), (E + 1,)))
+    ids, order, inverse, offsets = plan
     experts = empty(E, F, D), empty(E, F), empty(E, D, F), empty(E, D)
-    arguments = OperatorCall(empty(T, D), *plan, *experts, gate_TK)
+    arguments = OperatorCall(empty(T, D), ids, order, inverse, offsets, *experts, gate_TK)
     with recorded() as record:
         _, saved = kernels.expert_ffn_forward(arguments, call.training)
         if call.training:

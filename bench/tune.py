@@ -164,8 +164,11 @@ def _meta_launches(case: FFNCase, candidate: Candidate, base: Any) -> tuple[Any,
         return torch.empty(shape, dtype=dtype, device="meta")
 
     T, D, F, E = case.T, case.D, case.F, case.E
-    plan = [empty(*shape, dtype=torch.int32) for shape in ((T, 1), (T,), (T,), (E + 1,))]
-    call = Call(empty(T, D), *plan, empty(E, F, D), empty(E, F), empty(E, D, F), empty(E, D))
+    plan = (empty(*shape, dtype=torch.int32) for shape in ((T, 1), (T,), (T,), (E + 1,)))
+    ids, order, inverse, offsets = plan
+    call = Call(
+        empty(T, D), ids, order, inverse, offsets, empty(E, F, D), empty(E, F), empty(E, D, F), empty(E, D)
+    )
     role = ROLES[candidate.role]
     return record(call, empty(T, D), empty(2 * T, F), role.pass_, candidate.config(base)).of(role)
 

@@ -83,9 +83,9 @@ def moe_ffn(
     if device != "meta" and torch.is_autocast_enabled(device):
         residual_TD = x_TD if norm and residual_TD is None else residual_TD
         dtype = torch.get_autocast_dtype(device)
+        cast: list[Any] = [x_TD, w1_EFD, b1_EF, w2_EDF, b2_ED, shared_w1_CD, shared_b1_C, shared_w2_DC]
         x_TD, w1_EFD, b1_EF, w2_EDF, b2_ED, shared_w1_CD, shared_b1_C, shared_w2_DC = (
-            t if t is None or t.dtype == torch.float64 else t.to(dtype)
-            for t in (x_TD, w1_EFD, b1_EF, w2_EDF, b2_ED, shared_w1_CD, shared_b1_C, shared_w2_DC)
+            t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in cast
         )
     ln_w_ED, ln_b_ED = norm or (None, None)
     call = Call(

@@ -259,10 +259,11 @@ def launches(
     def meta(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    plan = [meta(*shape, dtype=torch.int32) for shape in ((T, K), (T * K,), (T * K,), (E + 1,))]
+    plan = (meta(*shape, dtype=torch.int32) for shape in ((T, K), (T * K,), (T * K,), (E + 1,)))
+    ids, order, inverse, offsets = plan
     b1, b2 = (meta(E, F - C), meta(E, D)) if variant.bias else (None, None)
     gate = meta(T, K, dtype=torch.float32) if variant.gate else None
-    plain = Call(meta(T, D), *plan, meta(E, F - C, D), b1, meta(E, D, F - C), b2, gate)
+    plain = Call(meta(T, D), ids, order, inverse, offsets, meta(E, F - C, D), b1, meta(E, D, F - C), b2, gate)
     if C:
         shared_b1 = meta(C) if variant.bias else None
         plain = plain._replace(shared_w1_CD=meta(C, D), shared_b1_C=shared_b1, shared_w2_DC=meta(D, C))

@@ -71,7 +71,8 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
 
 def in_order(call: Call) -> Call:
     """The same call with the elements of every tensor in order."""
-    return Call(*(None if t is None else t.contiguous() for t in call.tensors), *call[NUM_TENSORS:])
+    tensors: list[Any] = [None if t is None else t.contiguous() for t in call.tensors]
+    return Call(*tensors, *call[NUM_TENSORS:])
 
 
 def rows_are_aligned(matrix: Tensor) -> bool:

@@ -54,7 +54,8 @@ def backward(call: Call, saved: Saved, dy_TD: Tensor, needs: Gradients, kept: di
     x_TD, (T, K), D, C = call.x_TD, call.expert_ids_TK.shape, call.x_TD.shape[1], call.num_shared
     tensors = (getattr(call, name) for name in Gradients._fields)
     grads = Gradients(*(None if t is None else t.new_zeros(t.shape) for t in tensors))
-    dx_SD, dz_SD, dh_SC, a_SC = (x_TD.new_zeros(T * K, columns) for columns in (D, D, C, C))
+    dx_SD, num_routed = x_TD.new_zeros(T * K, D), int(call.offsets_E1[-1])
+    dz_SD, dh_SC, a_SC = (x_TD.new_empty(num_routed, columns) for columns in (D, C, C))
     du_SD, dgate_S = (x_TD.new_zeros(T * K, *more, dtype=call.norm_dtype) for more in ((D,), ()))
     keep_SD = _dropout_factors(call)
     for expert, slots_R, rows in _experts(call):
@@ -90,7 +91,7 @@ def backward(call: Call, saved: Saved, dy_TD: Tensor, needs: Gradients, kept: di
             grads.b2_ED[expert] = dz_RD.sum(0)
         dz_SD[rows], dh_SC[rows], a_SC[rows] = dz_RD, dh_RN[:, :C], a_RN[:, :C]
     if C:
-        x_SD = x_TD[call.order_S // K]
+        x_SD = x_TD[call.order_S[:num_routed] // K]
         shared = {"shared_w1_CD": dh_SC.T @ x_SD, "shared_w2_DC": dz_SD.T @ a_SC, "shared_b1_C": dh_SC.sum(0)}
         grads = grads._replace(**shared)
     dx_TD, dresidual_TD = dx_SD.view(T, K, D).sum(1), None
@@ -121,7 +122,7 @@ def _weights(call: Call, expert: int) -> tuple[Tensor, Tensor | None, Tensor, Te
 
 
 def _linear(rows_RN: Tensor, num_shared: int, w_DN: Tensor, bias_D: Tensor | None = None) -> Tensor:
-    """rows w^T + bias, rounded as where outputs of two networks are added: the shared neurons', the expert's."""
+    """rows w^T + bias, rounded as two networks are that are added: the shared neurons and the expert's."""
     own_RD = F.linear(rows_RN[:, num_shared:], w_DN[:, num_shared:], bias_D)
     return own_RD + rows_RN[:, :num_shared] @ w_DN[:, :num_shared].T if num_shared else own_RD
 

@@ -31,6 +31,7 @@ from unittest import mock
 import torch
 
 from moebert_kernels.environment import describe_environment
+from moebert_kernels.kernels.call import Call as OperatorCall
 
 from . import archive, standin
 from .gpu import DESELECTED
@@ -83,15 +84,15 @@ def launches(call: Call) -> list[Any]:
         return torch.empty(shape, dtype=dtype)
 
     T, D, F, E = call.tokens, call.D, call.F, call.E
-    x_TD = empty(T, D)
     gate_TK = empty(T, 1, dtype=torch.float32) if call.gate else None
-    arguments: list[Any] = [empty(T, dtype=torch.int32), empty(E + 1, dtype=torch.int32)]
-    arguments += [empty(E, F, D), empty(E, F), empty(E, D, F), empty(E, D), gate_TK, "gelu", 1, False]
+    plan = (empty(*shape, dtype=torch.int32) for shape in ((T, 1), (T,), (T,), (E + 1,)))
+    ids, order, inverse, offsets = plan
+    experts = empty(E, F, D), empty(E, F), empty(E, D, F), empty(E, D)
+    arguments = OperatorCall(empty(T, D), ids, order, inverse, offsets, *experts, gate_TK)
     with recorded() as record:
-        _, saved = kernels.expert_ffn_forward(*[x_TD, *arguments, call.training])
+        _, saved = kernels.expert_ffn_forward(arguments, call.training)
         if call.training:
-            needs = [True] * 5 + [call.gate]
-            kernels.expert_ffn_backward(*[empty(T, D), x_TD, saved, *arguments, needs])
+            kernels.expert_ffn_backward(arguments, saved, empty(T, D), [True] * 5 + [call.gate])
     return record
 
 

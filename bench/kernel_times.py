@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from moebert_kernels import RoutingPlan
+from moebert_kernels.kernels.call import Call
 from moebert_kernels.timing import Spread, spread
 
 from . import ceilings
@@ -58,12 +59,11 @@ def record(inputs: FFNInputs) -> Step:
     from moebert_kernels.kernels.triton.launch import recorded
 
     plan = RoutingPlan.from_expert_ids(inputs.expert_ids_TK, inputs.case.E)
-    arguments: list[Any] = [plan.order_S, plan.offsets_E1, inputs.w1_EFD, inputs.b1_EF]
-    arguments += [inputs.w2_EDF, inputs.b2_ED, None, "gelu", inputs.case.K, False]
+    of_plan = plan.expert_ids_TK, plan.order_S, plan.inverse_S, plan.offsets_E1
+    call = Call(inputs.x_TD, *of_plan, inputs.w1_EFD, inputs.b1_EF, inputs.w2_EDF, inputs.b2_ED)
     with recorded() as launches:
-        _, preact_SF = kernels.expert_ffn_forward(*[inputs.x_TD, *arguments, True])
-        needs = [True] * 5 + [False]
-        kernels.expert_ffn_backward(*[inputs.dy_TD, inputs.x_TD, preact_SF, *arguments, needs])
+        _, hidden = kernels.expert_ffn_forward(call, True)
+        kernels.expert_ffn_backward(call, hidden, inputs.dy_TD, [True] * 5 + [False])
     step = Step(tuple(launches))
     step.run()
     return step

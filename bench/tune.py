@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from moebert_kernels.environment import describe_environment
+from moebert_kernels.kernels.call import Call
 from moebert_kernels.timing import spread
 
 from .ahead import as_on, compile_launch
@@ -137,18 +138,18 @@ class Pass:
         return tuple(one for one in self.launches if one.kernel.__name__.startswith(role.kernels))
 
 
-def record(arguments: tuple[Any, ...], dy_TD: Tensor, hidden: Tensor | None, pass_: str, config: Any) -> Pass:
-    """Record one pass; `arguments` are those of `expert_ffn_forward` up to `per_slot`."""
+def record(call: Call, dy_TD: Tensor, hidden: Tensor | None, pass_: str, config: Any) -> Pass:
+    """Record one pass of a call without norm."""
     from moebert_kernels.kernels import triton as kernels
     from moebert_kernels.kernels.triton.launch import recorded
 
     with recorded() as launches:
         if pass_ == "backward":
-            needs = [True] * 5 + [False]
-            grads = kernels.expert_ffn_backward(*[dy_TD, arguments[0], hidden, *arguments[1:], needs, config])
+            assert hidden is not None
+            grads = kernels.expert_ffn_backward(call, hidden, dy_TD, [True] * 5 + [False], config=config)
             outputs = dict(zip(("dx", "dw1", "db1", "dw2", "db2"), grads, strict=False))
         else:
-            y_TD, hidden = kernels.expert_ffn_forward(*[*arguments, pass_ == "forward", config])
+            y_TD, hidden = kernels.expert_ffn_forward(call, pass_ == "forward", config)
             outputs = {"y": y_TD, "hidden": hidden}
     return Pass(tuple(launches), outputs)
 
@@ -164,22 +165,13 @@ def _meta_launches(case: FFNCase, candidate: Candidate, base: Any) -> tuple[Any,
         return torch.empty(shape, dtype=dtype, device="meta")
 
     T, D, F, E = case.T, case.D, case.F, case.E
-    x_TD, dy_TD, hidden = empty(T, D), empty(T, D), empty(2 * T, F)
-    sort = (empty(T, dtype=torch.int32), empty(E + 1, dtype=torch.int32))
-    arguments = (
-        x_TD,
-        *sort,
-        empty(E, F, D),
-        empty(E, F),
-        empty(E, D, F),
-        empty(E, D),
-        None,
-        "gelu",
-        1,
-        False,
+    plan = (empty(*shape, dtype=torch.int32) for shape in ((T, 1), (T,), (T,), (E + 1,)))
+    ids, order, inverse, offsets = plan
+    call = Call(
+        empty(T, D), ids, order, inverse, offsets, empty(E, F, D), empty(E, F), empty(E, D, F), empty(E, D)
     )
     role = ROLES[candidate.role]
-    return record(arguments, dy_TD, hidden, role.pass_, candidate.config(base)).of(role)
+    return record(call, empty(T, D), empty(2 * T, F), role.pass_, candidate.config(base)).of(role)
 
 
 def _compile(family: str, multiprocessors: int, case: FFNCase, candidate: Candidate, base: Any) -> str:
@@ -221,14 +213,14 @@ class Bench:
         self.case, self.device, self.commit = case, device, commit
         self.name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         self.base = configs.select(device, copies[0].x_TD.dtype, case.T, case.E)
-        self.arguments: list[tuple[Any, ...]] = []
+        self.calls: list[Call] = []
         self.dy: list[Tensor] = []
         self.hidden: list[Tensor] = []
         for inputs in copies:
             plan = RoutingPlan.from_expert_ids(inputs.expert_ids_TK, case.E)
             weights = (inputs.w1_EFD, inputs.b1_EF, inputs.w2_EDF, inputs.b2_ED)
-            sort = (plan.order_S, plan.offsets_E1)
-            self.arguments.append((inputs.x_TD, *sort, *weights, None, "gelu", case.K, False))
+            sort = (plan.expert_ids_TK, plan.order_S, plan.inverse_S, plan.offsets_E1)
+            self.calls.append(Call(inputs.x_TD, *sort, *weights))
             self.dy.append(inputs.dy_TD)
             forward = self._pass(len(self.hidden), "forward", self.base, None)
             run(forward.launches)
@@ -238,7 +230,7 @@ class Bench:
         }
 
     def _pass(self, copy: int, pass_: str, config: Any, hidden: Tensor | None) -> Pass:
-        return record(self.arguments[copy], self.dy[copy], hidden, pass_, config)
+        return record(self.calls[copy], self.dy[copy], hidden, pass_, config)
 
     def _ran(self, copy: int, pass_: str, config: Any) -> Pass:
         found = self._pass(copy, pass_, config, self.hidden[copy])
@@ -255,7 +247,7 @@ class Bench:
         passes = [self._ran(copy, role.pass_, candidate.config(self.base)) for copy in range(len(self.dy))]
         got = {name: passes[0].outputs[name] for name in role.outputs}
         expected = {name: self.expected[role.pass_][name].double() for name in role.outputs}
-        check_close(got, expected, self.arguments[0][0].dtype, slack=2.0)
+        check_close(got, expected, self.calls[0].x_TD.dtype, slack=2.0)
 
         def thunk(launches: tuple[Any, ...]) -> Any:
             def call() -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Addresses of tensors: every pointer that goes to code which takes it raw, csrc/ or a GPU, is made here."""
+"""Addresses of tensors, for code that takes them raw: csrc/ and the kernels that Triton has compiled."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -13,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from moebert_kernels import native
 
 LEAST_CAPABILITY = (8, 0)  # of the devices that our Triton kernels are made for
 BUSY = 0.25  # processors' worth of other work that is told
@@ -124,8 +125,6 @@ def _git(root: Path, *arguments: str) -> str:
 
 def _triton_backend() -> Backend:
     name = "Triton kernels"
-    if importlib.util.find_spec("moebert_kernels.kernels.triton") is None:
-        return Backend(name, False, "this version of moebert-kernels has none")
     if importlib.util.find_spec("triton") is None:
         return Backend(name, False, "triton is not installed: pip install triton")
     if not torch.cuda.is_available():
@@ -150,14 +149,11 @@ def why_not_triton(device: torch.device | None = None) -> str | None:
 
 
 def _native_backends() -> tuple[Backend, ...]:
-    names = ("Native routing plans, host", "Native routing plans, CUDA", "Native row kernels, CPU")
-    if importlib.util.find_spec("moebert_kernels.native") is None:
-        return tuple(Backend(name, False, "this version of moebert-kernels has none") for name in names)
-    status = importlib.import_module("moebert_kernels.native").status()
+    status = native.status()
     return (
-        Backend(names[0], status.cpu, status.cpu_detail),
-        Backend(names[1], status.cuda, status.cuda_detail),
-        Backend(names[2], status.cpu, status.rows_detail),
+        Backend("Native routing plans, host", status.cpu, status.cpu_detail),
+        Backend("Native routing plans, CUDA", status.cuda, status.cuda_detail),
+        Backend("Native row kernels, CPU", status.cpu, status.rows_detail),
     )
 
 

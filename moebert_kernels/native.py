@@ -51,7 +51,7 @@ def extension(*, cuda: bool = False) -> Any | None:
     """The extension, with `cuda` only if it has its CUDA part; None after one warning that says why."""
     found, problem = _load()
     if cuda and found is not None and not found.HAS_CUDA:
-        found, problem = None, found.NO_CUDA_REASON
+        problem, found = found.NO_CUDA_REASON, None
     if found is None:
         _warn_once(problem)
     return found

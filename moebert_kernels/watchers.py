@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import has_torch_function
 
 _PLAIN = frozenset((Tensor, nn.Parameter, type(None)))
 
 
-def unwatched(tensors: Iterable[Tensor | None]) -> bool:
+def unwatched(tensors: Sequence[Tensor | None]) -> bool:
     """Whether there is no compiler, tracer, mode, subclass or transform.
 
     Only then may a call go past the dispatcher, whose Python layers cost more than all else that happens on
@@ -19,8 +20,8 @@ def unwatched(tensors: Iterable[Tensor | None]) -> bool:
     return (
         not torch.compiler.is_compiling()
         and _PLAIN.issuperset(map(type, tensors))
+        and not has_torch_function(tensors)  # of these types none has, unless a mode is on
         and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._len_torch_function_stack()
         and torch._C._functorch.peek_interpreter_stack() is None
-        and not torch._C._is_tracing()
+        and not torch.jit.is_tracing()
     )

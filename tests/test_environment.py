@@ -2,13 +2,13 @@ import dataclasses
 import json
 import subprocess
 import sys
-import types
 
 import pytest
 import torch
 
-from moebert_kernels import environment
+from moebert_kernels import environment, native
 from moebert_kernels.environment import Backend, describe_environment, why_not_triton
+from moebert_kernels.native import NativeStatus
 
 
 def test_it_is_plain_data():
@@ -62,13 +62,10 @@ def test_which_devices_the_triton_kernels_are_made_for(monkeypatch, capability, 
 
 
 def test_the_native_extension_reports_for_itself(monkeypatch):
-    native = types.ModuleType("moebert_kernels.native")
-    native.status = lambda: types.SimpleNamespace(
+    status = NativeStatus(
         cpu=True, cpu_detail="GCC 12", cuda=False, cuda_detail="no nvcc", rows_detail="AVX2"
     )
-    monkeypatch.setitem(sys.modules, "moebert_kernels.native", native)
-    monkeypatch.setattr("moebert_kernels.native", native, raising=False)
-    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(native, "status", lambda: status)
     host, device, rows = environment._native_backends()
     assert (host.usable, host.detail) == (True, "GCC 12")
     assert (device.usable, device.detail) == (False, "no nvcc")

@@ -236,8 +236,8 @@ def test_plans_do_not_depend_on_the_native_extension(monkeypatch):
         ]
 
     with_extension = build()
-    monkeypatch.setattr(builder.native, "build_plans_from_expert_ids", lambda *args: None)
-    monkeypatch.setattr(builder.native, "build_plans_from_input_ids", lambda *args: None)
+    monkeypatch.setattr(builder.native_plans, "from_expert_ids", lambda *args: None)
+    monkeypatch.setattr(builder.native_plans, "from_input_ids", lambda *args: None)
     for a, b in zip(with_extension, build(), strict=True):
         for name in ("expert_ids_TK", "order_S", "inverse_S", "offsets_E1"):
             assert torch.equal(getattr(a, name), getattr(b, name)), name

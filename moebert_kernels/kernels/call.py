@@ -1,4 +1,8 @@
-"""What every backend is called with and what it answers: the terms that operator and backends share."""
+"""What every backend is called with and what it answers: the terms that operator and backends share.
+
+Notation: T tokens, K experts per token, S = T*K slots (slot s = t*K + k), D hidden size, F neurons of one
+expert, C neurons that all experts share beside, E experts.
+"""
 
 from __future__ import annotations
 
@@ -24,17 +28,17 @@ class Call(NamedTuple):
     b1_EF: Tensor | None
     w2_EDF: Tensor
     b2_ED: Tensor | None
-    gate_TK: Tensor | None
-    ln_w_ED: Tensor | None
-    ln_b_ED: Tensor | None
-    residual_TD: Tensor | None
-    seed: Tensor | None
-    shared_w1_CD: Tensor | None
-    shared_b1_C: Tensor | None
-    shared_w2_DC: Tensor | None
-    activation: str
-    norm_eps: float
-    dropout_p: float
+    gate_TK: Tensor | None = None
+    ln_w_ED: Tensor | None = None
+    ln_b_ED: Tensor | None = None
+    residual_TD: Tensor | None = None
+    seed: Tensor | None = None
+    shared_w1_CD: Tensor | None = None
+    shared_b1_C: Tensor | None = None
+    shared_w2_DC: Tensor | None = None
+    activation: str = "gelu"
+    norm_eps: float = 1e-12
+    dropout_p: float = 0.0
 
     @property
     def tensors(self) -> tuple[Any, ...]:

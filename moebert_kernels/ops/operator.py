@@ -4,8 +4,7 @@ The two grouped GEMMs and, with `norm`, the residual sum and each expert's own L
 what computes them. An eager call goes straight to that backend, under an `autograd.Function`; where a
 compiler, tracer, mode or transform watches, the same two steps go through `torch.library`.
 
-Notation: T tokens, K experts per token, S = T*K slots (slot s = t*K + k), D hidden size, F neurons of one
-expert, C neurons that all experts share beside, E experts.
+Notation as in `kernels.call`.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from torch.autograd import forward_ad
 from moebert_kernels.awaited import when_imported
 from moebert_kernels.kernels import cpu
 from moebert_kernels.kernels.call import NUM_TENSORS, Call, Gradients, Saved
+from moebert_kernels.ops import flops
 from moebert_kernels.ops.arguments import check_call, check_kinds
 from moebert_kernels.ops.backends import Form, form_of
 from moebert_kernels.routing.plan import RoutingPlan
@@ -83,11 +83,10 @@ def moe_ffn(
     if device != "meta" and torch.is_autocast_enabled(device):
         residual_TD = x_TD if norm and residual_TD is None else residual_TD
         dtype = torch.get_autocast_dtype(device)
-        x_TD, w1_EFD, w2_EDF = _cast(x_TD, dtype), _cast(w1_EFD, dtype), _cast(w2_EDF, dtype)
-        b1_EF = None if b1_EF is None else _cast(b1_EF, dtype)
-        b2_ED = None if b2_ED is None else _cast(b2_ED, dtype)
-        if shared is not None:
-            shared_w1_CD, shared_b1_C, shared_w2_DC = (t if t is None else _cast(t, dtype) for t in shared)
+        cast: list[Any] = [x_TD, w1_EFD, b1_EF, w2_EDF, b2_ED, shared_w1_CD, shared_b1_C, shared_w2_DC]
+        x_TD, w1_EFD, b1_EF, w2_EDF, b2_ED, shared_w1_CD, shared_b1_C, shared_w2_DC = (
+            t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in cast
+        )
     ln_w_ED, ln_b_ED = norm or (None, None)
     call = Call(
         x_TD,
@@ -125,10 +124,6 @@ def moe_ffn(
     if training:
         return _apply(call, form, *[call[i] for i in _GRADIENT_OF])
     return form.forward(call, False)[0]
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
 
 
 def _refuse_tangents(tensors: Sequence[Tensor | None]) -> None:
@@ -297,44 +292,4 @@ class _DirectFFN(torch.autograd.Function):
 _apply = super(torch.autograd.Function, _DirectFFN).apply
 
 
-def _forward_flops(*arguments, out_val=None) -> int:
-    return 2 * sum(_gemm_flops(arguments))
-
-
-def _backward_flops(*arguments, out_val=None) -> int:
-    needs = Gradients(*arguments[-1])
-    da = (
-        needs.x_TD
-        or needs.w1_EFD
-        or needs.b1_EF
-        or needs.shared_w1_CD
-        or needs.shared_b1_C
-        or (needs.gate_TK and arguments[Call._fields.index("ln_w_ED")] is None)
-    )
-    own, shared = _gemm_flops(arguments)
-    of_own, of_shared = needs.w1_EFD + needs.w2_EDF, needs.shared_w1_CD + needs.shared_w2_DC
-    return own * (da + needs.x_TD + of_own) + shared * (da + needs.x_TD + of_shared)
-
-
-def _gemm_flops(arguments: Sequence[Any]) -> tuple[int, int]:
-    """2 per multiply-add of one grouped GEMM, of experts' own neurons and of those they share.
-
-    For tokens that have an expert; for all where none is known.
-    """
-    ids_TK, offsets_E1, w1_EFD, shared_w1_CD = (
-        arguments[Call._fields.index(name)]
-        for name in ("expert_ids_TK", "offsets_E1", "w1_EFD", "shared_w1_CD")
-    )
-    has_values = type(offsets_E1) is Tensor and not offsets_E1.is_meta
-    rows = int(offsets_E1[-1]) if has_values else ids_TK.numel()
-    return 2 * rows * w1_EFD[0].numel(), 0 if shared_w1_CD is None else 2 * rows * shared_w1_CD.numel()
-
-
-def _register_flops() -> None:
-    from torch.utils.flop_counter import register_flop_formula
-
-    register_flop_formula(torch.ops.moebert_kernels.ffn, get_raw=True)(_forward_flops)
-    register_flop_formula(torch.ops.moebert_kernels.ffn_backward, get_raw=True)(_backward_flops)
-
-
-when_imported("torch.utils.flop_counter", _register_flops)  # it imports Triton, which takes a second
+when_imported("torch.utils.flop_counter", flops.register)  # it imports Triton, which takes a second

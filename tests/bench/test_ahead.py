@@ -41,8 +41,10 @@ KEYS = """
     from bench import ahead, ffn, gpu_parts, kernel_times, smoke
     from bench.baselines.implementation import PASSES, bind
     from bench.cases import FFNCase, expert_ids
-    from moebert_kernels import RoutingPlan, backends, kernels
+    from moebert_kernels import RoutingPlan
+    from moebert_kernels.kernels import triton as kernels
     from moebert_kernels.kernels.triton.launch import recorded
+    from moebert_kernels.ops import backends
 
     cpu = torch.device("cpu")
 

@@ -189,6 +189,16 @@ def test_such_calls_go_this_way():
     assert all(served[key] == (key[0] == torch.float32 and key not in gate_without_norm) for key in served)
 
 
+def test_tensors_of_another_device_do_not():
+    """Stops row kernels from following addresses of memory that is not the host's, as of an Apple GPU."""
+    t, ids = make_inputs(5, 8, 8, 2, 1, dtype=torch.float32)
+    call = arguments(t, RoutingPlan.from_expert_ids(ids, 2), norm=True, gate=False)
+    elsewhere = call._replace(
+        **{name: getattr(call, name).to("meta") for name in ("x_TD", "w1_EFD", "w2_EDF")}
+    )
+    assert (backends.choose(call), backends.choose(elsewhere)) == (cpu, plain_torch)
+
+
 @pytest.mark.parametrize("rows", [1, 31, 32, 33, 63, 64, 65, 100, 2047, 2048, 100_003])
 def test_row_counts_are_bounded_and_little_more(rows):
     """Each new row count of a 16-bit GEMM makes oneDNN build code for it: 32 counts an octave are enough."""

@@ -8,6 +8,7 @@ from moebert_kernels import RoutingPlan
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # numpy on Triton's index conversions
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 
+from moebert_kernels.kernels.call import Call  # noqa: E402
 from moebert_kernels.kernels.triton import expert_norm_backward, expert_norm_forward  # noqa: E402
 
 T, K, D, E, P = 8, 2, 40, 3, 0.3
@@ -21,27 +22,31 @@ def call(device, poisoned_memory):
         torch.randn(shape, generator=g).to(device) for shape in ((E, D), (E, D), (T, K))
     )
     plan = RoutingPlan.from_expert_ids(torch.randint(0, E, (T, K), generator=g).to(device), E)
-    return z_SD, residual_TD, (plan.expert_ids_TK, plan.order_S, plan.offsets_E1, ln_w_ED, ln_b_ED, gate_TK)
+    of_plan = plan.expert_ids_TK, plan.order_S, plan.inverse_S, plan.offsets_E1
+    w1_EFD, w2_EDF = torch.zeros(E, 1, D, device=device), torch.zeros(E, D, 1, device=device)
+    experts = w1_EFD, None, w2_EDF, None
+    return Call(residual_TD, *of_plan, *experts, gate_TK, ln_w_ED, ln_b_ED), z_SD
+
+
+def dropping(call, seed):
+    return call._replace(seed=torch.tensor([seed], device=call.x_TD.device), dropout_p=P)
 
 
 def mask_of(call, seed):
     """The factors dropout multiplied z with, read off a gradient: dz / du."""
-    z_SD, residual_TD, rest = call
-    seed = torch.tensor([seed], device=z_SD.device)
+    call, z_SD = dropping(call[0], seed), call[1]
     dy_TD = torch.randn(T, D, generator=torch.Generator().manual_seed(1)).to(z_SD.device)
-    _, stats_2S = expert_norm_forward(z_SD, residual_TD, *rest, seed, 1e-12, P)
-    dz_SD, *_ = expert_norm_backward(dy_TD, z_SD, residual_TD, stats_2S, *rest, seed, P, False)
+    _, stats_2S = expert_norm_forward(call, z_SD)
+    dz_SD, *_ = expert_norm_backward(call, z_SD, stats_2S, dy_TD, False)
     return (dz_SD != 0).float() / (1 - P)
 
 
 def test_forward_and_backward_draw_the_same_mask(call):
-    z_SD, residual_TD, rest = call
     seed = 2**40 + 3
     keep_SD = mask_of(call, seed)
-    y, stats = expert_norm_forward(
-        z_SD, residual_TD, *rest, torch.tensor([seed], device=z_SD.device), 1e-12, P
-    )
-    expected = expert_norm_forward(z_SD * keep_SD, residual_TD, *rest, None, 1e-12, 0.0)
+    call, z_SD = call
+    y, stats = expert_norm_forward(dropping(call, seed), z_SD)
+    expected = expert_norm_forward(call, z_SD * keep_SD)
     for a, b in zip((y, stats), expected, strict=True):
         torch.testing.assert_close(a, b)
 

@@ -139,6 +139,17 @@ def test_any_subset_of_inputs_may_require_grad():
             torch.testing.assert_close(grad, everything["d" + name], msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_what_tokens_without_an_expert_hold_does_not_matter(dtype):
+    """Stops nan times 0 from getting out of padding into the gradients of what all experts share."""
+    case = Case(33, C=7, routing="dropped")
+    t = inputs(case, dtype, "cpu")
+    dropped_T1 = (expert_ids(case) < 0).all(1, keepdim=True)
+    found = run(case, t | {"x": t["x"].masked_fill(dropped_T1, torch.nan)})
+    assert dropped_T1.any()
+    assert all(found[f"d{name}"].isfinite().all() for name in SHARED)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_casts_shared_weights_too(dtype):
     case = Case(9, C=8)

@@ -21,13 +21,13 @@ from moebert_kernels.kernels.cpu.rows import DTYPES, SortedRows, sort_rows
 
 
 def serves(call: Call) -> bool:
-    """Whether there are row kernels, and for the dtypes and the form of a call."""
+    """Whether there are row kernels, and for the device, the dtypes and the form of a call."""
     if call.ln_w_ED is None:
         fits = call.gate_TK is None and call.top_k == 1
     else:
         same = call.ln_b_ED is not None and call.ln_b_ED.dtype == call.ln_w_ED.dtype
         fits = same and call.ln_w_ED.dtype in DTYPES and call.residual.dtype in DTYPES
-    return fits and call.x_TD.dtype in DTYPES and native.extension() is not None
+    return fits and call.x_TD.is_cpu and call.x_TD.dtype in DTYPES and native.extension() is not None
 
 
 def forward(call: Call, training: bool, kept: dict[Any, Any]) -> tuple[Tensor, Saved]:

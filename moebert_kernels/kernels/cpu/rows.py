@@ -60,7 +60,7 @@ class Sizes(NamedTuple):
 
     @classmethod
     def of(cls, call: Call) -> Sizes:
-        """Those of a call that `cpu_native` serves."""
+        """Those of a call that is served."""
         (E, F, D), (T, K), C = call.w1_EFD.shape, call.expert_ids_TK.shape, call.num_shared
         ln_dtype = call.x_TD.dtype if call.ln_w_ED is None else call.ln_w_ED.dtype
         dtypes = [DTYPES[dtype] for dtype in (call.x_TD.dtype, call.residual.dtype, ln_dtype)]

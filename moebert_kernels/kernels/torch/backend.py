@@ -29,7 +29,7 @@ def forward(call: Call, training: bool, kept: dict[Any, Any]) -> tuple[Tensor, S
     for expert, slots_R, rows in _experts(call):
         w1_ND, b1_N, w2_DN, b2_D = _weights(call, expert)
         h_RN = F.linear(x_TD[slots_R // K], w1_ND, b1_N)
-        out_RD = z_RD = F.linear(activate(call.activation, h_RN), w2_DN, b2_D)
+        out_RD = z_RD = _linear(activate(call.activation, h_RN), C, w2_DN, b2_D)
         if training:
             h_SN[rows], z_SD[rows] = h_RN, z_RD
         if with_norm:
@@ -43,10 +43,10 @@ def forward(call: Call, training: bool, kept: dict[Any, Any]) -> tuple[Tensor, S
         y_TD = torch.where(_routed_T1(call), y_TD.to(call.residual.dtype), call.residual)
     if not training:
         return y_TD, Saved(None, None, None)
-    of_norm = (z_SD, stats_2S) if with_norm else (None, None)
-    if _together(call) or not C:
-        return y_TD, Saved(h_SN, *of_norm)
-    return y_TD, Saved(h_SN[:, C:], *of_norm, h_SN[:, :C])
+    saved = Saved(h_SN, z_SD, stats_2S) if with_norm else Saved(h_SN, None, None)
+    if C and not _together(call):
+        saved = saved._replace(hidden=h_SN[:, C:], shared=h_SN[:, :C])
+    return y_TD, saved
 
 
 def backward(call: Call, saved: Saved, dy_TD: Tensor, needs: Gradients, kept: dict[Any, Any]) -> Gradients:
@@ -54,14 +54,14 @@ def backward(call: Call, saved: Saved, dy_TD: Tensor, needs: Gradients, kept: di
     x_TD, (T, K), D, C = call.x_TD, call.expert_ids_TK.shape, call.x_TD.shape[1], call.num_shared
     tensors = (getattr(call, name) for name in Gradients._fields)
     grads = Gradients(*(None if t is None else t.new_zeros(t.shape) for t in tensors))
-    dx_SD, du_SD, dgate_S = (
-        x_TD.new_zeros(T * K, *shape, dtype=dtype)
-        for shape, dtype in (((D,), x_TD.dtype), ((D,), call.norm_dtype), ((), call.norm_dtype))
-    )
+    dx_SD, num_routed = x_TD.new_zeros(T * K, D), int(call.offsets_E1[-1])
+    dz_SD, dh_SC, a_SC = (x_TD.new_empty(num_routed, columns) for columns in (D, C, C))
+    du_SD, dgate_S = (x_TD.new_zeros(T * K, *more, dtype=call.norm_dtype) for more in ((D,), ()))
     keep_SD = _dropout_factors(call)
     for expert, slots_R, rows in _experts(call):
         w1_ND, _, w2_DN, b2_D = _weights(call, expert)
-        h_RN, dy_RD = _preactivations(call, saved, rows), dy_TD[slots_R // K].to(call.norm_dtype)
+        x_RD, dy_RD = x_TD[slots_R // K], dy_TD[slots_R // K].to(call.norm_dtype)
+        h_RN = _preactivations(call, saved, rows)
         a_RN = activate(call.activation, h_RN)
         dz_RD = dy_RD * _gate(call, slots_R)
         if call.ln_w_ED is not None:
@@ -76,25 +76,24 @@ def backward(call: Call, saved: Saved, dy_TD: Tensor, needs: Gradients, kept: di
             dz_RD = du_RD if keep_SD is None else du_RD * keep_SD[slots_R]
         if needs.gate_TK:
             if call.ln_w_ED is None:
-                out_RD = F.linear(a_RN, w2_DN, b2_D)
+                out_RD = _linear(a_RN, C, w2_DN, b2_D)
             else:
                 out_RD = F.layer_norm(u_RD, (D,), *norm, call.norm_eps)
             dgate_S[slots_R] = (out_RD * dy_RD).sum(1)
         dz_RD = dz_RD.to(x_TD.dtype)
         dh_RN = activate_backward(call.activation, dz_RD @ w2_DN, h_RN)
-        dx_SD[slots_R] = dh_RN @ w1_ND
-        dw1_ND, dw2_DN = dh_RN.T @ x_TD[slots_R // K], dz_RD.T @ a_RN
-        grads.w1_EFD[expert], grads.w2_EDF[expert] = dw1_ND[C:], dw2_DN[:, C:]
-        if C:
-            grads.shared_w1_CD.add_(dw1_ND[:C])
-            grads.shared_w2_DC.add_(dw2_DN[:, :C])
+        dx_SD[slots_R] = _linear(dh_RN, C, w1_ND.T)
+        grads.w1_EFD[expert] = dh_RN[:, C:].T @ x_RD
+        grads.w2_EDF[expert] = dz_RD.T @ a_RN[:, C:]
         if call.b1_EF is not None:
-            db1_N = dh_RN.sum(0)
-            grads.b1_EF[expert] = db1_N[C:]
-            if C:
-                grads.shared_b1_C.add_(db1_N[:C])
+            grads.b1_EF[expert] = dh_RN[:, C:].sum(0)
         if call.b2_ED is not None:
             grads.b2_ED[expert] = dz_RD.sum(0)
+        dz_SD[rows], dh_SC[rows], a_SC[rows] = dz_RD, dh_RN[:, :C], a_RN[:, :C]
+    if C:
+        x_SD = x_TD[call.order_S[:num_routed] // K]
+        shared = {"shared_w1_CD": dh_SC.T @ x_SD, "shared_w2_DC": dz_SD.T @ a_SC, "shared_b1_C": dh_SC.sum(0)}
+        grads = grads._replace(**shared)
     dx_TD, dresidual_TD = dx_SD.view(T, K, D).sum(1), None
     if call.ln_w_ED is not None:
         du_TD, dy_TD = (t.to(call.residual.dtype) for t in (du_SD.view(T, K, D).sum(1), dy_TD))
@@ -120,6 +119,12 @@ def _weights(call: Call, expert: int) -> tuple[Tensor, Tensor | None, Tensor, Te
         return w1_FD, b1_F, w2_DF, b2_D
     b1_N = None if b1_F is None or call.shared_b1_C is None else torch.cat((call.shared_b1_C, b1_F))
     return torch.cat((call.shared_w1_CD, w1_FD)), b1_N, torch.cat((call.shared_w2_DC, w2_DF), 1), b2_D
+
+
+def _linear(rows_RN: Tensor, num_shared: int, w_DN: Tensor, bias_D: Tensor | None = None) -> Tensor:
+    """rows w^T + bias, rounded as two networks are that are added: the shared neurons and the expert's."""
+    own_RD = F.linear(rows_RN[:, num_shared:], w_DN[:, num_shared:], bias_D)
+    return own_RD + rows_RN[:, :num_shared] @ w_DN[:, :num_shared].T if num_shared else own_RD
 
 
 def _norm(call: Call, expert: int) -> tuple[Tensor, Tensor]:

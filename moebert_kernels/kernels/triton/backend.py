@@ -11,9 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from moebert_kernels.kernels.call import NUM_TENSORS, Call, Gradients, Saved
-from moebert_kernels.kernels.triton import configs
-from moebert_kernels.kernels.triton.configs import Config
-from moebert_kernels.kernels.triton.ffn import Shared, expert_ffn_backward, expert_ffn_forward
+from moebert_kernels.kernels.triton.ffn import expert_ffn_backward, expert_ffn_forward
 from moebert_kernels.kernels.triton.norm import expert_norm_backward, expert_norm_forward
 from moebert_kernels.kernels.triton.replay import Results, repeated
 
@@ -30,21 +28,14 @@ def backward(call: Call, saved: Saved, dy_TD: Tensor, needs: Gradients, kept: di
     return Gradients(*repeated(_backward, tensors, (needs, *call[NUM_TENSORS:]), kept))
 
 
-def _config(call: Call) -> Config:
-    return configs.select(call.x_TD.device, call.x_TD.dtype, call.order_S.shape[0], call.w1_EFD.shape[0])
-
-
 def _forward(tensors: Sequence[Any], options: tuple[Any, ...]) -> Results:
     training, *rest = options
     call = Call(*tensors, *rest)
-    with_norm = call.ln_w_ED is not None
-    arguments = [call.x_TD, *_experts(call), with_norm, training, _config(call), _shared(call)]
-    y, hidden = expert_ffn_forward(*arguments)
+    y, hidden = expert_ffn_forward(call, training)
     kept = hidden if training else None
-    if not with_norm:
+    if call.ln_w_ED is None:
         return y, kept, None, None, None
-    of_norm = [*_norm(call), call.seed, call.norm_eps, call.dropout_p]
-    y_TD, stats_2S = expert_norm_forward(*[y, call.residual, *of_norm])
+    y_TD, stats_2S = expert_norm_forward(call, y)
     return (y_TD, kept, y, stats_2S, None) if training else (y_TD, None, None, None, None)
 
 
@@ -54,8 +45,7 @@ def _backward(tensors: Sequence[Any], options: tuple[Any, ...]) -> Results:
     with_norm = call.ln_w_ED is not None
     dresidual_TD = dln_w_ED = dln_b_ED = dgate_TK = None
     if with_norm:
-        of_norm = [saved.z, call.residual, saved.stats_2S, *_norm(call), call.seed]
-        grads = expert_norm_backward(*[dy, *of_norm, call.dropout_p, needs.gate_TK])
+        grads = expert_norm_backward(call, saved.z, saved.stats_2S, dy, needs.gate_TK)  # type: ignore[arg-type]
         dy, dresidual_TD, dln_w_ED, dln_b_ED, dgate_TK = grads
     wanted = [*needs[:5], needs.gate_TK and not with_norm]
     # Gradients of shared neurons come with those of the experts' own.
@@ -63,29 +53,10 @@ def _backward(tensors: Sequence[Any], options: tuple[Any, ...]) -> Results:
         wanted[1 + place] |= shared
     experts: Sequence[Tensor | None] = [None] * 9
     if any(wanted):
-        of_forward = [call.x_TD, saved.hidden, *_experts(call)]
         plus_TD = dresidual_TD if call.residual_TD is None else None
-        how = [with_norm, wanted, _config(call), plus_TD, _shared(call)]
-        experts = expert_ffn_backward(*[dy, *of_forward, *how])
+        experts = expert_ffn_backward(call, saved.hidden, dy, wanted, plus_TD)  # type: ignore[arg-type]
     found = zip(experts, [*wanted, *needs[-3:]], strict=True)
     *of_experts, dgate_of_z, dw1_CD, db1_C, dw2_DC = (grad if need else None for grad, need in found)
     dgate_TK = dgate_TK if with_norm and needs.gate_TK else dgate_of_z
     dresidual_TD = None if call.residual_TD is None else dresidual_TD
     return *of_experts, dgate_TK, dln_w_ED, dln_b_ED, dresidual_TD, dw1_CD, db1_C, dw2_DC
-
-
-def _shared(call: Call) -> Shared:
-    return Shared(call.shared_w1_CD, call.shared_b1_C, call.shared_w2_DC)
-
-
-def _experts(call: Call) -> tuple[Any, ...]:
-    """Of `expert_ffn_forward`, from the order to `top_k`."""
-    gate_TK = None if call.ln_w_ED is not None else call.gate_TK
-    weights = (call.w1_EFD, call.b1_EF, call.w2_EDF, call.b2_ED)
-    return call.order_S, call.offsets_E1, *weights, gate_TK, call.activation, call.top_k
-
-
-def _norm(call: Call) -> tuple[Any, ...]:
-    """Of `expert_norm_forward`, from the ids to the gate."""
-    plan = (call.expert_ids_TK, call.order_S, call.offsets_E1)
-    return *plan, call.ln_w_ED, call.ln_b_ED, call.gate_TK

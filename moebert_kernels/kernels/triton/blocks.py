@@ -1,8 +1,8 @@
 """The building blocks every grouped GEMM here is made of: which rows a tile has, the K loop, the activation.
 
-Notation as in `ops`: S slots in sorted order, D hidden size, F neurons of one expert, E experts. A tile is
-BLOCK_M sorted rows of one group by BLOCK_N columns. Group e < E is expert e's rows; group E is the slots that
-have no expert, which come last in the sorted order.
+Notation as in `kernels.call`, S slots in sorted order. A tile is BLOCK_M sorted rows of one group by BLOCK_N
+columns. Group e < E is expert e's rows; group E is the slots that have no expert, which come last in the
+sorted order.
 """
 
 # ruff: noqa: RET505, SIM108 - branches on constants choose what is compiled at all

@@ -28,6 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from moebert_kernels.kernels.call import Call
 from moebert_kernels.kernels.triton import configs, ffn, norm
 from moebert_kernels.kernels.triton.configs import Config
 from moebert_kernels.kernels.triton.launch import Launch, recorded
@@ -258,28 +259,26 @@ def launches(
     def meta(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    w1, w2 = meta(E, F - C, D), meta(E, D, F - C)
+    plan = (meta(*shape, dtype=torch.int32) for shape in ((T, K), (T * K,), (T * K,), (E + 1,)))
+    ids, order, inverse, offsets = plan
     b1, b2 = (meta(E, F - C), meta(E, D)) if variant.bias else (None, None)
-    shared = ffn.NONE_SHARED
+    gate = meta(T, K, dtype=torch.float32) if variant.gate else None
+    plain = Call(meta(T, D), ids, order, inverse, offsets, meta(E, F - C, D), b1, meta(E, D, F - C), b2, gate)
     if C:
-        shared = ffn.Shared(meta(C, D), meta(C) if variant.bias else None, meta(D, C))
+        shared_b1 = meta(C) if variant.bias else None
+        plain = plain._replace(shared_w1_CD=meta(C, D), shared_b1_C=shared_b1, shared_w2_DC=meta(D, C))
     ln = meta(E, D, dtype=torch.float32)
-    offsets, seed = meta(E + 1, dtype=torch.int32), meta(1, dtype=torch.int64)
-
-    def call(T: int) -> list[Any]:
-        gate = meta(T, K, dtype=torch.float32) if variant.gate else None
-        return [meta(T * K, dtype=torch.int32), offsets, w1, b1, w2, b2, gate, "gelu", K, False]
-
+    normed = plain._replace(ln_w_ED=ln, ln_b_ED=ln)
+    if variant.training:
+        normed = normed._replace(seed=meta(1, dtype=torch.int64), dropout_p=0.1)
+    dy, z = meta(T, D), meta(T * K, D)
     with recorded() as record:
-        x, z, ids = meta(T, D), meta(T * K, D), meta(T, K, dtype=torch.int32)
-        order, *_, gate, _, _, _ = of_call = call(T)
-        _, hidden = ffn.expert_ffn_forward(x, *[*of_call, variant.training, config, shared])
-        norm_call = (ids, order, offsets, ln, ln, gate, seed if variant.training else None)
-        _, stats = norm.expert_norm_forward(z, x, *norm_call, 1e-12, 0.1 * variant.training)
+        _, hidden = ffn.expert_ffn_forward(plain, variant.training, config)
+        _, stats = norm.expert_norm_forward(normed, z)
         if variant.training:
             needs = [True, True, variant.bias, True, variant.bias, variant.gate]
-            ffn.expert_ffn_backward(x, x, hidden, *[*of_call, needs, config, None, shared])
-            norm.expert_norm_backward(x, z, x, stats, *norm_call, 0.1, variant.gate)
+            ffn.expert_ffn_backward(plain, hidden, dy, needs, config=config)
+            norm.expert_norm_backward(normed, z, stats, dy, variant.gate)
     return record
 
 

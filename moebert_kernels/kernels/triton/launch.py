@@ -13,6 +13,8 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from moebert_kernels.kernels.call import NUM_TENSORS, Call
+
 
 class Launch(NamedTuple):
     """One kernel launch as it was asked for."""
@@ -67,9 +69,10 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device)
 
 
-def rows(matrix: Tensor) -> Tensor:
-    """The matrix itself if its rows are contiguous, whatever their stride; else one contiguous copy."""
-    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
+def in_order(call: Call) -> Call:
+    """The same call with the elements of every tensor in order."""
+    tensors: list[Any] = [None if t is None else t.contiguous() for t in call.tensors]
+    return Call(*tensors, *call[NUM_TENSORS:])
 
 
 def rows_are_aligned(matrix: Tensor) -> bool:

@@ -16,47 +16,34 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moebert_kernels.kernels.call import Call
 from moebert_kernels.kernels.triton import configs
 from moebert_kernels.kernels.triton.blocks import OF_PLAN, find_rows
-from moebert_kernels.kernels.triton.launch import ceil_div, groups_of, launch, on_device_of
-from moebert_kernels.kernels.triton.launch import rows as with_contiguous_rows
+from moebert_kernels.kernels.triton.launch import ceil_div, groups_of, in_order, launch, on_device_of
 from moebert_kernels.kernels.triton.rows import Parts, over_experts, over_tiles
 
 
-def expert_norm_forward(
-    z_SD: Tensor,
-    residual_TD: Tensor,
-    expert_ids_TK: Tensor,
-    order_S: Tensor,
-    offsets_E1: Tensor,
-    ln_w_ED: Tensor,
-    ln_b_ED: Tensor,
-    gate_TK: Tensor | None,
-    seed: Tensor | None,
-    eps: float,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor]:
+def expert_norm_forward(call: Call, z_SD: Tensor) -> tuple[Tensor, Tensor]:
     """y_TD, and mean and 1/std of each slot as [2, S]."""
-    (S, D), (T, K) = z_SD.shape, expert_ids_TK.shape
-    residual_TD = with_contiguous_rows(residual_TD)
-    y_TD = residual_TD.new_empty(T, D)
+    call, (S, D), (T, K) = in_order(call), z_SD.shape, call.expert_ids_TK.shape
+    y_TD = call.residual.new_empty(T, D)
     stats_2S = z_SD.new_empty(2, S, dtype=torch.float32)
     with on_device_of(z_SD):
         launch(
             norm_kernel,
             (T,),
             z_ptr=z_SD.contiguous(),
-            residual_ptr=residual_TD,
-            residual_stride=residual_TD.stride(0),
-            expert_ids_ptr=expert_ids_TK.contiguous(),
-            ln_w_ptr=ln_w_ED.contiguous(),
-            ln_b_ptr=ln_b_ED.contiguous(),
-            gate_ptr=None if gate_TK is None else gate_TK.contiguous(),
-            seed_ptr=seed,
+            residual_ptr=call.residual,
+            residual_stride=call.residual.stride(0),
+            expert_ids_ptr=call.expert_ids_TK,
+            ln_w_ptr=call.ln_w_ED,
+            ln_b_ptr=call.ln_b_ED,
+            gate_ptr=call.gate_TK,
+            seed_ptr=call.seed,
             y_ptr=y_TD,
             stats_ptr=stats_2S,
-            eps=eps,
-            dropout_p=dropout_p,
+            eps=call.norm_eps,
+            dropout_p=call.dropout_p,
             D=D,
             TOP_K=K,
             **_row(D),
@@ -65,31 +52,18 @@ def expert_norm_forward(
 
 
 def expert_norm_backward(
-    dy_TD: Tensor,
-    z_SD: Tensor,
-    residual_TD: Tensor,
-    stats_2S: Tensor,
-    expert_ids_TK: Tensor,
-    order_S: Tensor,
-    offsets_E1: Tensor,
-    ln_w_ED: Tensor,
-    ln_b_ED: Tensor,
-    gate_TK: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    need_gate: bool,
+    call: Call, z_SD: Tensor, stats_2S: Tensor, dy_TD: Tensor, need_gate: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of z by slot, of residual, ln_w and ln_b, and of the gate (0 elements if not needed)."""
-    (S, D), (T, K), E = z_SD.shape, expert_ids_TK.shape, ln_w_ED.shape[0]
-    residual_TD, dy_TD = with_contiguous_rows(residual_TD), with_contiguous_rows(dy_TD)
+    call, (S, D), (T, K), E = in_order(call), z_SD.shape, call.expert_ids_TK.shape, call.w1_EFD.shape[0]
+    dy_TD = dy_TD.contiguous()
     block = _rows_per_program(S, configs.multiprocessors(z_SD.device))
     tiles = min(S, ceil_div(S, block) + E)
     dz_SD = torch.empty_like(z_SD, memory_format=torch.contiguous_format)
     # Rounded once: after the sum over a token's experts.
-    du_SD = residual_TD.new_empty(S, D, dtype=residual_TD.dtype if K == 1 else torch.float32)
+    du_SD = z_SD.new_empty(S, D, dtype=call.residual.dtype if K == 1 else torch.float32)
     dgate_TK = stats_2S.new_empty((T, K) if need_gate else 0)
     shares = stats_2S.new_empty(2, tiles, D)
-    offsets_E1 = offsets_E1.contiguous()
     with on_device_of(z_SD):
         launch(
             norm_backward_kernel,
@@ -97,34 +71,36 @@ def expert_norm_backward(
             dy_ptr=dy_TD,
             dy_stride=dy_TD.stride(0),
             z_ptr=z_SD.contiguous(),
-            residual_ptr=residual_TD,
-            residual_stride=residual_TD.stride(0),
+            residual_ptr=call.residual,
+            residual_stride=call.residual.stride(0),
             stats_ptr=stats_2S,
-            expert_ids_ptr=expert_ids_TK.contiguous(),
-            order_ptr=order_S.contiguous(),
-            ln_w_ptr=ln_w_ED.contiguous(),
-            ln_b_ptr=ln_b_ED.contiguous(),
-            gate_ptr=None if gate_TK is None else gate_TK.contiguous(),
-            seed_ptr=seed,
+            expert_ids_ptr=call.expert_ids_TK,
+            order_ptr=call.order_S,
+            ln_w_ptr=call.ln_w_ED,
+            ln_b_ptr=call.ln_b_ED,
+            gate_ptr=call.gate_TK,
+            seed_ptr=call.seed,
             dz_ptr=dz_SD,
             du_ptr=du_SD,
             shares_ptr=shares,
             dgate_ptr=dgate_TK if need_gate else None,
-            dropout_p=dropout_p,
+            dropout_p=call.dropout_p,
             TOP_K=K,
             BLOCK_M=block,
             GROUPS=groups_of(E),
-            offsets_ptr=offsets_E1,
+            offsets_ptr=call.offsets_E1,
             num_slots=S,
             E=E,
             D=D,
             **_row(D),
         )
-        parts = Parts(shares[0], ln_w_ED), Parts(shares[1], ln_b_ED)
-        dln_w_ED, dln_b_ED, _ = over_tiles(*parts, offsets_E1, block)
+        assert call.ln_w_ED is not None
+        assert call.ln_b_ED is not None
+        parts = Parts(shares[0], call.ln_w_ED), Parts(shares[1], call.ln_b_ED)
+        dln_w_ED, dln_b_ED, _ = over_tiles(*parts, call.offsets_E1, block)
         assert dln_w_ED is not None
         assert dln_b_ED is not None
-        return dz_SD, over_experts(du_SD, K, residual_TD.dtype), dln_w_ED, dln_b_ED, dgate_TK
+        return dz_SD, over_experts(du_SD, K, call.residual.dtype), dln_w_ED, dln_b_ED, dgate_TK
 
 
 def _row(num_cols: int) -> dict[str, int]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import moebert_kernels
+from tests import ROOT
 
 PACKAGE = Path(moebert_kernels.__file__).parent
 
@@ -91,3 +92,12 @@ def test_nothing_of_the_house_imports_what_measures_or_specifies_it():
             package = name.removeprefix("moebert_kernels.").split(".")[0]
             is_command = file.name == "cli.py" and package == "bench"
             assert is_command or package not in ("bench", "python_ref"), f"{file}:{line} imports {name}"
+
+
+def test_no_file_of_tests_imports_another():
+    """Stops tests from depending on which others are collected; what they share has modules of its own."""
+    for file in sorted((ROOT / "tests").rglob("*.py")):
+        for line, name in imports(file):
+            parts = name.split(".")
+            of_tests = parts[0] == "tests" and any(part.startswith("test_") for part in parts)
+            assert not of_tests, f"{file}:{line} imports {name}"

@@ -35,12 +35,16 @@ def forward(rows: SortedRows, call: Call, training: bool) -> tuple[Tensor, Tenso
     h_PC = None
     if call.shared_w1_CD is not None and call.shared_w2_DC is not None:
         rows.fill_with_zeros(z_PD)
-        flat_PD = z_PD.view(-1, D)
+        flat_PD = rows.tokens if rows.is_apart else z_PD.view(-1, D)
         h_PC = flat_PD @ call.shared_w1_CD.t()
         a_PC = torch.empty_like(h_PC) if training else h_PC
         where = (h_PC.data_ptr(), at.shared_b1_C, a_PC.data_ptr())
         kernels.activate_rows(rows.as_one(), dtype, code, *where, C, threads)
-        torch.mm(a_PC, call.shared_w2_DC.t(), out=flat_PD)
+        if rows.is_apart:
+            y_TD = a_PC @ call.shared_w2_DC.t()
+            kernels.gather_rows(rows.native, dtype, y_TD.data_ptr(), z_PD.data_ptr(), 0, D, top_k, threads)
+        else:
+            torch.mm(a_PC, call.shared_w2_DC.t(), out=flat_PD)
     _multiply(rows, a_PF, call.w2_EDF.mT, z_PD, add=h_PC is not None)
     return z_PD, h_PF if training else None, h_PC if training else None
 

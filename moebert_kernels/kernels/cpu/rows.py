@@ -43,6 +43,7 @@ class Sizes(NamedTuple):
         top_k, num_slots, E, F, D, C: K, S and the weights' sides; C is 0 where experts share no neurons.
         bounded: whether the number of different row counts is; float32 GEMMs are MKL's, which does not mind.
         max_fill: see `_MOST_FILL`.
+        max_fill_apart: the same where shared neurons' rows are the tokens as they come, see `is_apart`.
         norm: dtypes and sizes that the norm takes.
     """
 
@@ -56,6 +57,7 @@ class Sizes(NamedTuple):
     C: int
     bounded: bool
     max_fill: int
+    max_fill_apart: int
     norm: tuple[list[int], list[int]]
 
     @classmethod
@@ -65,11 +67,12 @@ class Sizes(NamedTuple):
         ln_dtype = call.x_TD.dtype if call.ln_w_ED is None else call.ln_w_ED.dtype
         dtypes = [DTYPES[dtype] for dtype in (call.x_TD.dtype, call.residual.dtype, ln_dtype)]
         bounded = call.x_TD.dtype != torch.float32
-        # With shared neurons a row added costs their products too; calls of MKL's for what is left are short,
-        # those of oneDNN's are not.
+        # Where rows stay together, a row added costs shared neurons' products too; calls of MKL's for what is
+        # left are short, those of oneDNN's are not.
         max_fill = -1 if C and not bounded else min(_MOST_FILL, _MAX_BATCH_FILL // ((C + F) * D))
+        max_fill_apart = max_fill if bounded else min(_MOST_FILL, _MAX_BATCH_FILL // (F * D))
         code = _ACTIVATIONS[call.activation]
-        return cls(dtypes[0], code, K, T * K, E, F, D, C, bounded, max_fill, (dtypes, [T, K, D, E]))
+        return cls(dtypes[0], code, K, T * K, E, F, D, C, bounded, max_fill, max_fill_apart, (dtypes, [T, K, D, E]))
 
 
 class Piece(NamedTuple):
@@ -123,12 +126,23 @@ class SortedRows(NamedTuple):
     total: int
     groups: list[Group]
 
+    @property
+    def tokens(self) -> Tensor:
+        """x_TD of the call, contiguous."""
+        x_TD = self.alive[0]
+        assert x_TD is not None
+        return x_TD
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether shared neurons' rows are the tokens, and not the experts' rows: these have others added."""
+        return bool(self.batch and self.sizes.C) and not self.sizes.bounded
+
     def empty(self, columns: int) -> Tensor:
         """A buffer: [E, R, columns] where R is the same for all, or [total, columns]."""
-        x_TD: Any = self.alive[0]
         if self.batch:
-            return x_TD.new_empty(self.sizes.E, self.batch, columns)
-        return x_TD.new_empty(self.total, columns)
+            return self.tokens.new_empty(self.sizes.E, self.batch, columns)
+        return self.tokens.new_empty(self.total, columns)
 
     def view(self, buffer: Tensor) -> Tensor:
         """The first rows of a [more, columns] buffer, in the shape of `empty`; such a buffer as it is."""
@@ -143,8 +157,9 @@ class SortedRows(NamedTuple):
         return buffer[: self.native.total].split(self.counts)
 
     def as_one(self) -> Any:
-        """The same for the row kernels, where all are one expert's."""
-        return self.kernels.SortedRows.piece(0, 0, self.native.total, self.total, self.at.order_S)
+        """Shared neurons' rows for the row kernels: all are one expert's."""
+        rows = (len(self.tokens),) * 2 if self.is_apart else (self.native.total, self.total)
+        return self.kernels.SortedRows.piece(0, 0, *rows, self.at.order_S)
 
     def fill_with_zeros(self, buffer: Tensor) -> None:
         """Those rows that fill up the GEMMs with shared neurons, of a buffer in the shape of `empty`."""
@@ -169,7 +184,8 @@ def sort_rows(call: Call, kept: dict[Any, Any], *, in_pieces: bool) -> SortedRow
     of_experts, of_shared = (None, call.b1_EF, None, call.b2_ED), (None, call.shared_b1_C, None)
     alive, addresses = addresses_of((call.x_TD, *plan, *of_experts, *of_norm, *of_shared))
     at: Any = Call._make((*addresses, *call[NUM_TENSORS:]))
-    laid_out = kernels.SortedRows(at.offsets_E1, sizes.E, at.order_S, sizes.bounded, sizes.max_fill)
+    max_fill = sizes.max_fill_apart if in_pieces else sizes.max_fill
+    laid_out = kernels.SortedRows(at.offsets_E1, sizes.E, at.order_S, sizes.bounded, max_fill)
     if laid_out.routed > sizes.num_slots:
         raise ValueError(
             f"the plan's offsets_E1 end at {laid_out.routed}, but order_S has {sizes.num_slots} slots"

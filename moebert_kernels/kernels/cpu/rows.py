@@ -72,7 +72,8 @@ class Sizes(NamedTuple):
         max_fill = -1 if C and not bounded else min(_MOST_FILL, _MAX_BATCH_FILL // ((C + F) * D))
         max_fill_apart = max_fill if bounded else min(_MOST_FILL, _MAX_BATCH_FILL // (F * D))
         code = _ACTIVATIONS[call.activation]
-        return cls(dtypes[0], code, K, T * K, E, F, D, C, bounded, max_fill, max_fill_apart, (dtypes, [T, K, D, E]))
+        fills, norm = (max_fill, max_fill_apart), (dtypes, [T, K, D, E])
+        return cls(dtypes[0], code, K, T * K, E, F, D, C, bounded, *fills, norm)
 
 
 class Piece(NamedTuple):

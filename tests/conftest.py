@@ -1,6 +1,7 @@
 """Where the kernels run: on a GPU if there is one, else in Triton's interpreter, which must be chosen before
 anything imports Triton."""
 
+import gc
 import importlib.util
 import os
 from collections import Counter
@@ -48,6 +49,12 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_collection_finish():
+    """What is imported stays: every training collects garbage, and would go through all of it each time."""
+    gc.collect()
+    gc.freeze()
 
 
 KERNELS = Counter()  # that were compiled or found in Triton's cache, here and by the workers of xdist

@@ -219,11 +219,12 @@ def test_repeated_calls_compute_what_passes_as_written_do(name, as_if_compiled, 
         with torch.no_grad():
             return {"y": call(case, t, plan)}
 
-    results = [compute(seed) for seed in (0, 1, 2, 0)]
-    assert len(as_if_compiled.starts) == 3 * len(as_if_compiled.entries) > 0
+    results = [(seed, compute(seed)) for seed in (0, 1, 0)]
+    assert len(as_if_compiled.starts) == 2 * len(as_if_compiled.entries) > 0
     monkeypatch.setattr(replay, "_INTERPRETED", True)
-    for seed, result in zip((0, 1, 2, 0), results, strict=True):
-        for name, value in compute(seed).items():
+    expected = [compute(seed) for seed in (0, 1)]
+    for seed, result in results:
+        for name, value in expected[seed].items():
             assert torch.equal(result[name], value), f"{name} of seed {seed}"
 
 

@@ -4,6 +4,7 @@ The same functions, called by the test, do the same work in one process.
 """
 
 import functools
+import gc
 import json
 import sys
 from dataclasses import replace
@@ -139,5 +140,6 @@ def broken(folder: Path, out: Path) -> None:
 JOBS = {job.__name__: job for job in (score, train, whole, broken)}
 
 if __name__ == "__main__":
+    gc.freeze()  # what is imported: every training collects garbage
     for name in sys.argv[1].split(","):
         JOBS[name](Path(sys.argv[2]), Path(sys.argv[3]))

@@ -127,7 +127,7 @@ class Pack:
         if self.surplus is not None and x_N.is_floating_point():
             x_N = x_N + self.surplus.to(x_N.dtype)
         spare = 0 if self.real_N is None else 1  # where rows go that no token has
-        x_T = x_N.new_full((T + spare, *x_N.shape[1:]), fill).index_copy(0, self.place_N, x_N)
+        x_T = x_N.new_full((T + spare, *x_N.shape[1:]), fill).index_copy_(0, self.place_N, x_N)
         return x_T[:T].view(self.batch_size, self.length, *x_N.shape[1:])
 
     def sentence_N(self) -> Tensor:

@@ -17,7 +17,7 @@ from transformers import (
 
 from moebert_kernels.compress.data.tasks import TaskData, tokenize
 from moebert_kernels.compress.experts.adaptation import token_counts
-from moebert_kernels.compress.runs import pipeline
+from moebert_kernels.compress.runs import run
 from moebert_kernels.compress.runs.pipeline import compress, stage_names
 from moebert_kernels.compress.runs.stages import Stage
 from moebert_kernels.compress.scoring.importance import Importance
@@ -126,7 +126,7 @@ def test_what_is_kept_is_said_and_evaluated(teacher, tmp_path, monkeypatch, is_n
     """Stops a student that is worse for having been trained."""
     # Cut, fitted; as training begins, after two epochs.
     distances = iter([3.0, 2.0, 2.0, 1.0 if is_nearer else 2.5, 3.5])
-    for module in (pipeline, distill):
+    for module in (run, distill):
         monkeypatch.setattr(module, "divergence", lambda *models, **how: next(distances))
     said = []
     settings = replace(SETTINGS, epochs=2, comparisons=(), measure=False, measure_length=None)

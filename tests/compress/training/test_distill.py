@@ -343,7 +343,7 @@ def test_a_fitted_student_is_trained_by_its_teacher_alone_unless_asked_otherwise
     """Stops training that undoes the fit: noise and labels lead away from the teacher."""
 
     def how(is_fitted, **given):
-        return DistillSettings.of(CompressSettings(**given), seed=3, is_fitted=is_fitted, hidden_size=768)
+        return CompressSettings(**given).training(seed=3, is_fitted=is_fitted, hidden_size=768)
 
     fitted, cut = how(True), how(False)
     assert (fitted.labels, fitted.dropout) == (False, False)

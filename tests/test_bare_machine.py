@@ -34,18 +34,9 @@ NEVER_THERE = (
     "matplotlib",
     "hypothesis",
 )
-# Modules with tests of a GPU that run where these are installed besides.
-NEEDING_MORE = {
-    "compress/experts/test_fitting.py": (
-        "transformers",
-        "accelerate",
-        "datasets",
-        "scikit-learn",
-        "scipy",
-        "hypothesis",
-    ),
-    "models/test_packing_device.py": ("transformers",),
-}
+# Modules with tests of a GPU that need more, and all that they need.
+NEEDING_MORE = {"compress/experts/test_fitting.py", "models/test_packing_device.py"}
+MORE = ("transformers", "accelerate", "datasets", "scikit-learn", "scipy", "hypothesis")
 
 
 def normal(name):
@@ -119,10 +110,9 @@ def test_no_test_of_a_gpu_is_lost(run):
     meant_for_one = re.compile(r"mark\.gpu|^def test_\w+\([^)]*\bdevice\b", re.MULTILINE)
     files = [path for path in TESTS.rglob("test_*.py") if meant_for_one.search(path.read_text())]
     modules = {path.relative_to(TESTS).as_posix() for path in files}
-    there = modules - {Path(__file__).name} - NEEDING_MORE.keys()
+    there = modules - {Path(__file__).name} - NEEDING_MORE
     assert collected() >= there >= {"kernels/test_gpu.py", "native/test_cuda.py"}
-    for name, packages in NEEDING_MORE.items():
-        assert collected(f"tests/{name}", packages=(*BARE, *packages)) == {name}
+    assert collected(*(f"tests/{name}" for name in NEEDING_MORE), packages=(*BARE, *MORE)) == NEEDING_MORE
 
 
 def test_a_gpu_test_that_needs_more_is_left_out_with_the_reason(run, tmp_path):

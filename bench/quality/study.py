@@ -22,19 +22,17 @@ from moebert_kernels.compress.data.tasks import (
     EncodedData,
     TaskData,
     load_task,
-    match_labels,
-    tokenize,
 )
 from moebert_kernels.compress.evaluation.likeness import prediction_likeness
 from moebert_kernels.compress.evaluation.quality import batches, predict
 from moebert_kernels.compress.experts.adaptation import token_counts
 from moebert_kernels.compress.experts.fitting import Fitted, fit_experts, rows_to_fit
 from moebert_kernels.compress.minilm import find_base_model
+from moebert_kernels.compress.runs.settings import CompressSettings
 from moebert_kernels.compress.runs.stages import Stage
-from moebert_kernels.compress.scoring.importance import Importance, compute_importance
-from moebert_kernels.compress.scoring.token_scores import token_groups
+from moebert_kernels.compress.runs.subjects import subject_of
+from moebert_kernels.compress.scoring.importance import Importance
 from moebert_kernels.compress.storage.artifacts import fingerprint
-from moebert_kernels.compress.storage.loading import load_teacher
 from moebert_kernels.compress.training.distillation import DistillSettings, distill
 from moebert_kernels.compress.training.divergence import divergence
 from moebert_kernels.compress.training.finetuning import finetune
@@ -159,7 +157,6 @@ class Task:
         folder = data / source.folder
         self.raw: TaskData = source.load(folder) if source.load else load_task(name, folder)
         self.made_from = [name, str(self.model), asdict(self.budget)]
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
         # Of one seed at a time: contender after contender asks for the same.
         self.importance = lru_cache(maxsize=1)(self._importance)
         self.to_fit = lru_cache(maxsize=1)(self._to_fit)
@@ -187,11 +184,10 @@ class Task:
         say(f"{self.name}: teacher")
         record = self.out / "teachers" / f"{self.name}.json"
         self.quality = Stage(record, fingerprint(self.made_from), (folder,)).run(teach)
-        self.teacher, self.tokenizer = load_teacher(folder)
-        torch.nn.Module.to(self.teacher, self.device)
-        self.encoded: EncodedData = tokenize(
-            match_labels(self.raw, self.teacher.config), self.tokenizer, budget.max_length
-        )
+        self.subject = subject_of(folder, self.raw)
+        self.subject.place()
+        self.teacher, self.tokenizer = self.subject.model, self.subject.tokenizer
+        self.encoded: EncodedData = self.subject.encode(budget.max_length)
         self.kind = self.raw.task.kind
         self.theirs = predict(self.teacher, self.encoded.validation, self.tokenizer)
         say(f"{self.name}: {self.quality}")
@@ -206,12 +202,8 @@ class Task:
         path = self.out / "teachers" / f"{self.name}.importance-seed{seed}.safetensors"
 
         def score() -> None:
-            rows = sample_rows(self.encoded.train, self.budget.importance_rows, seed)
-            compute_importance(
-                self.teacher,
-                batches(rows, self.tokenizer, device=self.device),
-                group_V=token_groups(self.teacher, token_counts(rows, self.teacher.config.vocab_size)),
-            ).save(path)
+            settings = CompressSettings(importance_rows=self.budget.importance_rows, seed=seed)
+            self.subject.importance(self.encoded.train, settings, per_token=True).save(path)
 
         say(f"{self.name}: importance, seed {seed}")
         Stage(path.with_suffix(".json"), fingerprint(self.made_from), (path,)).run(score)

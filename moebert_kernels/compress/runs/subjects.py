@@ -182,7 +182,12 @@ class Subject:
         return "labels"
 
     def importance(
-        self, rows: Dataset, settings: CompressSettings, *, per_token: bool, progress: Report
+        self,
+        rows: Dataset,
+        settings: CompressSettings,
+        *,
+        per_token: bool,
+        progress: Report = lambda done, total: None,
     ) -> Importance:
         """Score the model's neurons on some of the training rows; collective.
 

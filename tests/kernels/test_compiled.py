@@ -172,7 +172,7 @@ print(json.dumps(found))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("family", ["sm_80", "sm_90"])
 def test_shared_neurons_take_no_more_of_a_multiprocessor(family):
     """Two loops of products in branches had shared memory each, and half as many programs fitted."""
     readings = json.loads(run("-c", SHARED, family).splitlines()[-1])

@@ -35,7 +35,7 @@ from moebert_kernels.compress.data.tasks import (
 from moebert_kernels.compress.evaluation.likeness import prediction_likeness
 from moebert_kernels.compress.evaluation.quality import batches, predict
 from moebert_kernels.compress.experts.adaptation import token_counts
-from moebert_kernels.compress.experts.fitting import RIDGE, Fitted, fit_experts
+from moebert_kernels.compress.experts.fitting import RIDGE, Fitted, fit
 from moebert_kernels.compress.scoring.importance import Importance, compute_importance
 from moebert_kernels.compress.scoring.teacher_loss import prediction_shift_loss
 from moebert_kernels.compress.scoring.token_scores import token_groups
@@ -96,7 +96,7 @@ class Subject:
         to_fit, remembered = self.to_fit(count, seed)
         # Of many rows the teacher's layers would take much memory.
         with remembered.answering() if count <= 2 * ROWS else nullcontext():
-            return fit_experts(student, self.teacher, to_fit, ridge=ridge)
+            return fit(student, self.teacher, to_fit, ridge=ridge)
 
     @cached_property
     def judging(self) -> tuple[list[dict[str, Tensor]], RememberedLayers]:
@@ -112,7 +112,7 @@ class Subject:
         """What share of a layer's output is wrong on validation rows, as the fit counts it; their mean."""
         to_judge, remembered = self.judging
         with remembered.answering():
-            found = fit_experts(copy.deepcopy(student), self.teacher, to_judge, ridge=_STAND_STILL)
+            found = fit(copy.deepcopy(student), self.teacher, to_judge, ridge=_STAND_STILL)
         return float(np.mean(found.cut_L))
 
     def likeness(self, student: PreTrainedModel) -> Likeness:

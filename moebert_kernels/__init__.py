@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from moebert_kernels.compress.data.tasks import load_task
     from moebert_kernels.compress.data.tasks.texts import load_texts
     from moebert_kernels.compress.experts.adaptation import adapt
-    from moebert_kernels.compress.experts.fitting import fit_experts
+    from moebert_kernels.compress.experts.fitting import fit
     from moebert_kernels.compress.runs.settings import CompressSettings
     from moebert_kernels.compress.scoring.importance import compute_importance
     from moebert_kernels.compress.training.trainer import DistillationTrainer
@@ -46,7 +46,7 @@ __all__ = [
     "compress",
     "compute_importance",
     "export",
-    "fit_experts",
+    "fit",
     "hash_balance_tables",
     "hash_random_tables",
     "load_sentences",
@@ -61,7 +61,7 @@ __getattr__ = getter(
     {
         "compress": ["compress"],
         "compress.experts.adaptation": ["adapt"],
-        "compress.experts.fitting": ["fit_experts"],
+        "compress.experts.fitting": ["fit"],
         "compress.scoring.importance": ["compute_importance"],
         "compress.data.sentences": ["load_sentences"],
         "compress.runs.settings": ["CompressSettings"],

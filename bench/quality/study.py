@@ -26,7 +26,7 @@ from moebert_kernels.compress.data.tasks import (
 from moebert_kernels.compress.evaluation.likeness import prediction_likeness
 from moebert_kernels.compress.evaluation.quality import batches, predict
 from moebert_kernels.compress.experts.adaptation import token_counts
-from moebert_kernels.compress.experts.fitting import Fitted, fit_experts, rows_to_fit
+from moebert_kernels.compress.experts.fitting import Fitted, fit, rows_to_fit
 from moebert_kernels.compress.minilm import find_base_model
 from moebert_kernels.compress.runs.settings import CompressSettings
 from moebert_kernels.compress.runs.stages import Stage
@@ -223,7 +223,7 @@ class Task:
         """Fit a student to so many rows at most; return what is to be told of it."""
         num_rows, batches_to_fit, remembered = self.to_fit(seed, count)
         with remembered.answering():
-            found: Fitted = fit_experts(student, self.teacher, batches_to_fit)
+            found: Fitted = fit(student, self.teacher, batches_to_fit)
         return {"rows": num_rows, **found._asdict()}
 
     @cached_property

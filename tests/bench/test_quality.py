@@ -21,7 +21,7 @@ from bench.quality.tables import Contrasts, settings_table, table
 from bench.readme import update
 from moebert_kernels.compress.evaluation.quality import expert_load
 from moebert_kernels.compress.experts.adaptation import split_neurons
-from moebert_kernels.compress.experts.fitting import fit_experts
+from moebert_kernels.compress.experts.fitting import fit
 from moebert_kernels.models import count_parameters, find_ffns, to_moe
 from tests import tiny
 from tests.tiny import WIDTH, batch, build
@@ -71,11 +71,11 @@ def test_layers_from_memory_fit_a_student_as_the_teacher_does():
 
     students, wanted = [cut(4), cut(2)], [cut(4), cut(2)]
     for student in wanted:
-        fit_experts(student, teacher, batches)
+        fit(student, teacher, batches)
     remembered = RememberedLayers(teacher)
     for ours, theirs in zip(students, wanted, strict=True):
         with remembered.answering():
-            fit_experts(ours, teacher, batches)
+            fit(ours, teacher, batches)
         state = theirs.state_dict()
         assert all(torch.equal(value, state[name]) for name, value in ours.state_dict().items())
         for ffn in find_ffns(teacher):  # from here on, memory alone

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, BertModel
 
 from moebert_kernels.compress.experts.adaptation import adapt, random_scores
-from moebert_kernels.compress.experts.fitting import RARE, RIDGE, fit_experts
+from moebert_kernels.compress.experts.fitting import RARE, RIDGE, fit
 from moebert_kernels.errors import UserError
 from moebert_kernels.models import (
     MoEBertConfig,
@@ -181,7 +181,7 @@ def test_the_fit_is_the_reference(absent):
         tables_LV[tables_LV == absent] = 0
     before = copy.deepcopy(student)
     expected = fit_by_reference(copy.deepcopy(student), teacher, batches())
-    fit_experts(student, teacher, batches())
+    fit(student, teacher, batches())
     for name, value in expected.state_dict().items():
         torch.testing.assert_close(student.state_dict()[name], value, rtol=1e-6, atol=1e-9, msg=name)
     if absent is not None:
@@ -200,7 +200,7 @@ def test_no_layer_is_worse_than_before_on_the_rows_it_saw(routing, count, ridge,
     teacher = tiny.build(BertForSequenceClassification, seed)
     options = {"num_shared_neurons": SHARED, "tie_shared": True, "routing": routing, "seed": seed}
     student = to_moe(teacher, tiny.some_shared(), **options)
-    found = fit_experts(student, teacher, batches(count), ridge=ridge)
+    found = fit(student, teacher, batches(count), ridge=ridge)
     for cut, fitted in zip(found.cut_L, found.fitted_L, strict=True):
         assert 0 <= fitted <= cut
     assert all(bool(value.isfinite().all()) for value in student.parameters())
@@ -216,7 +216,7 @@ def test_what_was_lost_is_made_up_for_by_shared_and_own_together():
     index_LEF = torch.arange(half).expand(tiny.LAYERS, 4, half)
     student = to_moe(teacher, index_LEF, num_shared_neurons=half - 8, tie_shared=True)
     rows = [tiny.batch(batch_size=16, length=30, seed=i) for i in range(4)]
-    found = fit_experts(student, teacher, rows, ridge=1e-9, rare=1e-9)
+    found = fit(student, teacher, rows, ridge=1e-9, rare=1e-9)
     assert min(found.cut_L) > 0.1
     assert max(found.fitted_L) < 1e-6
     torch.testing.assert_close(student(**rows[0]).logits, teacher(**rows[0]).logits, rtol=1e-2, atol=1e-2)

@@ -8,14 +8,14 @@ from moebert_kernels.lazy import getter
 
 if TYPE_CHECKING:
     from moebert_kernels.compress.experts.adaptation import adapt, default_sizes, random_scores, split_neurons
-    from moebert_kernels.compress.experts.fitting import Fitted, fit_experts
+    from moebert_kernels.compress.experts.fitting import Fitted, fit
 
-__all__ = ["Fitted", "adapt", "default_sizes", "fit_experts", "random_scores", "split_neurons"]
+__all__ = ["Fitted", "adapt", "default_sizes", "fit", "random_scores", "split_neurons"]
 
 __getattr__ = getter(
     __name__,
     {
         "adaptation": ["adapt", "default_sizes", "random_scores", "split_neurons"],
-        "fitting": ["Fitted", "fit_experts"],
+        "fitting": ["Fitted", "fit"],
     },
 )

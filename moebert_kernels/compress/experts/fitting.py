@@ -85,7 +85,7 @@ def rows_to_fit(
     return sample_rows(rows, max(int((8 * hidden_size * ends <= limit_bytes).sum()), 1), seed)
 
 
-def fit_experts(
+def fit(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
     batches: Sequence[Mapping[str, Tensor]],

@@ -80,7 +80,7 @@ def split_teacher(
     progress: Progress,
     say: Callable[[str], None] | None = None,
 ) -> PreTrainedModel:
-    """Make the MoE of a teacher and save it with the teacher's tokenizer; see `adapt` and `fit_experts`.
+    """Make the MoE of a teacher and save it with the teacher's tokenizer; see `adapt` and `fit`.
 
     Args:
         settings: the experts'; whether, and to how many rows, they are fitted.

@@ -39,7 +39,7 @@ from moebert_kernels.compress.experts.adaptation import (
     default_sizes,
     token_counts,
 )
-from moebert_kernels.compress.experts.fitting import Fitted, fit_experts, rows_to_fit
+from moebert_kernels.compress.experts.fitting import Fitted, fit, rows_to_fit
 from moebert_kernels.compress.runs.settings import CompressSettings
 from moebert_kernels.compress.scoring.importance import Importance, LossFunction, compute_importance
 from moebert_kernels.compress.scoring.teacher_loss import embedding_shift_loss, prediction_shift_loss
@@ -246,7 +246,7 @@ class Subject:
     def fit(
         self, student: PreTrainedModel, rows: Dataset, settings: CompressSettings, progress: Report
     ) -> tuple[Fitted, int]:
-        """Fit a student's experts, in place, to what the model does; see `fit_experts`. Collective.
+        """Fit a student's experts, in place, to what the model does; see `fit`. Collective.
 
         Args:
             student: made of the model.
@@ -259,7 +259,7 @@ class Subject:
         """
         rows = rows_to_fit(rows, settings.fit_rows, settings.seed, self.model.config.hidden_size)
         with computing(settings.bf16):
-            found = fit_experts(student, self.model, list(batches(rows, self.tokenizer)), progress=progress)
+            found = fit(student, self.model, list(batches(rows, self.tokenizer)), progress=progress)
         return found, len(rows)
 
     def save(self, model: PreTrainedModel, folder: Path) -> None:

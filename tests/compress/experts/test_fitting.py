@@ -15,7 +15,7 @@ from transformers import (
     BertModel,
 )
 
-from moebert_kernels.compress.experts.fitting import RARE, RIDGE, fit_experts, rows_to_fit
+from moebert_kernels.compress.experts.fitting import RARE, RIDGE, fit, rows_to_fit
 from moebert_kernels.models import find_ffns, narrow_ffns, replace_ffns
 from moebert_kernels.models.surgery import to_moe
 from python_ref import fitting as ref
@@ -70,7 +70,7 @@ def test_it_is_the_reference(routing):
     teacher = tiny.build(BertForSequenceClassification).double()
     student = to_moe(teacher, tiny.quarters(), num_shared_neurons=0, routing=routing)
     expected = fit_by_reference(copy.deepcopy(student), teacher, batches())
-    fit_experts(student, teacher, batches())
+    fit(student, teacher, batches())
     for name, value in expected.state_dict().items():
         torch.testing.assert_close(student.state_dict()[name], value, rtol=1e-6, atol=1e-9, msg=name)
 
@@ -81,7 +81,7 @@ def test_a_student_of_all_neurons_stays_as_it_is(head):
     teacher = tiny.build(head)
     student = to_moe(teacher, tiny.all_neurons(), num_shared_neurons=tiny.WIDTH)
     before = copy.deepcopy(student.state_dict())
-    found = fit_experts(student, teacher, batches())
+    found = fit(student, teacher, batches())
     assert max(found.cut_L) < 1e-10
     for name, value in before.items():
         torch.testing.assert_close(student.state_dict()[name], value, rtol=1e-5, atol=1e-5)
@@ -97,7 +97,7 @@ def test_neurons_that_were_lost_to_others_like_them_are_made_up_for():
     index_LF = torch.arange(half).expand(tiny.LAYERS, half)
     student = narrow_ffns(teacher, index_LF)
     rows = [tiny.batch(batch_size=16, length=30, seed=i) for i in range(4)]
-    found = fit_experts(student, teacher, rows, ridge=1e-9, rare=1e-9)
+    found = fit(student, teacher, rows, ridge=1e-9, rare=1e-9)
     assert min(found.cut_L) > 0.1
     assert max(found.fitted_L) < 1e-6
     with torch.no_grad():
@@ -153,7 +153,7 @@ def test_no_layer_is_worse_than_before_on_the_rows_it_saw(routing, count, ridge,
         student = to_moe(
             teacher, tiny.quarters(), num_shared_neurons=0, routing=routing, seed=seed, top_k=top_k
         )
-    found = fit_experts(student, teacher, batches(count), ridge=ridge)
+    found = fit(student, teacher, batches(count), ridge=ridge)
     assert found.num_tokens == top_k * sum(int(b["attention_mask"].sum()) for b in batches(count)) or (
         routing == "narrow"
     )
@@ -172,7 +172,7 @@ def test_every_family_is_fitted_as_its_own_code_runs_it(family):
         {"input_ids": batch["input_ids"].clamp(min=2), "attention_mask": batch["attention_mask"]}
         for batch in (tiny.batch(batch_size=8, length=20, seed=i) for i in range(3))
     ]
-    found = fit_experts(student, teacher, rows)
+    found = fit(student, teacher, rows)
     assert all(fitted < 0.9 * cut for cut, fitted in zip(found.cut_L, found.fitted_L, strict=True))
     for index, (dense, layer) in enumerate(zip(find_ffns(teacher), experts_of(student), strict=True)):
         ours = calls_of(layer, student, rows)
@@ -202,7 +202,7 @@ def test_a_model_that_was_given_experts_in_place_is_fitted():
     teacher = Scorer()
     student = copy.deepcopy(teacher)
     replace_ffns(student.encoder, tiny.quarters())
-    found = fit_experts(student, teacher, batches())
+    found = fit(student, teacher, batches())
     assert all(fitted < cut for cut, fitted in zip(found.cut_L, found.fitted_L, strict=True))
 
 
@@ -214,9 +214,9 @@ def test_padding_counts_nothing():
         for batch in rows:
             batch["input_ids"][batch["attention_mask"] == 0] = filler
         student = to_moe(teacher, tiny.quarters(), num_shared_neurons=0)
-        fit_experts(student, teacher, rows)
+        fit(student, teacher, rows)
         narrow = narrow_ffns(teacher, tiny.quarters()[:, 0])
-        fit_experts(narrow, teacher, rows)
+        fit(narrow, teacher, rows)
         fitted.append([*student.parameters(), *narrow.parameters()])
     for one, other in zip(*fitted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
@@ -231,9 +231,7 @@ def test_the_same_rows_give_the_same_student_and_leave_the_rest_alone():
         cut = copy.deepcopy(student.state_dict())
         assert student.training
         calls = []
-        fit_experts(
-            student, teacher, batches(), progress=lambda done, total, to=calls: to.append((done, total))
-        )
+        fit(student, teacher, batches(), progress=lambda done, total, to=calls: to.append((done, total)))
         assert student.training
         assert teacher.training
         assert calls[-1] == (3 * tiny.LAYERS, 3 * tiny.LAYERS)
@@ -253,7 +251,7 @@ def test_blocks_and_batches_change_nothing_but_rounding(monkeypatch):
     for limit in (1, 1 << 20):
         monkeypatch.setattr("moebert_kernels.compress.experts.fitting._BLOCK_TOKENS", limit)
         student = to_moe(teacher, tiny.quarters(), num_shared_neurons=0)
-        fit_experts(student, teacher, batches())
+        fit(student, teacher, batches())
         fitted.append(student)
     for one, other in zip(*(student.parameters() for student in fitted), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
@@ -271,11 +269,11 @@ def test_what_does_not_fit_is_said():
     student = to_moe(teacher, tiny.quarters(), num_shared_neurons=0)
     deeper = tiny.build(BertForSequenceClassification, num_hidden_layers=4)
     with pytest.raises(ValueError, match="the same number of layers, got 3 and 4"):
-        fit_experts(student, deeper, batches())
+        fit(student, deeper, batches())
     with pytest.raises(ValueError, match="no tokens"):
-        fit_experts(student, teacher, [])
+        fit(student, teacher, [])
     with pytest.raises(ValueError, match="ridge must be more than 0, got 0"):
-        fit_experts(student, teacher, batches(), ridge=0)
+        fit(student, teacher, batches(), ridge=0)
 
 
 @pytest.mark.gpu
@@ -285,7 +283,7 @@ def test_a_gpu_fits_the_same(routing):
     fitted = []
     for device in ("cpu", "cuda"):
         student = to_moe(teacher.to(device), tiny.quarters(), num_shared_neurons=0, routing=routing)
-        found = fit_experts(student, teacher, batches())
+        found = fit(student, teacher, batches())
         fitted.append((found, student.to("cpu")))
     (ours, there), (theirs, here) = fitted
     assert ours.fitted_L == pytest.approx(theirs.fitted_L, rel=1e-3)
@@ -298,9 +296,9 @@ def test_under_autocast_the_models_compute_in_bfloat16_and_the_sums_do_not():
     teacher = tiny.build(BertForSequenceClassification)
     student = to_moe(teacher, tiny.quarters(), num_shared_neurons=0, routing="hash-random")
     plain = copy.deepcopy(student)
-    fit_experts(plain, teacher, batches())
+    fit(plain, teacher, batches())
     with torch.autocast("cpu", torch.bfloat16):
-        found = fit_experts(student, teacher, batches())
+        found = fit(student, teacher, batches())
     assert all(after < before for before, after in zip(found.cut_L, found.fitted_L, strict=True))
     for ours, theirs in zip(experts_of(student), experts_of(plain), strict=True):
         assert not torch.equal(ours.w2_EDF, theirs.w2_EDF)

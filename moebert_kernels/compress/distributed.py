@@ -28,6 +28,7 @@ Result = TypeVar("Result")
 # What all of them wait for is a stage that one of them works at, which may take a day. One that has died is
 # noticed at once: its connections close, and the launcher ends the others.
 _PATIENCE = timedelta(days=7)
+_HEARING = timedelta(seconds=10)  # for another process to say why it failed
 _LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -194,14 +195,13 @@ def say_once(say: Callable[[], None] | None) -> None:
             say()
         return
     try:
-        store = dist.TCPStore(
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), wait_for_workers=False
-        )
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(address, port, timeout=_HEARING, wait_for_workers=False)
         if say is not None and store.add("moebert/failures", 1) == 1:
             say()
             store.set("moebert/said", "")
         else:
-            store.wait(["moebert/said"], timedelta(seconds=10))
+            store.wait(["moebert/said"], _HEARING)
     except RuntimeError:  # the store has gone with the process that held it, and that one has spoken
         return
 

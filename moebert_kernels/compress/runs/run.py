@@ -19,7 +19,6 @@ from moebert_kernels.compress.data.batching import hold_out
 from moebert_kernels.compress.data.tasks import EncodedData, constant_score
 from moebert_kernels.compress.evaluation.quality import batches, evaluate, expert_load
 from moebert_kernels.compress.evaluation.speed import Speed, measure
-from moebert_kernels.compress.experts.adaptation import COUNTING_ROUTINGS
 from moebert_kernels.compress.experts.fitting import RARE, RIDGE
 from moebert_kernels.compress.report.summary import warnings_of
 from moebert_kernels.compress.runs.settings import CompressSettings
@@ -250,8 +249,7 @@ class Run:
 
     def cut(self, scores: Importance | Tensor, settings: CompressSettings, report: Report) -> PreTrainedModel:
         """Make a MoE of the teacher; see `Subject.cut`."""
-        rows = self.data.train if settings.routing in COUNTING_ROUTINGS else None
-        return self.subject.cut(scores, settings, rows, report)
+        return self.subject.cut(scores, settings, self.data.train, report)
 
     def adapted(self, trial: Trial) -> Model:
         """Cut a trial's model."""

@@ -34,6 +34,7 @@ from moebert_kernels.environment import describe_environment
 from moebert_kernels.kernels.call import Call as OperatorCall
 
 from . import archive, standin
+from .cases import num_shared
 from .gpu import DESELECTED
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,14 +50,15 @@ class Call:
     D: int = 768
     F: int = 768
     E: int = 4
+    C: int = 0  # of F, neurons that experts share
 
 
 # What `smoke`, `ffn` and `kernel_times` launch: one T for each size class of the table.
 CALLS = tuple(
-    Call(tokens, gate, training)
+    Call(tokens, gate, training, C=shared)
     for training in (True, False)
     for tokens in (16384, 4096, 512, 64)
-    for gate in (False, True)
+    for gate, shared in ((False, 0), (True, 0), (False, num_shared(Call.F)))
 )
 
 
@@ -83,12 +85,16 @@ def launches(call: Call) -> list[Any]:
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype)
 
-    T, D, F, E = call.tokens, call.D, call.F, call.E
+    T, D, E, C = call.tokens, call.D, call.E, call.C
+    F = call.F - C
     gate_TK = empty(T, 1, dtype=torch.float32) if call.gate else None
     plan = (empty(*shape, dtype=torch.int32) for shape in ((T, 1), (T,), (T,), (E + 1,)))
     ids, order, inverse, offsets = plan
     experts = empty(E, F, D), empty(E, F), empty(E, D, F), empty(E, D)
-    arguments = OperatorCall(empty(T, D), ids, order, inverse, offsets, *experts, gate_TK)
+    of_all = (empty(C, D), empty(C), empty(D, C)) if C else (None,) * 3
+    arguments = OperatorCall(
+        empty(T, D), ids, order, inverse, offsets, *experts, gate_TK, *(None,) * 4, *of_all
+    )
     with recorded() as record:
         _, saved = kernels.expert_ffn_forward(arguments, call.training)
         if call.training:

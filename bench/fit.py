@@ -212,19 +212,24 @@ def run(
     demo: Annotated[Path, typer.Argument(help="Folder of a finished `moebert demo`.")],
     to: Annotated[Path, typer.Option(help="The json file to write.")] = Path("bench/results/fit.json"),
     bert_base: Annotated[bool, typer.Option(help="Take the times of BERT-base's size, minutes.")] = True,
+    times_alone: Annotated[
+        bool, typer.Option(help="Nothing but these times: of the demonstration, texts and tokenizer will do.")
+    ] = False,
 ) -> None:
     """Measure, and write what was found."""
     room = Path(tempfile.mkdtemp(prefix="bench-fit-"))
     try:
-        found = measure(demo, room)
-        if bert_base:
+        found = {"environment": asdict(describe_environment())} if times_alone else measure(demo, room)
+        if bert_base or times_alone:
             (room / "bert-base").mkdir()
             with multiprocessing.get_context("spawn").Pool(1) as alone:  # its peak of memory is its own
                 found["bert_base"] = alone.apply(measure_bert_base, (demo, room / "bert-base"))
     finally:
         shutil.rmtree(room)
     write_json(to, found)
-    print(tables(json.loads(to.read_text(encoding="utf-8"))))
+    print(
+        json.dumps(found["bert_base"]) if times_alone else tables(json.loads(to.read_text(encoding="utf-8")))
+    )
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from moebert_kernels.environment import describe_environment
 
 from . import ceilings
 from .cases import TOY, Request
-from .ffn import BOUND, DENSE, FFN, OURS
+from .ffn import BOUND, DENSE, FFN, OURS, TIED
 from .gpu import NO_DEVICE
 from .registry import Op
 from .results import Row, Run, write
@@ -130,7 +130,7 @@ def settings_of(options: argparse.Namespace, **chosen) -> Settings:
 
 def ffn(options: argparse.Namespace) -> None:
     """The layer in a graph on cold caches, beside what it replaces and the nearest peers."""
-    only = (OURS, DENSE, BOUND, "GEMM per expert", "F.grouped_mm", "transformers grouped_mm")
+    only = (OURS, TIED, DENSE, BOUND, "GEMM per expert", "F.grouped_mm", "transformers grouped_mm")
     measure(
         FFN,
         settings_of(options, request=Request(T=TOKENS), passes=_PASSES, only=only),
@@ -145,7 +145,7 @@ def columns(options: argparse.Namespace) -> None:
         options,
         request=Request(T=(4096, 16384, 512, 64), routings=("balanced", "skewed")),
         passes=(*_PASSES, "dispatch+forward"),
-        only=(OURS, DENSE, BOUND),
+        only=(OURS, TIED, DENSE, BOUND),
         launches=("eager", "graph"),
         caches=("warm",),
         seconds=0.3,

@@ -1,8 +1,8 @@
-"""What leaving padding out is worth on the CPU, whole encoders and distillation, as ratios of one run.
+"""What leaving padding out is worth, whole encoders and distillation, as ratios of one run.
 
-    python -m bench.packing --text SST-2/train.tsv --to bench/results/packing.json
+    python -m bench.packing --text SST-2/train.tsv --to bench/results/packing.json [--device cuda]
 
-For BERT-base's and MiniLM's sizes, in every dtype the CPU has, rounds interleaved:
+For BERT-base's and MiniLM's sizes, in every dtype the device computes in, rounds interleaved:
 
 text       32 sentences padded to the longest, computed padded and packed, by ours and by the dense model
 unpadded   as many tokens in 32 sentences of one length: what padding that costs nothing would leave
@@ -32,7 +32,7 @@ from torch import Tensor
 from moebert_kernels.compress.storage.artifacts import write_json
 from moebert_kernels.environment import OtherWork, describe_environment
 from moebert_kernels.models import packed, to_moe
-from moebert_kernels.timing import interleave, on_host
+from moebert_kernels.timing import interleave, timer_of
 
 from .cases import DTYPES, SHAPES, ModelCase, cpu_dtypes
 from .encoders import bert_sizes, build
@@ -45,11 +45,11 @@ _TITLES = {"bert-base": "BERT-base", "minilm": "MiniLM"}
 Call = Callable[[], Any]
 
 
-def interleaved(calls: dict[str, Call], seconds: float) -> dict[str, list[float]]:
+def interleaved(calls: dict[str, Call], device: torch.device, seconds: float) -> dict[str, list[float]]:
     """Seconds of each call in every round, after two calls that do not count."""
     for call in [*calls.values()] * 2:
         call()
-    timers = {name: on_host(call) for name, call in calls.items()}
+    timers = {name: timer_of(device)(call) for name, call in calls.items()}
     return interleave(timers, rounds=_MOST_ROUNDS, max_seconds=seconds)
 
 
@@ -61,11 +61,11 @@ def ratio(found: dict[str, list[float]], slow: str, fast: str) -> dict[str, floa
 
 
 @torch.no_grad()
-def forward(case: ModelCase, text: str, seconds: float) -> dict[str, Any]:
+def forward(case: ModelCase, text: str, device: torch.device, seconds: float) -> dict[str, Any]:
     """The ratios of text and of full batches."""
     batch = read_batch(text, case.V)
-    ids_BS, mask_BS = batch.ids_BS, batch.mask_BS
-    ours, dense = (build(case, kind).to(DTYPES[case.dtype]) for kind in ("experts", "dense"))
+    ids_BS, mask_BS = batch.ids_BS.to(device), batch.mask_BS.to(device)
+    ours, dense = (build(case, kind).to(device, DTYPES[case.dtype]) for kind in ("experts", "dense"))
     num_real = int(mask_BS.sum())
     length = round(num_real / len(ids_BS))
     ids_1N = ids_BS[mask_BS != 0].repeat(2)[: len(ids_BS) * length]
@@ -83,6 +83,7 @@ def forward(case: ModelCase, text: str, seconds: float) -> dict[str, Any]:
             "dense padded": lambda: dense(ids_BS, mask_BS),
             "dense packed": dense_packed,
         },
+        device,
         seconds,
     )
     per_token = num_real / unpadded_BS.numel()
@@ -95,7 +96,8 @@ def forward(case: ModelCase, text: str, seconds: float) -> dict[str, Any]:
     }
     for rows, columns in FULL:
         full_BS = ids_BS[mask_BS != 0].repeat(2 * rows * columns // num_real + 1)[: rows * columns]
-        full_BS, ones_BS = full_BS.view(rows, columns), torch.ones(rows, columns, dtype=torch.int64)
+        full_BS = full_BS.view(rows, columns)
+        ones_BS = torch.ones_like(full_BS)
         ratios[f"full {rows}x{columns}"] = full(ours, full_BS, ones_BS, seconds)
     return {
         "padding": 1 - num_real / mask_BS.numel(),
@@ -108,10 +110,10 @@ def forward(case: ModelCase, text: str, seconds: float) -> dict[str, Any]:
 def full(ours: Any, ids_BS: Tensor, ones_BS: Tensor, seconds: float) -> dict[str, float]:
     """How long looking at the mask takes: with it, by the same without."""
     calls = {"mask": lambda: ours(ids_BS, ones_BS), "padded": lambda: ours(ids_BS, ones_BS, pack=False)}
-    return ratio(interleaved(calls, seconds), "mask", "padded")
+    return ratio(interleaved(calls, ids_BS.device, seconds), "mask", "padded")
 
 
-def distil(case: ModelCase, text: str) -> dict[str, float]:
+def distil(case: ModelCase, text: str, device: torch.device) -> dict[str, float]:
     """How many times as many rows a second a `DistillationTrainer` takes with packing."""
     rows = encode_sentences(text, case.V)
     teacher = _teacher(case)
@@ -122,7 +124,7 @@ def distil(case: ModelCase, text: str) -> dict[str, float]:
         begin = number * BATCH * BLOCK % len(rows)
         part = rows[begin:] + rows[:begin]
         for name in list(found)[:: 1 if number % 2 else -1]:
-            found[name] += _steps(student, teacher, part, case.dtype, pack=name == "packed")
+            found[name] += _steps(student, teacher, part, case.dtype, device, pack=name == "packed")
     return ratio(found, "padded", "packed")
 
 
@@ -133,17 +135,25 @@ def _teacher(case: ModelCase) -> Any:
     return BertForSequenceClassification(BertConfig(**bert_sizes(case, case.E * case.F)))
 
 
-def _steps(student: Any, teacher: Any, rows: list[list[int]], dtype: str, *, pack: bool) -> list[float]:
+def _steps(
+    student: Any, teacher: Any, rows: list[list[int]], dtype: str, device: torch.device, *, pack: bool
+) -> list[float]:
     """Seconds of `BLOCK` steps, after one that does not count."""
     from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
     from moebert_kernels.compress.training.trainer import DistillationTrainer
 
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
     class Clock(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
+            wait()
             self.start = time.perf_counter()
 
         def on_step_end(self, args, state, control, **kwargs):
+            wait()
             seconds.append(time.perf_counter() - self.start)
 
     def collate(numbers: list[int]) -> dict[str, Tensor]:
@@ -160,7 +170,7 @@ def _steps(student: Any, teacher: Any, rows: list[list[int]], dtype: str, *, pac
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
-            use_cpu=True,
+            use_cpu=device.type == "cpu",
             bf16=dtype == "bfloat16",
             logging_steps=BLOCK + 1,
         )
@@ -194,12 +204,13 @@ def table(found: dict[str, Any]) -> str:
         texts = ["" if cell is None else f"{cell['median']:.2f}" for cell in cells]
         lines.append(f"| {_TITLES[run['model']]}, {run['dtype']} | {' | '.join(texts)} |")
     first, environment = found["runs"][0], found["environment"]
-    busy = found["busy_cpus"]
+    busy, machine = found["busy_cpus"], found.get("device", "cpu")
+    if machine == "cpu":
+        machine = f"{environment['cpu']}, {environment['threads']} threads"
     lines += [
         "",
         f"*`python -m bench.packing`: {first['shape'][0]} sentences of {found['text']}, "
-        f"{first['padding']:.0%} padding, medians of ratios; {environment['cpu']}, "
-        f"{environment['threads']} threads"
+        f"{first['padding']:.0%} padding, medians of ratios; {machine}"
         + (f", other work kept {busy:.1f} processors busy" if busy > 0.25 else "")
         + f"; torch {environment['versions']['torch']}, commit {environment['commit']}.*",
     ]
@@ -221,26 +232,30 @@ def main() -> None:
     )
     parser.add_argument("--text", required=True, help='sentences, or a .tsv with a column "sentence"')
     parser.add_argument("--shape", default="minilm,bert-base", help="with commas")
-    parser.add_argument("--dtype", default=",".join(cpu_dtypes()), help="with commas")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--dtype", help="with commas; those that the device computes in, unless told")
     parser.add_argument("--seconds", type=float, default=12.0, help="of each forward comparison")
     parser.add_argument("--layers", type=int, help="fewer layers, to try it")
     parser.add_argument("--threads", type=int, help="as many as there are processors, unless told")
     parser.add_argument("--no-distil", action="store_true", help="leave distillation out")
     parser.add_argument("--to", type=Path, help="the json file to write")
     options = parser.parse_args()
+    device = torch.device(options.device)
+    dtypes = ",".join(cpu_dtypes()) if device.type == "cpu" else "bfloat16"
     others, runs = OtherWork(), []
     with _threads(options.threads):
         for shape in options.shape.split(","):
             sizes: dict[str, Any] = {**SHAPES[shape], **({"L": options.layers} if options.layers else {})}
-            for dtype in options.dtype.split(","):
+            for dtype in (options.dtype or dtypes).split(","):
                 case = ModelCase(T=0, **sizes, dtype=dtype)
-                run = {"model": shape, "dtype": dtype, **forward(case, options.text, options.seconds)}
+                run = {"model": shape, "dtype": dtype, **forward(case, options.text, device, options.seconds)}
                 if not options.no_distil:
-                    run["ratios"]["distil"] = distil(case, options.text)
+                    run["ratios"]["distil"] = distil(case, options.text, device)
                 runs.append(run)
                 print(json.dumps(run), flush=True)
         found = {
             "environment": asdict(describe_environment()),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             "busy_cpus": others.busy_cpus() or 0.0,
             "text": Path(options.text).name,
             "runs": runs,

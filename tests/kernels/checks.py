@@ -11,6 +11,8 @@ and hardly ever 1.5 times that: at N = 32 no further allowance is needed, in any
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -46,6 +48,16 @@ def use_config(config: Any, patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(configs, "select", lambda *_: config)
     patch.setattr(backends, "_forms", {})
+
+
+@contextmanager
+def recorded() -> Iterator[list[Any]]:
+    """What is launched inside, backward too, and not run: a record is of one thread, and on CUDA autograd's
+    is another unless it is told to stay."""
+    from moebert_kernels.kernels.triton import launch
+
+    with torch.autograd.set_multithreading_enabled(False), launch.recorded() as launches:
+        yield launches
 
 
 def shared_of(t: dict[str, Tensor]) -> tuple[Tensor, Tensor | None, Tensor] | None:

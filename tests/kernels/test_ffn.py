@@ -19,6 +19,7 @@ from tests.kernels.checks import (
     outputs,
     plain_errors,
     plan_of,
+    recorded,
     reference,
     run,
     send_to,
@@ -33,7 +34,6 @@ import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
 from moebert_kernels.kernels import triton as kernels  # noqa: E402
-from moebert_kernels.kernels.triton import launch  # noqa: E402
 from moebert_kernels.kernels.triton.blocks import activate_with_slope  # noqa: E402
 from tests.kernels.tiles import PLAIN, STREAMED  # noqa: E402
 
@@ -50,7 +50,7 @@ def test_the_kernels_are_what_runs(device):
     case = Case(5)
     t = leaves(inputs(case, torch.float32, device))
     plan = plan_of(case, device)
-    with launch.recorded() as launches:
+    with recorded() as launches:
         y_TD = call(case, t, plan)
         torch.autograd.grad(y_TD, [t["x"], t["w1"]], t["dy"])
     assert [l.kernel.__name__ for l in launches][:2] == ["gather_kernel", "scatter_kernel"]
@@ -167,7 +167,7 @@ def test_forward_is_two_launches(case, expected, device):
     """And a third over rows: the LayerNorm, or the sum over a token's experts in a fixed order."""
     t = leaves(inputs(case, torch.float32, device))
     plan = plan_of(case, device)
-    with launch.recorded() as launches:
+    with recorded() as launches:
         call(case, t, plan)
     assert [l.kernel.__name__ for l in launches] == expected
 

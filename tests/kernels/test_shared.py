@@ -14,6 +14,7 @@ from tests.kernels.checks import (
     leaves,
     outputs,
     plan_of,
+    recorded,
     reference,
     run,
     send_to,
@@ -24,7 +25,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::Depre
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 
 from moebert_kernels.kernels import triton as kernels  # noqa: E402
-from moebert_kernels.kernels.triton import launch  # noqa: E402
 from tests.kernels.tiles import PLAIN, STREAMED  # noqa: E402
 
 
@@ -56,7 +56,7 @@ def test_many_tokens_are_streamed_without_being_asked(device):
     """Plain, a shared tile's program would take as long as all experts' together."""
     case = Case(300, C=16, F=16, routing="skewed")
     t = inputs(case, torch.float32, device)
-    with launch.recorded() as launches:  # which are not run
+    with recorded() as launches:
         run(case, t)
     assert "weight_grad_stream_kernel" in [l.kernel.__name__ for l in launches]
     for group, (_, largest) in errors(run(case, t), reference(case, t), expert_ids(case), case.E).items():
@@ -87,7 +87,7 @@ def test_launches_are_those_of_experts_that_share_nothing(device):
     for case in (Case(9, F=32, norm=True), Case(9, F=16, C=16, norm=True)):
         t = leaves(inputs(case, torch.float32, device))
         y = call(case, t, plan_of(case, device))
-        with launch.recorded() as launches:
+        with recorded() as launches:
             call(case, t, plan_of(case, device))
             outputs(y, t)
         names.append([l.kernel.__name__ for l in launches])

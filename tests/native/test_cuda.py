@@ -38,7 +38,7 @@ def no_host_sync():
 
 def to_host(plans):
     torch.cuda.set_sync_debug_mode("default")
-    return native_plans.PlanTensors(*(t.cpu() for t in plans))
+    return native_plans.PlanTensors(*(None if t is None else t.cpu() for t in plans))
 
 
 def token_case(num_layers, num_tokens, num_experts, dtype, *, seed, outside=True, masked=True):

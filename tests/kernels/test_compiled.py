@@ -72,6 +72,18 @@ for arithmetic in ("ieee", "half"):
             print(arithmetic, inspect.compiled(launch, "sm_90").asm["ttir"].count("tt.dot "))
 """
 
+# Of loops of one step, whose accumulators begin as a constant.
+COUNT_CHAINS = """
+import re, torch
+from moebert_kernels.kernels.triton import configs, inspect
+for launch in inspect.launches(configs.TABLE["sm_90", "ieee", "large"], torch.float32, D=13, F=29):
+    if launch.kernel.__name__.startswith(("gather_kernel", "scatter", "gather_b")):
+        ptx = inspect.compiled(launch, "sm_90").asm["ptx"]
+        elements = launch.arguments["BLOCK_M"] * launch.arguments["BLOCK_N"]
+        chains = len(re.findall(r"fma.rn.f32.*, 0f00000000;", ptx))
+        print(chains * 32 * launch.arguments["num_warps"] / elements)
+"""
+
 
 def check(readings):
     assert readings
@@ -154,6 +166,13 @@ def test_float32_is_added_up_in_two_chains():
     """In one, dx of seven tokens was off by more than its bound on an H200, where cuBLAS has two."""
     counted = run("-c", COUNT).split("\n")[:-1]
     assert sorted(set(counted)) == ["half 1", "ieee 2"]
+
+
+def test_two_chains_stay_two_where_the_loop_has_one_step():
+    """Their sum was folded into one chain there: y was off by more than its bound on an H200."""
+    counted = run("-c", COUNT_CHAINS).split()
+    assert len(counted) == 4
+    assert set(counted) == {"2.0"}
 
 
 SHARED = """

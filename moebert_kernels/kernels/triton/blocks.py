@@ -130,7 +130,8 @@ def multiply(
         else:
             acc_MN = tl.dot(a_MK, w_KN, acc_MN, input_precision=PRECISION)
     if IN_TWO:
-        acc_MN += odd_MN
+        # Not `+`: after a loop of one step the compiler would fold that into one chain of products.
+        acc_MN = tl.fma(odd_MN, 1.0, acc_MN)
     return acc_MN
 
 

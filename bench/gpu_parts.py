@@ -175,8 +175,8 @@ def model(options: argparse.Namespace) -> None:
     """Whole encoders."""
     from .model import MODEL
 
-    modes = {"launches": ("eager", "graph"), "caches": ("warm",)}
-    request = Request(dtypes=("bfloat16",))
+    modes = {"launches": ("graph", "eager"), "caches": ("warm",)}
+    request = Request(T=(4096, 16384, 1024), dtypes=("bfloat16",))
     measure(
         MODEL, settings_of(options, request=request, passes=_PASSES, **modes), options.out, options.commit
     )

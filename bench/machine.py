@@ -39,7 +39,7 @@ LOAD_SHARE = 0.6  # of the time by LOAD_BYTES: fitted; requests of neighbours fo
 SHARED_SHARE = 0.6  # of the time by SHARED_BYTES: fitted
 FIRST_LOADS = 2  # dependent loads before the loop: offsets, order
 BEGIN_S = 1.9e-6  # launch, and a GEMM's own code, 10 to 40 KB, brought in: fitted
-LAUNCH_S = 0.9e-6  # of a kernel with little code: fitted to `sum_tiles` of results/h200/kernels.jsonl
+LAUNCH_S = 0.9e-6  # of a kernel with little code: fitted to `sum_tiles` of results/h200/kernels-c10c161.jsonl
 
 GEMM_ROLES = ("up", "up_training", "down", "down_backward", "up_backward")
 
@@ -71,8 +71,8 @@ class Card:
         return seconds * self.clock_hz
 
 
-# The H200's ceilings are those of results/h200/kernels.jsonl; the H100's a public GEMM of 8192 x 8192 x 16384
-# (Triton's Gluon tutorial 07) and 90 % of the data sheet's bandwidth.
+# The H200's ceilings are those of results/h200/kernels-c10c161.jsonl; the H100's a public GEMM of
+# 8192 x 8192 x 16384 (Triton's Gluon tutorial 07) and 90 % of the data sheet's bandwidth.
 CARDS = (
     Card("NVIDIA H200", 132, 780e12, 4.24e12, 60 * 2**20),
     Card("NVIDIA H100", 132, 665e12, 3.0e12, 50 * 2**20),

@@ -249,10 +249,11 @@ def main() -> None:
             for dtype in (options.dtype or dtypes).split(","):
                 case = ModelCase(T=0, **sizes, dtype=dtype)
                 run = {"model": shape, "dtype": dtype, **forward(case, options.text, device, options.seconds)}
+                print(json.dumps(run), flush=True)
                 if not options.no_distil:
                     run["ratios"]["distil"] = distil(case, options.text, device)
+                    print("distil", json.dumps(run["ratios"]["distil"]), flush=True)
                 runs.append(run)
-                print(json.dumps(run), flush=True)
         found = {
             "environment": asdict(describe_environment()),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",

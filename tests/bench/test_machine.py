@@ -174,7 +174,7 @@ def test_a_card_without_bandwidth_is_bound_by_it():
 def test_kernels_are_as_recorded():
     """Each kernel of a training step, alone on cold caches: those with products within 15 %."""
     rows = [row for row in read(RESULTS / "h200" / "kernels.jsonl").rows if row.cache == "cold"]
-    assert len(rows) == 13
+    assert len(rows) == 20
     for row in rows:
         number, name = row.entry.split()[:2]
         found = of_kernels(FFNCase(row.case["T"]), "NVIDIA H200", MEASURED, "forward+backward")
@@ -194,7 +194,7 @@ def test_passes_are_as_recorded(pass_):
     assert sorted(row.case["T"] for row in rows) == list(TIMED_TOKENS)
     for row in rows:
         microseconds = pass_us(FFNCase(row.case["T"]), "NVIDIA H200", MEASURED, pass_)
-        limit = 1.07 if row.case["T"] >= 4096 else 1.13
+        limit = 1.08 if row.case["T"] >= 4096 else 1.13
         assert 1 / limit < microseconds * 1e-6 / row.seconds.median < limit, row.case["T"]
 
 

@@ -6,57 +6,34 @@ Auto classes know our models from then on, whichever of the two packages is impo
 
 from typing import TYPE_CHECKING
 
-from moebert_kernels.lazy import getter
+from moebert_kernels.lazy import exports
 from moebert_kernels.registration import register_when_imported
 
 if TYPE_CHECKING:
-    from moebert_kernels import compress, export, models
-    from moebert_kernels.compress.data.sentences import load_sentences
-    from moebert_kernels.compress.data.tasks import load_task
-    from moebert_kernels.compress.data.tasks.texts import load_texts
-    from moebert_kernels.compress.experts.adaptation import adapt
-    from moebert_kernels.compress.experts.fitting import fit
-    from moebert_kernels.compress.runs.settings import CompressSettings
-    from moebert_kernels.compress.scoring.importance import compute_importance
-    from moebert_kernels.compress.training.trainer import DistillationTrainer
-    from moebert_kernels.layer import MoEFFN
-    from moebert_kernels.ops import moe_ffn
-    from moebert_kernels.routing import (
-        HashRouter,
-        RouterOutput,
-        RoutingPlan,
-        SentenceGate,
-        TokenGate,
-        hash_balance_tables,
-        hash_random_tables,
-    )
+    from moebert_kernels import compress as compress
+    from moebert_kernels import export as export
+    from moebert_kernels import models as models
+    from moebert_kernels.compress.data.sentences import load_sentences as load_sentences
+    from moebert_kernels.compress.data.tasks import load_task as load_task
+    from moebert_kernels.compress.data.tasks.texts import load_texts as load_texts
+    from moebert_kernels.compress.experts.adaptation import adapt as adapt
+    from moebert_kernels.compress.experts.fitting import fit as fit
+    from moebert_kernels.compress.runs.settings import CompressSettings as CompressSettings
+    from moebert_kernels.compress.scoring.importance import compute_importance as compute_importance
+    from moebert_kernels.compress.training.trainer import DistillationTrainer as DistillationTrainer
+    from moebert_kernels.layer import MoEFFN as MoEFFN
+    from moebert_kernels.ops import moe_ffn as moe_ffn
+    from moebert_kernels.routing import HashRouter as HashRouter
+    from moebert_kernels.routing import RouterOutput as RouterOutput
+    from moebert_kernels.routing import RoutingPlan as RoutingPlan
+    from moebert_kernels.routing import SentenceGate as SentenceGate
+    from moebert_kernels.routing import TokenGate as TokenGate
+    from moebert_kernels.routing import hash_balance_tables as hash_balance_tables
+    from moebert_kernels.routing import hash_random_tables as hash_random_tables
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "CompressSettings",
-    "DistillationTrainer",
-    "HashRouter",
-    "MoEFFN",
-    "RouterOutput",
-    "RoutingPlan",
-    "SentenceGate",
-    "TokenGate",
-    "adapt",
-    "compress",
-    "compute_importance",
-    "export",
-    "fit",
-    "hash_balance_tables",
-    "hash_random_tables",
-    "load_sentences",
-    "load_task",
-    "load_texts",
-    "models",
-    "moe_ffn",
-]
-
-__getattr__ = getter(
+__all__, __getattr__ = exports(
     __name__,
     {
         "compress": ["compress"],

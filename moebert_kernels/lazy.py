@@ -9,8 +9,8 @@ from types import ModuleType
 from typing import Any
 
 
-def getter(package: str, names_of: Mapping[str, Iterable[str]]) -> Callable[[str], Any]:
-    """Return the `__getattr__` of a package.
+def exports(package: str, names_of: Mapping[str, Iterable[str]]) -> tuple[list[str], Callable[[str], Any]]:
+    """Return the `__all__` and the `__getattr__` of a package.
 
     Args:
         package: its `__name__`.
@@ -24,7 +24,7 @@ def getter(package: str, names_of: Mapping[str, Iterable[str]]) -> Callable[[str
         module = import_module(f"{package}.{module_of[name]}")
         return module if name == module_of[name] else getattr(module, name)
 
-    return get
+    return sorted(module_of), get
 
 
 def make_callable(package: str, module: str) -> None:

@@ -1,7 +1,10 @@
 """What imports what: nobody waits for libraries that they do not use."""
 
+import importlib
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -86,12 +89,27 @@ def test_a_transformers_that_is_strange_to_us_still_imports():
     assert python(script) == "bert True"
 
 
-def test_every_name_is_there():
-    """Stops a name from being listed in `__all__` and found nowhere."""
-    for package in (moebert_kernels, models):
-        for name in package.__all__:
-            assert getattr(package, name) is not None
-        with pytest.raises(AttributeError, match="has no attribute 'MoENothing'"):
-            package.MoENothing  # noqa: B018
+ROOMS = sorted(
+    path.parent
+    for path in Path(moebert_kernels.__file__).parent.rglob("__init__.py")
+    if "exports(" in path.read_text(encoding="utf-8")
+)
+
+
+@pytest.mark.parametrize("room", ROOMS, ids=lambda room: room.name)
+def test_every_name_is_there_and_a_type_checker_knows_the_same(room):
+    """Stops a name from being exported and found nowhere, or imported for type checkers alone."""
+    package = importlib.import_module(".".join(room.parts[room.parts.index("moebert_kernels") :]))
+    for name in package.__all__:
+        assert getattr(package, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
+        package.Nothing  # noqa: B018
+    block = (room / "__init__.py").read_text(encoding="utf-8").partition("if TYPE_CHECKING:")[2]
+    assert sorted(set(re.findall(r"\w+ as (\w+)", block))) == sorted(package.__all__)
+
+
+def test_names_of_families_are_there():
     assert models.MoEMPNetForTokenClassification.__name__ == "MoEMPNetForTokenClassification"
+    with pytest.raises(AttributeError, match="has no attribute 'MoENothing'"):
+        models.MoENothing  # noqa: B018
     assert set(moebert_kernels.__all__) <= set(dir(moebert_kernels))

@@ -7,12 +7,10 @@ Example:
 
 from typing import TYPE_CHECKING
 
-from moebert_kernels.lazy import getter, make_callable
+from moebert_kernels.lazy import exports, make_callable
 
 if TYPE_CHECKING:
-    from moebert_kernels.compress.runs.pipeline import compress
+    from moebert_kernels.compress.runs.pipeline import compress as compress
 
-__all__ = ["compress"]
-
-__getattr__ = getter(__name__, {"runs.pipeline": ["compress"]})
+__all__, __getattr__ = exports(__name__, {"runs.pipeline": ["compress"]})
 make_callable(__name__, "runs.pipeline")

@@ -11,12 +11,10 @@ Example:
 
 from typing import TYPE_CHECKING
 
-from moebert_kernels.lazy import getter, make_callable
+from moebert_kernels.lazy import exports, make_callable
 
 if TYPE_CHECKING:
-    from moebert_kernels.export.exporting import export
+    from moebert_kernels.export.exporting import export as export
 
-__all__ = ["export"]
-
-__getattr__ = getter(__name__, {"exporting": ["export"]})
+__all__, __getattr__ = exports(__name__, {"exporting": ["export"]})
 make_callable(__name__, "exporting")

@@ -6,55 +6,34 @@ For every family in `families.FAMILIES` there are, here by name, `MoE<Family>Con
 
 from typing import TYPE_CHECKING, Any
 
-from moebert_kernels.lazy import getter
+from moebert_kernels.lazy import exports
 
 if TYPE_CHECKING:
-    from moebert_kernels.models.config import GATE_ROUTINGS, HASH_ROUTINGS, ROUTINGS, MoEConfig, is_moe
-    from moebert_kernels.models.costs import (
-        count_parameters,
-        encoder_flops_per_token,
-        ffn_flops_per_token,
-        parameters_used_per_token,
-    )
-    from moebert_kernels.models.families import FAMILIES, DenseFFN, find_ffns, max_tokens
-    from moebert_kernels.models.modeling import MoEPreTrainedModel
-    from moebert_kernels.models.pack import Pack
-    from moebert_kernels.models.packing import packed, why_not_packed
-    from moebert_kernels.models.shrink import (
-        evenly_spaced_layers,
-        keep_layers,
-        layers_of_equal_cost,
-        narrow_ffns,
-    )
-    from moebert_kernels.models.surgery import replace_ffns, to_moe
+    from moebert_kernels.models.config import GATE_ROUTINGS as GATE_ROUTINGS
+    from moebert_kernels.models.config import HASH_ROUTINGS as HASH_ROUTINGS
+    from moebert_kernels.models.config import ROUTINGS as ROUTINGS
+    from moebert_kernels.models.config import MoEConfig as MoEConfig
+    from moebert_kernels.models.config import is_moe as is_moe
+    from moebert_kernels.models.costs import count_parameters as count_parameters
+    from moebert_kernels.models.costs import encoder_flops_per_token as encoder_flops_per_token
+    from moebert_kernels.models.costs import ffn_flops_per_token as ffn_flops_per_token
+    from moebert_kernels.models.costs import parameters_used_per_token as parameters_used_per_token
+    from moebert_kernels.models.families import FAMILIES as FAMILIES
+    from moebert_kernels.models.families import DenseFFN as DenseFFN
+    from moebert_kernels.models.families import find_ffns as find_ffns
+    from moebert_kernels.models.families import max_tokens as max_tokens
+    from moebert_kernels.models.modeling import MoEPreTrainedModel as MoEPreTrainedModel
+    from moebert_kernels.models.pack import Pack as Pack
+    from moebert_kernels.models.packing import packed as packed
+    from moebert_kernels.models.packing import why_not_packed as why_not_packed
+    from moebert_kernels.models.shrink import evenly_spaced_layers as evenly_spaced_layers
+    from moebert_kernels.models.shrink import keep_layers as keep_layers
+    from moebert_kernels.models.shrink import layers_of_equal_cost as layers_of_equal_cost
+    from moebert_kernels.models.shrink import narrow_ffns as narrow_ffns
+    from moebert_kernels.models.surgery import replace_ffns as replace_ffns
+    from moebert_kernels.models.surgery import to_moe as to_moe
 
-__all__ = [
-    "FAMILIES",
-    "GATE_ROUTINGS",
-    "HASH_ROUTINGS",
-    "ROUTINGS",
-    "DenseFFN",
-    "MoEConfig",
-    "MoEPreTrainedModel",
-    "Pack",
-    "count_parameters",
-    "encoder_flops_per_token",
-    "evenly_spaced_layers",
-    "ffn_flops_per_token",
-    "find_ffns",
-    "is_moe",
-    "keep_layers",
-    "layers_of_equal_cost",
-    "max_tokens",
-    "narrow_ffns",
-    "packed",
-    "parameters_used_per_token",
-    "replace_ffns",
-    "to_moe",
-    "why_not_packed",
-]
-
-_get = getter(
+__all__, _get = exports(
     __name__,
     {
         "config": ["GATE_ROUTINGS", "HASH_ROUTINGS", "ROUTINGS", "MoEConfig", "is_moe"],

@@ -2,16 +2,16 @@
 
 from typing import TYPE_CHECKING
 
-from moebert_kernels.lazy import getter
+from moebert_kernels.lazy import exports
 
 if TYPE_CHECKING:
-    from moebert_kernels.compress.report.page import render_report, write_report
-    from moebert_kernels.compress.report.summary import summarize
-    from moebert_kernels.compress.report.terminal import StageBars, results_table
+    from moebert_kernels.compress.report.page import render_report as render_report
+    from moebert_kernels.compress.report.page import write_report as write_report
+    from moebert_kernels.compress.report.summary import summarize as summarize
+    from moebert_kernels.compress.report.terminal import StageBars as StageBars
+    from moebert_kernels.compress.report.terminal import results_table as results_table
 
-__all__ = ["StageBars", "render_report", "results_table", "summarize", "write_report"]
-
-__getattr__ = getter(
+__all__, __getattr__ = exports(
     __name__,
     {
         "page": ["render_report", "write_report"],

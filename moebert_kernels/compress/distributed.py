@@ -8,6 +8,7 @@ each of them does the obvious thing at once.
 from __future__ import annotations
 
 import atexit
+import functools
 import os
 import signal
 import traceback
@@ -20,6 +21,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from moebert_kernels.errors import ArgumentError, UserError
 
@@ -177,9 +179,15 @@ def one_voice() -> Iterator[None]:
         except OtherProcessError:
             say_once(None)
             raise SystemExit(1) from None
-        except Exception:
-            say_once(traceback.print_exc)
+        except Exception as error:
+            say_once(functools.partial(_tell_traceback, error))
             raise SystemExit(1) from None
+
+
+def _tell_traceback(error: Exception) -> None:
+    """Here, and in the launcher's own summary of what went wrong."""
+    get_error_handler().record_exception(error)
+    traceback.print_exception(error)
 
 
 def say_once(say: Callable[[], None] | None) -> None:

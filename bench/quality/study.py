@@ -34,7 +34,6 @@ from moebert_kernels.compress.runs.subjects import subject_of
 from moebert_kernels.compress.scoring.importance import Importance
 from moebert_kernels.compress.storage.artifacts import fingerprint
 from moebert_kernels.compress.training.distillation import DistillSettings, distill
-from moebert_kernels.compress.training.divergence import divergence
 from moebert_kernels.compress.training.finetuning import finetune
 from moebert_kernels.environment import describe_environment
 from moebert_kernels.models import count_parameters, encoder_flops_per_token, is_moe
@@ -274,9 +273,9 @@ def run(study: str, task: Task, name: str, budget: StudentBudget, seed: int) -> 
             measured["fitted"] = task.measured(student)
         training, kept = None, list(measured)[-1]
         if budget.training is not None:
-            training, is_nearer = _distil(student)
+            training = _distil(student, is_fitted=fitting is not None)
             measured["distilled"] = task.measured(student)
-            kept = "distilled" if is_nearer or fitting is None else kept
+            kept = "distilled"
         return {
             "study": study,
             "task": task.name,
@@ -298,7 +297,8 @@ def run(study: str, task: Task, name: str, budget: StudentBudget, seed: int) -> 
             "rows": {state: found for state, (_, found) in measured.items()},
         }
 
-    def _distil(student: PreTrainedModel) -> tuple[dict[str, Any], bool]:
+    def _distil(student: PreTrainedModel, *, is_fitted: bool) -> dict[str, Any]:
+        """As `compress` does: a fitted student learns from its teacher alone, without dropout."""
         assert budget.training is not None
         how = budget.training
         settings = DistillSettings(
@@ -308,16 +308,26 @@ def run(study: str, task: Task, name: str, budget: StudentBudget, seed: int) -> 
             how.batch_size,
             seed=seed,
             bf16=task.budget.bf16,
+            dropout=not is_fitted,
+            labels=not is_fitted,
         )
         layer_map = None
         if isinstance(contender, FewerLayers):
             layer_map = contender.layer_map(task.materials(seed, budget.cost))
         rows, held_out = hold_out(task.encoded.train, seed)
         rows = sample_rows(rows, how.train_rows, seed=0)
-        before = divergence(student, task.teacher, held_out, task.tokenizer)
-        distill(student, task.remembered, rows, task.tokenizer, settings, checkpoints, layer_map=layer_map)
-        after = divergence(student, task.teacher, held_out, task.tokenizer)
-        return {"rows": len(rows), "held_out": {"before": before, "after": after}}, after <= before
+        found = distill(
+            student,
+            task.remembered,
+            rows,
+            task.tokenizer,
+            settings,
+            checkpoints,
+            held_out=held_out,
+            layer_map=layer_map,
+        )
+        assert found.nearest is not None
+        return {"rows": len(rows), "held_out": found.nearest.distances, "kept_epoch": found.nearest.kept}
 
     made_from = fingerprint(task.made_from, asdict(budget), repr(contender), seed)
     result = Stage(record, made_from).run(work)

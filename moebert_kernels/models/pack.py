@@ -16,6 +16,10 @@ from moebert_kernels.models.windows import DROPOUT, FLASH, Costs, choose_windows
 
 # On the CPU: a batch with fewer places of padding than one in so many is computed as it is.
 _LEAST_PADDING = 16
+# Of a batch's places, padding among them. Packing is work of the host: 32 x 37 of them, half of it padding,
+# took BERT-base 6.8 ms padded and 8.1 packed on an H200 (bench/results/h200/packing.json), whose own work
+# was less than either. So many keep it busy for longer.
+_LEAST_ON_DEVICE = 16384
 
 
 class Windows(NamedTuple):
@@ -155,17 +159,19 @@ def pack_if_worthwhile(mask: Tensor, read_BS: Tensor | None = None, *, dropout: 
     """Pack a batch if that saves anything and changes nothing that anyone reads.
 
     That is where every sequence begins with a real token, which poolers and heads read, and wherever else
-    something is read. Asks an accelerator one question, as transformers' own masks for SDPA do.
+    something is read. On an accelerator, where of smaller batches the host is the bottleneck, from 16,384
+    places on; it is asked one question then, as transformers' own masks for SDPA do.
 
     Args:
         mask: [B, S], bool or integer, nonzero at real tokens.
         read_BS: bool, further places that are read.
         dropout: whether attention will drop weights.
     """
-    real_BS = mask if mask.dtype == torch.bool else mask != 0
-    count_B, total = real_BS.sum(1), real_BS.numel()
-    if not total:
+    total = mask.numel()
+    if not total or (total < _LEAST_ON_DEVICE and not _on_host(mask)):
         return Verdict(None, False)
+    real_BS = mask if mask.dtype == torch.bool else mask != 0
+    count_B = real_BS.sum(1)
     if _on_host(mask):
         counts = count_B.tolist()
         num_real = sum(counts)

@@ -37,6 +37,11 @@ def attend_by_sequence(q, k, v, begin_q, begin_k, longest_q, longest_k, *, scale
     return context
 
 
+@pytest.fixture(autouse=True)
+def small_batches_are_worthwhile(monkeypatch):
+    monkeypatch.setattr(pack_module, "_LEAST_ON_DEVICE", 1)
+
+
 @pytest.fixture
 def as_on_a_device(monkeypatch):
     """CPU tensors are treated as those of an accelerator, and attention is by sequence."""
@@ -138,6 +143,17 @@ def test_varlen_takes_what_it_is_given():
         context = packed_attention.attend_by_varlen(q[0], k[0], v[0], pack, 64**-0.5)
     assert context.shape == (20, 4, 64)
     assert context.dtype == torch.bfloat16
+
+
+def test_a_batch_that_takes_the_host_longer_than_the_device_stays_as_it_is(monkeypatch, as_on_a_device):
+    """Stops packing from slowing small batches, and from asking the device anything."""
+    mask = batch()["attention_mask"]
+    monkeypatch.setattr(pack_module, "_LEAST_ON_DEVICE", mask.numel() + 1)
+    with Waits() as waits:
+        assert pack_if_worthwhile(mask) == (None, False)
+    assert not waits.seen
+    monkeypatch.setattr(pack_module, "_LEAST_ON_DEVICE", mask.numel())
+    assert pack_if_worthwhile(mask).pack is not None
 
 
 def test_transformers_flash_attention_is_told_where_sequences_begin(monkeypatch):

@@ -187,7 +187,9 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     option(
         "--only", type=_words, metavar="NAME,...", help="of torch, onnxruntime, openvino (default: all here)"
     )
-    option("--models", type=_words, metavar="NAME,...", help="of teacher, narrow, ours (default: all)")
+    option(
+        "--models", type=_words, metavar="NAME,...", help="of teacher, narrow, ours (default: these), tied"
+    )
     option("--graphs", type=Path, metavar="FOLDER", help="where models and graphs are kept for the next run")
     option("--prepare", action="store_true", help="fill --graphs, and time nothing")
     option(
@@ -331,7 +333,7 @@ def predict(given: argparse.Namespace) -> None:
 
 def serve(given: argparse.Namespace) -> None:
     """Time models in serving runtimes, or score what their graphs answer."""
-    from .serve import MODELS, SHAPES, ServeSettings, measure
+    from .serve import MODELS, SHAPES, TIED, ServeSettings, measure
 
     if given.prepare and given.graphs is None:
         raise ValueError("--prepare needs --graphs, where to keep what is made")
@@ -350,7 +352,7 @@ def serve(given: argparse.Namespace) -> None:
         seconds=0.0 if given.toy else given.seconds,
         limit=given.limit,
         only=given.only,
-        models=_among("--models", given.models, MODELS) or MODELS,
+        models=_among("--models", given.models, (*MODELS, TIED)) or MODELS,
         graphs=given.graphs,
     )
     measure(settings, given.out, print, given.prepare)

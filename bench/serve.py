@@ -28,7 +28,7 @@ from .cases import Request, token_ids
 from .plot import NotDrawn
 from .results import Results, Row, Run, slug, write
 from .run import Settings, describe_run
-from .serving.contenders import MODELS, Contender, load_module, prepare
+from .serving.contenders import MODELS, TIED, Contender, load_module, prepare
 from .serving.picture import draw
 from .serving.rounds import Workers, take_turns, workers
 from .serving.tables import AIMS_LEGEND, LEGEND, all_tables
@@ -40,7 +40,7 @@ SHAPES = ("minilm", "bert-base")
 BATCHES = ((1, 16), (1, 32), (1, 128), (8, 128))
 TOY_BATCHES = ((1, 5), (2, 6))
 VOCABULARY = 30522
-_WORKS = {"teacher": "dense", "narrow": "bound", "ours": "experts"}
+_WORKS = {"teacher": "dense", "narrow": "bound", "ours": "experts", TIED: "tied"}
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime", "openvino")
 # rms of what a graph answers that PyTorch does not, relative: beyond, it is another model and not timed.
 LIMITS = {"fp32": 1e-4, "int8": 0.35}
@@ -61,7 +61,7 @@ class ServeSettings:
         seconds: of each turn, at least.
         limit: seconds that a shape's rounds may take, shared out to its cases.
         only: runtimes; None for all that are installed.
-        models: of `contenders.MODELS`.
+        models: of `contenders.MODELS`, or `contenders.TIED`.
         graphs: folder where models and graphs are kept for the next run; None for a temporary one.
     """
 

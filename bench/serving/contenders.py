@@ -39,6 +39,8 @@ from ..encoders import spread_weights
 from .padded import PaddedModel, write_padded
 
 MODELS = ("teacher", "narrow", "ours")
+TIED = "tied"  # who is timed too where that is asked for: shared neurons stored once
+EXPERTS_OF = ("ours", TIED)  # whose graphs compute no padding in any form
 PRECISIONS = ("fp32", "int8")
 FORMS = ("padded", "unpadded")
 EXPERTS = 4
@@ -53,7 +55,7 @@ class Contender:
     """One model in one runtime.
 
     Attributes:
-        model: of `MODELS`.
+        model: of `MODELS`, or `TIED`.
         runtime: of `worker.RUNTIMES`.
         precision: of `PRECISIONS`.
         form: of `FORMS`: of the graph's hidden states; "padded" for a dense model in PyTorch.
@@ -103,7 +105,7 @@ def load_module(folder: str | Path) -> EagerModel:
 
 
 def make_models(shape: str) -> dict[str, Any]:
-    """The three models of a shape, by name: each a `SentenceEncoder` or a model with a head for sequences.
+    """The models of a shape, by name: each a `SentenceEncoder` or a model with a head for sequences.
 
     Args:
         shape: "minilm", "bert-base" or "toy".
@@ -129,8 +131,11 @@ def _variants(teacher: Any) -> dict[str, Any]:
     ffns = find_ffns(teacher)
     scores_LF = random_scores(len(ffns), ffns[0].w1.out_features)
     kept_LF = scores_LF.argsort(dim=1, descending=True)[:, : scores_LF.shape[1] // EXPERTS]
-    ours = adapt(teacher, scores_LF, num_experts=EXPERTS, routing="hash-random")
-    return {"teacher": teacher, "narrow": narrow_ffns(teacher, kept_LF).eval(), "ours": ours.eval()}
+    ours, tied = (
+        adapt(teacher, scores_LF, num_experts=EXPERTS, routing="hash-random", tie_shared=tie).eval()
+        for tie in (False, True)
+    )
+    return {"teacher": teacher, "narrow": narrow_ffns(teacher, kept_LF).eval(), "ours": ours, TIED: tied}
 
 
 def prepare(
@@ -146,7 +151,7 @@ def prepare(
         shape: as `make_models` takes it.
         room: folder; what is made for other shapes lies beside it.
         runtimes: of the contenders.
-        models: of `MODELS`, to be among them.
+        models: of `MODELS` or `TIED`, to be among them.
         say: is told what is being made.
     """
     note = json.dumps({"shape": shape, "made by": _fingerprint()})
@@ -174,7 +179,7 @@ def _write(model: Any, name: str, folder: Path) -> None:
         model.save_pretrained(folder / name / "torch")
     export(model, folder / name / "unpadded")
     quantize_all(folder / name / "unpadded")
-    if name != "ours":
+    if name not in EXPERTS_OF:
         pool = model.pool if isinstance(model, SentenceEncoder) else None
         write_padded(
             PaddedModel(getattr(model, "model", model), pool), folder / name / "padded" / _FILES["fp32"]
@@ -199,13 +204,13 @@ def contenders(folder: Path, runtimes: tuple[str, ...], models: tuple[str, ...])
     """Those of a folder that `prepare` has filled; PyTorch's first."""
     found = []
     for model in models:
-        form = "unpadded" if model == "ours" else "padded"
+        form = "unpadded" if model in EXPERTS_OF else "padded"
         if "torch" in runtimes:
             found.append(Contender(model, "torch", "fp32", form, folder / model / "torch"))
     for runtime in (name for name in runtimes if name != "torch"):
         for precision in PRECISIONS:
             for model in models:
-                for form in FORMS if model != "ours" else ("unpadded",):
+                for form in FORMS if model not in EXPERTS_OF else ("unpadded",):
                     path = folder / model / form / _FILES[precision]
                     found.append(Contender(model, runtime, precision, form, path))
     return found

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from ..results import Results, Row
 from ..tables import NOTHING, Line, Table, duration, half_width
 from .aims import Reached, reached
-from .contenders import FORMS, PRECISIONS
+from .contenders import EXPERTS_OF, FORMS, PRECISIONS
 
 TITLES = {"minilm": "MiniLM", "bert-base": "BERT-base", "toy": "toy"}
 LEGEND = "Median of a call, ± half the distance of the 10th and 90th percentile; sequences/s in brackets"
@@ -105,7 +105,7 @@ def by_shape(results: Results) -> dict[str, list[Row]]:
 def contender_name(row: Row) -> str:
     """In words: model, runtime, precision and, of rivals' graphs, whether they compute padding."""
     case = row.case
-    form = f", {case['form']}" if case["runtime"] != "torch" and row.entry != "ours" else ""
+    form = f", {case['form']}" if case["runtime"] != "torch" and row.entry not in EXPERTS_OF else ""
     return f"{case['runtime']} {case['precision']}: {row.entry}{form}"
 
 

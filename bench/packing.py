@@ -31,7 +31,7 @@ from torch import Tensor
 
 from moebert_kernels.compress.storage.artifacts import write_json
 from moebert_kernels.environment import OtherWork, describe_environment
-from moebert_kernels.models import packed, to_moe
+from moebert_kernels.models import Pack, packed, to_moe
 from moebert_kernels.timing import interleave, timer_of
 
 from .cases import DTYPES, SHAPES, ModelCase, cpu_dtypes
@@ -71,14 +71,18 @@ def forward(case: ModelCase, text: str, device: torch.device, seconds: float) ->
     ids_1N = ids_BS[mask_BS != 0].repeat(2)[: len(ids_BS) * length]
     unpadded_BS = ids_1N.view(len(ids_BS), length)
 
+    def how() -> dict[str, Any]:
+        """By themselves, models pack a GPU's large batches alone."""
+        return {} if device.type == "cpu" else {"pack": Pack.from_mask(mask_BS)}
+
     def dense_packed() -> None:
         with packed(dense):
-            dense(ids_BS, mask_BS)
+            dense(ids_BS, mask_BS, **how())
 
     found = interleaved(
         {
             "padded": lambda: ours(ids_BS, mask_BS, pack=False),
-            "packed": lambda: ours(ids_BS, mask_BS),
+            "packed": lambda: ours(ids_BS, mask_BS, **how()),
             "unpadded": lambda: ours(unpadded_BS),
             "dense padded": lambda: dense(ids_BS, mask_BS),
             "dense packed": dense_packed,

@@ -8,6 +8,13 @@ places warps and data itself.
 Gluon is experimental: it is asked for in the versions of Triton that were checked, and in no other.
 """
 
-from moebert_kernels.kernels.triton.hopper.launches import TILE, fits, gather, gather_backward, scatter
+from moebert_kernels.kernels.triton.hopper.launches import (
+    TILE,
+    fits,
+    gather,
+    gather_backward,
+    scatter,
+    takes,
+)
 
-__all__ = ["TILE", "fits", "gather", "gather_backward", "scatter"]
+__all__ = ["TILE", "fits", "gather", "gather_backward", "scatter", "takes"]

@@ -38,12 +38,16 @@ def fits(rows: Tensor, w: Tensor, rows_are_n: bool, *, gathered: bool) -> bool:
 
     They know neither shared neurons nor a gate for each slot.
     """
-    E, N, K = w.shape if rows_are_n else w.mT.shape
     can_load = descriptor_fits(rows)
     if gathered:  # 16 bytes at a time, at offsets of 32 bits
         can_load = rows_are_aligned(rows) and rows.numel() < 2**31
-    is_whole = N % TILE.n == 0 and K % TILE.k == 0 and E <= MOST_EXPERTS
-    return IS_THERE and can_load and is_whole and rows.itemsize == 2 and descriptor_fits(w)
+    sizes = w.shape if rows_are_n else w.mT.shape
+    return takes(*sizes) and can_load and rows.itemsize == 2 and descriptor_fits(w)
+
+
+def takes(E: int, N: int, K: int) -> bool:
+    """Whether there are kernels at all, for so many experts, columns and products of each sum."""
+    return IS_THERE and N % TILE.n == 0 and K % TILE.k == 0 and E <= MOST_EXPERTS
 
 
 def gather(call: Call, a_SF: Tensor) -> None:

@@ -51,9 +51,9 @@ def launches():
 def test_calls_that_do_not_fit_get_the_plain_kernels(launches):
     """A gate, shared neurons, a tile that overhangs: the specialised kernels would compute something else."""
     chosen = {**launches["chosen"]}
-    for name in ("fits", "norm", "two experts a token", "float16", "relu", "no bias", "16 experts"):
+    for name in ("fits", "norm", "two experts a token", "float16", "relu", "no bias", "8 experts"):
         assert chosen.pop(name) == PINGPONG, name
-    for name in ("shared", "float32", "17 experts", "hidden size of 160", "160 neurons"):
+    for name in ("shared", "float32", "9 experts", "hidden size of 160", "160 neurons"):
         assert chosen.pop(name) == PLAIN, name
     assert chosen.pop("gate") == {
         "inference": ["gather_pingpong", "scatter"],
@@ -100,6 +100,18 @@ def test_gluon_is_that_of_a_version_that_was_checked():
     assert triton.__version__.startswith(launches.CHECKED)
 
 
+@pytest.mark.slow
+def test_the_machine_code_is_that_which_was_measured():
+    """The figures of docs/gpu.md are of these instructions: kernels that changed are to be measured anew."""
+    import triton
+
+    if triton.__version__ != "3.6.0":
+        pytest.skip("another compiler")
+    rows = map(json.loads, (ROOT / "bench" / "results" / "h200" / "specialised.jsonl").open(encoding="utf-8"))
+    measured = {row["variant"].split()[0]: row["machine_code"] for row in rows if "machine_code" in row}
+    assert script("hopper_code.py") == measured
+
+
 @pytest.mark.parametrize("gathered", [False, True])
 def test_the_barriers_neither_race_nor_deadlock(gathered):
     """At the depth that is shipped, for hidden sizes from 64 to 1024."""
@@ -130,7 +142,7 @@ CASES = (
     Case(300, D=384, F=128, K=2, routing="dropped"),
     Case(300, D=256, F=128, K=2, gate=True),
     Case(300, D=128, F=128, bias=False, routing="dropped"),
-    Case(600, D=128, F=128, E=16),
+    Case(600, D=128, F=128, E=8),
     *(Case(200, D=128, F=128, activation=activation) for activation in ("gelu_tanh", "relu", "silu")),
     Case(300, D=192, F=128),  # with whole steps, but no whole columns
     Case(300, D=128, F=128, C=64),

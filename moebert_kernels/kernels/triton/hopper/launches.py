@@ -29,7 +29,7 @@ if IS_THERE:
     from moebert_kernels.kernels.triton.hopper import kernels
 
 TILE = Tile(128, 128, 64, warps=4, stages=6)  # warps of each consumer
-MOST_EXPERTS = 16  # the search for a tile's expert is unrolled
+MOST_EXPERTS = 8  # the search for a tile's expert is unrolled: of 14, gather spills
 _REGISTERS = 168  # 65536 of a multiprocessor among 384 threads, in eights
 
 

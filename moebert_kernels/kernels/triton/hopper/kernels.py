@@ -58,8 +58,7 @@ def scatter_pingpong_kernel(
     STAGES: gl.constexpr,
 ):
     """out[order] = (a W_e + b_e) * SCALE, and 0 in the slots that have no expert."""
-    a_layout: gl.constexpr = a_desc.layout
-    ring = make_ring(w_desc, a_layout, 1, BLOCK_M, BLOCK_K, STAGES)
+    ring = make_ring(w_desc, 1, BLOCK_M, BLOCK_K, STAGES)
     gl.warp_specialize(
         [
             (_scatter_consumer, (
@@ -136,7 +135,6 @@ def gather_pingpong_kernel(
     offsets_ptr,  # [E + 1]
     b_ptr,  # [E, N] or None
     a_ptr,  # out: [S, N] sorted
-    x_layout: gl.constexpr,  # of a stage's rows
     E: gl.constexpr,
     N: gl.constexpr,
     K: gl.constexpr,
@@ -148,7 +146,7 @@ def gather_pingpong_kernel(
     STAGES: gl.constexpr,
 ):
     """a = act(x[order // TOP_K] W1_e^T + b1_e); rows without an expert are not written."""
-    ring = make_ring(w_desc, x_layout, 1 + 32 * GATHERING_WARPS, BLOCK_M, BLOCK_K, STAGES)
+    ring = make_ring(w_desc, 1 + 32 * GATHERING_WARPS, BLOCK_M, BLOCK_K, STAGES)
     gl.warp_specialize(
         [
             (_gather_consumer, (
@@ -212,7 +210,6 @@ def gather_backward_pingpong_kernel(
     dh_ptr,  # out: [S, N] sorted
     db1_ptr,  # out: [row tiles, N] float32, the column sums of dh, or None
     db2_ptr,  # out: [row tiles, K] float32, the column sums of SCALE * dy, or None
-    dy_layout: gl.constexpr,  # of a stage's rows
     E: gl.constexpr,
     N: gl.constexpr,
     K: gl.constexpr,
@@ -224,7 +221,7 @@ def gather_backward_pingpong_kernel(
     STAGES: gl.constexpr,
 ):
     """dh = (dy[order // DY_TOP_K] W2_e) * slope * SCALE, and the row tile's parts of the bias gradients."""
-    ring = make_ring(w_desc, dy_layout, 1 + 32 * GATHERING_WARPS, BLOCK_M, BLOCK_K, STAGES)
+    ring = make_ring(w_desc, 1 + 32 * GATHERING_WARPS, BLOCK_M, BLOCK_K, STAGES)
     gl.warp_specialize(
         [
             (_gather_backward_consumer, (

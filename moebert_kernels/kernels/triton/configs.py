@@ -108,7 +108,7 @@ TABLE: dict[tuple[str, str, str], Config] = {
     ("sm_80", "tf32", "large"): _config(
         Tile(128, 128, 32, 8, 3, parts=4), Tile(64, 128, 32, 8, 4), stream_k=True
     ),
-    # Hopper: half measured on an H200 (bench/results/h200/tiles.jsonl)
+    # Hopper: half measured on an H200 (tiles.jsonl and specialised.jsonl of bench/results/h200)
     ("sm_90", "half", "tiny"): _config(Tile(32, 32, 64, 4, 6), Tile(128, 128, 64, 8, 5), tma=True),
     ("sm_90", "half", "small"): _config(
         Tile(64, 64, 64, 4, 4), Tile(128, 128, 64, 8, 5), up=Tile(64, 32, 64, 4, 4), tma=True

@@ -34,7 +34,7 @@ GATHERING_WARPS = gl.constexpr(4)  # of a producer
 
 @gluon.constexpr_function
 def accumulator_layout(block_n):
-    """That of products of a consumer's four warps: of 64 rows an instruction has all columns."""
+    """That of a consumer's sums: its four warps take 64 rows and all columns in one instruction."""
     return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, block_n, 16])
 
 
@@ -170,7 +170,9 @@ def load_gathered(
 ):
     """The producer of four warps: rows come by cp.async, and each thread tells `full` when its own have come.
 
-    Offsets are of 32 bits: x has fewer than 2^31 elements (`launches.fits`).
+    Offsets are of 32 bits: x has fewer than 2^31 elements (`launches.fits`). No proxy fence stands between
+    these copies and the products, nor does one in CUTLASS's loop of this kind, or in what Triton makes of
+    `grouped`.
     """
     rows, weights, full, empty, _turn = ring
     COLUMNS: gl.constexpr = N // BLOCK_N

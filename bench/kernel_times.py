@@ -38,7 +38,7 @@ TOKENS = (16384, 65536, 4096)
 TOY_TOKENS = (24,)
 _SAMPLES = 9
 _REPLAYS = 10
-_PRODUCTS = ("gather_kernel", "gather_backward_kernel", "scatter_kernel", "weight_grad")
+_PRODUCTS = ("gather", "scatter", "weight_grad")
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def predicted(
     names = [launch.kernel.__name__.removesuffix("_kernel").removesuffix("_stream") for launch in launches]
     if found is None or [name for name, _ in found] != names:
         return unknown
-    return [round(prediction.seconds * 1e6, 2) for _, prediction in found]
+    return [None if prediction is None else round(prediction.seconds * 1e6, 2) for _, prediction in found]
 
 
 def rows(case: FFNCase, device: torch.device, ceiling: Ceiling) -> Iterator[Row]:

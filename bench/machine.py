@@ -1,6 +1,7 @@
 """A model of a Hopper GPU: what each kernel of the layer should take, from its machine code and its order.
 
-For 16-bit types. A kernel is predicted from five things, none of which needs a GPU:
+For 16-bit types, and not for warp-specialised kernels. A kernel is predicted from five things, none of which
+needs a GPU:
 
     waves      its programs over multiprocessors, and the slots that registers and shared memory leave
     loop       of each step the slowest of products, shared memory, L2, instructions, waiting for loads

@@ -101,7 +101,9 @@ def main() -> None:
     from . import tune
 
     rows = []
-    for candidate in (c for role in tune.ROLES for c in tune.candidates(role) if c.tma):
+    for candidate in (c for role in tune.ROLES for c in tune.candidates(role)):
+        if candidate.specialised or not candidate.tma:
+            continue
         tile = tile_of(candidate.tile, candidate.stream_k)
         row = {"role": candidate.role, "tile": asdict(tile), "code": asdict(compiled(candidate))}
         rows.append(json.dumps(row))

@@ -12,7 +12,7 @@ from math import exp, log, sqrt
 from pathlib import Path
 from typing import Any
 
-from moebert_kernels.kernels.triton import configs
+from moebert_kernels.kernels.triton import configs, hopper
 
 from . import results
 from .cases import TIMED_TOKENS, FFNCase, expert_ids
@@ -71,8 +71,12 @@ def shape_of(case: FFNCase) -> Shape | None:
     return Shape(case.D, case.F, tuple(counts.tolist()))
 
 
-def of_kernels(case: FFNCase, device: str, ceiling: Any, pass_: str) -> list[tuple[str, Prediction]] | None:
+def of_kernels(
+    case: FFNCase, device: str, ceiling: Any, pass_: str
+) -> list[tuple[str, Prediction | None]] | None:
     """Every kernel of a pass by the package's name, in order; None where the model knows nothing.
+
+    It knows nothing of warp-specialised kernels.
 
     Args:
         device: the card's name.
@@ -83,14 +87,21 @@ def of_kernels(case: FFNCase, device: str, ceiling: Any, pass_: str) -> list[tup
     shape = shape_of(case)
     if card is None or shape is None or pass_ not in PASSES:
         return None
-    found = predict_pass(config_of(shape.rows, case.E), shape, card, pass_ == PASSES[1])
-    return [(_KERNELS[name], prediction) for name, prediction in found.items()]
+    config = config_of(shape.rows, case.E)
+    found = predict_pass(config, shape, card, pass_ == PASSES[1])
+    return [
+        (f"{_KERNELS[name]}_pingpong", None)
+        if name in config.specialised and hopper.takes(case.E, *shape.sizes(name))
+        else (_KERNELS[name], prediction)
+        for name, prediction in found.items()
+    ]
 
 
 def pass_us(case: FFNCase, device: str, ceiling: Any, pass_: str) -> float | None:
     """Microseconds of a whole pass in a CUDA graph on cold caches."""
     found = of_kernels(case, device, ceiling, pass_)
-    return None if found is None else round(sum(p.seconds for _, p in found) * 1e6, 2)
+    known = [p for _, p in found or () if p is not None]
+    return round(sum(p.seconds for p in known) * 1e6, 2) if found and len(known) == len(found) else None
 
 
 # Figures that others published or that were measured of others, none of which the model was fitted to.
@@ -228,6 +239,11 @@ def passes_table(folder: Path) -> str:
     )
 
 
+def _plain_name(entry: str) -> list[str]:
+    """Place and kernel of an entry of `kernel_times`."""
+    return [part.removesuffix("_stream") for part in entry.split()[:2]]
+
+
 def kernels_table(folder: Path) -> str:
     """Every kernel of a training step on an H200, phase by phase, and what binds it."""
     measured = _measured(folder / "h200" / "kernels.jsonl", cache="cold")
@@ -235,14 +251,14 @@ def kernels_table(folder: Path) -> str:
     for T in TIMED_TOKENS:
         found = predict_pass(config_of(T), balanced(T), card, True)
         for place, (name, p) in enumerate(found.items()):
-            entry = f"{place + 1} {_KERNELS[name]}"
-            # Of a streamed weight gradient the entry says so.
-            got = next((s for (t, e), s in measured.items() if t == T and e.startswith(entry)), None)
+            entry = [f"{place + 1}", _KERNELS[name]]
+            # Of a streamed weight gradient the entry says so; that of a warp-specialised kernel is another.
+            got = next((s for (t, e), s in measured.items() if t == T and _plain_name(e) == entry), None)
             phases = " | ".join(_us(p.phases.get(phase)) for phase in ("launch", "start", "loop", "epilogue"))
             traffic = f"{p.traffic.l2 / 1e6:.0f} | {(p.traffic.read + p.traffic.written) / 1e6:.0f}"
             times = f"{_us(p.seconds)} | {_us(got)} | {_ratio(p.seconds, got)}"
             rest = f"{p.waves:.2f} | {phases} | {traffic} | {_us(p.phases['DRAM'])} | {p.binds}"
-            lines.append(f"| {T} | {entry[2:]} | {times} | {rest} |")
+            lines.append(f"| {T} | {entry[1]} | {times} | {rest} |")
     return _table(
         "| T | kernel | predicted, µs | measured | ratio | waves | launch | start | loop | epilogue | L2, MB "
         "| DRAM, MB | DRAM, µs | the loop is bound by |",
@@ -251,11 +267,12 @@ def kernels_table(folder: Path) -> str:
 
 
 def recorded_tiles(folder: Path) -> Iterator[tuple[int, str, Tile, float]]:
-    """T, role, tile and seconds of tiles.jsonl, but for loads by pointers in the place of TMA."""
+    """T, role, tile and seconds of tiles.jsonl, but for loads by pointers in the place of TMA, and for
+    warp-specialised kernels: the model knows neither."""
     path = folder / "h200" / "tiles.jsonl"
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         row = json.loads(line)
-        if "seconds" in row and row["tma"]:
+        if "seconds" in row and row["tma"] and not row.get("specialised"):
             yield row["T"], row["role"], Tile(**row["tile"], stream_k=row["stream_k"]), row["seconds"]
 
 

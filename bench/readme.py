@@ -4,8 +4,9 @@ NAME is an operator and a kind of device, such as `ffn-cpu` or `model-gpu`, or `
 the results of `make demo`, kept as demo.json, or `fit`, `packing`, `choices` or `training` for those of
 `bench.fit` and so on, or `quality-STUDY` for a study of `bench.quality`, `quality-likeness-STUDY` for how
 alike its students and their teachers are, or `quality-settings` for what its studies change, or
-`machine-TABLE` for a table of `bench.predictions`, or `serve`, `serve-all`, `serve-speedup` and
-`serve-quality` for `python -m bench serve`. What was never measured says so.
+`machine-TABLE` for a table of `bench.predictions`, or `specialised` for that of `bench.specialised`, or
+`serve`, `serve-all`, `serve-speedup` and `serve-quality` for `python -m bench serve`. What was never measured
+says so.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from moebert_kernels.environment import BUSY
 
+from . import specialised
 from .cases import FFNCase
 from .ratios import RATIO_LEGEND, networks, ratio_tables
 from .results import Results, Row, read_folder, subject
@@ -62,6 +64,8 @@ def update(text: str, folder: str | Path) -> str:
             content = made(name, Path(folder))
         elif name == "packing":
             content = packing(Path(folder))
+        elif name == "specialised":
+            content = specialised.table(Path(folder))
         elif name.startswith("machine-"):
             content = machine(name.removeprefix("machine-"), Path(folder))
         elif name in ("serve", "serve-all", "serve-speedup", "serve-quality"):

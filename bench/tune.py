@@ -85,34 +85,42 @@ class Role:
 
 
 ROLES = {
-    "up": Role("up", "inference", ("gather_kernel",), ("y",)),
+    "up": Role("up", "inference", ("gather_kernel", "gather_pingpong"), ("y",)),
     "up_training": Role("up", "forward", ("gather_kernel",), ("y",)),
-    "down": Role("down", "inference", ("scatter_kernel",), ("y",)),
+    "down": Role("down", "inference", ("scatter",), ("y",)),
     "down_backward": Role("down_backward", "backward", ("gather_backward",), ("dx", "dw1", "db1", "db2")),
-    "up_backward": Role("up_backward", "backward", ("scatter_kernel",), ("dx",)),
+    "up_backward": Role("up_backward", "backward", ("scatter",), ("dx",)),
     "weight_grad": Role("weight_grad", "backward", ("weight_grad", "join"), ("dw1", "dw2")),
 }
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A role's tile; for weight gradients streamed over the multiprocessors or not."""
+    """A role's tile; for weight gradients streamed over the multiprocessors or not.
+
+    Of the warp-specialised kernels, `specialised`, it is theirs alone.
+    """
 
     role: str
     tile: Any
     stream_k: bool = False
     tma: bool = True
+    specialised: bool = False
 
     def config(self, config: Any) -> Any:
         """The config with this in it."""
-        changed = {ROLES[self.role].field: self.tile, "tma": self.tma}
-        if ROLES[self.role].field == "weight_grad":
+        field = ROLES[self.role].field
+        changed = {"tma": self.tma, "specialised": (field,) if self.specialised else ()}
+        if not self.specialised:
+            changed[field] = self.tile
+        if field == "weight_grad":
             changed["stream_k"] = self.stream_k
         return replace(config, **changed)
 
 
 def candidates(role: str, k: int = 64) -> Iterator[Candidate]:
     """What is tried for a role."""
+    from moebert_kernels.kernels.triton import hopper
     from moebert_kernels.kernels.triton.configs import Tile
 
     if ROLES[role].field == "weight_grad":
@@ -124,6 +132,8 @@ def candidates(role: str, k: int = 64) -> Iterator[Candidate]:
         for parts in choices:
             yield Candidate(role, Tile(m, n, k, warps, stages, parts))
     yield Candidate(role, Tile(128, 128, k, 8, 3, 2), tma=False)
+    if role != "up_training" and hopper.takes(E=1, N=hopper.TILE.n, K=hopper.TILE.k):
+        yield Candidate(role, hopper.TILE, specialised=True)
 
 
 @dataclass(frozen=True)
@@ -268,6 +278,7 @@ def _told(T: int, role: str, found: list[tuple[float, Candidate]], case: FFNCase
     for seconds, candidate in sorted(found, key=lambda one: one[0])[:4]:
         t = candidate.tile
         notes = (" stream" if candidate.stream_k else "") + ("" if candidate.tma else " pointers")
+        notes += " pingpong" if candidate.specialised else ""
         yield (
             f"  {seconds * 1e6:8.2f} us {flops / seconds / 1e12:5.0f} TFLOP/s  {t.m}x{t.n}x{t.k} w{t.warps} "
             f"s{t.stages} p{t.parts} x{t.per_multiprocessor}{notes}"

@@ -30,6 +30,7 @@ from bench.machine_code import Tile, codes
 from bench.predictions import ROLES, committed, config_of, of_kernels, pass_us, ranked, seconds_of
 from bench.results import read
 from bench.traffic import Cache, Shape, Shares, balanced, gemm_programs, simulate, weight_programs
+from moebert_kernels.kernels.triton import hopper
 from moebert_kernels.kernels.triton.steps import count_steps, find_step, share_begin, steps_before_cut
 
 RESULTS = ROOT / "bench" / "results"
@@ -37,6 +38,12 @@ H200, H100 = CARDS
 SQUARE = Tile(128, 128, 64, 8, 3, 2)
 STREAMED = Tile(128, 256, 64, 8, 5, stream_k=True)
 MEASURED = Ceiling(780e12, 4.24e12)
+
+
+@pytest.fixture(autouse=True)
+def plain_kernels(monkeypatch):
+    """What is recorded and predicted, where Triton compiles and where it interprets."""
+    monkeypatch.setattr(hopper.launches, "IS_THERE", False)
 
 
 def test_the_cache_drops_what_was_not_used_for_longest():
@@ -233,6 +240,22 @@ def test_what_is_launched_is_what_is_predicted():
         names = [one.kernel.__name__.removesuffix("_kernel").removesuffix("_stream") for one in recorded]
         found = of_kernels(FFNCase(T), "NVIDIA H200", MEASURED, "forward+backward")
         assert [name for name, _ in found] == names
+
+
+def test_nothing_is_predicted_of_warp_specialised_kernels(monkeypatch):
+    """A figure of the plain kernels beside their times would pass for a prediction of them."""
+    monkeypatch.setattr(hopper.launches, "IS_THERE", True)
+
+    def unknown(case, pass_):
+        found = of_kernels(case, "NVIDIA H200", MEASURED, pass_)
+        return [name for name, prediction in found if prediction is None]
+
+    large = FFNCase(16384)
+    assert unknown(large, "forward") == ["gather_pingpong", "scatter_pingpong"]
+    pingpong = ["scatter_pingpong", "gather_backward_pingpong", "scatter_pingpong"]
+    assert unknown(large, "forward+backward") == pingpong
+    assert unknown(replace(large, E=9, T=32768), "forward") == unknown(FFNCase(4096), "forward") == []
+    assert pass_us(large, "NVIDIA H200", MEASURED, "forward") is None
 
 
 def test_results_carry_predictions_for_known_cards_alone():

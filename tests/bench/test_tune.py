@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 
 from bench import tune
 from bench.cases import FFNCase
+from moebert_kernels.kernels.triton import configs, hopper
 from moebert_kernels.kernels.triton.configs import Tile
 
 TILE = Tile(16, 16, 16, 4, 2)
@@ -36,6 +37,19 @@ def test_streamed_candidates_are_timed_with_the_join():
     role = tune.ROLES["weight_grad"]
     names = [one.kernel.__name__ for one in bench._ran(0, "backward", config).of(role)]
     assert names == ["weight_grad_stream_kernel", "join_kernel"]
+
+
+def test_warp_specialised_kernels_are_candidates_beside_the_plain_ones(monkeypatch):
+    """Tiles would not be timed where the table's own kernels took a role from them."""
+    monkeypatch.setattr(hopper.launches, "IS_THERE", True)
+    base = configs.TABLE["sm_90", "half", "large"]
+    for name, role in tune.ROLES.items():
+        chosen = [c.config(base) for c in tune.candidates(name)]
+        own = [config for config in chosen if config.specialised]
+        if name in ("up_training", "weight_grad"):
+            assert not own
+        else:
+            assert own == [replace(base, specialised=(role.field,))]
 
 
 def test_wrong_results_are_no_figure(bench, monkeypatch, tmp_path):

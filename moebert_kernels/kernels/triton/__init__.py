@@ -2,6 +2,7 @@
 
     blocks.py    which rows a tile has, the K loop, the activation: what all GEMMs share
     grouped.py   gather-and-multiply, multiply-and-scatter: forward and data gradients
+    hopper/      the same in warp-specialised form
     wgrad.py     weight gradients
     steps.py     how streamed ones share the work
     norm.py      residual sum and per-expert LayerNorm

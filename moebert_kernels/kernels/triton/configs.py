@@ -40,6 +40,8 @@ class Config:
         stream_k: split the weight gradients' token loops evenly over the multiprocessors.
         tma: load what is not gathered through TMA descriptors where the rows are sorted already; where they
             are gathered, pointers were as fast or faster.
+        specialised: the GEMMs, by their names above, that warp-specialised kernels take where a call fits
+            them (`hopper`), with a tile of their own; `up` in inference alone.
     """
 
     up: Tile
@@ -50,6 +52,7 @@ class Config:
     weight_grad_unaligned: Tile | None = None
     stream_k: bool = False
     tma: bool = False
+    specialised: tuple[str, ...] = ()
 
 
 FAMILIES = ("sm_80", "sm_90", "sm_100", "default")
@@ -105,7 +108,7 @@ TABLE: dict[tuple[str, str, str], Config] = {
     ("sm_80", "tf32", "large"): _config(
         Tile(128, 128, 32, 8, 3, parts=4), Tile(64, 128, 32, 8, 4), stream_k=True
     ),
-    # Hopper: half measured on an H200 (bench/results/h200/tiles.jsonl)
+    # Hopper: half measured on an H200 (tiles.jsonl and specialised.jsonl of bench/results/h200)
     ("sm_90", "half", "tiny"): _config(Tile(32, 32, 64, 4, 6), Tile(128, 128, 64, 8, 5), tma=True),
     ("sm_90", "half", "small"): _config(
         Tile(64, 64, 64, 4, 4), Tile(128, 128, 64, 8, 5), up=Tile(64, 32, 64, 4, 4), tma=True
@@ -124,6 +127,7 @@ TABLE: dict[tuple[str, str, str], Config] = {
         up_backward=Tile(128, 128, 64, 8, 3, parts=4),
         stream_k=True,
         tma=True,
+        specialised=("up", "down", "down_backward", "up_backward"),
     ),
     ("sm_90", "tf32", "small"): _config(Tile(64, 64, 32, 4, 4, parts=2), Tile(64, 64, 32, 4, 4)),
     ("sm_90", "tf32", "medium"): _config(Tile(64, 128, 32, 4, 4, parts=4), Tile(64, 128, 32, 4, 4)),

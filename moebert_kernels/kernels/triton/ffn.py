@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moebert_kernels.kernels.call import Call
-from moebert_kernels.kernels.triton import configs
+from moebert_kernels.kernels.triton import configs, hopper
 from moebert_kernels.kernels.triton.configs import Config, Tile
 from moebert_kernels.kernels.triton.grouped import gather_backward_kernel, gather_kernel, scatter_kernel
 from moebert_kernels.kernels.triton.launch import (
@@ -21,6 +21,7 @@ from moebert_kernels.kernels.triton.launch import (
     groups_of,
     in_order,
     launch,
+    most_row_tiles,
     on_device_of,
     weight,
 )
@@ -36,31 +37,35 @@ def expert_ffn_forward(call: Call, training: bool, config: Config | None = None)
     gate_S, scale, top_k = _gate(call)
     saved = x_TD.new_empty(2 * S if training else 0, C + F)
     a_SN = saved[:S] if training else x_TD.new_empty(S, C + F)
+    specialised = "up" in config.specialised and not training and not C
     with on_device_of(x_TD):
-        launch(
-            gather_kernel,
-            _grid(S, E, _tiles(C, F, config.up), config.up),
-            x_ptr=x_TD,
-            x_stride=x_TD.stride(0),
-            order_ptr=call.order_S,
-            offsets_ptr=call.offsets_E1,
-            w1_ptr=call.w1_EFD,
-            b1_ptr=call.b1_EF,
-            shared_w1_ptr=call.shared_w1_CD,
-            shared_b1_ptr=call.shared_b1_C,
-            a_ptr=a_SN,
-            slope_ptr=saved[S:] if training else None,
-            num_slots=S,
-            E=E,
-            D=D,
-            F=F,
-            C=C,
-            TOP_K=call.top_k,
-            ACTIVATION=call.activation,
-            **_tile(config.up, E, x_TD),
-        )
+        if specialised and hopper.fits(x_TD, call.w1_EFD, True, gathered=True):
+            hopper.gather(call, a_SN)
+        else:
+            launch(
+                gather_kernel,
+                _grid(S, E, _tiles(C, F, config.up), config.up),
+                x_ptr=x_TD,
+                x_stride=x_TD.stride(0),
+                order_ptr=call.order_S,
+                offsets_ptr=call.offsets_E1,
+                w1_ptr=call.w1_EFD,
+                b1_ptr=call.b1_EF,
+                shared_w1_ptr=call.shared_w1_CD,
+                shared_b1_ptr=call.shared_b1_C,
+                a_ptr=a_SN,
+                slope_ptr=saved[S:] if training else None,
+                num_slots=S,
+                E=E,
+                D=D,
+                F=F,
+                C=C,
+                TOP_K=call.top_k,
+                ACTIVATION=call.activation,
+                **_tile(config.up, E, x_TD),
+            )
         weights = call.w2_EDF, call.shared_w2_DC
-        z_SD = _scatter(call, a_SN, weights, call.b2_ED, gate_S, scale, True, config.tma, config.down)
+        z_SD = _scatter(call, a_SN, weights, call.b2_ED, gate_S, scale, True, config, "down")
         return over_experts(z_SD, top_k, x_TD.dtype), saved
 
 
@@ -87,22 +92,30 @@ def expert_ffn_backward(
     need_ga = need_w2 and gate_S is not None
     a_SN, slope_SN = saved[:S], saved[S : 2 * S]
     dh_SN, ga_SN = (x_TD.new_empty(S if need else 0, C + F) for need in (need_dh, need_ga))
-    col_tiles = _tiles(C, F, config.down_backward)
-    (grid,) = _grid(S, E, col_tiles, config.down_backward)
+    specialised = (
+        "down_backward" in config.specialised
+        and need_dh
+        and not (C or need_gate or gate_S is not None)
+        and hopper.fits(dy, call.w2_EDF, False, gathered=True)
+    )
+    tile = hopper.TILE if specialised else config.down_backward
+    row_tiles, col_tiles = most_row_tiles(S, E, tile.m), _tiles(C, F, tile)
 
     def parts_of(bias: Tensor | None, need: bool, shared_b: Tensor | None = None) -> Parts | None:
         if bias is None or not need:
             return None
         columns = bias.shape[1] + (0 if shared_b is None else shared_b.shape[0])
-        return Parts(x_TD.new_empty(grid // col_tiles, columns, dtype=torch.float32), bias, shared_b)
+        return Parts(x_TD.new_empty(row_tiles, columns, dtype=torch.float32), bias, shared_b)
 
     dgate_parts = x_TD.new_empty(col_tiles, S, dtype=torch.float32) if need_gate else None
     of_b1, of_b2 = parts_of(call.b1_EF, need_b1, call.shared_b1_C), parts_of(call.b2_ED, need_b2)
     with on_device_of(x_TD):
-        if need_dh or need_ga or need_gate or of_b1 or of_b2:
+        if specialised:
+            hopper.gather_backward(call, dy, top_k, scale, slope_SN, dh_SN, of_b1, of_b2)
+        elif need_dh or need_ga or need_gate or of_b1 or of_b2:
             launch(
                 gather_backward_kernel,
-                (grid,),
+                (row_tiles * col_tiles,),
                 dy_ptr=dy,
                 dy_stride=dy.stride(0),
                 order_ptr=call.order_S,
@@ -124,12 +137,12 @@ def expert_ffn_backward(
                 C=C,
                 DY_TOP_K=top_k,
                 SCALE=scale,
-                **_tile(config.down_backward, E, x_TD),
+                **_tile(tile, E, x_TD),
             )
         dx_TD = x_TD.new_empty(0, D)
         if need_x:
             weights = call.w1_EFD, call.shared_w1_CD
-            dx_SD = _scatter(call, dh_SN, weights, None, None, 1.0, False, config.tma, config.up_backward)
+            dx_SD = _scatter(call, dh_SN, weights, None, None, 1.0, False, config, "up_backward")
             dx_TD = over_experts(dx_SD, call.top_k, x_TD.dtype, plus_TD)
         dgate_TK = None
         if need_gate:
@@ -155,7 +168,7 @@ def expert_ffn_backward(
             )
         db1 = db2 = shared_db1 = None
         if of_b1 or of_b2:
-            db1, db2, shared_db1 = over_tiles(of_b1, of_b2, call.offsets_E1, config.down_backward.m)
+            db1, db2, shared_db1 = over_tiles(of_b1, of_b2, call.offsets_E1, tile.m)
         of_w1 = Factors(dh_SN, x_TD, call.top_k) if need_w1 else None
         of_w2 = Factors(ga_SN if need_ga else a_SN, dy, top_k, scale) if need_w2 else None
         of_plan = call.order_S, call.offsets_E1
@@ -177,19 +190,25 @@ def _scatter(
     gate_S: Tensor | None,
     scale: float,
     rows_are_n: bool,
-    tma: bool,
-    tile: Tile,
+    config: Config,
+    role: str,
 ) -> Tensor:
     """out[order] = (a W_e + b_e) * gate, with w [E, N, K] if `rows_are_n` else [E, K, N].
 
-    The second of `weights`, without E, is that of shared neurons, which come first in a.
+    The second of `weights`, without E, is that of shared neurons, which come first in a. `role` is the GEMM's
+    name in the config.
     """
     w, shared_w = weights
     S, E, N, K = a_SK.shape[0], *(w.shape if rows_are_n else w.mT.shape)
-    a_tma = tma and descriptor_fits(a_SK)
-    block = (tile.n, tile.k) if rows_are_n else (tile.k, tile.n)
-    w_tma = tma and descriptor_fits(w) and (shared_w is None or descriptor_fits(shared_w))
     out_SN = a_SK.new_empty(S, N)
+    specialised = role in config.specialised and shared_w is None and gate_S is None
+    if specialised and hopper.fits(a_SK, w, rows_are_n, gathered=False):
+        hopper.scatter(call, a_SK, w, b_EN, scale, rows_are_n, out_SN)
+        return out_SN
+    tile = getattr(config, role)
+    a_tma = config.tma and descriptor_fits(a_SK)
+    block = (tile.n, tile.k) if rows_are_n else (tile.k, tile.n)
+    w_tma = config.tma and descriptor_fits(w) and (shared_w is None or descriptor_fits(shared_w))
     launch(
         scatter_kernel,
         _grid(S, E, ceil_div(N, tile.n), tile),
@@ -230,8 +249,7 @@ def _tiles(num_shared: int, num_own: int, tile: Tile) -> int:
 
 
 def _grid(num_slots: int, num_experts: int, col_tiles: int, tile: Tile) -> tuple[int]:
-    """Row tiles, of which every expert and the slots without one may leave one unfilled, times columns."""
-    return (min(num_slots, ceil_div(num_slots, tile.m) + num_experts) * col_tiles,)
+    return (most_row_tiles(num_slots, num_experts, tile.m) * col_tiles,)
 
 
 def _tile(tile: Tile, num_experts: int, like: Tensor) -> dict:

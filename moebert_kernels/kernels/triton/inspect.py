@@ -87,9 +87,10 @@ class Reading:
         programs: resident on a multiprocessor at once.
         instructions: kinds of matrix instructions.
         warnings: of the assembler by number; C75xx say that asynchronous products were serialised.
-        waits: for asynchronous products: one in the loop, one after it.
-        epilogue: instructions for each element of the tile after the last product; None without a product, or
-            where the machine code was not read.
+        waits: for asynchronous products: one in the loop, one after it; of warp-specialised kernels, those of
+            both consumers.
+        epilogue: instructions for each element of the tile after the last product; None without a product, of
+            warp-specialised kernels, or where the machine code was not read.
         around: the products, a thread's instructions; None there too.
     """
 
@@ -116,7 +117,12 @@ def compiled(launch: Launch, arch: str) -> Any:
     parsed, signature, constants, attributes = launch.kernel._pack_args(
         backend, {**extra, **options}, bound, specialization, extra
     )
-    source = ASTSource(launch.kernel, signature, constants, attributes)
+    kind = ASTSource
+    if launch.kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        kind = GluonASTSource
+    source = kind(launch.kernel, signature, constants, attributes)
     return triton.compile(source, target=target, options=parsed.__dict__)
 
 
@@ -143,7 +149,8 @@ def read(launch: Launch, arch: str, *, code: bool = True) -> Reading:
         _TENSOR_COLUMNS // columns if columns else _PROGRAMS,
         _PROGRAMS,
     )
-    lines = _disassemble(binary.asm["cubin"]) if code else []
+    # Of groups of warps, each has code of its own, one after the other's.
+    lines = _disassemble(binary.asm["cubin"]) if code and not launch.kernel.is_gluon() else []
     products = [i for i, line in enumerate(lines) if line.is_product]
     after = len(lines) - 1 - products[-1] if products else None
     depth = launch.arguments.get("K", launch.arguments.get("D", 0))

@@ -105,6 +105,11 @@ def ceil_div(numerator: int, denominator: int) -> int:
     return -(-numerator // denominator)
 
 
+def most_row_tiles(num_slots: int, num_experts: int, tile_rows: int) -> int:
+    """Bound of row tiles: every expert, and the slots without one, may leave one unfilled."""
+    return min(num_slots, ceil_div(num_slots, tile_rows) + num_experts)
+
+
 @cache
 def groups_of(num_experts: int) -> int:
     """The power of two that holds every expert and the group of slots without one."""

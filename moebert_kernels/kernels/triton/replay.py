@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.dlpack import from_dlpack, to_dlpack
 from triton.runtime import JITFunction
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moebert_kernels.addresses import addresses_of
 from moebert_kernels.kernels.triton import configs, direct, launch
@@ -130,8 +129,8 @@ class Plan:
         picked += [self._workspace + 1, *map(self._constant, entry.fixed)]
         hows = iter(entry.hows)
         for parameter in launched.kernel.params:
-            value = None if parameter.is_constexpr else launched.arguments[parameter.name]
-            if isinstance(value, TensorDescriptor):
+            value: Any = None if parameter.is_constexpr else launched.arguments[parameter.name]
+            if hasattr(value, "block_shape"):  # a descriptor, Triton's or Gluon's
                 gap = self._gap()
                 make = partial(direct.tensor_map, value.shape, value.strides, next(hows))
                 self.maps.append((gap, self._place(value.base), make, {}))

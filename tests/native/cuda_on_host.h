@@ -32,7 +32,8 @@ enum class Op { kSync, kMatchAny, kBallot, kShuffleUp, kShuffleXor };
 
 struct Fiber {
   ucontext_t context;
-  std::vector<char> stack = std::vector<char>(128 * 1024);
+  // The address sanitizer marks all of it as good at every switch: small is quick.
+  std::vector<char> stack = std::vector<char>(16 * 1024);
   State state = State::kDone;
   Op op = Op::kSync;
   int32_t value = 0;

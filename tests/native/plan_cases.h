@@ -1,11 +1,10 @@
-// Random inputs for the plan builders and what must come out: std::stable_sort, slot by slot.
+// Random inputs for the plan builders and what must come out: a stable sort, slot by slot.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
-#include <numeric>
 #include <random>
 #include <vector>
 
@@ -60,20 +59,18 @@ inline Buffers expected_plans(const std::vector<int64_t>& experts_LS, const Plan
       const int64_t expert = experts_LS[layer * num_slots + s];
       experts[s] = expert >= 0 && expert < shape.num_experts ? static_cast<int32_t>(expert) : -1;
     }
-    const auto key = [&](int32_t slot) { return experts[slot] < 0 ? shape.num_experts : experts[slot]; };
-    std::iota(order, order + num_slots, 0);
-    std::stable_sort(order, order + num_slots, [&](int32_t a, int32_t b) { return key(a) < key(b); });
-    for (size_t i = 0; i < num_slots; ++i) {
-      plans.inverse[layer * num_slots + static_cast<size_t>(order[i])] = static_cast<int32_t>(i);
+    std::vector<std::vector<int32_t>> slots_of(num_experts + 1);  // in the last those of no expert
+    for (size_t s = 0; s < num_slots; ++s)
+      slots_of[experts[s] < 0 ? num_experts : Buffers::size(experts[s])].push_back(static_cast<int32_t>(s));
+    int32_t place = 0;
+    for (size_t e = 0; e <= num_experts; ++e) {
+      plans.offsets[layer * (num_experts + 1) + e] = place;
+      if (e < num_experts) plans.counts[layer * num_experts + e] = static_cast<int32_t>(slots_of[e].size());
+      for (const int32_t slot : slots_of[e]) {
+        plans.inverse[layer * num_slots + Buffers::size(slot)] = place;
+        order[place++] = slot;
+      }
     }
-    int32_t* const counts = plans.counts.data() + layer * num_experts;
-    std::fill(counts, counts + num_experts, 0);
-    for (size_t s = 0; s < num_slots; ++s) {
-      if (experts[s] >= 0) ++counts[experts[s]];
-    }
-    int32_t* const offsets = plans.offsets.data() + layer * (num_experts + 1);
-    offsets[0] = 0;
-    std::partial_sum(counts, counts + num_experts, offsets + 1);
   }
   return plans;
 }

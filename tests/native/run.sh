@@ -9,11 +9,11 @@ trap 'rm -rf "$out"' EXIT
 cxx=${CXX:-c++}
 warnings="-std=c++17 -Wall -Wextra -Werror -pthread"
 
-cpu() { # name, flags
+cpu() { # name, flags, arguments of the tests
   $cxx $warnings $2 "$here/test_plan_cpu.cpp" "$csrc"/{parallel,plan_cpu}.cpp -o "$out/$1" -ldl
-  "$out/$1"
+  "$out/$1" ${3:-}
   $cxx $warnings $2 "$here/test_rows_cpu.cpp" "$csrc"/{parallel.cpp,rows_*.cpp} -o "$out/rows_$1" -ldl
-  "$out/rows_$1"
+  "$out/rows_$1" ${3:-}
 }
 kernels() {
   $cxx $warnings -Wno-unknown-pragmas $2 "$here/test_plan_kernels.cpp" -o "$out/$1"
@@ -28,12 +28,12 @@ for mode in "${@:-plain asan tsan}"; do
         cpu cpu "-O3"
         kernels kernels "-O2"
         ;;
-      asan)
-        flags="-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
-        cpu cpu_asan "$flags"
-        kernels kernels_asan "$flags"
+      asan) # compiling takes longer than running, but for the kernels
+        flags="-g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
+        cpu cpu_asan "-O0 $flags"
+        kernels kernels_asan "-O1 $flags"
         ;;
-      tsan) cpu cpu_tsan "-O1 -g -fsanitize=thread" ;;
+      tsan) cpu cpu_tsan "-O0 -g1 -fsanitize=thread" threaded ;;
       *)
         echo "unknown mode $one" >&2
         exit 2

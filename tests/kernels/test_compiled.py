@@ -191,9 +191,11 @@ SHARED = """
 import dataclasses, json, sys
 from moebert_kernels.kernels.triton import configs, inspect
 family = sys.argv[1]
+# Specialised kernels are not for shared neurons.
+config = dataclasses.replace(configs.TABLE[family, "half", "large"], specialised=())
 found = []
 for C in (0, 512):
-    for launch in inspect.launches(configs.TABLE[family, "half", "large"], inspect.ELEMENT["half"], C=C):
+    for launch in inspect.launches(config, inspect.ELEMENT["half"], C=C):
         if launch.kernel.__name__.startswith(("gather", "scatter", "weight_grad")):
             limits = {"config": f"C={C}", "limit": inspect.ARCHITECTURES[family].shared_per_program,
                       "matrix": ""}

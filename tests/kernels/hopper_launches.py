@@ -14,7 +14,7 @@ from triton.runtime.driver import driver
 from bench import standin
 from bench.ahead import as_on
 from moebert_kernels.kernels.call import NUM_TENSORS, Call, Gradients
-from moebert_kernels.kernels.triton import backend, replay
+from moebert_kernels.kernels.triton import backend, hopper, replay
 from moebert_kernels.kernels.triton.configs import Config, Tile
 from moebert_kernels.kernels.triton.launch import recorded
 
@@ -149,4 +149,9 @@ if __name__ == "__main__":
     with as_on("sm_90", 132):
         chosen = {name: names(case(**sizes)) for name, sizes in CASES.items()}
         arguments = both_ways(case(), there)
-    print(json.dumps({"chosen": chosen, "arguments": arguments}))
+        w = torch.empty(4, 128, 128, dtype=torch.bfloat16)
+        reached = {}
+        for stride in (2**16, 2**20):  # of 4096 rows
+            rows = torch.empty_strided((4096, 128), (stride, 1), dtype=torch.bfloat16, device="meta")
+            reached[stride] = hopper.fits(rows, w, True, gathered=True)
+    print(json.dumps({"chosen": chosen, "arguments": arguments, "reached": reached}))

@@ -70,6 +70,11 @@ def test_calls_that_do_not_fit_get_the_plain_kernels(launches):
     assert not chosen
 
 
+def test_rows_whose_offsets_need_more_than_32_bits_are_not_gathered(launches):
+    """Few rows of a wide matrix's: elements alone do not say how far apart they lie."""
+    assert launches["reached"] == {str(2**16): True, str(2**20): False}
+
+
 @pytest.mark.parametrize("pass_", ["inference", "backward"])
 def test_plans_hand_on_what_triton_does(pass_, launches):
     """Grid, addresses, strides and tensor maps: descriptors of Gluon are not those of Triton."""

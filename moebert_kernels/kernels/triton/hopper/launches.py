@@ -40,7 +40,7 @@ def fits(rows: Tensor, w: Tensor, rows_are_n: bool, *, gathered: bool) -> bool:
     """
     can_load = descriptor_fits(rows)
     if gathered:  # 16 bytes at a time, at offsets of 32 bits
-        can_load = rows_are_aligned(rows) and rows.numel() < 2**31
+        can_load = rows_are_aligned(rows) and rows.shape[0] * rows.stride(0) < 2**31
     sizes = w.shape if rows_are_n else w.mT.shape
     return takes(*sizes) and can_load and rows.itemsize == 2 and descriptor_fits(w)
 

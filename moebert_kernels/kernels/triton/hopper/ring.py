@@ -170,9 +170,9 @@ def load_gathered(
 ):
     """The producer of four warps: rows come by cp.async, and each thread tells `full` when its own have come.
 
-    Offsets are of 32 bits: x has fewer than 2^31 elements (`launches.fits`). No proxy fence stands between
-    these copies and the products, nor does one in CUTLASS's loop of this kind, or in what Triton makes of
-    `grouped`.
+    Offsets are of 32 bits: the rows reach over fewer than 2^31 elements (`launches.fits`). No proxy fence
+    stands between these copies and the products, nor does one in CUTLASS's loop of this kind, or in what
+    Triton makes of `grouped`.
     """
     rows, weights, full, empty, _turn = ring
     COLUMNS: gl.constexpr = N // BLOCK_N

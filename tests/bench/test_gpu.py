@@ -6,6 +6,7 @@ That its parts run at all shows `bash bench/gpu.sh first --dry-run`, in tests/te
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -307,3 +308,20 @@ def test_aims_scale_with_the_card():
     assert target.aim_s(2 * target.floor_us * 1e-6) == pytest.approx(2 * target.aim_us * 1e-6)
     assert replace(target, aim_us=None).aim_s(1.0) is None
     assert gpu_parts.target_of(4097, "forward") is None
+
+
+def test_a_report_keeps_no_folder_of_the_machine(tmp_path):
+    report = tmp_path / "tests.xml"
+    report.write_text(
+        f'<testsuite hostname="one"><skipped>{ROOT}/tests/conftest.py:3: no</skipped></testsuite>'
+    )
+    gpu.forget_this_machine(tmp_path)
+    assert report.read_text() == "<testsuite><skipped>tests/conftest.py:3: no</skipped></testsuite>"
+
+
+def test_no_result_names_a_folder_of_a_machine():
+    """Stops what a run prints from being kept with the paths of where it ran."""
+    for path in (ROOT / "bench" / "results").rglob("*"):
+        if path.suffix in (".json", ".jsonl", ".xml", ".svg"):
+            text = path.read_text(encoding="utf-8")
+            assert not re.search(r"(?<![\w./])/(work|root|home|tmp|mnt|Users)/", text), path.name

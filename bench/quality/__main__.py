@@ -13,7 +13,6 @@ too.
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -23,8 +22,9 @@ from moebert_kernels.compress.storage.artifacts import exclusive
 
 from .contenders import CONTENDERS
 from .records import collect, read, read_rows
-from .study import TASKS, StudentBudget, Task, TeacherBudget, TrainingBudget, run, say
+from .study import TASKS, StudentBudget, TeacherBudget, TrainingBudget
 from .tables import likeness_table, table
+from .workers import Study, go_through
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 
@@ -54,6 +54,7 @@ def run_command(
     distill_weight: Annotated[float, typer.Option(help="Lambda.")] = 1.0,
     batch_size: Annotated[int, typer.Option(min=1, help="Of all training.")] = 32,
     bf16: Annotated[bool, typer.Option("--bf16", help="Matrix products in bfloat16.")] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes beside each other, each with its models.")] = 1,
     limit: Annotated[float | None, typer.Option(help="Start nothing more after so many seconds.")] = None,
 ) -> None:
     """Make teachers and contenders, or go on with them: all tasks with one seed, then with the next."""
@@ -63,22 +64,12 @@ def run_command(
         raise typer.BadParameter(
             f"unknown: {', '.join(unknown)}; tasks are {', '.join(TASKS)}, contenders {', '.join(CONTENDERS)}"
         )
-    started = time.monotonic()
-    teacher = TeacherBudget(teacher_epochs, teacher_lr, batch_size, max_length, importance_rows, bf16)
+    teaching = TeacherBudget(teacher_epochs, teacher_lr, batch_size, max_length, importance_rows, bf16)
     training = TrainingBudget(train_rows, epochs, lr, distill_weight, batch_size) if distill else None
     budget = StudentBudget(cost, fit_rows if fit else None, training)
     with exclusive(out):
-        prepared: dict[str, Task] = {}
-        for seed in range(seeds):
-            for task_name in tasks.split(","):
-                for name in contenders.split(","):
-                    if limit is not None and time.monotonic() - started > limit:
-                        say("time is up; the same command goes on from here")
-                        return
-                    if task_name not in prepared:
-                        prepared[task_name] = Task(task_name, data, model, teacher, out)
-                        prepared[task_name].prepare()
-                    run(study, prepared[task_name], name, budget, seed)
+        plan = Study(study, data, model, out, teaching, budget)
+        go_through(plan, tasks.split(","), contenders.split(","), seeds, jobs=jobs, limit=limit)
 
 
 @app.command("collect")

@@ -17,6 +17,8 @@ from .baselines.authors import AuthorsExpert, AuthorsExperts
 from .cases import ModelCase, num_shared
 from .reference import specification
 
+_UNMASKED = "sdpa_without_mask"
+
 
 def build(case: ModelCase, kind: str) -> Any:
     """An encoder without a pooler, in float32 on the CPU, the same weights every time.
@@ -32,6 +34,19 @@ def build(case: ModelCase, kind: str) -> Any:
         model = _BUILDERS[kind](case)
         spread_weights(model)
     return model.eval()
+
+
+def attend_without_mask(model: Any) -> None:
+    """For batches without padding: in a CUDA graph transformers would make them a mask of ones.
+
+    With one PyTorch does not take its fastest attention, and a graph is slower than eager calls.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    AttentionInterface.register(_UNMASKED, ALL_ATTENTION_FUNCTIONS["sdpa"])
+    AttentionMaskInterface.register(_UNMASKED, lambda *arguments, **options: None)
+    model.set_attn_implementation(_UNMASKED)
 
 
 def bert_sizes(case: Any, width: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .cases import DTYPES, ModelCase, Request, check_sequences, cpu_dtypes, num_shared, token_ids
-from .encoders import build, with_authors_dispatch, with_reference_experts
+from .encoders import attend_without_mask, build, with_authors_dispatch, with_reference_experts
 from .options import TAKES
 from .registry import Entry, Op, Outputs, Thunk, Work
 from .text import read_batch
@@ -98,7 +98,10 @@ def make_inputs(case: ModelCase, device: torch.device, seed: int) -> ModelInputs
 def _model(inputs: ModelInputs, kind: str) -> Any:
     """The encoder of a kind of work, the same for every entry that computes it."""
     if kind not in inputs.models:
-        inputs.models[kind] = build(inputs.case, kind).to(inputs.ids_BS.device, DTYPES[inputs.case.dtype])
+        model = build(inputs.case, kind).to(inputs.ids_BS.device, DTYPES[inputs.case.dtype])
+        if model.device.type == "cuda" and inputs.mask_BS is None:
+            attend_without_mask(model)
+        inputs.models[kind] = model
     return inputs.models[kind]
 
 

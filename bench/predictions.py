@@ -220,7 +220,7 @@ def passes_table(folder: Path) -> str:
     h200, h100 = CARDS
     lines = []
     for pass_ in PASSES:
-        measured = _measured(folder / "ffn-nvidia-h200.jsonl", pass_=pass_, cache="cold", launch="graph")
+        measured = _measured(folder / "h200" / "ffn-plain.jsonl", pass_=pass_, cache="cold", launch="graph")
         for T in TIMED_TOKENS:
             on = [
                 sum(
@@ -319,7 +319,9 @@ def known_table(folder: Path) -> str:
         what = f"{known.what} | {M} x {N} x {K}, {known.card.name}"
         lines.append(f"| {what} | {figure} TFLOP/s | {tflops:.0f} | {ratio:.2f} | {said} | {known.source} |")
     for name, factor in (("bound: one expert", 1), ("dense FFN replaced", 4)):
-        measured = _measured(folder / "ffn-nvidia-h200.jsonl", pass_="forward", cache="cold", launch="graph")
+        measured = _measured(
+            folder / "h200" / "ffn-plain.jsonl", pass_="forward", cache="cold", launch="graph"
+        )
         for T in TIMED_TOKENS:
             if (got := measured.get((T, name))) is None:
                 continue
@@ -328,7 +330,7 @@ def known_table(folder: Path) -> str:
             why = "cuBLAS takes smaller tiles, which fill the card" if T < 16384 else "not explained"
             lines.append(
                 f"| {name}, PyTorch | T = {T}, {CARDS[0].name} | {_us(got)} µs | {_us(predicted)} "
-                f"| {predicted / got:.2f} | {why if off else 'within 20 %'} | ffn-nvidia-h200.jsonl |"
+                f"| {predicted / got:.2f} | {why if off else 'within 20 %'} | h200/ffn-plain.jsonl |"
             )
     return _table("| | what | figure | predicted | ratio | | source |", lines)
 

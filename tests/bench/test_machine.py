@@ -196,7 +196,7 @@ def test_kernels_are_as_recorded():
 def test_passes_are_as_recorded(pass_):
     rows = [
         row
-        for row in read(RESULTS / "ffn-nvidia-h200.jsonl").rows
+        for row in read(RESULTS / "h200" / "ffn-plain.jsonl").rows
         if (row.entry, row.pass_) == ("moebert_kernels", pass_)
     ]
     assert sorted(row.case["T"] for row in rows) == list(TIMED_TOKENS)

@@ -12,7 +12,8 @@ from torch.nn import functional
 
 from bench import ceilings
 from bench.baselines.implementation import bind
-from bench.cases import TOY, FFNCase
+from bench.cases import TOY, FFNCase, ModelCase
+from bench.encoders import attend_without_mask, build
 from bench.ffn import FFN, OURS, make_inputs, ours
 from bench.ratios import ratio_tables
 from bench.registry import Entry, Op
@@ -108,6 +109,28 @@ def test_padded_text_is_a_batch_of_the_model_benchmark(tmp_path):
     assert [line.name for line in table.lines] == ["4×6", "text, 32×5, 42% padding"]
     assert table.columns == ("forward+backward", "sequences/s", "dense / ours", "ours / bound")
     assert table.notes == ("text: here/text.txt, by a token per word, the batch of median length",)
+
+
+@pytest.mark.parametrize("kind", ["experts", "dense", "half"])
+def test_in_a_graph_no_mask_is_made_where_there_is_no_padding(kind, monkeypatch):
+    """While a graph is captured, transformers makes one of ones, with which attention is slow on a GPU."""
+    masks, compute = [], functional.scaled_dot_product_attention
+
+    def attend(*args, attn_mask=None, **kwargs):
+        masks.append(attn_mask)
+        return compute(*args, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", attend)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    model = build(ModelCase(32, 16, D=32, F=16, E=2, L=2, V=50, head_size=16), kind)
+    ids_BS = torch.arange(32).view(2, 16)
+    with torch.no_grad():
+        with_mask_BSD = model(input_ids=ids_BS).last_hidden_state
+        assert masks.pop() is not None
+        masks.clear()
+        attend_without_mask(model)
+        assert torch.equal(model(input_ids=ids_BS).last_hidden_state, with_mask_BSD)
+    assert set(masks) == {None}
 
 
 def test_modes_are_rows_of_their_own_and_graphs_need_cuda():

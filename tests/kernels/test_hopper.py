@@ -12,7 +12,7 @@ import torch
 
 from tests import ROOT
 from tests.cases import Case
-from tests.kernels.checks import FEW_NEIGHBOURS, check, inputs, recorded, run, use_config
+from tests.kernels.checks import check, inputs, recorded, run, use_config
 from tests.kernels.protocol import Program
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
@@ -170,7 +170,7 @@ def kernels_of(step, *arguments):
 )
 def test_a_small_case(case, dtype, poisoned_memory, monkeypatch):
     use_config(SPECIALISED, monkeypatch)
-    check(case, dtype, "cuda", neighbours=FEW_NEIGHBOURS)
+    check(case, dtype, "cuda")
 
 
 @pytest.mark.gpu

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -295,7 +296,7 @@ def _provenance(records: Sequence[Record], tasks: Sequence[str], has_intervals: 
             f"{task} ({record['metric']}): teacher {record['teacher_budget']['epochs']:g} epochs{students}, "
             f"{record['validation_rows']:,} to validate, {seeds} seed{'' if seeds == '1' else 's'}"
         )
-    budget, environment = records[0]["budget"], records[0]["environment"]
+    budget, environments = records[0]["budget"], [record["environment"] for record in records]
     how = []
     if budget["fit_rows"] is not None:
         how.append(f"Fitted to {budget['fit_rows']:,} training rows at most, without labels")
@@ -308,8 +309,16 @@ def _provenance(records: Sequence[Record], tasks: Sequence[str], has_intervals: 
     if has_intervals:
         how.append("Brackets: 95 % of resamples of rows and seeds together")
     precision = "bfloat16 autocast" if records[0]["teacher_budget"]["bf16"] else "float32"
-    commits = ", ".join(sorted({str(r["environment"]["commit"]) for r in records}))
-    return (
-        f"*{'; '.join(parts)}. {'. '.join(how)}. Training in {precision}; {environment['cpu']}, torch "
-        f"{environment['versions']['torch']}, commit {commits}.*"
+    machines, torches, commits = (
+        ", ".join(sorted({tell(environment) for environment in environments}))
+        for tell in (_machine, lambda one: one["versions"]["torch"], lambda one: str(one["commit"]))
     )
+    return (
+        f"*{'; '.join(parts)}. {'. '.join(how)}. Training in {precision}; {machines}, torch {torches}, "
+        f"commit {commits}.*"
+    )
+
+
+def _machine(environment: Mapping[str, Any]) -> str:
+    """The GPU of a run, or its processor."""
+    return next(iter(environment["devices"]), environment["cpu"])

@@ -180,7 +180,7 @@ def record(study: str, task: str, contender: str, seed: int, after: float, lr: f
             **{"cost": 4, "fit_rows": None},
             "training": {"epochs": 1, "learning_rate": lr, "distill_weight": 1, "batch_size": 1},
         },
-        "environment": {"commit": "c", "cpu": "x", "versions": {"torch": "2"}},
+        "environment": {"commit": "c", "cpu": "x", "devices": [], "versions": {"torch": "2"}},
     }
 
 

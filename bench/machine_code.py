@@ -45,7 +45,7 @@ class Code:
         shared_bytes: of a program.
         programs: resident on a multiprocessor at once.
         asynchronous: multiplies by wgmma, not by mma.sync.
-        before, step, after, after_memory, again, again_memory: of `inspect.Instructions`.
+        before, step, after, after_memory, again, again_memory: of `binaries.Instructions`.
     """
 
     registers: int
@@ -76,15 +76,15 @@ def tile_of(tile: Any, stream_k: bool = False) -> Tile:
 
 def compiled(candidate: Any) -> Code:
     """Compile and read one candidate of `tune.candidates`."""
-    from moebert_kernels.kernels.triton import configs, inspect
+    from moebert_kernels.kernels.triton import configs
 
-    from . import tune
+    from . import binaries, tune
     from .ahead import as_on
     from .cases import FFNCase
 
     with as_on("sm_90", 132):
         launches = tune._meta_launches(FFNCase(4096), candidate, configs.TABLE["sm_90", "half", "large"])
-    reading = inspect.read(launches[0], "sm_90")
+    reading = binaries.read(launches[0], "sm_90")
     if reading.around is None:
         raise RuntimeError(f"{reading.kernel} has no products")
     return Code(

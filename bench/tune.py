@@ -6,8 +6,8 @@ All candidates are compiled by a pool of processes first. A candidate is then on
 tile; the pass runs once, so that the GEMM finds real data, and its result is held against that of the table's
 own tile. Its time is that of its launches in a CUDA graph over copies of the inputs that no cache holds. Each
 figure is appended to the file at once; the fastest of each role and T are printed. With --toy everything runs
-without a GPU, in Triton's interpreter, and says nothing. What is put into the table is read with `python -m
-moebert_kernels.kernels.triton.inspect`: an entry that spills is a bug, however fast.
+without a GPU, in Triton's interpreter, and says nothing. What is put into the table is read with
+`python -m bench.binaries`: an entry that spills is a bug, however fast.
 """
 
 from __future__ import annotations

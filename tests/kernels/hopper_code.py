@@ -12,8 +12,9 @@ import tempfile
 import torch
 import triton
 
-from moebert_kernels.kernels.triton import configs, inspect
-from moebert_kernels.kernels.triton.inspect import Variant
+from bench import binaries
+from bench.binaries import Variant
+from moebert_kernels.kernels.triton import configs
 
 
 def instructions(cubin):
@@ -33,11 +34,11 @@ if __name__ == "__main__":
         (True, ("", "", "gather_backward", "scatter_backward")),
     ):
         variant = Variant(training=training, gate=False)
-        launches = inspect.launches(config, torch.bfloat16, variant, T=16384)
+        launches = binaries.launches(config, torch.bfloat16, variant, T=16384)
         gemms = [one for one in launches if one.kernel.__name__.startswith(("gather", "scatter"))]
         for name, launch in zip(names, gemms, strict=True):
             if name:
                 assert "pingpong" in launch.kernel.__name__
-                code = instructions(inspect.compiled(launch, "sm_90").asm["cubin"])
+                code = instructions(binaries.compiled(launch, "sm_90").asm["cubin"])
                 told[name] = hashlib.sha256(code.encode()).hexdigest()
     print(json.dumps(told))

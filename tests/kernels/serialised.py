@@ -1,4 +1,4 @@
-"""A kernel of which ptxas serialises the products, as once all weight gradients: prints what `inspect` says.
+"""A kernel of which ptxas serialises the products, as once all weight gradients: prints what is read of it.
 
 A branch chooses between two loops that make the same sums, one of which takes column sums besides. Here for
 the test of the reader; in a process of its own, since the suite's may tell Triton to interpret.
@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from moebert_kernels.kernels.triton import inspect
+from bench import binaries
 from moebert_kernels.kernels.triton.launch import Launch
 
 
@@ -45,4 +45,4 @@ if __name__ == "__main__":
     half, single = (torch.empty(0, dtype=t, device="meta") for t in (torch.bfloat16, torch.float32))
     given = {"left_ptr": half, "right_ptr": half, "out_ptr": single, "sums_ptr": single, "rows": 4096}
     sizes = {"M": 128, "N": 128, "K": 64, "num_warps": 8, "num_stages": 3}
-    print(*inspect.read(Launch(two_loops_kernel, (2,), given | sizes), "sm_90").warnings)
+    print(*binaries.read(Launch(two_loops_kernel, (2,), given | sizes), "sm_90").warnings)

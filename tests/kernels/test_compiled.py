@@ -14,17 +14,18 @@ import pytest
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 
 from moebert_kernels.kernels.triton.hopper.launches import MOST_EXPERTS
+from tests import ROOT
 
 READ = """
 import dataclasses, json, sys
-from moebert_kernels.kernels.triton import inspect
+from bench import binaries
 family, variants, code, of_size, options, *arithmetics = sys.argv[1:]
-variants = [inspect.Variant(*choice) for choice in json.loads(variants)]
-launches = inspect.distinct_launches(family, tuple(arithmetics), variants, **json.loads(options))
+variants = [binaries.Variant(*choice) for choice in json.loads(variants)]
+launches = binaries.distinct_launches(family, tuple(arithmetics), variants, **json.loads(options))
 print(json.dumps([
-    {"config": name, "limit": inspect.ARCHITECTURES[family].shared_per_program,
-     "matrix": inspect.ARCHITECTURES[family].matrix_instruction}
-    | dataclasses.asdict(inspect.read(launch, family, code=bool(code)))
+    {"config": name, "limit": binaries.ARCHITECTURES[family].shared_per_program,
+     "matrix": binaries.ARCHITECTURES[family].matrix_instruction}
+    | dataclasses.asdict(binaries.read(launch, family, code=bool(code)))
     for name, of_config in launches.items()
     if name.endswith(of_size) or name.startswith("ieee")  # which is one for all sizes
     for launch in of_config
@@ -57,7 +58,7 @@ def read(family, *arithmetics, variants=FULL, code=False, of_size="", **sizes):
 
 
 def run(*arguments):
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -66,22 +67,24 @@ def run(*arguments):
 COUNT = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
-from moebert_kernels.kernels.triton import configs, inspect
+from bench import binaries
+from moebert_kernels.kernels.triton import configs
 for arithmetic in ("ieee", "half"):
     config = configs.TABLE["sm_90", arithmetic, "large"]
-    dtype = inspect.ELEMENT[arithmetic]
-    for launch in inspect.launches(config, dtype):
+    dtype = binaries.ELEMENT[arithmetic]
+    for launch in binaries.launches(config, dtype):
         if launch.kernel.__name__ in ("gather_kernel", "scatter_kernel", "gather_backward_kernel"):
-            print(arithmetic, inspect.compiled(launch, "sm_90").asm["ttir"].count("tt.dot "))
+            print(arithmetic, binaries.compiled(launch, "sm_90").asm["ttir"].count("tt.dot "))
 """
 
 # Of loops of one step, whose accumulators begin as a constant.
 COUNT_CHAINS = """
 import re, torch
-from moebert_kernels.kernels.triton import configs, inspect
-for launch in inspect.launches(configs.TABLE["sm_90", "ieee", "large"], torch.float32, D=13, F=29):
+from bench import binaries
+from moebert_kernels.kernels.triton import configs
+for launch in binaries.launches(configs.TABLE["sm_90", "ieee", "large"], torch.float32, D=13, F=29):
     if launch.kernel.__name__.startswith(("gather_kernel", "scatter", "gather_b")):
-        ptx = inspect.compiled(launch, "sm_90").asm["ptx"]
+        ptx = binaries.compiled(launch, "sm_90").asm["ptx"]
         elements = launch.arguments["BLOCK_M"] * launch.arguments["BLOCK_N"]
         chains = len(re.findall(r"fma.rn.f32.*, 0f00000000;", ptx))
         print(chains * 32 * launch.arguments["num_warps"] / elements)
@@ -189,17 +192,18 @@ def test_two_chains_stay_two_where_the_loop_has_one_step():
 
 SHARED = """
 import dataclasses, json, sys
-from moebert_kernels.kernels.triton import configs, inspect
+from bench import binaries
+from moebert_kernels.kernels.triton import configs
 family = sys.argv[1]
 # Specialised kernels are not for shared neurons.
 config = dataclasses.replace(configs.TABLE[family, "half", "large"], specialised=())
 found = []
 for C in (0, 512):
-    for launch in inspect.launches(config, inspect.ELEMENT["half"], C=C):
+    for launch in binaries.launches(config, binaries.ELEMENT["half"], C=C):
         if launch.kernel.__name__.startswith(("gather", "scatter", "weight_grad")):
-            limits = {"config": f"C={C}", "limit": inspect.ARCHITECTURES[family].shared_per_program,
+            limits = {"config": f"C={C}", "limit": binaries.ARCHITECTURES[family].shared_per_program,
                       "matrix": ""}
-            found.append(limits | dataclasses.asdict(inspect.read(launch, family)))
+            found.append(limits | dataclasses.asdict(binaries.read(launch, family)))
 print(json.dumps(found))
 """
 

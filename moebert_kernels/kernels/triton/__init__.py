@@ -13,7 +13,6 @@
     replay.py    calls whose shapes come again
     direct.py    what Triton's launcher calls in the end
     configs.py   the tuning table
-    inspect.py   what the table compiles to, read without a GPU
 
 Importing this needs Triton and no GPU.
 """

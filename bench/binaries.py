@@ -1,6 +1,6 @@
 """Compile every committed config for each GPU generation, with no GPU, and read the binaries.
 
-    python -m moebert_kernels.kernels.triton.inspect [sm_80 sm_90 sm_100]
+    python -m bench.binaries [sm_80 sm_90 sm_100]
 
 prints, for each kernel, config and architecture: registers, spilled bytes, shared memory, how many programs
 fit one multiprocessor, which matrix instructions came out, whether the assembler had to serialise them, how

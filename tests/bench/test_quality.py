@@ -158,11 +158,29 @@ def test_all_contenders_run_resume_and_fill_the_table(glue, tmp_path):
 
 
 def test_a_budget_of_an_eighth_is_cut_and_fitted_alone(glue):
-    """The cost is the contenders' own; nothing is trained unless that is asked for."""
-    call = [*glue, "--contenders", "narrow,affinity-4", "--cost", "6", "--study", "sixth"]
-    assert CliRunner().invoke(app, call, catch_exceptions=False).exit_code == 0
+    """The cost is the contenders' own; nothing is trained unless that is asked for. What processes beside
+    each other have made is not made again."""
+    folder = Path(glue[4]) / "records" / "sixth" / "cola"
+
+    def call(*contenders: str, jobs: int) -> None:
+        options = [
+            "--contenders",
+            ",".join(contenders),
+            "--cost",
+            "6",
+            "--study",
+            "sixth",
+            "--jobs",
+            f"{jobs}",
+        ]
+        assert CliRunner().invoke(app, [*glue, *options], catch_exceptions=False).exit_code == 0
+
+    call("narrow", jobs=2)
+    made = (folder / "narrow-seed0.json").read_bytes()
+    call("narrow", "affinity-4", jobs=1)
+    assert (folder / "narrow-seed0.json").read_bytes() == made
     for name in ("narrow", "affinity-4"):
-        path = Path(glue[4]) / "records" / "sixth" / "cola" / f"{name}-seed0.json"
+        path = folder / f"{name}-seed0.json"
         result = json.loads(path.read_text())["result"]
         assert list(result["states"]) == ["cut", "fitted"]
         assert (result["kept"], result["training"]) == ("fitted", None)

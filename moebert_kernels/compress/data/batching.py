@@ -118,6 +118,17 @@ class LengthGroupedTrainer(Trainer):
         if self.args.world_size > 1:
             self.add_callback(_SeedEachProcess())
 
+    def train(self, *args, **options):
+        """Train as `Trainer.train` does, and take off the model what accelerate leaves on it: autocast."""
+        model: Any = self.model
+        forward = vars(model).get("forward")
+        try:
+            return super().train(*args, **options)
+        finally:
+            vars(model).pop("forward", None)
+            if forward is not None:
+                model.forward = forward
+
     def get_train_dataloader(self) -> DataLoader:
         """Give each process its share of every batch."""
         if self.args.world_size == 1:

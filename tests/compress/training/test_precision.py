@@ -47,6 +47,9 @@ def test_distillation_computes_as_asked_and_keeps_float32_weights(tmp_path, toke
     distill(student, teacher, rows, tokenizer, settings, tmp_path / "run", callbacks=[watch])
     assert watch.dtypes == {dtype}
     assert watch.weights == {torch.float32}
+    watch.dtypes.clear()
+    student(torch.tensor([[2, 5, 6, 3]]))
+    assert watch.dtypes == {torch.float32}  # stops it from being evaluated, and timed, as it was trained
 
 
 @pytest.mark.parametrize(("bf16", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])

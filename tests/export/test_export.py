@@ -73,7 +73,7 @@ def test_the_folder_is_the_dense_familys(run, saved):
     assert (config["model_type"], config["architectures"]) == ("bert", ["BertForSequenceClassification"])
     assert config["id2label"] == {"0": "bad", "1": "good"}
     assert config["max_position_embeddings"] == 40
-    assert not {"num_experts", "routing", "expert_size", "balance_loss_weight"} & set(config)
+    assert not {"num_experts", "routing", "expert_size", "balance_loss_weight", "auto_map"} & set(config)
     assert type(AutoConfig.from_pretrained(folder)).__name__ == "BertConfig"
     assert "moe" not in (folder / "config.json").read_text().lower()
 
@@ -89,10 +89,43 @@ def test_a_user_of_the_folder_needs_a_tokenizer_and_a_runtime(run, saved):
         np.testing.assert_allclose(logits, expected, atol=tolerance)
 
 
+@pytest.mark.parametrize("name", ["model.onnx", "model_quantized.onnx"])
+def test_inputs_and_outputs_are_those_that_transformers_js_and_tei_know(run, name):
+    graph = onnx.load(run[0] / "onnx" / name).graph
+    inputs = {value.name for value in graph.input}
+    assert {"input_ids", "attention_mask"} <= inputs
+    assert inputs <= {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
+    assert [value.name for value in graph.output] == ["logits"]
+    for value in graph.input:  # int64 and of any size: they send no other
+        assert value.type.tensor_type.elem_type == onnx.TensorProto.INT64
+        assert all(dim.dim_param for dim in value.type.tensor_type.shape.dim)
+
+
+def test_the_tokenizer_is_one_file_for_all(run):
+    """transformers.js and TEI read tokenizer.json alone, and tokenizer_config.json for what to do with it."""
+    described = json.loads((run[0] / "tokenizer.json").read_text())
+    assert described["model"]["vocab"]
+    settings = json.loads((run[0] / "tokenizer_config.json").read_text())
+    assert settings["model_max_length"] == 38
+    assert settings["tokenizer_class"]
+    batch = AutoTokenizer.from_pretrained(run[0])(["w1 w2", "w3"], padding=True, return_tensors="pt")
+    assert torch.equal(batch["attention_mask"].sum(1), torch.tensor([4, 3]))
+
+
+@pytest.mark.parametrize(
+    ("family", "model_type"),
+    [("Roberta", "roberta"), ("XLMRoberta", "xlm-roberta"), ("Camembert", "camembert")],
+)
+def test_families_that_skip_positions_keep_their_model_type(family, model_type):
+    """TEI adds the offset of RoBERTa's positions for these exact names."""
+    config = dense_config(student(family, "ForSequenceClassification", num_hidden_layers=1))
+    assert (config.model_type, config.pad_token_id) == (model_type, 1)
+
+
 def test_sentence_encoders_keep_their_modules(tmp_path):
     """The states of tokens are there for tools that pool themselves, the embeddings for those that do not."""
-    dense = load_sentence_encoder(make_folder(tmp_path / "dense", "MPNet"))
-    moe = replace(dense, model=to_moe(dense.model, all_neurons(4), num_shared_neurons=WIDTH))
+    dense = load_sentence_encoder(make_folder(tmp_path / "dense", "MPNet", num_hidden_layers=1))
+    moe = replace(dense, model=to_moe(dense.model, all_neurons(4, 1), num_shared_neurons=WIDTH))
     save_sentence_encoder(moe, tmp_path / "moe")
     served = moebert_kernels.export(tmp_path / "moe", tmp_path / "served", check=TEXTS)
     found = served.graphs["model.onnx"]
@@ -105,6 +138,9 @@ def test_sentence_encoders_keep_their_modules(tmp_path):
     config = json.loads((tmp_path / "served" / "config.json").read_text())
     assert (config["model_type"], config["architectures"]) == ("mpnet", ["MPNetModel"])
     graph = session(tmp_path / "served" / "onnx" / "model.onnx")
+    # text-embeddings-inference knows these two, and looks for no others.
+    known = [(output.name, output.type) for output in graph.get_outputs()]
+    assert known == [("last_hidden_state", "tensor(float)"), ("sentence_embedding", "tensor(float)")]
     inputs = moe.tokenizer(TEXTS, padding=True, truncation=True, max_length=9, return_tensors="np")
     states, embeddings = graph.run(["last_hidden_state", "sentence_embedding"], dict(inputs))
     np.testing.assert_allclose(embeddings, moe.encode(TEXTS), atol=1e-5)
@@ -113,7 +149,7 @@ def test_sentence_encoders_keep_their_modules(tmp_path):
 
 def test_an_encoder_in_a_folder_of_its_own_comes_to_the_top(tmp_path):
     """Stops tools from missing the encoder that old versions of sentence_transformers put one folder down."""
-    folder = make_folder(tmp_path / "old")
+    folder = make_folder(tmp_path / "old", num_hidden_layers=1)
     inner = folder / "0_Transformer"
     inner.mkdir()
     for path in folder.iterdir():

@@ -150,7 +150,10 @@ class DataOptions:
         from moebert_kernels.compress.data.tasks import CsvOptions
         from moebert_kernels.compress.data.tasks.texts import TEXT_SUFFIXES, has_no_labels
 
-        if self.data is None or Path(self.data).suffix.lower() not in TEXT_SUFFIXES:
+        if self.data is None:
+            return False
+        suffix = Path(self.data).suffix.lower()
+        if suffix not in TEXT_SUFFIXES or (self.task == "csv" and suffix == ".txt"):
             return False
         if self.task == "csv" and self.label_column is None:
             columns = CsvOptions(**_given(text=self.text_column))

@@ -56,8 +56,8 @@ class Fitted(NamedTuple):
         """What the fit has brought, in a sentence."""
         cut, fitted = (sum(error_L) / len(error_L) for error_L in (self.cut_L, self.fitted_L))
         return (
-            f"fitted to {self.num_tokens:,} tokens of {num_rows:,} rows: of what a layer puts out, "
-            f"{fitted:.1%} is wrong, and {cut:.1%} was as the experts were cut"
+            f"fitted to {self.num_tokens:,} tokens of {num_rows:,} rows: the share of a layer's output that "
+            f"is wrong was {cut:.1%} and is {fitted:.1%}"
         )
 
 

@@ -283,7 +283,7 @@ class Run:
             distances = {"cut": cut, "fitted": distributed.on_main(distance)}
             self._tell(
                 f"fit {trial.name}: {found.told(num_rows)}; divergence from the teacher on "
-                f"{len(held_out):,} held-out rows {distances['fitted']:.4g}, after {cut:.4g}"
+                f"{len(held_out):,} held-out rows {cut:.4g} as cut, {distances['fitted']:.4g} as fitted"
             )
             return {"rows": num_rows, **found._asdict(), "divergence": distances}
 

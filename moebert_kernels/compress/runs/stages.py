@@ -23,12 +23,13 @@ class Stage:
     """What a run does once for given inputs.
 
     Its record, a json file, holds the fingerprint of its inputs, the seconds it took (interrupted attempts
-    included, unless the process was killed) and a small result; its files lie elsewhere.
+    included, unless the process was killed), a small result and the sizes of its files, which lie elsewhere.
 
     Attributes:
         record_path: of the record.
         fingerprint: of everything the stage's outcome depends on.
-        outputs: files or folders it makes, which must be there for it to count as done.
+        outputs: files or folders it makes, which must be there, as large as they were, for it to count as
+            done. What others have put into the folders is nothing to it.
     """
 
     record_path: Path
@@ -38,13 +39,28 @@ class Stage:
     @property
     def is_done(self) -> bool:
         """Whether `run` would do nothing but return the recorded result."""
-        record = self._read()
-        return record is not None and record["done"] and all(path.exists() for path in self.outputs)
+        return all(path.exists() for path in self.outputs) and self._was_done() and not self.damaged
 
     @property
     def is_outdated(self) -> bool:
         """Whether the record is of the stage done with other inputs."""
-        return self.record_path.exists() and self._read() is None
+        return self._written().get("fingerprint", self.fingerprint) != self.fingerprint
+
+    @property
+    def damaged(self) -> Path | None:
+        """What the stage has made and is there no more, or in another size; None if all is as it was.
+
+        An output that is gone as a whole has been deleted, and is not damaged.
+        """
+        if not self._was_done():
+            return None
+        sizes = self._written().get("sizes", [{}] * len(self.outputs))  # older records have none
+        for output, of_files in zip(self.outputs, sizes, strict=True):
+            for name, size in of_files.items() if output.exists() else ():
+                path = output / name
+                if not path.is_file() or path.stat().st_size != size:
+                    return path
+        return None
 
     def run(self, work: Callable[[], Any], *, together: bool = False) -> Any:
         """Return the recorded result if the stage is done; otherwise do `work` and record what it returns.
@@ -82,16 +98,32 @@ class Stage:
         record = self._read()
         return 0.0 if record is None else record["seconds"]
 
-    def _read(self) -> dict[str, Any] | None:
+    def _written(self) -> dict[str, Any]:
+        """The record, whatever it is of; empty if there is none that can be read."""
         try:
-            record = json.loads(self.record_path.read_text(encoding="utf-8"))
+            return json.loads(self.record_path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            return None
+            return {}
+
+    def _read(self) -> dict[str, Any] | None:
+        record = self._written()
         return record if record.get("fingerprint") == self.fingerprint else None
+
+    def _was_done(self) -> bool:
+        record = self._read()
+        return record is not None and record["done"]
 
     def _write(self, done: bool, seconds: float, result: Any) -> None:
         record = {"fingerprint": self.fingerprint, "done": done, "seconds": seconds, "result": result}
+        if done:
+            record["sizes"] = [_sizes(path) for path in self.outputs]
         write_json(self.record_path, record)
+
+
+def _sizes(output: Path) -> dict[str, int]:
+    """Bytes of a file, under its own name "", or of all files in a folder, by their paths in it."""
+    files = [output] if output.is_file() else sorted(path for path in output.rglob("*") if path.is_file())
+    return {str(path.relative_to(output)): path.stat().st_size for path in files}
 
 
 class Progress(Protocol):
@@ -162,6 +194,8 @@ class Stages:
         stage = Stage(record, fingerprint(__version__, made_from), outputs)
         if stage.is_done:
             report(0, 0)
+        elif (damaged := stage.damaged) is not None:
+            warnings.warn(f"{damaged} is not as it was left, and is made anew", stacklevel=2)
         elif stage.is_outdated and outputs and not self._said_anew:
             self._said_anew = True
             warnings.warn(

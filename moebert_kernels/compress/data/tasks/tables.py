@@ -285,6 +285,8 @@ def _class_id(label: str, label_ids: dict[str, int], place: str) -> int:
     found = label_ids.get(label.strip())
     if found is None and (number := _parse_number(label)) is not None:
         found = next((i for name, i in label_ids.items() if _parse_number(name) == number), None)
+    if not label.strip():
+        raise UserError(f"{place}: the label is empty")
     if found is None:
         known = list(label_ids)
         listed = ", ".join(map(repr, known[:10])) + (", ..." if len(known) > 10 else "")

@@ -111,7 +111,8 @@ class TaskData:
         rows = len(self.validation)
         if rows >= _FEW_VALIDATION_ROWS:
             return None
-        return f"Scores say little: there are {rows} rows to validate on, fewer than {_FEW_VALIDATION_ROWS}."
+        there_are = "there is 1 row" if rows == 1 else f"there are {rows} rows"
+        return f"Scores say little: {there_are} to validate on, fewer than {_FEW_VALIDATION_ROWS}."
 
 
 Outputs = Sequence[np.ndarray]

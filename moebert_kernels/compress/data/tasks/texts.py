@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from moebert_kernels.compress.data.files import TABLE_SUFFIXES, check_file, read_table, read_text, split_lines
 from moebert_kernels.compress.data.tasks.tables import CsvOptions, check_columns
 from moebert_kernels.compress.data.tasks.task import EncodedRows, Kind, Outputs, Task, TaskData, to_rows
-from moebert_kernels.errors import ArgumentError, UserError, naming
+from moebert_kernels.errors import ArgumentError, SourceError, UserError, naming
 
 KIND = "text"
 TEXT_SUFFIXES = (".txt", *TABLE_SUFFIXES)
@@ -76,7 +76,7 @@ def load_texts(data: str | Path, columns: CsvOptions | None = None) -> TaskData:
             "validation_fraction", f"must be between 0 and 1, got {columns.validation_fraction}"
         )
     if len(rows) < 2:
-        raise UserError(f"{path} has one text, too few to hold any out")
+        raise SourceError("data", UserError(f"{path} has one text, too few to hold any out"))
     count = min(max(round(len(rows) * columns.validation_fraction), 1), len(rows) - 1)
     out = np.sort(np.random.default_rng(columns.seed).permutation(len(rows))[:count])
     return TaskData(task, rows.select(np.setdiff1d(np.arange(len(rows)), out)), rows.select(out))

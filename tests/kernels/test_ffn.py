@@ -81,7 +81,9 @@ def test_case_streamed_with_descriptors(case, device, monkeypatch):
     check(case, torch.float32, device)
 
 
-@pytest.mark.parametrize("case", [Case(23, E=2, norm=True, gate=True), Case(19, E=2, K=2, gate=True)], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case(23, E=2, norm=True, gate=True), Case(19, E=2, K=2, gate=True)], ids=str
+)
 def test_typical_errors_are_those_of_plain_torch(case, device):
     """The bound on one input allows for bad luck; over six inputs luck evens out and a lost bit shows."""
     logs: dict[str, list[float]] = {}

@@ -1,7 +1,7 @@
 """Triton's interpreter, made nearly twice as fast.
 
-Wherever a kernel calls a device function, it goes through every name of `triton.language` again, to put its own
-in the place of those that the launch has replaced already.
+Wherever a kernel calls a device function, it goes through every name of `triton.language` again, to put its
+own in the place of those that the launch has replaced already.
 """
 
 from __future__ import annotations

@@ -4,16 +4,13 @@ In a process of its own: this one may have told Triton to interpret.
 """
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 
 from moebert_kernels.kernels.triton.hopper.launches import MOST_EXPERTS
+from tests.forked import compiling, python
 
 READ = """
 import dataclasses, json, sys
@@ -64,8 +61,7 @@ EPILOGUES = {"gather_kernel": 36, "gather_backward_kernel": 30, "scatter_kernel"
 FULL = ((True, True, True),)
 # Each choice with and without each other one.
 VARIANTS = (*FULL, (True, False, False), (False, True, False), (False, False, True))
-UNGATED = (True, False, True)
-SPECIALISED = (UNGATED, (False, False, True))  # variants of which warp-specialised kernels know more
+SPECIALISED = ((True, False, True), (False, False, True))  # of which warp-specialised kernels know more
 
 
 def asked(*arithmetics, variants=FULL, of_sizes=(), code=False, **sizes):
@@ -79,8 +75,7 @@ def read(family, *asked):
 
 
 def run(*arguments):
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True)
+    done = python(*arguments, imported=("torch", "triton"), environment=compiling())
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -172,7 +167,7 @@ def test_every_config_on_hopper():
         "sm_90",
         asked("half", of_sizes=("medium", "large"), code=True),
         asked("half", of_sizes=("tiny", "small", "safe")),
-        asked("half", variants=(*VARIANTS[1:], UNGATED), of_sizes=LARGE),
+        asked("half", variants=VARIANTS[1:], of_sizes=LARGE),
         asked("tf32", "ieee", of_sizes=LARGE),
         asked("half", of_sizes=LARGE, **OTHER_SIZES["sm_90"]),
         asked("half", variants=SPECIALISED, of_sizes=LARGE, D=1024, F=1024, E=MOST_EXPERTS, K=2),
@@ -205,7 +200,7 @@ def check_sharing(plain, shared):
 
 def test_serialised_products_are_seen():
     """What the checks ask for must be visible at all: of two loops under a branch ptxas says C7515."""
-    assert "C7515" in run(str(Path(__file__).with_name("serialised.py"))).split()
+    assert "C7515" in run("-m", "tests.kernels.serialised").split()
 
 
 def test_float32_is_added_up_in_two_chains():

@@ -4,10 +4,13 @@ anything imports Triton."""
 import gc
 import importlib.util
 import os
+import sys
 from collections import Counter
 
 import pytest
 import torch
+
+from tests.interpreter import hasten
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -55,6 +58,8 @@ def pytest_collection_finish():
     """What is imported stays: every training collects garbage, and would go through all of it each time."""
     gc.collect()
     gc.freeze()
+    if INTERPRETING and "triton" in sys.modules:
+        hasten()
 
 
 KERNELS = Counter()  # that were compiled or found in Triton's cache, here and by the workers of xdist

@@ -17,6 +17,7 @@ import pytest
 from bench.gpu import FIRST
 from bench.results import read
 from tests import ROOT
+from tests.forked import python
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 
@@ -71,20 +72,26 @@ def hidden_from(names):
 def run(tmp_path_factory):
     """Start `python -m MODULE ...`, or a script: it and its own processes see those packages alone."""
 
+    folders = {}  # one for each choice of packages, whose processes then share what they import
+
     def run(module, *arguments, packages=BARE, cwd=ROOT):
-        startup = tmp_path_factory.mktemp("startup")
-        hide = f"import sys\nsys.modules.update(dict.fromkeys({hidden_from(packages)!r}))\n"
-        (startup / "sitecustomize.py").write_text(hide)
+        if packages not in folders:
+            folders[packages] = tmp_path_factory.mktemp("startup")
+            hide = f"import sys\nsys.modules.update(dict.fromkeys({hidden_from(packages)!r}))\n"
+            (folders[packages] / "sitecustomize.py").write_text(hide)
         environment = os.environ | {
             "OMP_NUM_THREADS": "1",
             "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-            "PYTHONPATH": str(startup),
+            "PYTHONPATH": str(folders[packages]),
             "TRITON_INTERPRET": "1",
             "PYTHON": sys.executable,
         }
-        start = ["bash", str(ROOT / module)] if module.endswith(".sh") else [sys.executable, "-m", module]
-        command = [*start, *arguments]
-        done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+        if module.endswith(".sh"):
+            command = ["bash", str(ROOT / module), *arguments]
+            done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+        else:
+            seen = {"imported": BARE, "environment": environment, "folder": cwd}
+            done = python("-m", module, *arguments, **seen)
         return done.returncode, done.stdout, done.stderr
 
     return run
@@ -98,21 +105,17 @@ def test_nothing_but_the_bare_packages_is_seen(run):
     assert "transformers" in errors
 
 
-def test_no_test_of_a_gpu_is_lost(run):
-    """`pytest -m gpu` used to end at collection: most modules need a package that is not there."""
+def collected(out):
+    """Modules that pytest has found tests in."""
+    return set(re.findall(r"^tests/([\w/]+\.py)(?:: [1-9]|::)", out, re.MULTILINE))
 
-    def collected(*arguments, packages=BARE):
-        options = ["--collect-only", "-m", "gpu", "-p", "no:cacheprovider"]
-        status, out, errors = run("pytest", *options, *arguments, packages=packages)
-        assert status == 0, out + errors
-        return set(re.findall(r"^tests/([\w/]+\.py)(?:: [1-9]|::)", out, re.MULTILINE))
 
-    meant_for_one = re.compile(r"mark\.gpu|^def test_\w+\([^)]*\bdevice\b", re.MULTILINE)
-    files = [path for path in TESTS.rglob("test_*.py") if meant_for_one.search(path.read_text())]
-    modules = {path.relative_to(TESTS).as_posix() for path in files}
-    there = modules - {Path(__file__).name} - NEEDING_MORE
-    assert collected() >= there >= {"kernels/test_gpu.py", "native/test_cuda.py"}
-    assert collected(*(f"tests/{name}" for name in NEEDING_MORE), packages=(*BARE, *MORE)) == NEEDING_MORE
+def test_what_tests_of_a_gpu_need_is_known(run):
+    options = ["--collect-only", "-m", "gpu", "-p", "no:cacheprovider"]
+    modules = [f"tests/{name}" for name in NEEDING_MORE]
+    status, out, errors = run("pytest", *options, *modules, packages=(*BARE, *MORE))
+    assert status == 0, out + errors
+    assert collected(out) == NEEDING_MORE
 
 
 def test_a_gpu_test_that_needs_more_is_left_out_with_the_reason(run, tmp_path):
@@ -164,11 +167,19 @@ def test_the_sanitizers_cases_run(run):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 def test_a_session_on_a_gpu_goes_through_its_parts(run, tmp_path):
-    """Its folder was looked for in the repository, wherever the script was called."""
+    """Its folder was looked for in the repository, wherever the script was called.
+
+    And `pytest -m gpu` used to end at collection: most modules need a package that is not there.
+    """
     status, out, errors = run("bench/gpu.sh", "first", "--dry-run", "--out", "out", cwd=tmp_path)
     assert status == 0, out + errors
     parts = [part.name for part in FIRST]
     assert re.findall(r"^(\w+): ok, \d+ s$", out, re.MULTILINE) == parts
+    meant_for_one = re.compile(r"mark\.gpu|^def test_\w+\([^)]*\bdevice\b", re.MULTILINE)
+    files = [path for path in TESTS.rglob("test_*.py") if meant_for_one.search(path.read_text())]
+    modules = {path.relative_to(TESTS).as_posix() for path in files}
+    there = modules - {Path(__file__).name} - NEEDING_MORE
+    assert collected(out) >= there >= {"kernels/test_gpu.py", "native/test_cuda.py"}
     left = {path.name for path in (tmp_path / "out").iterdir()}
     assert left >= {"gpu.log", "session.jsonl", "smoke.jsonl", "kernels-cpu.jsonl", "tiles.jsonl"}
     rows = read(tmp_path / "out" / "kernels-cpu.jsonl").rows

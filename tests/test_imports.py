@@ -1,26 +1,29 @@
 """What imports what: nobody waits for libraries that they do not use."""
 
 import importlib
+import json
+import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 
 import moebert_kernels
 from moebert_kernels import models
 from moebert_kernels.models import to_moe
-from tests.tiny import LAYERS, build_family
+from tests import forked
+from tests.forked import BELOW_TRANSFORMERS
+from tests.tiny import LAYERS, build_family, quarters
 
 SLOW = ("transformers", "datasets", "sklearn", "scipy", "pandas", "matplotlib", "triton", "torch._dynamo")
 
 
-def python(script, *arguments):
+def python(script, *arguments, imported=()):
     """What a new process prints."""
-    command = [sys.executable, "-W", "error::UserWarning:moebert_kernels", "-c", script, *map(str, arguments)]
-    run = subprocess.run(command, capture_output=True, text=True)
+    strict = os.environ | {"PYTHONWARNINGS": "error::UserWarning:moebert_kernels"}
+    run = forked.python("-c", script, *arguments, imported=imported, environment=strict)
     assert run.returncode == 0, run.stderr
     return run.stdout.strip()
 
@@ -57,10 +60,7 @@ def test_help_comes_without_torch():
 
 
 def test_a_student_loads_where_transformers_comes_first(tmp_path):
-    """Stops README's way to load a student from working in one order alone, or importing every family.
-
-    The other order is in tests/models/test_saving.py.
-    """
+    """Stops README's way to load a student from working in one order alone, or importing every family."""
     torch.manual_seed(0)
     index_LEF = torch.arange(8).view(1, 2, 4).repeat(LAYERS, 1, 1)
     student = to_moe(build_family("Roberta"), index_LEF, num_shared_neurons=0)
@@ -73,7 +73,35 @@ def test_a_student_loads_where_transformers_comes_first(tmp_path):
         "assert type(AutoConfig.for_model('moe-roberta', num_experts=2)) is type(model.config)\n"
         "print(type(model).__name__, 'transformers.models.mpnet.modeling_mpnet' in sys.modules)\n"
     )
-    assert python(script, tmp_path) == "MoERobertaModel False"
+    assert python(script, tmp_path, imported=BELOW_TRANSFORMERS) == "MoERobertaModel False"
+
+
+def test_a_pickle_of_a_student_is_read_where_nothing_is_imported(tmp_path):
+    """Stops classes that are made when asked for from being missed by pickle, as in a pool's workers."""
+    student = to_moe(build_family("Bert", "ForSequenceClassification"), quarters(), num_shared_neurons=0)
+    torch.save(student, tmp_path / "model.pt")
+    script = (
+        "import sys, torch\n"
+        "model = torch.load(sys.argv[1], weights_only=False)\n"
+        "from transformers import AutoModel\n"
+        "print(type(model).__name__, type(AutoModel.from_config(model.config)).__name__)\n"
+    )
+    found = python(script, tmp_path / "model.pt", imported=BELOW_TRANSFORMERS)
+    assert found.split() == ["MoEBertForSequenceClassification", "MoEBertModel"]
+
+
+def test_a_student_loads_where_the_package_comes_first(tmp_path):
+    student = to_moe(build_family("Bert", "ForSequenceClassification"), quarters(), num_shared_neurons=0)
+    student.save_pretrained(tmp_path)
+    script = (
+        "import sys, torch, moebert_kernels\n"
+        "from transformers import AutoModelForSequenceClassification as Auto\n"
+        "model = Auto.from_pretrained(sys.argv[1])\n"
+        "print(model(torch.arange(1, 9).view(2, 4)).logits.tolist())\n"
+    )
+    found = torch.tensor(json.loads(python(script, tmp_path, imported=BELOW_TRANSFORMERS)))
+    expected = AutoModelForSequenceClassification.from_pretrained(tmp_path)(torch.arange(1, 9).view(2, 4))
+    torch.testing.assert_close(found, expected.logits)
 
 
 def test_a_transformers_that_is_strange_to_us_still_imports():
@@ -86,7 +114,7 @@ def test_a_transformers_that_is_strange_to_us_still_imports():
         "    from transformers import AutoConfig\n"
         "print(AutoConfig.for_model('bert').model_type, any('moebert' in str(w.message) for w in told))\n"
     )
-    assert python(script) == "bert True"
+    assert python(script, imported=BELOW_TRANSFORMERS) == "bert True"
 
 
 ROOMS = sorted(

@@ -5,15 +5,12 @@ Triton compiles in processes of their own: this one may have told it to interpre
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 import textwrap
 import zipfile
 
 import pytest
 
-from tests import ROOT
+from tests.forked import compiling, python
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 
@@ -25,10 +22,9 @@ KEY = "A" * 52
 
 def run(script, cache, *arguments):
     """What a script prints as JSON, by a process whose Triton compiles into `cache`."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    command = "-c", textwrap.dedent(script), *arguments
+    of_its_own = {"TRITON_CACHE_DIR": str(cache)}
+    done = python(*command, imported=("torch", "triton"), environment=compiling(), more=of_its_own)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -4,9 +4,6 @@ The records are an H200's, in bench/results: what fails here after a change of t
 """
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import asdict, replace
 from math import exp, sqrt
 
@@ -14,6 +11,7 @@ import pytest
 import torch
 
 from tests import ROOT
+from tests.forked import compiling, python
 
 pytest.importorskip("triton", reason="the table of tiles is the kernels'")
 
@@ -301,8 +299,7 @@ print(json.dumps([
 @pytest.mark.slow
 def test_code_is_as_it_compiles_today():
     """Kernels that changed are predicted by what they were until `python -m bench.machine_code` has run."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", COMPILE], env=env, cwd=ROOT, capture_output=True, text=True)
+    done = python("-c", COMPILE, imported=("torch", "triton"), environment=compiling())
     assert done.returncode == 0, done.stderr[-2000:]
     fresh = json.loads(done.stdout.splitlines()[-1])
     assert {row["role"] for row in fresh} == {"down", "weight_grad"}

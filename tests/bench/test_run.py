@@ -23,7 +23,7 @@ from bench.suite import OPS, run_benchmarks
 from bench.tables import tables
 from tests import ROOT
 
-SETTINGS = Settings(request=TOY, rounds=2, probes=ceilings.TOY)
+SETTINGS = Settings(request=TOY, rounds=2, seconds=0.0, probes=ceilings.TOY)
 NEEDS_CUDA = {"triton_kernels", "scattermoe"}
 
 

@@ -21,6 +21,7 @@ SIZES = {
 SETTINGS = CompressSettings(
     epochs=2, batch_size=8, max_length=16, measure_length=16, learning_rate=1e-3, comparisons=("random",)
 )
+UNMEASURED = {"measure": False, "measure_length": None}
 
 
 def make_teacher(folder, head=BertForSequenceClassification, **options):

@@ -28,6 +28,18 @@ from tests.export.exported import session, student, tokenizer
 from tests.sentence_encoders import TEXTS, make_folder
 from tests.tiny import WIDTH, all_neurons
 
+# text-embeddings-inference: the inputs it can give, and of an embedder the outputs it knows.
+TEI_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
+ROBERTA_OFFSET = {"Roberta": "roberta", "XLMRoberta": "xlm-roberta", "Camembert": "camembert"}
+
+
+def graph_of(folder, name="model.onnx"):
+    return onnx.load(folder / "onnx" / name).graph
+
+
+def names(values):
+    return [value.name for value in values]
+
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
@@ -71,11 +83,35 @@ def test_the_folder_is_the_dense_familys(run, saved):
     assert {"onnx/model.onnx", "onnx/model_quantized.onnx"} <= files
     config = json.loads((folder / "config.json").read_text())
     assert (config["model_type"], config["architectures"]) == ("bert", ["BertForSequenceClassification"])
-    assert config["id2label"] == {"0": "bad", "1": "good"}
+    assert "auto_map" not in config
+    assert config["id2label"] == {"0": "bad", "1": "good"}  # TEI refuses a classifier without it
     assert config["max_position_embeddings"] == 40
-    assert not {"num_experts", "routing", "expert_size", "balance_loss_weight", "auto_map"} & set(config)
-    assert type(AutoConfig.from_pretrained(folder)).__name__ == "BertConfig"
+    assert not {"num_experts", "routing", "expert_size", "balance_loss_weight"} & set(config)
+    loaded = type(AutoConfig.from_pretrained(folder))
+    assert (loaded.__name__, loaded.__module__.partition(".")[0]) == ("BertConfig", "transformers")
     assert "moe" not in (folder / "config.json").read_text().lower()
+
+
+def test_graphs_lie_where_transformers_js_and_tei_look(run):
+    for name in ("model.onnx", "model_quantized.onnx"):
+        graph = graph_of(run[0], name)
+        assert {"input_ids", "attention_mask"} <= set(names(graph.input)) <= TEI_INPUTS
+        assert names(graph.output) == ["logits"]
+        for value in graph.input:  # int64 and of any size: TEI and transformers.js send no other
+            assert value.type.tensor_type.elem_type == onnx.TensorProto.INT64
+            assert all(dim.dim_param for dim in value.type.tensor_type.shape.dim)
+
+
+def test_the_tokenizer_is_one_file_for_all(run):
+    """transformers.js and TEI read tokenizer.json alone, and tokenizer_config.json for what to do with it."""
+    described = json.loads((run[0] / "tokenizer.json").read_text())
+    assert described["model"]["vocab"]
+    settings = json.loads((run[0] / "tokenizer_config.json").read_text())
+    assert settings["model_max_length"] == 38
+    assert settings["tokenizer_class"]
+    batch = AutoTokenizer.from_pretrained(run[0])(["w1 w2", "w3"], padding=True, return_tensors="pt")
+    assert batch["input_ids"].shape == (2, 4)
+    assert torch.equal(batch["attention_mask"].sum(1), torch.tensor([4, 3]))
 
 
 def test_a_user_of_the_folder_needs_a_tokenizer_and_a_runtime(run, saved):
@@ -89,45 +125,12 @@ def test_a_user_of_the_folder_needs_a_tokenizer_and_a_runtime(run, saved):
         np.testing.assert_allclose(logits, expected, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "model_quantized.onnx"])
-def test_inputs_and_outputs_are_those_that_transformers_js_and_tei_know(run, name):
-    graph = onnx.load(run[0] / "onnx" / name).graph
-    inputs = {value.name for value in graph.input}
-    assert {"input_ids", "attention_mask"} <= inputs
-    assert inputs <= {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
-    assert [value.name for value in graph.output] == ["logits"]
-    for value in graph.input:  # int64 and of any size: they send no other
-        assert value.type.tensor_type.elem_type == onnx.TensorProto.INT64
-        assert all(dim.dim_param for dim in value.type.tensor_type.shape.dim)
-
-
-def test_the_tokenizer_is_one_file_for_all(run):
-    """transformers.js and TEI read tokenizer.json alone, and tokenizer_config.json for what to do with it."""
-    described = json.loads((run[0] / "tokenizer.json").read_text())
-    assert described["model"]["vocab"]
-    settings = json.loads((run[0] / "tokenizer_config.json").read_text())
-    assert settings["model_max_length"] == 38
-    assert settings["tokenizer_class"]
-    batch = AutoTokenizer.from_pretrained(run[0])(["w1 w2", "w3"], padding=True, return_tensors="pt")
-    assert torch.equal(batch["attention_mask"].sum(1), torch.tensor([4, 3]))
-
-
-@pytest.mark.parametrize(
-    ("family", "model_type"),
-    [("Roberta", "roberta"), ("XLMRoberta", "xlm-roberta"), ("Camembert", "camembert")],
-)
-def test_families_that_skip_positions_keep_their_model_type(family, model_type):
-    """TEI adds the offset of RoBERTa's positions for these exact names."""
-    config = dense_config(student(family, "ForSequenceClassification", num_hidden_layers=1))
-    assert (config.model_type, config.pad_token_id) == (model_type, 1)
-
-
 def test_sentence_encoders_keep_their_modules(tmp_path):
     """The states of tokens are there for tools that pool themselves, the embeddings for those that do not."""
     dense = load_sentence_encoder(make_folder(tmp_path / "dense", "MPNet", num_hidden_layers=1))
     moe = replace(dense, model=to_moe(dense.model, all_neurons(4, 1), num_shared_neurons=WIDTH))
     save_sentence_encoder(moe, tmp_path / "moe")
-    served = moebert_kernels.export(tmp_path / "moe", tmp_path / "served", check=TEXTS)
+    served = moebert_kernels.export(moe, tmp_path / "served", check=TEXTS)
     found = served.graphs["model.onnx"]
     assert (found.kind, found.num_texts) == ("cosine", len(TEXTS))
     assert found.largest_difference < 1e-4
@@ -138,9 +141,6 @@ def test_sentence_encoders_keep_their_modules(tmp_path):
     config = json.loads((tmp_path / "served" / "config.json").read_text())
     assert (config["model_type"], config["architectures"]) == ("mpnet", ["MPNetModel"])
     graph = session(tmp_path / "served" / "onnx" / "model.onnx")
-    # text-embeddings-inference knows these two, and looks for no others.
-    known = [(output.name, output.type) for output in graph.get_outputs()]
-    assert known == [("last_hidden_state", "tensor(float)"), ("sentence_embedding", "tensor(float)")]
     inputs = moe.tokenizer(TEXTS, padding=True, truncation=True, max_length=9, return_tensors="np")
     states, embeddings = graph.run(["last_hidden_state", "sentence_embedding"], dict(inputs))
     np.testing.assert_allclose(embeddings, moe.encode(TEXTS), atol=1e-5)
@@ -148,7 +148,10 @@ def test_sentence_encoders_keep_their_modules(tmp_path):
 
 
 def test_an_encoder_in_a_folder_of_its_own_comes_to_the_top(tmp_path):
-    """Stops tools from missing the encoder that old versions of sentence_transformers put one folder down."""
+    """Stops tools from missing the encoder that old versions of sentence_transformers put one folder down.
+
+    sentence-transformers reads modules, and TEI the pooling, from the folders they always have.
+    """
     folder = make_folder(tmp_path / "old", num_hidden_layers=1)
     inner = folder / "0_Transformer"
     inner.mkdir()
@@ -159,9 +162,17 @@ def test_an_encoder_in_a_folder_of_its_own_comes_to_the_top(tmp_path):
     modules[0]["path"] = "0_Transformer"
     (folder / "modules.json").write_text(json.dumps(modules))
     moebert_kernels.export(folder, tmp_path / "served")
-    assert json.loads((tmp_path / "served" / "modules.json").read_text())[0]["path"] == ""
-    top = {path.name for path in (tmp_path / "served").iterdir()}
+    served = tmp_path / "served"
+    described = json.loads((served / "modules.json").read_text())
+    assert [module["path"] for module in described[:2]] == ["", "1_Pooling"]
+    pooling = json.loads((served / "1_Pooling" / "config.json").read_text())
+    assert pooling["pooling_mode_mean_tokens"] is True
+    top = {path.name for path in served.iterdir()}
     assert {"config.json", "tokenizer.json", "sentence_bert_config.json", "onnx"} <= top
+    assert json.loads((served / "config.json").read_text())["architectures"] == ["BertModel"]
+    outputs = graph_of(served).output
+    assert names(outputs) == ["last_hidden_state", "sentence_embedding"]
+    assert {value.type.tensor_type.elem_type for value in outputs} == {onnx.TensorProto.FLOAT}
 
 
 def test_labels_have_names_in_the_configuration(tmp_path):
@@ -170,6 +181,15 @@ def test_labels_have_names_in_the_configuration(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["id2label"] == {"0": "LABEL_0", "1": "LABEL_1"}
     assert config["label2id"] == {"LABEL_0": 0, "LABEL_1": 1}
+
+
+@pytest.mark.parametrize("family", list(ROBERTA_OFFSET))
+def test_families_that_skip_positions_keep_their_model_type(family, tmp_path):
+    """TEI adds the offset of RoBERTa's positions for these exact names."""
+    dense_config(student(family, "ForSequenceClassification", num_hidden_layers=1)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["model_type"] == ROBERTA_OFFSET[family]
+    assert config["pad_token_id"] == 1
 
 
 @pytest.mark.parametrize("name", ["Roberta", "DistilBert", "DebertaV2"])

@@ -70,7 +70,8 @@ def test_case_in_float16(case, device):
     check(case, torch.float16, device)
 
 
-STREAM_CASES = [c for c in CASES if c.T > 0 and c.E <= 4 and not c.norm and c.activation == "gelu"]
+# Every routing, widths that tiles overhang, slots and biases: what streaming adds does not know the rest.
+STREAM_CASES = [c for c in CASES if c.T in (1, 11, 17, 18, 21, 33) and c.K in (1, 4) and not c.norm]
 
 
 @pytest.mark.parametrize("case", STREAM_CASES, ids=str)
@@ -80,7 +81,9 @@ def test_case_streamed_with_descriptors(case, device, monkeypatch):
     check(case, torch.float32, device)
 
 
-@pytest.mark.parametrize("case", [Case(23, norm=True, gate=True), Case(19, K=2, gate=True)], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case(23, E=2, norm=True, gate=True), Case(19, E=2, K=2, gate=True)], ids=str
+)
 def test_typical_errors_are_those_of_plain_torch(case, device):
     """The bound on one input allows for bad luck; over six inputs luck evens out and a lost bit shows."""
     logs: dict[str, list[float]] = {}
@@ -97,7 +100,7 @@ def test_typical_errors_are_those_of_plain_torch(case, device):
 
 def test_strides_of_x_and_of_the_gradient_do_not_matter(device):
     """Columns of a wider matrix, a transposed one, and the stride-0 gradient that `sum` sends back."""
-    case = Case(13, gate=True)
+    case = Case(13, F=16, E=2, gate=True)
     t = inputs(case, torch.float32, device)
     wide_TD = torch.randn(case.T, 2 * case.D, device=device)
     wide_TD[:, : case.D] = t["x"]
@@ -114,7 +117,7 @@ def test_strides_of_x_and_of_the_gradient_do_not_matter(device):
 
 def test_tensors_that_begin_anywhere_in_memory(device):
     """Slices of larger ones: they are copied to where wide loads can be, for which kernels are compiled."""
-    case = Case(13, gate=True)
+    case = Case(13, F=16, E=2, gate=True)
     t = inputs(case, torch.float32, device)
     shifted = {k: torch.cat([v.flatten()[:1], v.flatten()])[1:].view(v.shape) for k, v in t.items()}
     assert all(v.data_ptr() % 16 for v in shifted.values())
@@ -127,14 +130,14 @@ def test_tensors_that_begin_anywhere_in_memory(device):
 def test_any_subset_of_inputs_may_require_grad(device):
     """Skipping a gradient skips kernels and buffers: what is left must not notice.
 
-    One, two and all but one: no kernel writes more than two gradients.
+    One, and all but one: of any three, each choice is among these.
     """
     case = Case(5, E=2, K=2, D=8, F=8, gate=True, routing="dropped")
     t = inputs(case, torch.float32, device)
     everything = run(case, t)
     plan = plan_of(case, device)
     names = [k for k in t if k != "dy"]
-    for wanted in (c for n in (1, 2, len(names) - 1) for c in itertools.combinations(names, n)):
+    for wanted in (c for n in (1, len(names) - 1) for c in itertools.combinations(names, n)):
         part = {k: v.clone().requires_grad_(k in wanted) for k, v in t.items()}
         grads = torch.autograd.grad(call(case, part, plan), [part[n] for n in wanted], t["dy"])
         for name, grad in zip(wanted, grads, strict=True):
@@ -143,7 +146,7 @@ def test_any_subset_of_inputs_may_require_grad(device):
 
 def test_backward_twice_gives_the_same(device):
     """A peer wrote into its saved tensors: its second backward was wrong."""
-    case = Case(9, gate=True, norm=True)
+    case = Case(9, F=16, E=2, gate=True, norm=True)
     t = leaves(inputs(case, torch.float32, device))
     y = call(case, t, plan_of(case, device), dropout_p=0.2)
     names = [k for k in t if k != "dy"]
@@ -205,7 +208,7 @@ def test_streamed_gradients_do_not_depend_on_what_ran_before(device, monkeypatch
 
 
 def test_gates_of_any_floating_dtype(device):
-    case = Case(9, gate=True)
+    case = Case(9, F=16, E=2, gate=True)
     t = inputs(case, torch.float32, device)
     t["gate"] = t["gate"].bfloat16().float()  # values that every dtype holds
     expected = run(case, t)

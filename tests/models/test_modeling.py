@@ -293,13 +293,13 @@ def test_compiles_as_one_graph(routing):
     transformers installs its capture hooks under a lock on the first call that wants hidden states, which
     no graph can hold: that call is made before compiling.
     """
-    model, inputs = moe_of(BertForSequenceClassification, routing, num_hidden_layers=2), batch()
+    model, inputs = moe_of(BertForSequenceClassification, routing, num_hidden_layers=1), batch()
     expected = model(**inputs, output_hidden_states=True)
     compiled, routed = torch.compile(model, fullgraph=True, backend="aot_eager"), []
     actual = compiled(**inputs, output_hidden_states=True, router_outputs=routed)
     torch.testing.assert_close(actual.logits, expected.logits, atol=1e-4, rtol=1e-4)
-    assert len(actual.hidden_states) == 3
-    assert [int(r.plan.counts_E.sum()) for r in routed] == [23] * 2
+    assert len(actual.hidden_states) == 2
+    assert [int(r.plan.counts_E.sum()) for r in routed] == [23]
     compiled.train()
     compiled(**inputs, labels=torch.tensor([0, 1, 1])).loss.backward()
     assert all(layer.ffn.w1_EFD.grad.abs().sum() > 0 for layer in model.bert.encoder.layer)

@@ -20,7 +20,8 @@ HEADS = (None, "ForSequenceClassification", "ForTokenClassification", "ForQuesti
 
 
 def moe(name: str = "Bert", head: str | None = None, routing: str = "hash-random", **changes):
-    return to_moe(build_family(name, head, **changes), quarters(), num_shared_neurons=0, routing=routing)
+    index_LEF = quarters(changes.get("num_hidden_layers", LAYERS))
+    return to_moe(build_family(name, head, **changes), index_LEF, num_shared_neurons=0, routing=routing)
 
 
 def batch_of(mask: torch.Tensor, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -353,8 +354,8 @@ def test_a_dense_model_that_cannot_pack_says_why():
 def test_a_pack_that_is_given(routing, max_tokens):
     """With a bound too, which leaves rows that no token has."""
     mask = mask_of(9, 3, 5)
-    model, inputs = moe("Bert", "ForSequenceClassification", routing), batch_of(mask)
-    pack = Pack.from_mask(mask, max_tokens=max_tokens)
+    model = moe("Bert", "ForSequenceClassification", routing, num_hidden_layers=1)
+    inputs, pack = batch_of(mask), Pack.from_mask(mask, max_tokens=max_tokens)
     assert pack.num_rows == {None: 17, 999: 27}.get(max_tokens, max_tokens)
     routed, expected_routed = [], []
     with torch.no_grad():
@@ -427,8 +428,8 @@ def test_packs_that_do_not_fit_are_refused():
 @pytest.mark.parametrize(("routing", "max_tokens"), [("hash-random", None), ("gate-sentence", 20)])
 def test_a_given_pack_compiles_as_one_graph(routing, max_tokens):
     mask = mask_of(9, 3, 5)
-    model, inputs = moe("Bert", "ForSequenceClassification", routing), batch_of(mask)
-    pack = Pack.from_mask(mask, max_tokens=max_tokens)
+    model = moe("Bert", "ForSequenceClassification", routing, num_hidden_layers=1)
+    inputs, pack = batch_of(mask), Pack.from_mask(mask, max_tokens=max_tokens)
     expected = model(**inputs, pack=pack).logits
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(**inputs, pack=pack).logits, expected, atol=1e-4, rtol=1e-4)

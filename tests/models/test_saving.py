@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -211,18 +209,3 @@ def test_text_classification_pipeline(folder, caplog):
     logits = model(**tokenizer(["w1 w2 w3", "w4"], padding=True, return_tensors="pt")).logits
     scores = logits.softmax(-1).max(-1).values
     assert [result["score"] for result in results] == pytest.approx(scores.tolist(), rel=1e-5)
-
-
-def test_importing_the_package_is_enough_in_a_new_process(folder):
-    script = (
-        "import sys, torch, moebert_kernels\n"
-        "from transformers import AutoModelForSequenceClassification as Auto\n"
-        "model = Auto.from_pretrained(sys.argv[1])\n"
-        "print(model(torch.arange(1, 9).view(2, 4)).logits.tolist())\n"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", script, str(folder)], capture_output=True, text=True, check=True
-    )
-    model = AutoModelForSequenceClassification.from_pretrained(folder)
-    expected = model(torch.arange(1, 9).view(2, 4)).logits
-    torch.testing.assert_close(torch.tensor(json.loads(run.stdout)), expected)

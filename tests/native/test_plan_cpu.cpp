@@ -86,7 +86,7 @@ int main(int argc, char**) {
   std::mt19937 random(1);
   int num_cases = 0;
   // Sizes round the vector width, the lookup block, and (from 65536 slots on) chunks of more than one thread.
-  for (const int64_t slots : {0, 1, 7, 15, 16, 17, 1023, 1024, 1025, 4099, 65537, 300007}) {
+  for (const int64_t slots : {0, 1, 7, 15, 16, 17, 1023, 1024, 1025, 4099, 65537, 262147}) {
     if (threaded && slots < 65536) continue;
     for (const int32_t experts : {1, 2, 4, 16, 17, 256, 1000}) {
       if (slots > 65536 && (experts < 4 || experts == 256)) continue;  // take the ways of 16 and of 1000

@@ -25,7 +25,7 @@ from moebert_kernels.compress.storage.artifacts import exclusive, fingerprint, r
 from moebert_kernels.compress.training import distillation as distill
 from moebert_kernels.errors import UserError
 from moebert_kernels.models import MoEBertForSequenceClassification
-from tests.compress.toys import SETTINGS, assert_same_outcome, make_data, make_teacher
+from tests.compress.toys import SETTINGS, UNMEASURED, assert_same_outcome, make_data, make_teacher
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_what_is_kept_is_said_and_evaluated(teacher, tmp_path, monkeypatch, is_n
     for module in (run, distill):
         monkeypatch.setattr(module, "divergence", lambda *models, **how: next(distances))
     said = []
-    settings = replace(SETTINGS, epochs=2, comparisons=(), measure=False, measure_length=None)
+    settings = replace(SETTINGS, epochs=2, comparisons=(), **UNMEASURED)
     results = compress(settings, make_data(), teacher, tmp_path / "out", say=said.append)
     kept = "distilled" if is_nearer else "fitted"
     assert results["fitting"]["student"]["kept"] == kept
@@ -146,9 +146,7 @@ def test_what_is_kept_is_said_and_evaluated(teacher, tmp_path, monkeypatch, is_n
 def test_without_training_it_ends_with_the_fit_and_goes_on_from_there(teacher, tmp_path):
     """Stops a student/ that is left from the run before, of the other kind."""
     output, calls = tmp_path / "out", []
-    trained = replace(
-        SETTINGS, epochs=1, comparisons=("narrow", "layers"), measure=False, measure_length=None
-    )
+    trained = replace(SETTINGS, epochs=1, comparisons=("narrow", "layers"), **UNMEASURED)
     untrained = replace(trained, distill=False)
 
     def again(settings):
@@ -200,27 +198,31 @@ def test_the_student_folder_holds_a_model_and_nothing_else(finished):
     assert not list(output.rglob(".unfinished-*"))
 
 
-@pytest.mark.parametrize("interrupted_at", [("importance", 32), ("fit student", 2), ("distill student", 9)])
-def test_interrupted_and_started_again_it_ends_the_same(finished, teacher, tmp_path, interrupted_at):
-    """In other stages, and killed, in test_killed.py."""
-    calls = []
+def test_interrupted_and_started_again_it_ends_the_same(finished, teacher, tmp_path):
+    """Three times, each further on. In other stages, and killed, in test_killed.py."""
+    names, output = stage_names(SETTINGS), tmp_path / "out"
 
-    def interrupt(stage, done, total):
-        if (stage, done) == interrupted_at:
-            raise KeyboardInterrupt
+    def begin(interrupted_at):
+        calls = []
 
-    output = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt):
-        compress(SETTINGS, make_data(), teacher, output, progress=interrupt)
-    assert not (output / "results.json").exists()
-    compress(SETTINGS, make_data(), teacher, output, progress=lambda *call: calls.append(call))
+        def progress(*call):
+            calls.append(call)
+            if call[:2] == interrupted_at:
+                raise KeyboardInterrupt
+
+        compress(SETTINGS, make_data(), teacher, output, progress=progress)
+        return calls
+
+    for interrupted_at in (("importance", 32), ("fit student", 2), ("distill student", 9)):
+        with pytest.raises(KeyboardInterrupt):
+            begin(interrupted_at)
+        assert not (output / "results.json").exists()
+    calls = begin(None)
     assert_same_outcome(finished[0], output)
     reused = [name for name, done, total in calls if total == 0]
-    names = stage_names(SETTINGS)
-    assert reused == names[: names.index(interrupted_at[0])]
-    if interrupted_at[0].startswith("distill"):
-        first_step = next(c for c in calls if c[0] == interrupted_at[0] and c[2] == 12)
-        assert first_step[1] == 5  # the last checkpoint, not the start
+    assert reused == names[: names.index("distill student")]
+    first_step = next(c for c in calls if c[0] == "distill student" and c[2] == 12)
+    assert first_step[1] == 5  # the last checkpoint, not the start
 
 
 def test_unchanged_stages_are_reused_and_changed_ones_are_not(teacher, tmp_path):
@@ -237,7 +239,7 @@ def test_unchanged_stages_are_reused_and_changed_ones_are_not(teacher, tmp_path)
     assert again(settings) == everything
     assert again(settings) == []
     assert again(replace(settings, distill_weight=2.0)) == everything[4:]
-    assert again(replace(settings, distill_weight=2.0, measure=False, measure_length=None)) == []
+    assert again(replace(settings, distill_weight=2.0, **UNMEASURED)) == []
     unmeasured = json.loads((output / "results.json").read_text())
     assert unmeasured["measuring"] is None
     assert all(m["latency_ms"] is m["throughput_per_s"] is None for m in unmeasured["models"])
@@ -259,7 +261,9 @@ def test_unchanged_stages_are_reused_and_changed_ones_are_not(teacher, tmp_path)
 
 def test_regression_and_learned_gates_run_through(tmp_path):
     teacher = make_teacher(tmp_path / "teacher", num_labels=1)
-    settings = replace(SETTINGS, epochs=1, routing="gate-token", top_k=2, comparisons=(), labels=True)
+    settings = replace(
+        SETTINGS, epochs=1, routing="gate-token", top_k=2, comparisons=(), labels=True, **UNMEASURED
+    )
     results = compress(settings, make_data(kind="regression"), teacher, tmp_path / "out")
     assert results["task"]["kind"] == "regression"
     assert set(results["models"][0]["quality"]) == {"pearson", "spearman"}
@@ -270,7 +274,7 @@ def test_regression_and_learned_gates_run_through(tmp_path):
 
 
 def test_balanced_hashing_counts_the_training_tokens(teacher, tmp_path):
-    settings = replace(SETTINGS, epochs=0.1, routing="hash-balance", comparisons=())
+    settings = replace(SETTINGS, epochs=0.1, routing="hash-balance", comparisons=(), **UNMEASURED)
     results = compress(settings, make_data(), teacher, tmp_path / "out")
     for shares in results["expert_load_LE"]:
         assert max(shares) - min(shares) < 0.15
@@ -278,7 +282,7 @@ def test_balanced_hashing_counts_the_training_tokens(teacher, tmp_path):
 
 def test_affinity_makes_neurons_and_tables_together_and_is_served_as_any_hash(teacher, tmp_path):
     """The comparison keeps a drawn table: scores drawn at random know no tokens."""
-    settings = replace(SETTINGS, epochs=0.1, routing="hash-affinity")
+    settings = replace(SETTINGS, epochs=0.1, routing="hash-affinity", **UNMEASURED)
     calls = []
     compress(settings, make_data(), teacher, tmp_path / "out", progress=lambda *call: calls.append(call))
     assert ("adapt student", 1, 2) in calls

@@ -14,7 +14,7 @@ from moebert_kernels.compress.runs.pipeline import compress, stage_names
 from moebert_kernels.compress.runs.variants import over_seeds
 from moebert_kernels.compress.scoring.importance import Importance
 from moebert_kernels.models import is_moe
-from tests.compress.toys import SETTINGS, make_data, make_teacher
+from tests.compress.toys import SETTINGS, UNMEASURED, make_data, make_teacher
 
 EVERYTHING = replace(SETTINGS, epochs=0.5, comparisons=("random", "narrow", "layers"), seed=3, seeds=2)
 NAMES = ["student", "random split", "narrow FFN", "fewer layers"]
@@ -135,19 +135,21 @@ def test_more_seeds_and_comparisons_leave_what_was_made(finished, tmp_path):
 
     def run(**changes):
         calls.clear()
-        settings = replace(EVERYTHING, **changes)
+        settings = replace(EVERYTHING, **UNMEASURED, **changes)
         data, teacher = make_data(), finished[0] / "teacher"
         compress(settings, data, teacher, tmp_path / "out", progress=lambda *call: calls.append(call))
         return {stage for stage, _, total in calls if total > 0}
 
     first = run(comparisons=(), seeds=1)
-    assert run(comparisons=("narrow",), seeds=2).isdisjoint(first - {"measure"})
+    assert run(comparisons=("narrow",), seeds=2).isdisjoint(first)
 
 
 def test_a_narrow_model_has_as_many_neurons_as_a_token_meets(tmp_path):
     """Two experts of 16 for every token cost what 32 dense neurons do."""
     teacher = make_teacher(tmp_path / "teacher")
-    settings = replace(SETTINGS, epochs=0.1, routing="gate-token", top_k=2, comparisons=("narrow",))
+    settings = replace(
+        SETTINGS, epochs=0.1, routing="gate-token", top_k=2, comparisons=("narrow",), **UNMEASURED
+    )
     compress(settings, make_data(), teacher, tmp_path / "out")
     narrow = BertForSequenceClassification.from_pretrained(tmp_path / "out" / "work" / "narrow" / "distilled")
     assert narrow.config.intermediate_size == 32

@@ -317,6 +317,7 @@ def test_published_importance_converts(call, folder):
         (f"finetune --model teacher {TABLE} --lr 1e9 --output x", ["--lr must be less than 1"]),
         (f"{COMPRESS} {TABLE} --measure-length 99", ["--measure-length is 99", "at most 16"]),
         (f"{COMPRESS} {TABLE} --no-measure", ["--measure-length must not be given", "got 8"]),
+        (f"{COMPRESS} {TABLE} --no-distill --lr 1e-4", ["--lr must not be given where nothing is trained"]),
         (
             f"compress --teacher teacher {TABLE} --measure-length 8 --output teacher",
             ["already holds a model"],

@@ -107,8 +107,11 @@ def results_table(results: dict[str, Any]) -> Table:
     part = "encoder" if any("kept_layers" in model for model in results["models"]) else "ffn"
     measured = has_speed(results["models"])
     metric = main.replace("_", " " if len(main) <= 10 else "\n")
+    # Agreement says little of a teacher that says nearly always the same.
+    beside = all("divergence" in model["quality"] for model in results["models"]) and main == "agreement"
     headings = (
         "\n" * (2 - metric.count("\n")) + metric,
+        *(["\n\ndivergence"] if beside else []),
         "\nparams\nstored",
         "params\nused\n/token",
         f"{'FFN' if part == 'ffn' else part}\nFLOPs\n/token",
@@ -122,6 +125,7 @@ def results_table(results: dict[str, Any]) -> Table:
             model["name"].replace(" before", "\n  before"),
             f"{model['quality'][main]:.3f}"
             + (f" ± {model['spread'][main]:.3f}" if "spread" in model else ""),
+            *([f"{model['quality']['divergence']:.3g}"] if beside else []),
             *(
                 short_count(model[key])
                 for key in ("parameters_stored", "parameters_used_per_token", f"{part}_flops_per_token")

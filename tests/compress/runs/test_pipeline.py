@@ -225,8 +225,9 @@ def test_interrupted_and_started_again_it_ends_the_same(finished, teacher, tmp_p
     assert first_step[1] == 5  # the last checkpoint, not the start
 
 
-def test_unchanged_stages_are_reused_and_changed_ones_are_not(teacher, tmp_path):
-    calls = []
+def test_unchanged_stages_are_reused_and_changed_ones_are_not(tmp_path):
+    """And where there is something to learn, layers come nearer to the teacher's."""
+    teacher, calls = make_teacher(tmp_path / "teacher", initializer_range=0.2), []
     # Unfitted: where the fitted student is kept, what comes after has nothing new to work on.
     output, settings = tmp_path / "out", replace(SETTINGS, epochs=1, comparisons=(), fit=False)
 
@@ -237,6 +238,8 @@ def test_unchanged_stages_are_reused_and_changed_ones_are_not(teacher, tmp_path)
 
     everything = stage_names(settings)
     assert again(settings) == everything
+    curve = json.loads((output / "results.json").read_text())["losses"]["student"]
+    assert curve[-1]["layer"] < 0.9 * curve[0]["layer"]
     assert again(settings) == []
     assert again(replace(settings, distill_weight=2.0)) == everything[4:]
     assert again(replace(settings, distill_weight=2.0, **UNMEASURED)) == []

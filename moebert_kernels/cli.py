@@ -195,6 +195,8 @@ def compress(
     from moebert_kernels.compress.report.terminal import StageBars, results_table
     from moebert_kernels.compress.runs import pipeline
 
+    if no_distill:
+        training.refuse()
     comparisons = defaults.COMPARISONS
     if compare is not None:
         comparisons = tuple(name.strip() for name in compare.split(",") if name.strip())

@@ -360,6 +360,16 @@ class DistillOptions:
     ] = None
     bf16: BFloat16 = False
 
+    def refuse(self) -> None:
+        """Raise a UserError where any is given that is about training alone, for a run without."""
+        from moebert_kernels.errors import UserError
+
+        for field in dataclasses.fields(self):
+            if field.name != "bf16" and (value := getattr(self, field.name)) != field.default:
+                raise UserError(
+                    f"{option_of(field.name)} must not be given where nothing is trained, got {value}"
+                )
+
     def settings(self) -> dict[str, Any]:
         """As arguments of `CompressSettings`."""
         return {

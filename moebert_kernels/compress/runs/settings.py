@@ -11,10 +11,6 @@ from moebert_kernels.errors import ArgumentError
 from moebert_kernels.models import HASH_ROUTINGS, ROUTINGS
 
 COMPARISONS = ("random", "narrow", "layers")
-_OF_TRAINING = (
-    *("epochs", "learning_rate", "distill_weight", "batch_size", "weight_decay", "warmup"),
-    *("dropout", "labels"),
-)
 
 
 @dataclass(frozen=True)
@@ -62,7 +58,7 @@ class CompressSettings:
             the mean. The student that is kept, and what is measured, are of the first.
 
     Raises:
-        UserError: a value makes no sense whatever the model is, or is given for what is not done.
+        UserError: a value makes no sense whatever the model is.
     """
 
     num_experts: int = defaults.NUM_EXPERTS
@@ -103,10 +99,6 @@ class CompressSettings:
             raise ArgumentError(
                 "measure_length", f"must not be given where nothing is measured, got {self.measure_length}"
             )
-        if not self.distill:
-            for name in _OF_TRAINING:
-                if (value := getattr(self, name)) != getattr(type(self), name):
-                    raise ArgumentError(name, f"must not be given where nothing is trained, got {value}")
         if not 0 < self.epochs < float("inf"):
             raise ArgumentError("epochs", f"must be more than 0, got {self.epochs}")
         check_learning_rate("learning_rate", self.learning_rate)

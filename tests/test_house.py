@@ -29,10 +29,7 @@ HOUSE = (
     ("cli_command",),
     ("cli",),
 )
-KERNELS = (
-    ("call",),
-    ("triton", "cpu", "torch"),
-)
+KERNELS = (("call",), ("triton", "cpu", "torch"))
 COMPRESS = (
     ("defaults", "distributed", "minilm"),
     ("data",),

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,11 @@ def test_commands_and_code_run_as_they_stand(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("path/to").mkdir(parents=True)
     make_teacher(Path("path/to/fine-tuned-bert"))
+    library = Path("library")  # whose texts tell how alike graphs are; all of them take seconds
+    library.mkdir()
+    for name in ("argparse.py", "string.py", "typing.py"):
+        (library / name).write_bytes((Path(sysconfig.get_paths()["stdlib"]) / name).read_bytes())
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(library)})
     lines = [" ".join(WORDS[(7 * row + place) % 40] for place in range(4)) for row in range(60)]
     Path("sentences.txt").write_text("\n".join(lines))
     ran = []

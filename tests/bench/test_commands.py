@@ -87,10 +87,7 @@ def test_a_benchmark_on_the_users_shapes(tmp_path, invoke):
         (["ffn", "--peer-path", "nowhere"], "argument --peer-path: there is no folder 'nowhere'"),
         (["ffn", "--toy", "--device", "cpu", "--out", "pyproject.toml/out"], "Not a directory"),
         (["ffn", "--sequence", "8"], "ffn has no --sequence; its shapes are chosen by --tokens, --hidden"),
-        (
-            ["dispatch", "--top-k", "2"],
-            "dispatch has no --top-k; its shapes are chosen by --tokens",
-        ),
+        (["dispatch", "--top-k", "2"], "dispatch has no --top-k; its shapes are chosen by --tokens"),
         (["model", "--tokens", "5", "--sequence", "6"], "a multiple of the sequence length, 6, got 5"),
         (["importance", "--tokens", "64,65"], "a multiple of the sequence length, 32, got 65"),
         (["plot", "nowhere.jsonl"], "there is no file 'nowhere.jsonl'"),

@@ -13,10 +13,7 @@ import sys
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForSequenceClassification,
-    BertForSequenceClassification,
-)
+from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
 from typer.testing import CliRunner
 
 import moebert_kernels
@@ -294,10 +291,7 @@ def test_published_importance_converts(call, folder):
             "compress --teacher teacher --task sst2 --data . --text-column review --output x",
             ["belong to task csv"],
         ),
-        (
-            f"{COMPRESS} {TABLE} --validation-data reviews.csv --validation-fraction 0.2",
-            ["not both"],
-        ),
+        (f"{COMPRESS} {TABLE} --validation-data reviews.csv --validation-fraction 0.2", ["not both"]),
         (
             f"{COMPRESS} {TABLE} --routing hash-random --experts 4 --expert-size 16 --shared 0",
             ["need 64", "32"],
@@ -417,22 +411,8 @@ def test_wrong_usage_is_refused_before_anything_is_imported(call, monkeypatch, c
 
 def test_a_process_of_its_own_says_it_on_stderr():
     """What the tests above see through a runner, once for real: stderr, exit code, standard output empty."""
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "moebert_kernels.cli",
-            "evaluate",
-            "--model",
-            "x",
-            "--task",
-            "csv",
-            "--data",
-            "y.csv",
-        ],
-        capture_output=True,
-        text=True,
-    )
+    command = ["moebert_kernels.cli", "evaluate", "--model", "x", "--task", "csv", "--data", "y.csv"]
+    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True)
     assert done.returncode == USER_ERROR
     assert done.stdout == ""
     assert "y.csv" in done.stderr
@@ -631,10 +611,7 @@ def test_texts_are_scored_against_a_teacher(call, folder):
         ),
         (f"{COMPRESS} --task embed", ["--data must be given"]),
         (f"{COMPRESS} --task embed --data s.txt", ["--data: s.txt is not a file"]),
-        (
-            f"{COMPRESS} --task embed --data {__file__}",
-            [f"--data: {__file__} must be named .csv"],
-        ),
+        (f"{COMPRESS} --task embed --data {__file__}", [f"--data: {__file__} must be named .csv"]),
         (
             "compress --teacher nowhere --output x --task embed --data sentences.txt",
             ["--teacher: there is no nowhere/modules.json"],

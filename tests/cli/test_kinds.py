@@ -3,11 +3,7 @@
 import json
 
 import pytest
-from transformers import (
-    AutoModelForQuestionAnswering,
-    AutoModelForTokenClassification,
-    BertModel,
-)
+from transformers import AutoModelForQuestionAnswering, AutoModelForTokenClassification, BertModel
 from typer.testing import CliRunner
 
 from moebert_kernels.cli import app

@@ -12,12 +12,7 @@ from moebert_kernels.compress.runs.settings import CompressSettings
 from tests import tiny
 
 WORDS = [f"w{i}" for i in range(40)]
-SIZES = {
-    "vocab_size": 45,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 32,
-}
+SIZES = {"vocab_size": 45, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 32}
 SETTINGS = CompressSettings(
     epochs=2, batch_size=8, max_length=16, measure_length=16, learning_rate=1e-3, comparisons=("random",)
 )

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from moebert_kernels.export import graph as graph_module
 from moebert_kernels.export.quantize import large_products, quantize_products
+from moebert_kernels.models import to_moe
 from tests.export.exported import Graph, batch, outputs_of, session, student, worst_difference
+from tests.tiny import OWN, SHARED, build_family, some_shared
 
 LENGTHS = st.lists(st.integers(0, 24), min_size=1, max_size=5).filter(any)
 
@@ -136,6 +138,21 @@ def test_int8_is_of_the_large_products_alone(hashed, tmp_path):
         (logits,) = session(path).run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
         expected = outputs_of(hashed.model, inputs)[0]
         assert 0 < worst_difference([logits], [expected], inputs["attention_mask"]) < 0.5
+
+
+def test_shared_neurons_are_there_once_as_one_product(tmp_path):
+    dense = build_family("Bert", "ForSequenceClassification", num_hidden_layers=1)
+    how = {"num_shared_neurons": SHARED, "tie_shared": True, "routing": "gate-token"}
+    graph = Graph(to_moe(dense, some_shared()[:1], **how), tmp_path / "model.onnx")
+    for lengths in ([9, 5, 1], [1], [7, 7, 7, 7]):
+        assert worst(graph, batch(lengths, longest=max(lengths) + 2)) < 1e-4
+    content = onnx.load(graph.path).graph
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in content.initializer}
+    products = [node.input[1] for node in content.node if node.op_type == "MatMul"]
+    of_ffns = [shapes[name] for name in products if ".ffns." in name and "gate" not in name]
+    for shape, times in (((32, SHARED), 1), ((SHARED, 32), 1), ((32, OWN), 4), ((OWN, 32), 4)):
+        assert of_ffns.count(shape) == times, shape
+    assert len(of_ffns) == 10
 
 
 def test_weights_go_beside_a_graph_that_is_too_large(tmp_path, monkeypatch):

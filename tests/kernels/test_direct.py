@@ -27,14 +27,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from moebert_kernels.kernels import triton as kernels  # noqa: E402
-from moebert_kernels.kernels.triton import (  # noqa: E402
-    direct,
-    grouped,
-    norm,
-    replay,
-    rows,
-    wgrad,
-)
+from moebert_kernels.kernels.triton import direct, grouped, norm, replay, rows, wgrad  # noqa: E402
 from moebert_kernels.kernels.triton.configs import Config, Tile  # noqa: E402
 from moebert_kernels.ops import backends  # noqa: E402
 

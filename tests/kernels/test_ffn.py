@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from tests.cases import CASES, Case, expert_ids
+from tests.cases import CASES, SHARING, Case, expert_ids
 from tests.kernels.checks import (
     call,
     check,
@@ -57,12 +57,12 @@ def test_the_kernels_are_what_runs(device):
     assert len(launches) > 3
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *SHARING], ids=str)
 def test_case_in_float32(case, device):
     check(case, torch.float32, device)
 
 
-FLOAT16_CASES = [c for c in CASES if c.T in (18, 19, 23)]
+FLOAT16_CASES = [*(c for c in CASES if c.T in (18, 19, 23)), SHARING[2], SHARING[4]]
 
 
 @pytest.mark.parametrize("case", FLOAT16_CASES, ids=str)
@@ -71,7 +71,10 @@ def test_case_in_float16(case, device):
 
 
 # Every routing, widths that tiles overhang, slots and biases: what streaming adds does not know the rest.
-STREAM_CASES = [c for c in CASES if c.T in (1, 11, 17, 18, 21, 33) and c.K in (1, 4) and not c.norm]
+STREAM_CASES = [
+    *(c for c in CASES if c.T in (1, 11, 17, 18, 21, 33) and c.K in (1, 4) and not c.norm),
+    *(c for c in SHARING if c.T > 11),  # whose shared tiles, which go over all rows, are cut like the others
+]
 
 
 @pytest.mark.parametrize("case", STREAM_CASES, ids=str)
@@ -127,12 +130,14 @@ def test_tensors_that_begin_anywhere_in_memory(device):
         torch.testing.assert_close(found[name], value, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_any_subset_of_inputs_may_require_grad(device):
+@pytest.mark.parametrize("sizes", [{"K": 2}, {"C": 16}], ids=str)
+def test_any_subset_of_inputs_may_require_grad(sizes, device):
     """Skipping a gradient skips kernels and buffers: what is left must not notice.
 
-    One, and all but one: of any three, each choice is among these.
+    Shared weights' come out of the experts' kernels. One, and all but one: of any three, each choice is among
+    these.
     """
-    case = Case(5, E=2, K=2, D=8, F=8, gate=True, routing="dropped")
+    case = Case(5, E=2, D=8, F=8, gate=True, routing="dropped", **sizes)
     t = inputs(case, torch.float32, device)
     everything = run(case, t)
     plan = plan_of(case, device)
@@ -175,6 +180,30 @@ def test_forward_is_two_launches(case, expected, device):
     assert [l.kernel.__name__ for l in launches] == expected
 
 
+def test_launches_are_those_of_experts_that_share_nothing(device):
+    """Forward and backward: the shared block is a matter of addresses within them."""
+    names = []
+    for case in (Case(9, F=32, norm=True), Case(9, F=16, C=16, norm=True)):
+        t = leaves(inputs(case, torch.float32, device))
+        y = call(case, t, plan_of(case, device))
+        with recorded() as launches:
+            call(case, t, plan_of(case, device))
+            outputs(y, t)
+        names.append([l.kernel.__name__ for l in launches])
+    assert names[0] == names[1]
+
+
+def test_many_tokens_of_shared_neurons_are_streamed_without_being_asked(device):
+    """Plain, a shared tile's program would take as long as all experts' together."""
+    case = Case(300, C=16, F=16, routing="skewed")
+    t = inputs(case, torch.float32, device)
+    with recorded() as launches:
+        run(case, t)
+    assert "weight_grad_stream_kernel" in [l.kernel.__name__ for l in launches]
+    for group, (_, largest) in errors(run(case, t), reference(case, t), expert_ids(case), case.E).items():
+        assert largest < 1e-4, group
+
+
 def test_training_keeps_the_input_the_activation_and_its_slope(device):
     """Of tensors with rows per token, no other is kept."""
     case = Case(37)
@@ -187,8 +216,9 @@ def test_training_keeps_the_input_the_activation_and_its_slope(device):
     assert any(v.data_ptr() == t["x"].data_ptr() for v in rows)
 
 
-def test_inference_equals_training_bit_for_bit(device):
-    case = Case(21, K=2, routing="dropped")
+@pytest.mark.parametrize("C", [0, 24])
+def test_inference_equals_training_bit_for_bit(C, device):
+    case = Case(21, K=2, C=C, routing="dropped")
     t = inputs(case, torch.float32, device)
     plan = plan_of(case, device)
     trained = call(case, leaves(t), plan)

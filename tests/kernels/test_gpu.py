@@ -333,10 +333,7 @@ def test_elements_past_two_to_the_31():
     dy_TD[-tail:] = small["dy"]
     ids_T = torch.arange(T, device="cuda") % 2
     parts = {}
-    for name, x, dy, ids in (
-        ("whole", x_TD, dy_TD, ids_T),
-        ("tail", small["x"], small["dy"], ids_T[-tail:]),
-    ):
+    for name, x, dy, ids in (("whole", x_TD, dy_TD, ids_T), ("tail", small["x"], small["dy"], ids_T[-tail:])):
         t = weights | {"x": x.requires_grad_(), "dy": dy}
         parts[name] = outputs(call(case, t, RoutingPlan.from_expert_ids(ids, 2)), t)
     for name, value in parts["tail"].items():

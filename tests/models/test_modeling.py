@@ -286,7 +286,7 @@ def test_attention_implementations_agree(implementation):
         assert [tuple(a.shape) for a in out.attentions] == [(3, 4, 9, 9)] * LAYERS
 
 
-@pytest.mark.parametrize("routing", ["hash-random", "gate-token", "gate-sentence"])
+@pytest.mark.parametrize("routing", ["gate-token", "gate-sentence"])  # tables: below
 def test_compiles_as_one_graph(routing):
     """Forward, with hidden states and routing handed out, and backward.
 
@@ -307,10 +307,13 @@ def test_compiles_as_one_graph(routing):
 
 
 def test_a_compiled_base_model_gets_its_routing():
-    model, inputs = moe_of(BertModel), batch()
+    model, inputs = moe_of(BertModel, num_hidden_layers=1), batch()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     expected = model(**inputs, pack=False)[0]
-    torch.testing.assert_close(compiled(**inputs)[0], expected, atol=1e-4, rtol=1e-4)
+    actual = compiled(**inputs)[0]
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+    actual.sum().backward()
+    assert all(layer.ffn.w1_EFD.grad.abs().sum() > 0 for layer in model.encoder.layer)
     torch._dynamo.reset()
 
 

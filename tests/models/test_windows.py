@@ -11,10 +11,7 @@ from moebert_kernels.models.windows import DROPOUT, FLASH, choose_windows, cost_
 
 
 @settings(max_examples=200)
-@given(
-    lengths=st.lists(st.integers(0, 150), max_size=40),
-    size=st.sampled_from([1, 32, 64, 128]),
-)
+@given(lengths=st.lists(st.integers(0, 150), max_size=40), size=st.sampled_from([1, 32, 64, 128]))
 def test_every_sequence_is_in_one_window_of_its_size(lengths, size):
     groups = fill_windows(lengths, size)
     assert len({group.size for group in groups}) == len(groups)

@@ -182,10 +182,11 @@ def test_autocast_casts_as_linear_does(device_dtype):
     assert torch.equal(plain, ours(low | {"gate": t["gate"].detach()}, plan, norm=False, gate=True))
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("K", [1, 2])
+@pytest.mark.parametrize("form", range(len(FORMS)))
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_opcheck_is_clean(form, K, dtype):
+def test_opcheck_is_clean(form, dtype):
+    """Every form in every dtype, and each of the two with one expert for a token or two."""
+    K, form = 1 + (form + (dtype == torch.float32)) % 2, FORMS[form]
     t, ids = make_inputs(9, 6, 5, 3, K, dtype=dtype)
     plan = RoutingPlan.from_expert_ids(ids, 3)
     # The last check compares gradients of its own compilation: for them 16 bits are too few.

@@ -6,13 +6,7 @@ import pytest
 import torch
 from torch import library
 
-from moebert_kernels import (
-    HashRouter,
-    MoEFFN,
-    hash_random_tables,
-    moe_ffn,
-    native,
-)
+from moebert_kernels import HashRouter, MoEFFN, hash_random_tables, moe_ffn, native
 from moebert_kernels.kernels import cpu
 from moebert_kernels.kernels import torch as plain
 from moebert_kernels.kernels.cpu import rows

@@ -3,11 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
-from transformers import (
-    BertForQuestionAnswering,
-    BertForSequenceClassification,
-    BertForTokenClassification,
-)
+from transformers import BertForQuestionAnswering, BertForSequenceClassification, BertForTokenClassification
 
 from moebert_kernels.compress.data.tasks import EncodedData, EncodedRows, Task
 from moebert_kernels.compress.evaluation.quality import batches, evaluate, expert_load, predict

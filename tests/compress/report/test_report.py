@@ -38,6 +38,15 @@ def model(name, accuracy, stored, used, flops, latency, throughput):
 
 @pytest.fixture
 def results():
+    return make_results()
+
+
+@pytest.fixture(scope="module")
+def page():
+    return render_report(make_results())
+
+
+def make_results():
     moe = (22_740_000, 17_400_000, 3_538_944)
     return {
         "format": 1,
@@ -76,7 +85,7 @@ def results():
             "student": [
                 [[0.3, 0.3, 0.2, 0.2], [0.1, 0.6, 0.15, 0.15]],
                 [[0.25, 0.25, 0.25, 0.25], [0.2, 0.35, 0.2, 0.25]],
-            ],
+            ]
         },
         "losses": {
             name: [
@@ -133,8 +142,7 @@ def words(page):
     return " ".join(" ".join(Reader(text).text).split())
 
 
-def test_it_holds_every_model_figure_and_fact(results):
-    page = render_report(results)
+def test_it_holds_every_model_figure_and_fact(results, page):
     text = words(page)
     for entry in results["models"]:
         assert entry["name"] in text
@@ -146,15 +154,14 @@ def test_it_holds_every_model_figure_and_fact(results):
     assert page.count("<svg") == 5
 
 
-def test_it_asks_nothing_of_the_network(results):
-    page = render_report(results)
+def test_it_asks_nothing_of_the_network(page):
     assert not re.search(r"https?:|//\w+\.\w|@import|<script|<link", page)
     assert all(link.startswith("#") for link in Reader(page).links)
 
 
-def test_figures_have_their_own_ids_and_their_alternatives(results):
+def test_figures_have_their_own_ids_and_their_alternatives(page):
     """Inline drawings share the page's ids: a clip path of one must not cut another."""
-    reader = Reader(render_report(results))
+    reader = Reader(page)
     assert len(reader.ids) == len(set(reader.ids))
     assert {link[1:] for link in reader.links} <= set(reader.ids)
     assert len(reader.alternatives) == 5
@@ -165,16 +172,15 @@ def test_figures_have_their_own_ids_and_their_alternatives(results):
     assert "student: total from 3.5 to 1.17" in reader.alternatives[4]
 
 
-def test_figures_take_their_colours_from_the_page(results):
-    page = render_report(results)
+def test_figures_take_their_colours_from_the_page(page):
     assert "#a100" not in page
     assert "var(--student)" in page
     assert "prefers-color-scheme: dark" in page
     assert "@media print" in page
 
 
-def test_the_same_results_give_the_same_page(results):
-    assert render_report(results) == render_report(json.loads(json.dumps(results)))
+def test_the_same_results_give_the_same_page(results, page):
+    assert render_report(json.loads(json.dumps(results))) == page
 
 
 def test_it_says_in_words_what_the_numbers_mean(results):
@@ -241,13 +247,13 @@ def test_a_teacher_no_better_than_chance_is_told_of(results):
     assert [text[:26] for text in warnings_of(changed)] == ["The student is no better t"]
 
 
-def test_warnings_stand_before_everything_else(results):
+def test_warnings_stand_before_everything_else(results, page):
     told = ["t.csv, line 4: the text in column '<b>' is empty; such rows are kept.", "Scores say little."]
-    page = render_report(results | {"warnings": told})
-    assert page.count('<p class="warning">') == 2
-    text = words(page)
+    warned = render_report(results | {"warnings": told})
+    assert warned.count('<p class="warning">') == 2
+    text = words(warned)
     assert text.index(told[0]) < text.index(told[1]) < text.index("The fine-tuned teacher reaches")
-    assert '<p class="warning">' not in render_report(results)
+    assert '<p class="warning">' not in page
 
 
 def test_it_says_what_speed_was_measured_under(results):

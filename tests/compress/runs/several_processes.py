@@ -57,10 +57,7 @@ def score(folder: Path, out: Path) -> None:
     rows = tokenize(make_data(n=27), tokenizer, 16).train
     counted = []
     importance = compute_importance(
-        teacher,
-        batches(rows, tokenizer, batch_size=4),
-        group_V=torch.arange(45),
-        progress=counted.append,
+        teacher, batches(rows, tokenizer, batch_size=4), group_V=torch.arange(45), progress=counted.append
     )
     importance.save(out / f"importance-{distributed.rank()}.safetensors")
     write(out / f"counted-{distributed.rank()}.json", [counted[-1], importance.num_samples])

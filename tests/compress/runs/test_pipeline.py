@@ -10,10 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import (
-    AutoTokenizer,
-    BertForMaskedLM,
-)
+from transformers import AutoTokenizer, BertForMaskedLM
 
 from moebert_kernels.compress.data.tasks import TaskData, tokenize
 from moebert_kernels.compress.experts.adaptation import token_counts

@@ -156,11 +156,7 @@ def test_an_error_in_one_process_ends_both_and_another_number_of_them_goes_on(fo
     assert not (output / "results.json").exists()
     calls = []
     results = compress(
-        jobs.SETTINGS,
-        make_data(),
-        folder / "teacher",
-        output,
-        progress=lambda *call: calls.append(call),
+        jobs.SETTINGS, make_data(), folder / "teacher", output, progress=lambda *call: calls.append(call)
     )
     assert ("importance", 0, 0) in calls
     assert next(call for call in calls if call[0] == "distill student" and call[2] == 12)[1] == 5

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -64,11 +66,31 @@ def go_through(
         return
     context = multiprocessing.get_context("spawn")
     threads = max(1, torch.get_num_threads() // jobs)
-    with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (threads,)) as pool:
-        list(pool.map(_prepare, [(study, task) for task in tasks]))
-        list(pool.map(_score, [(study, *pair) for pair in pairs]))
-        for done in [pool.submit(_run, *arguments) for arguments in runs]:
-            done.result()
+    with ProcessPoolExecutor(jobs, context, _begin, (threads,)) as pool:
+        steps: Sequence[tuple[Callable[..., None], Sequence[tuple]]] = (
+            (_prepare, [(study, task, until) for task in tasks]),
+            (_score, [(study, *pair, until) for pair in pairs]),
+            (_run, runs),
+        )
+        for work, given in steps:
+            for done in as_completed([pool.submit(work, *arguments) for arguments in given]):
+                if (error := done.exception()) is not None:
+                    say(f"stopping, once the runs that have begun are done: {error}")
+                    pool.shutdown(cancel_futures=True)
+                    raise error
+
+
+def _begin(threads: int) -> None:
+    torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Otherwise a study that is killed would go on beside the one that takes its place."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 @cache
@@ -78,17 +100,22 @@ def _task(study: Study, name: str) -> Task:
     return task
 
 
-def _prepare(arguments: tuple[Study, str]) -> None:
-    _task(*arguments)
+def _is_over(until: float | None) -> bool:
+    return until is not None and time.time() >= until
 
 
-def _score(arguments: tuple[Study, str, int]) -> None:
-    study, task, seed = arguments
-    _task(study, task).importance(seed)
+def _prepare(study: Study, task: str, until: float | None) -> None:
+    if not _is_over(until):
+        _task(study, task)
+
+
+def _score(study: Study, task: str, seed: int, until: float | None) -> None:
+    if not _is_over(until):
+        _task(study, task).importance(seed)
 
 
 def _run(study: Study, task: str, name: str, seed: int, until: float | None) -> None:
-    if until is not None and time.time() >= until:
+    if _is_over(until):
         say(f"time is up before {task}, {name}, seed {seed}; the same command goes on from here")
         return
     run(study.name, _task(study, task), name, study.budget, seed)

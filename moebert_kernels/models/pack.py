@@ -80,7 +80,8 @@ class Pack:
         """Pack a batch, however much of it is padding.
 
         Args:
-            mask: [B, S], bool or integer, nonzero at real tokens.
+            mask: [B, S], bool or integer, nonzero at real tokens. Heads that read a sequence's first place
+                find nothing there if it is padding: such batches are computed padded where no pack is given.
             max_tokens: so many rows, whatever the mask holds: the host then asks the device nothing, and a
                 CUDA graph can be captured. Of a batch with more real tokens, everything becomes NaN.
             keep_rows: the model's hidden states stay [N, D] and its router outputs are of rows, both in the
@@ -128,10 +129,10 @@ class Pack:
     def padded(self, x_N: Tensor, fill: float = 0) -> Tensor:
         """Rows [N, ...] at their places, [B, S, ...], and `fill` at padding."""
         T = self.batch_size * self.length
-        if self.surplus is not None and x_N.is_floating_point():
-            x_N = x_N + self.surplus.to(x_N.dtype)
         spare = 0 if self.real_N is None else 1  # where rows go that no token has
         x_T = x_N.new_full((T + spare, *x_N.shape[1:]), fill).index_copy_(0, self.place_N, x_N)
+        if self.surplus is not None and x_N.is_floating_point():  # tokens without a row have the fill
+            x_T = x_T + self.surplus.to(x_N.dtype)
         return x_T[:T].view(self.batch_size, self.length, *x_N.shape[1:])
 
     def sentence_N(self) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from moebert_kernels import __version__
 from moebert_kernels.compress import distributed
 from moebert_kernels.compress.runs.subjects import Report
-from moebert_kernels.compress.storage.artifacts import fingerprint, write_json
+from moebert_kernels.compress.storage.artifacts import fingerprint, is_whole, write_json
 from moebert_kernels.errors import OutputError
 
 
@@ -23,13 +23,12 @@ class Stage:
     """What a run does once for given inputs.
 
     Its record, a json file, holds the fingerprint of its inputs, the seconds it took (interrupted attempts
-    included, unless the process was killed), a small result and the sizes of its files, which lie elsewhere.
+    included, unless the process was killed), a small result and the names of its files, which lie elsewhere.
 
     Attributes:
         record_path: of the record.
         fingerprint: of everything the stage's outcome depends on.
-        outputs: files or folders it makes, which must be there, as large as they were, for it to count as
-            done. What others have put into the folders is nothing to it.
+        outputs: files or folders it makes, which must be there for it to count as done.
     """
 
     record_path: Path
@@ -39,7 +38,7 @@ class Stage:
     @property
     def is_done(self) -> bool:
         """Whether `run` would do nothing but return the recorded result."""
-        return all(path.exists() for path in self.outputs) and self._was_done() and not self.damaged
+        return self._was_done() and all(path.exists() for path in self.outputs)
 
     @property
     def is_outdated(self) -> bool:
@@ -48,19 +47,16 @@ class Stage:
 
     @property
     def damaged(self) -> Path | None:
-        """What the stage has made and is there no more, or in another size; None if all is as it was.
+        """A file of the stage that is gone from a folder, or no longer whole; None if there is none.
 
-        An output that is gone as a whole has been deleted, and is not damaged.
+        What others have put beside it or written anew in the same form is no damage, nor is an output that
+        is gone as a whole.
         """
-        if not self._was_done():
+        names = self._written().get("files")  # older records have none
+        if not self.is_done or not isinstance(names, list) or len(names) != len(self.outputs):
             return None
-        sizes = self._written().get("sizes", [{}] * len(self.outputs))  # older records have none
-        for output, of_files in zip(self.outputs, sizes, strict=True):
-            for name, size in of_files.items() if output.exists() else ():
-                path = output / name
-                if not path.is_file() or path.stat().st_size != size:
-                    return path
-        return None
+        paths = (output / name for output, of_one in zip(self.outputs, names, strict=True) for name in of_one)
+        return next((path for path in paths if not is_whole(path)), None)
 
     def run(self, work: Callable[[], Any], *, together: bool = False) -> Any:
         """Return the recorded result if the stage is done; otherwise do `work` and record what it returns.
@@ -70,6 +66,9 @@ class Stage:
         Args:
             work: makes the outputs and returns what json can write.
             together: all processes do it; otherwise, the main one while the others wait.
+
+        Raises:
+            OutputError: it is done, but its files are damaged.
         """
         if together and not distributed.on_main(lambda: self.is_done):
             result = self._run(work) if distributed.is_main() else work()
@@ -79,6 +78,12 @@ class Stage:
     def _run(self, work: Callable[[], Any]) -> Any:
         record = self._read()
         if record is not None and self.is_done:
+            if (damaged := self.damaged) is not None:
+                output = next(path for path in self.outputs if damaged.is_relative_to(path))
+                raise OutputError(
+                    f"{damaged} is damaged or gone: move {output} elsewhere, or delete it, and give the same "
+                    "command again, which makes it anew"
+                )
             return record["result"]
         seconds_before = 0.0 if record is None or record["done"] else record["seconds"]
         start = time.monotonic()
@@ -101,9 +106,10 @@ class Stage:
     def _written(self) -> dict[str, Any]:
         """The record, whatever it is of; empty if there is none that can be read."""
         try:
-            return json.loads(self.record_path.read_text(encoding="utf-8"))
+            record = json.loads(self.record_path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
+        return record if isinstance(record, dict) and {"done", "seconds", "result"} <= record.keys() else {}
 
     def _read(self) -> dict[str, Any] | None:
         record = self._written()
@@ -116,14 +122,14 @@ class Stage:
     def _write(self, done: bool, seconds: float, result: Any) -> None:
         record = {"fingerprint": self.fingerprint, "done": done, "seconds": seconds, "result": result}
         if done:
-            record["sizes"] = [_sizes(path) for path in self.outputs]
+            record["files"] = [_names(path) for path in self.outputs]
         write_json(self.record_path, record)
 
 
-def _sizes(output: Path) -> dict[str, int]:
-    """Bytes of a file, under its own name "", or of all files in a folder, by their paths in it."""
+def _names(output: Path) -> list[str]:
+    """Of all files in a folder, their paths in it; of a file none but its own, ""."""
     files = [output] if output.is_file() else sorted(path for path in output.rglob("*") if path.is_file())
-    return {str(path.relative_to(output)): path.stat().st_size for path in files}
+    return [str(path.relative_to(output)) for path in files]
 
 
 class Progress(Protocol):
@@ -194,8 +200,6 @@ class Stages:
         stage = Stage(record, fingerprint(__version__, made_from), outputs)
         if stage.is_done:
             report(0, 0)
-        elif (damaged := stage.damaged) is not None:
-            warnings.warn(f"{damaged} is not as it was left, and is made anew", stacklevel=2)
         elif stage.is_outdated and outputs and not self._said_anew:
             self._said_anew = True
             warnings.warn(

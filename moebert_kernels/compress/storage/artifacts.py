@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from safetensors import SafetensorError, safe_open
 
 from moebert_kernels.compress import distributed
 from moebert_kernels.compress.data.files import describe_folder
@@ -114,11 +115,29 @@ def claim(folder: Path) -> None:
             held = {path.name for path in folder.iterdir()} - {_LOCK}
             # A run that was killed as it began may have made the first of its folders.
             if held - {"work"} or (held and any((folder / "work").iterdir())):
+                if {"results.json", "student"} <= held:
+                    raise UserError(
+                        f"{folder} holds a finished run without its work/, by which it would go on: give a "
+                        "new or an empty output folder"
+                    )
                 raise UserError(
                     f"{describe_folder(folder)}, which no run of this command has made: give a new or an "
                     "empty output folder"
                 )
         records.mkdir(parents=True, exist_ok=True)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file is there and, if it is one of tensors or of json, is one from beginning to end."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt"):
+                return True
+        if path.suffix == ".json":
+            json.loads(path.read_text(encoding="utf-8"))
+    except (SafetensorError, OSError, ValueError):
+        return False
+    return path.is_file()
 
 
 def discard_unfinished(folder: Path) -> None:

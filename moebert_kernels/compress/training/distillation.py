@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -22,6 +23,7 @@ from transformers import (
 from moebert_kernels.compress import defaults, distributed
 from moebert_kernels.compress.data.batching import LABEL_COLUMNS, LengthGroupedTrainer, RowCollator
 from moebert_kernels.compress.data.predictions import Pooling
+from moebert_kernels.compress.experts.layerwise import forward_replaced
 from moebert_kernels.compress.storage.writing import writing
 from moebert_kernels.compress.training.arguments import OneDevice
 from moebert_kernels.compress.training.divergence import divergence
@@ -172,12 +174,13 @@ def distill(
         trainer.add_callback(SayLoad(trainer.load, say))
     keep = None
     if held_out is not None:
-        keep = KeepNearest(
-            student,
-            checkpoints / "nearest.safetensors",
-            lambda: divergence(student, teacher, held_out, tokenizer, pooling=pooling),
-            steps_per_epoch,
-        )
+
+        def distance() -> float:
+            # As the student will be used: without the autocast it is trained in.
+            with forward_replaced(student, partial(type(student).forward, student)):
+                return divergence(student, teacher, held_out, tokenizer, pooling=pooling)
+
+        keep = KeepNearest(student, checkpoints / "nearest.safetensors", distance, steps_per_epoch)
         trainer.add_callback(keep)
     with writing(checkpoints), nullcontext() if settings.dropout else without_dropout(student):
         trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))

@@ -26,17 +26,17 @@ from moebert_kernels.models import count_parameters, find_ffns, narrow_ffns, to_
 from moebert_kernels.routing import hash_random_tables
 
 from . import alternatives
-from .trials import (
+from .testbed import (
     ROWS,
     Folder,
     Label,
     Likeness,
     Only,
     Records,
+    Testbed,
     TrainRows,
-    Trial,
     Validation,
-    trial_of,
+    testbed_of,
 )
 
 ALL = 1 << 30
@@ -101,25 +101,25 @@ CHOICES = {
 
 
 class Maker:
-    """Makes students of a trial.
+    """Makes students of a testbed.
 
     Args:
-        trial: of whom.
+        bed: of whom.
         seed: of what is drawn.
     """
 
-    def __init__(self, trial: Trial, seed: int):
-        self.trial, self.seed = trial, seed
-        self.ffns = find_ffns(trial.teacher)
+    def __init__(self, bed: Testbed, seed: int):
+        self.bed, self.seed = bed, seed
+        self.ffns = find_ffns(bed.teacher)
         self.width = self.ffns[0].w1.out_features // 4
 
     def judged(self, choice: Choice) -> tuple[dict[str, float], Likeness]:
         """Make the student; how near it is to the teacher on validation rows."""
-        trial = self.trial
+        bed = self.bed
         student, index_LEF, tables_LV = self._cut(choice)
         if choice.fit == "means":
             alternatives.means_of_cut(
-                student, index_LEF, lambda layer: self._products(choice, layer, tables_LV), trial.teacher
+                student, index_LEF, lambda layer: self._products(choice, layer, tables_LV), bed.teacher
             )
         elif choice.fit == "least squares":
             self._fit(student, choice)
@@ -128,8 +128,8 @@ class Maker:
             for _ in range(2):
                 tables_LV = alternatives.tables_by_error(
                     student,
-                    trial.teacher,
-                    trial.to_fit(choice.rows, self.seed)[0],
+                    bed.teacher,
+                    bed.to_fit(choice.rows, self.seed)[0],
                     self._groups(choice),
                     tables_LV,
                 )
@@ -137,35 +137,35 @@ class Maker:
                 self._fit(student, choice)
         told = {"parameters_stored": float(count_parameters(student))}
         if choice.tables == "oracle":
-            oracle: Any = alternatives.Oracle(student, trial.teacher)
-            likeness = trial.likeness(oracle)
+            oracle: Any = alternatives.Oracle(student, bed.teacher)
+            likeness = bed.likeness(oracle)
             return {"layer_error": float(np.mean(oracle.error_L))} | told, likeness
-        return {"layer_error": trial.layer_error(student)} | told, trial.likeness(student)
+        return {"layer_error": bed.layer_error(student)} | told, bed.likeness(student)
 
     def _fit(self, student: PreTrainedModel, choice: Choice) -> None:
-        self.trial.fit(student, choice.rows, self.seed, ridge=choice.ridge)
+        self.bed.fit(student, choice.rows, self.seed, ridge=choice.ridge)
 
     def _groups(self, choice: Choice) -> Tensor:
-        tokens = self.trial.importance(min(choice.rows, ROWS), self.seed).tokens
+        tokens = self.bed.importance(min(choice.rows, ROWS), self.seed).tokens
         assert tokens is not None
         return tokens.group_V
 
     def _cut(self, choice: Choice) -> tuple[PreTrainedModel, Tensor, Tensor | None]:
         """The student before it is fitted, its neurons [L, E, F] and tables [L, V]."""
-        importance = self.trial.importance(min(choice.rows, ROWS), self.seed)
+        importance = self.bed.importance(min(choice.rows, ROWS), self.seed)
         shared = math.ceil(choice.shared * self.width - 1e-9)
         tables_LV = None
         if not choice.experts:
             order_LF = importance.scores_LF.argsort(dim=1, descending=True, stable=True)
             index_LEF = order_LF[:, None, : self.width]
         elif choice.tables == "random":
-            vocabulary = self.trial.teacher.config.vocab_size
+            vocabulary = self.bed.teacher.config.vocab_size
             tables_LV = hash_random_tables(len(self.ffns), vocabulary, choice.experts, seed=self.seed)
             index_LEF = split_neurons(importance.scores_LF, choice.experts, self.width, shared)
         else:
             split = split_by_affinity(
                 importance,
-                self.trial.counts_V(min(choice.rows, ROWS), self.seed),
+                self.bed.counts_V(min(choice.rows, ROWS), self.seed),
                 num_experts=choice.experts,
                 expert_size=self.width,
                 num_shared=shared,
@@ -191,12 +191,12 @@ class Maker:
                 )
             index_LEF = torch.stack(layers)
         if tables_LV is None:
-            return narrow_ffns(self.trial.teacher, index_LEF[:, 0]), index_LEF, None
+            return narrow_ffns(self.bed.teacher, index_LEF[:, 0]), index_LEF, None
         return self._moe(choice, index_LEF, tables_LV), index_LEF, tables_LV
 
     def _moe(self, choice: Choice, index_LEF: Tensor, tables_LV: Tensor) -> PreTrainedModel:
         return to_moe(
-            self.trial.teacher,
+            self.bed.teacher,
             index_LEF,
             num_shared_neurons=0,
             routing="hash-random" if choice.tables == "random" else "hash-affinity",
@@ -210,15 +210,15 @@ class Maker:
 
     def _seen(self, choice: Choice) -> list[alternatives.Seen]:
         if not hasattr(self, "_of_teacher"):
-            batches, _ = self.trial.to_fit(choice.rows, self.seed)
-            self._of_teacher = alternatives.layers_see(self.trial.teacher, batches)
+            batches, _ = self.bed.to_fit(choice.rows, self.seed)
+            self._of_teacher = alternatives.layers_see(self.bed.teacher, batches)
         return self._of_teacher
 
 
-def compare(trial: Trial, records: Records, seeds: int, wanted: list[str]) -> None:
+def compare(bed: Testbed, records: Records, seeds: int, wanted: list[str]) -> None:
     """Make every row that is not there: all with one seed, then with the next."""
     for seed in range(seeds):
-        maker = Maker(trial, seed)
+        maker = Maker(bed, seed)
         for name in wanted:
             choice = CHOICES[name]
 
@@ -229,29 +229,29 @@ def compare(trial: Trial, records: Records, seeds: int, wanted: list[str]) -> No
                     "agreement": likeness.agreement,
                     "accuracy": likeness.accuracy,
                     "choice": asdict(choice),
-                    "rows_judged": len(trial.validation),
-                    "rows": len(trial.rows(choice.rows, seed)[0]),
+                    "rows_judged": len(bed.validation),
+                    "rows": len(bed.rows(choice.rows, seed)[0]),
                 }
                 if choice == BASE:
                     return found | told | {"row_by_row": likeness.written()}
                 return found | told | {"times": likeness.times(base())}
 
             def base(seed: int = seed) -> Likeness:
-                row = records.find({"subject": trial.name, "name": "4 experts", "seed": seed})
+                row = records.find({"subject": bed.name, "name": "4 experts", "seed": seed})
                 if row is None:
                     raise typer.BadParameter("the row '4 experts' is what others are compared with: make it")
                 return Likeness.read(row)
 
-            records.row({"subject": trial.name, "name": name, "seed": seed}, make)
+            records.row({"subject": bed.name, "name": name, "seed": seed}, make)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """What was found, for a README: of each trial a table."""
+    """What was found, for a README: of each testbed a table."""
     drawn = []
-    for trial in dict.fromkeys(row["subject"] for row in rows):
-        mine = [row for row in rows if row["subject"] == trial]
+    for bed in dict.fromkeys(row["subject"] for row in rows):
+        mine = [row for row in rows if row["subject"] == bed]
         lines = [
-            f"| {trial} | rows | layer error | divergence | times that of the first | agreement | accuracy "
+            f"| {bed} | rows | layer error | divergence | times that of the first | agreement | accuracy "
             "| parameters stored | seconds |",
             "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
         ]
@@ -305,8 +305,8 @@ def run(
     only: Only = None,
 ) -> None:
     """Compare, or go on with it."""
-    trial = trial_of(folder, train_rows, validation, label)
-    compare(trial, Records(to), seeds, only.split("|") if only else list(CHOICES))
+    bed = testbed_of(folder, train_rows, validation, label)
+    compare(bed, Records(to), seeds, only.split("|") if only else list(CHOICES))
     typer.echo(table(Records(to).rows))
 
 

@@ -124,7 +124,7 @@ def fit(folder: Path) -> str:
 
 
 def made(name: str, folder: Path) -> str:
-    """The tables of `python -m bench.choices` or `bench.training`, all trials."""
+    """The tables of `python -m bench.choices` or `bench.training`, all testbeds."""
     from . import choices, training  # they know of models, and what those import
 
     rows = [

@@ -51,7 +51,7 @@ ROWS = 2000  # what students are made on, if nothing else is said
 _STAND_STILL = 1e12  # a ridge that leaves weights as they are: a fit by it is a measurement
 
 
-class Trial:
+class Testbed:
     """A teacher, the rows its students are made on, and those they are judged by.
 
     Args:
@@ -158,14 +158,14 @@ Label = Annotated[str, typer.Option(help="Column of the labels.")]
 Only = Annotated[str | None, typer.Option(help="Rows by name; between them |.")]
 
 
-def trial_of(folder: Path, train: Path | None, validation: Path | None, label: str) -> Trial:
+def testbed_of(folder: Path, train: Path | None, validation: Path | None, label: str) -> Testbed:
     """What a command was asked to compare on: the demonstration, unless it was given tables."""
     if train is None or validation is None:
         return demonstration(folder, _LENGTH)
     return table_of_texts(folder, train, validation, label, _TABLE_LENGTH)
 
 
-def demonstration(folder: Path, max_length: int) -> Trial:
+def demonstration(folder: Path, max_length: int) -> Testbed:
     """The demonstration's teacher and docstrings: those it was taught, and all others of the ten packages.
 
     Judged are all docstrings of the definitions that are held out there, of which the demonstration has some.
@@ -185,15 +185,15 @@ def demonstration(folder: Path, max_length: int) -> Trial:
         raise ValueError(f"{folder} holds docstrings of another Python's library than this one's")
     parts = [data.train.select(np.flatnonzero(is_taught == which)) for which in (True, False)]
     train = concatenate_datasets(parts)
-    return Trial(folder.name, folder / "teacher", TaskData(data.task, train, data.validation), max_length)
+    return Testbed(folder.name, folder / "teacher", TaskData(data.task, train, data.validation), max_length)
 
 
-def table_of_texts(teacher: Path, train: Path, validation: Path, label: str, max_length: int) -> Trial:
+def table_of_texts(teacher: Path, train: Path, validation: Path, label: str, max_length: int) -> Testbed:
     """A teacher of classes and two tables of texts, with the columns text and `label`."""
     data = load_task("csv", train, csv=CsvOptions(label=label, validation_file=validation))
     rows = data.train.shuffle(seed=0)
     data = TaskData(data.task, rows, data.validation)
-    return Trial(teacher.name, teacher, data, max_length)
+    return Testbed(teacher.name, teacher, data, max_length)
 
 
 class Records:

@@ -33,17 +33,17 @@ from moebert_kernels.models import find_ffns
 from moebert_kernels.models.families import DenseFFN
 
 from .quality.remembered import RememberedTeacher
-from .trials import (
+from .testbed import (
     ROWS,
     Folder,
     Label,
     Likeness,
     Only,
     Records,
+    Testbed,
     TrainRows,
-    Trial,
     Validation,
-    trial_of,
+    testbed_of,
 )
 
 
@@ -77,50 +77,50 @@ class Training:
 
 
 class Fits:
-    """Fitted students of a trial, each made once."""
+    """Fitted students of a testbed, each made once."""
 
-    def __init__(self, trial: Trial):
-        self.trial = trial
+    def __init__(self, bed: Testbed):
+        self.bed = bed
         self.fitted = lru_cache(maxsize=2)(self._fitted)
 
     def _fitted(self, name: str, rows: int) -> tuple[PreTrainedModel, Likeness]:
-        trial = self.trial
-        importance, counts_V = trial.importance(ROWS, 0), trial.counts_V(ROWS, 0)
-        width = find_ffns(trial.teacher)[0].w1.out_features // 4
+        bed = self.bed
+        importance, counts_V = bed.importance(ROWS, 0), bed.counts_V(ROWS, 0)
+        width = find_ffns(bed.teacher)[0].w1.out_features // 4
         if name == "narrow":
-            student = narrow(trial.teacher, importance.scores_LF, width)
+            student = narrow(bed.teacher, importance.scores_LF, width)
         else:
             student = adapt(
-                trial.teacher,
+                bed.teacher,
                 importance,
                 num_experts=int(name.removeprefix("affinity-")),
                 expert_size=width,
                 routing="hash-affinity",
                 token_counts_V=counts_V,
             )
-        trial.fit(student, rows)
-        return student, trial.likeness(student)
+        bed.fit(student, rows)
+        return student, bed.likeness(student)
 
 
-def train(trial: Trial, fits: Fits, how: Training) -> dict[str, Any]:
+def train(bed: Testbed, fits: Fits, how: Training) -> dict[str, Any]:
     """Train as is said, and return what to tell of it."""
     fitted, before = fits.fitted(how.student, how.rows)
     student = copy.deepcopy(fitted)
     after: list[Likeness] = []
     found: dict[str, Any] = {"training": asdict(how), "fitted": told(before)}
     if how.local_steps:
-        take_local_steps(trial, student, how.local_steps)
-        trial.fit(student)
-        local = trial.likeness(student)
+        take_local_steps(bed, student, how.local_steps)
+        bed.fit(student)
+        local = bed.likeness(student)
         found["local"] = told(local)
-        found["layer_error"] = [trial.layer_error(model) for model in (fitted, student)]
+        found["layer_error"] = [bed.layer_error(model) for model in (fitted, student)]
     if how.learning_rate:
-        rows, held_out = trial.rows(how.rows, 0)
+        rows, held_out = bed.rows(how.rows, 0)
         if not how.labels:
             rows = rows.remove_columns("labels")
-        teacher: Any = copy.deepcopy(trial.teacher)  # training freezes it
+        teacher: Any = copy.deepcopy(bed.teacher)  # training freezes it
         if how.rows <= 2 * ROWS:
-            teacher = RememberedTeacher(trial.teacher)
+            teacher = RememberedTeacher(bed.teacher)
         settings = DistillSettings(
             how.epochs,
             how.learning_rate,
@@ -135,17 +135,17 @@ def train(trial: Trial, fits: Fits, how: Training) -> dict[str, Any]:
                 student,
                 teacher,
                 rows,
-                trial.tokenizer,
+                bed.tokenizer,
                 settings,
                 room,
                 held_out=held_out,
-                callbacks=[_AfterEpochs(lambda: after.append(trial.likeness(student)))],
+                callbacks=[_AfterEpochs(lambda: after.append(bed.likeness(student)))],
             )
         finally:
             shutil.rmtree(room)
         assert trained.nearest is not None
         found["held_out"], found["kept"] = trained.nearest
-        saved = trial.likeness(student)
+        saved = bed.likeness(student)
         found["saved"], found["saved_times"] = told(saved), saved.times(before)
         found["layer_losses"] = [trained.losses[0]["layer"], trained.losses[-1]["layer"]]
     else:
@@ -171,26 +171,26 @@ class _AfterEpochs(TrainerCallback):
 
 
 def take_local_steps(
-    trial: Trial, student: PreTrainedModel, steps: int, *, lr: float = 1e-3, batch: int = 1024
+    bed: Testbed, student: PreTrainedModel, steps: int, *, lr: float = 1e-3, batch: int = 1024
 ) -> None:
     """Train every expert by itself to put out, before the LayerNorm, what the teacher's layer does.
 
     All four of its tensors, by Adam with a falling learning rate, on the tokens that reach it in the student
     as it is; a tenth of the tokens say which weights to keep.
     """
-    to_fit, _ = trial.to_fit(ROWS, 0)
+    to_fit, _ = bed.to_fit(ROWS, 0)
     layers = list(
-        zip(find_ffns(trial.teacher), [m for m in student.modules() if isinstance(m, MoEFFN)], strict=True)
+        zip(find_ffns(bed.teacher), [m for m in student.modules() if isinstance(m, MoEFFN)], strict=True)
     )
     Parts = list[list[Tensor]]  # by layer, by batch
     inputs_L: Parts = [[] for _ in layers]
     sums_L: Parts = [[] for _ in layers]
     experts_L: Parts = [[] for _ in layers]
-    with evaluating(student, trial.teacher), _caught(layers) as caught:
+    with evaluating(student, bed.teacher), _caught(layers) as caught:
         for rows in to_fit:
             features = {name: value for name, value in rows.items() if name not in LABEL_COLUMNS}
             real_T = rows["attention_mask"].flatten() != 0
-            trial.teacher(**features)
+            bed.teacher(**features)
             student(**features, pack=False)
             for layer, (s_BSD, x_BSD, expert_T) in enumerate(caught):
                 sums_L[layer].append(s_BSD.flatten(0, -2)[real_T])
@@ -305,12 +305,12 @@ TRAININGS = {
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """What was found, for a README: of each trial a table."""
+    """What was found, for a README: of each testbed a table."""
     drawn = []
-    for trial in dict.fromkeys(row["subject"] for row in rows):
-        mine = [row for row in rows if row["subject"] == trial]
+    for bed in dict.fromkeys(row["subject"] for row in rows):
+        mine = [row for row in rows if row["subject"] == bed]
         lines = [
-            f"| {trial} | divergence, as fitted → after each epoch | times as fitted | agreement "
+            f"| {bed} | divergence, as fitted → after each epoch | times as fitted | agreement "
             "| accuracy | saved, by held-out rows | its divergence, times as fitted | seconds |",
             "|---|--:|--:|--:|--:|--:|--:|--:|",
         ]
@@ -362,10 +362,10 @@ def run(
     only: Only = None,
 ) -> None:
     """Compare, or go on with it."""
-    trial = trial_of(folder, train_rows, validation, label)
-    records, fits = Records(to), Fits(trial)
+    bed = testbed_of(folder, train_rows, validation, label)
+    records, fits = Records(to), Fits(bed)
     for name in only.split("|") if only else TRAININGS:
-        records.row({"subject": trial.name, "name": name}, partial(train, trial, fits, TRAININGS[name]))
+        records.row({"subject": bed.name, "name": name}, partial(train, bed, fits, TRAININGS[name]))
     typer.echo(table(records.rows))
 
 

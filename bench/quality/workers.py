@@ -62,12 +62,13 @@ def go_through(
     runs = [(study, task, name, seed, until) for task, seed in pairs for name in contenders]
     if jobs == 1:
         for arguments in runs:
-            _run(*arguments)
+            if not _run(*arguments):
+                return
         return
     context = multiprocessing.get_context("spawn")
     threads = max(1, torch.get_num_threads() // jobs)
     with ProcessPoolExecutor(jobs, context, _begin, (threads,)) as pool:
-        steps: Sequence[tuple[Callable[..., None], Sequence[tuple]]] = (
+        steps: Sequence[tuple[Callable[..., object], Sequence[tuple]]] = (
             (_prepare, [(study, task, until) for task in tasks]),
             (_score, [(study, *pair, until) for pair in pairs]),
             (_run, runs),
@@ -114,8 +115,10 @@ def _score(study: Study, task: str, seed: int, until: float | None) -> None:
         _task(study, task).importance(seed)
 
 
-def _run(study: Study, task: str, name: str, seed: int, until: float | None) -> None:
+def _run(study: Study, task: str, name: str, seed: int, until: float | None) -> bool:
+    """Whether there was time for it."""
     if _is_over(until):
         say(f"time is up before {task}, {name}, seed {seed}; the same command goes on from here")
-        return
+        return False
     run(study.name, _task(study, task), name, study.budget, seed)
+    return True

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import choices, training, trials
+from bench import choices, testbed, training
 from bench.alternatives import (
     Oracle,
     errors_of_experts,
@@ -22,9 +22,9 @@ from tests.compress.toys import make_data, make_teacher
 
 
 @pytest.fixture(scope="module")
-def trial(tmp_path_factory):
+def bed(tmp_path_factory):
     folder = make_teacher(tmp_path_factory.mktemp("subject") / "teacher", initializer_range=0.3)
-    return trials.Trial("toy", folder, make_data(n=80), 16)
+    return testbed.Testbed("toy", folder, make_data(n=80), 16)
 
 
 def explained(seen, dense, chosen):
@@ -36,10 +36,10 @@ def explained(seen, dense, chosen):
     return float((features @ torch.linalg.lstsq(features, wanted).solution - wanted).square().sum())
 
 
-def test_the_first_greedy_neurons_explain_most(trial):
+def test_the_first_greedy_neurons_explain_most(bed):
     """The first alone, and of pairs with it the second: by trying all."""
-    dense = find_ffns(trial.teacher)[0]
-    seen = layers_see(trial.teacher, trial.to_fit(80, 0)[0])[0]
+    dense = find_ffns(bed.teacher)[0]
+    seen = layers_see(bed.teacher, bed.to_fit(80, 0)[0])[0]
     with torch.no_grad():
         (products_GG,) = products(seen, dense, torch.zeros_like(seen.ids_T), 1)
         first, second, *_ = greedy_neurons(products_GG, dense, 5, ridge=1e-9).tolist()
@@ -53,30 +53,30 @@ def test_the_first_greedy_neurons_explain_most(trial):
     assert len(set(given.tolist())) == 5
 
 
-def test_an_oracle_errs_least(trial):
+def test_an_oracle_errs_least(bed):
     """No table errs less in the first layer, whose inputs are the same for all."""
-    maker = choices.Maker(trial, 0)
+    maker = choices.Maker(bed, 0)
     student, *_ = maker._cut(choices.BASE)
-    trial.fit(student)
-    to_judge, _ = trial.judging
-    errors_TE = errors_of_experts(experts_of(student)[0], experts_see(student, trial.teacher, to_judge)[0])
-    oracle = Oracle(student, trial.teacher)
-    trial.likeness(oracle)
-    seen = experts_see(student, trial.teacher, to_judge)[0]
+    bed.fit(student)
+    to_judge, _ = bed.judging
+    errors_TE = errors_of_experts(experts_of(student)[0], experts_see(student, bed.teacher, to_judge)[0])
+    oracle = Oracle(student, bed.teacher)
+    bed.likeness(oracle)
+    seen = experts_see(student, bed.teacher, to_judge)[0]
     whole = float((seen.weight_T * seen.sum_TD.var(1, correction=0)).sum()) * seen.sum_TD.shape[1]
     assert oracle.error_L[0] == pytest.approx(float(errors_TE.min(1).values.sum()) / whole, rel=1e-4)
-    assert oracle.error_L[0] < trial.layer_error(student)
+    assert oracle.error_L[0] < bed.layer_error(student)
 
 
-def test_rows_are_made_once_and_drawn(trial, tmp_path, monkeypatch):
-    records = trials.Records(tmp_path / "choices.json")
+def test_rows_are_made_once_and_drawn(bed, tmp_path, monkeypatch):
+    records = testbed.Records(tmp_path / "choices.json")
     wanted = ["4 experts", "narrow", "means of the cut", "greedy own neurons", "tables by error", "oracle"]
-    choices.compare(trial, records, 1, wanted[:2])
+    choices.compare(bed, records, 1, wanted[:2])
     monkeypatch.setattr(choices.Maker, "judged", lambda *_: pytest.fail("made again"))
-    records = trials.Records(tmp_path / "choices.json")
-    choices.compare(trial, records, 1, wanted[:2])
+    records = testbed.Records(tmp_path / "choices.json")
+    choices.compare(bed, records, 1, wanted[:2])
     monkeypatch.undo()
-    choices.compare(trial, records, 1, wanted)
+    choices.compare(bed, records, 1, wanted)
     rows = json.loads((tmp_path / "choices.json").read_text())["rows"]
     assert [row["name"] for row in rows] == wanted
     by_name = {row["name"]: row for row in rows}
@@ -87,27 +87,27 @@ def test_rows_are_made_once_and_drawn(trial, tmp_path, monkeypatch):
     assert drawn.count("\n|") == 2 + len(wanted) - 1
 
 
-def test_means_of_what_was_cut_leave_no_mean_error(trial):
-    maker = choices.Maker(trial, 0)
+def test_means_of_what_was_cut_leave_no_mean_error(bed):
+    maker = choices.Maker(bed, 0)
     choice = choices.Choice(experts=0, tables="", fit="means")
     student, index_LEF, _ = maker._cut(choice)
-    means_of_cut(student, index_LEF, lambda layer: maker._products(choice, layer, None), trial.teacher)
-    seen = layers_see(trial.teacher, trial.to_fit(choice.rows, 0)[0])[0]
-    dense, narrow = (find_ffns(model)[0] for model in (trial.teacher, student))
+    means_of_cut(student, index_LEF, lambda layer: maker._products(choice, layer, None), bed.teacher)
+    seen = layers_see(bed.teacher, bed.to_fit(choice.rows, 0)[0])[0]
+    dense, narrow = (find_ffns(model)[0] for model in (bed.teacher, student))
     with torch.no_grad():
         outputs = [ffn.w2(F.gelu(ffn.w1(seen.x_TD))) for ffn in (dense, narrow)]
     mean_D = ((outputs[1] - outputs[0]) * seen.weight_T[:, None]).sum(0) / seen.weight_T.sum()
     assert float(mean_D.abs().max()) < 1e-4 * float(outputs[0].std())
 
 
-def test_trainings_begin_with_the_same_student_and_local_steps_lower_its_error(trial, tmp_path):
-    fits, records = training.Fits(trial), trials.Records(tmp_path / "training.json")
+def test_trainings_begin_with_the_same_student_and_local_steps_lower_its_error(bed, tmp_path):
+    fits, records = training.Fits(bed), testbed.Records(tmp_path / "training.json")
     for name, how in {
         "local steps": training.Training(learning_rate=0.0, local_steps=50),
         "no labels": training.Training(labels=False, dropout=False, rows=1 << 30),
         "narrow, no labels, dropout off, 3e-5": training.Training(labels=False, student="narrow"),
     }.items():
-        records.row({"subject": "toy", "name": name}, lambda how=how: training.train(trial, fits, how))
+        records.row({"subject": "toy", "name": name}, lambda how=how: training.train(bed, fits, how))
     local, trained, narrow = records.rows
     assert local["fitted"] == trained["fitted"] != narrow["fitted"]
     before, after = local["layer_error"]

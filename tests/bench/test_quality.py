@@ -163,17 +163,8 @@ def test_a_budget_of_an_eighth_is_cut_and_fitted_alone(glue):
     folder = Path(glue[4]) / "records" / "sixth" / "cola"
 
     def call(*contenders: str, jobs: int) -> None:
-        options = [
-            "--contenders",
-            ",".join(contenders),
-            "--cost",
-            "6",
-            "--study",
-            "sixth",
-            "--jobs",
-            f"{jobs}",
-        ]
-        assert CliRunner().invoke(app, [*glue, *options], catch_exceptions=False).exit_code == 0
+        options = f"--contenders {','.join(contenders)} --cost 6 --study sixth --jobs {jobs}"
+        assert CliRunner().invoke(app, [*glue, *options.split()], catch_exceptions=False).exit_code == 0
 
     call("narrow", jobs=2)
     made = (folder / "narrow-seed0.json").read_bytes()

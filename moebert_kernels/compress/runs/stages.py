@@ -199,7 +199,8 @@ class Stages:
         record = self._output_dir / "work" / "stages" / f"{name.replace(' ', '-')}.json"
         stage = Stage(record, fingerprint(__version__, made_from), outputs)
         if stage.is_done:
-            report(0, 0)
+            if stage.damaged is None:  # `stage.run` says what to do about it
+                report(0, 0)
         elif stage.is_outdated and outputs and not self._said_anew:
             self._said_anew = True
             warnings.warn(

@@ -161,11 +161,11 @@ def fuzz(path: Path, use: Callable[[], object], mutations: list[Mutation], numbe
 @pytest.mark.parametrize(
     ("file", "mutations", "number"),
     [
-        ("hash/model.safetensors", WEIGHTS, 200),
+        ("hash/model.safetensors", WEIGHTS, 400),
         ("gate/model.safetensors", WEIGHTS, 120),
         ("dense/model.safetensors", WEIGHTS, 120),
-        ("hash/config.json", JSON, 160),
-        ("dense/config.json", JSON, 120),
+        ("hash/config.json", JSON, 300),
+        ("dense/config.json", JSON, 200),
         ("hash/tokenizer.json", JSON, 80),
         ("hash/tokenizer_config.json", JSON, 80),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,23 +49,28 @@ def loads(bin_G: Tensor, weight_G: Tensor, num_bins: int) -> Tensor:
 def _by_prices(value_GE: Tensor, weight_G: Tensor, capacity: int) -> Tensor:
     """Let bins that are too heavy raise their price one after the other; some may stay too heavy."""
     num_bins = value_GE.shape[1]
-    net_GE = value_GE.clone()
+    # In NumPy, which takes a tenth of the time over items this few.
+    net_GE, weighs_G = value_GE.numpy().copy(), weight_G.numpy()
     bin_G = net_GE.argmax(1)
     for _ in range(_MOST_PRICE_RISES):
-        load_E = loads(bin_G, weight_G, num_bins)
+        load_E = np.bincount(bin_G, weighs_G, num_bins)
         e = int(load_E.argmax())
         if load_E[e] <= capacity:
             break
-        inside = ((bin_G == e) & (weight_G > 0)).nonzero().squeeze(1)
-        elsewhere = net_GE[inside].index_fill_(1, torch.tensor(e), -torch.inf).max(1).values
-        regret = (net_GE[inside, e] - elsewhere) / weight_G[inside]
-        order = regret.argsort(descending=True, stable=True)
-        first_out = int((weight_G[inside[order]].cumsum(0) <= capacity).sum())
+        inside = ((bin_G == e) & (weighs_G > 0)).nonzero()[0]
+        weight, net = weighs_G[inside], net_GE[inside]
+        here = net[:, e].copy()
+        net[:, e] = -np.inf
+        regret = (here - net.max(1)) / weight
+        order = (-regret).argsort(kind="stable")
+        first_out = int((weight[order].cumsum() <= capacity).sum())
         # Half way to the last that stays, so that the first that leaves does not tie.
         rise = regret[order[max(first_out - 1, 0) : first_out + 1]].mean()
-        net_GE[:, e] -= rise * weight_G
+        if rise == 0:  # nor would any later one change anything
+            break
+        net_GE[:, e] -= rise * weighs_G
         bin_G[inside] = net_GE[inside].argmax(1)  # to all others this bin was less before
-    return bin_G
+    return torch.from_numpy(bin_G)
 
 
 def _make_room(bin_G: Tensor, value_GE: Tensor, weight_G: Tensor, capacity: int) -> Tensor | None:

@@ -19,8 +19,9 @@ CXX_SOURCES := $(wildcard $(addprefix csrc/*.,h cpp cu cuh) $(addprefix tests/na
 demo: $(VENV)/installed
 	$(BIN)/moebert demo --output runs/demo
 
+# Bytecode is kept, even where a machine's environment says not to: a hundred processes are started.
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -8,14 +8,18 @@ import sys
 from collections import Counter
 
 import pytest
-import torch
 
 from tests.interpreter import hasten
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+def _gpu() -> bool:
+    import torch  # of which a process that leaves all tests to others has no need
+
+    return torch.cuda.is_available()
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class GpuModule(pytest.Module):
@@ -43,9 +47,9 @@ def pytest_pycollect_makemodule(module_path, parent):
 
 
 def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
+    if not _gpu():
         reason = "needs a CUDA device, and torch finds none"
-    elif INTERPRETING:
+    elif _interpreting():
         reason = "TRITON_INTERPRET=1 keeps the kernels off the GPU"
     else:
         return
@@ -58,24 +62,29 @@ def pytest_collection_finish():
     """What is imported stays: every training collects garbage, and would go through all of it each time."""
     gc.collect()
     gc.freeze()
-    if INTERPRETING and "triton" in sys.modules:
+    if _interpreting() and "triton" in sys.modules:
         hasten()
 
 
 KERNELS = Counter()  # that were compiled or found in Triton's cache, here and by the workers of xdist
 
 
-if importlib.util.find_spec("hypothesis") is not None:
-    from hypothesis import settings
-
-    # The same examples in every run, however slow the machine; a test that needs more or fewer says so.
-    settings.register_profile("suite", max_examples=25, derandomize=True, deadline=None)
-    settings.load_profile("suite")
-
-
 def pytest_configure(config):
-    """Count kernels where tests compile them: a cache that was brought along should have had them."""
-    if INTERPRETING or importlib.util.find_spec("triton") is None:
+    """Where there is no GPU, choose the interpreter.
+
+    Where tests compile kernels, count them: a cache that was brought along should have had them.
+    """
+    if config.getoption("numprocesses", None):
+        return  # the workers do
+    if not _gpu():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    if importlib.util.find_spec("hypothesis") is not None:
+        from hypothesis import settings
+
+        # The same examples in every run, however slow the machine; a test that needs more or fewer says so.
+        settings.register_profile("suite", max_examples=25, derandomize=True, deadline=None)
+        settings.load_profile("suite")
+    if _interpreting() or importlib.util.find_spec("triton") is None:
         return
     from triton import knobs
 
@@ -108,7 +117,7 @@ def pytest_terminal_summary(terminalreporter):
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], ids=["interpreter", "gpu"])
 def device(request):
     """Where a test runs the kernels: CPU tensors in the interpreter, and the GPU."""
-    if request.param == "cpu" and not INTERPRETING:
+    if request.param == "cpu" and not _interpreting():
         pytest.skip("Triton is not interpreting: with a GPU, it compiles")
     return request.param
 
@@ -116,13 +125,15 @@ def device(request):
 @pytest.fixture
 def interpreter():
     """For a test that can run the kernels in the interpreter alone."""
-    if not INTERPRETING:
+    if not _interpreting():
         pytest.skip("Triton is not interpreting: with a GPU, it compiles")
 
 
 @pytest.fixture
 def poisoned_memory():
     """Memory nobody has written reads as NaN: a row that a kernel forgets is seen, and so is one it reads."""
+    import torch
+
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield

@@ -22,25 +22,28 @@ limits = binaries.ARCHITECTURES[family]
 done = {}
 
 def reading(name, launch, code):
+    code = launch.kernel.__name__ in code
     key = launch.kernel.__name__, repr(binaries._values(launch.arguments))
     if key not in done:
         done[key] = dataclasses.asdict(binaries.read(launch, family, code=code))
     of_family = {"limit": limits.shared_per_program, "matrix": limits.matrix_instruction}
     return {"config": name} | of_family | done[key]
 
-def readings(arithmetics, variants, of_sizes, code, **sizes):
+def readings(arithmetics, variants, of_sizes, kernels, code, **sizes):
     variants = [binaries.Variant(*choice) for choice in variants]
     for name, of_config in binaries.distinct_launches(family, tuple(arithmetics), variants, **sizes).items():
         # IEEE arithmetic has one for all sizes.
         if not of_sizes or name.endswith(tuple(of_sizes)) or name.startswith("ieee"):
-            yield from (reading(name, launch, code) for launch in of_config)
+            for launch in of_config:
+                if not kernels or launch.kernel.__name__ in kernels:
+                    yield reading(name, launch, code)
 
 def sharing(C):
     # Specialised kernels are not for shared neurons.
     config = dataclasses.replace(configs.TABLE[family, "half", "large"], specialised=())
     for launch in binaries.launches(config, binaries.ELEMENT["half"], C=C):
         if launch.kernel.__name__.startswith(("gather", "scatter", "weight_grad")):
-            yield reading(f"C={C}", launch, False) | {"matrix": ""}  # waited for in both loops
+            yield reading(f"C={C}", launch, ()) | {"matrix": ""}  # waited for in both loops
 
 print(json.dumps([
     list(sharing(**asked) if "C" in asked else readings(**asked)) for asked in json.loads(sys.argv[2])
@@ -65,9 +68,13 @@ VARIANTS = (*FULL, (True, False, False), (False, True, False), (False, False, Tr
 SPECIALISED = ((True, False, True), (False, False, True))  # of which warp-specialised kernels know more
 
 
-def asked(*arithmetics, variants=FULL, of_sizes=(), code=False, **sizes):
-    """Every config, or those of a size, "large" for example, in variants; with `code` instructions too."""
-    return {"arithmetics": arithmetics, "variants": variants, "of_sizes": of_sizes, "code": code, **sizes}
+def asked(*arithmetics, variants=FULL, of_sizes=(), kernels=(), code=(), **sizes):
+    """Every config, or those of a size, "large" for example, in variants; of all kernels or those named.
+
+    Of the kernels in `code` instructions are read too.
+    """
+    chosen = {"of_sizes": of_sizes, "kernels": tuple(kernels), "code": tuple(code)}
+    return {"arithmetics": arithmetics, "variants": variants, **chosen, **sizes}
 
 
 def read(family, *asked):
@@ -128,6 +135,7 @@ OTHER_SIZES = {
     "sm_100": {"D": 1024, "F": 1024},
 }
 LARGE = ("large",)
+MOST = {"D": 1024, "F": 1024, "E": MOST_EXPERTS, "K": 2}
 
 
 @pytest.mark.slow
@@ -167,12 +175,12 @@ def test_every_config_on_hopper():
     """
     large, small, variants, float32, other_size, specialised, *shared = read(
         "sm_90",
-        asked("half", of_sizes=("medium", "large"), code=True),
+        asked("half", of_sizes=("medium", "large"), code=EPILOGUES),
         asked("half", of_sizes=("tiny", "small", "safe")),
         asked("half", variants=VARIANTS[1:], of_sizes=LARGE),
         asked("tf32", "ieee", of_sizes=LARGE),
         asked("half", of_sizes=LARGE, **OTHER_SIZES["sm_90"]),
-        asked("half", variants=SPECIALISED, of_sizes=LARGE, D=1024, F=1024, E=MOST_EXPERTS, K=2),
+        asked("half", variants=SPECIALISED, of_sizes=LARGE, kernels=PINGPONG, **MOST),
         {"C": 0},
         {"C": 512},
     )

@@ -114,3 +114,11 @@ def batch(batch_size: int = 3, length: int = 9, seed: int = 0) -> dict[str, Tens
     attention_mask = torch.ones_like(input_ids)
     attention_mask[1, -4:] = 0
     return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def assert_same_weights(ours: PreTrainedModel, theirs: PreTrainedModel) -> None:
+    """Bit for bit, under the same names."""
+    expected, found = theirs.state_dict(), ours.state_dict()
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name

@@ -24,6 +24,7 @@ from tests.compress.toys import StopAt, weights
 WORDS = ["good", "bad", "a", "b", "c", "d"]
 SIZES = {**tiny.SMALLER, "vocab_size": 11, "num_hidden_layers": 1}
 SETTINGS = {"epochs": 2, "lr": 5e-3, "batch_size": 8, "max_length": 8}
+CPU = {"use_cpu": True, "disable_tqdm": True}
 
 
 @pytest.fixture
@@ -39,10 +40,9 @@ def pretrained(tmp_path, tokenizer):
     return folder
 
 
-def teach(model, output, data=None, callbacks=(), save_steps=500, **changes):
-    """Fine-tune on sentiment, in steps that take no time."""
-    quick = {"use_cpu": True, "disable_tqdm": True, "save_steps": save_steps}
-    options = {**SETTINGS, **changes, "training_arguments": quick, "callbacks": callbacks}
+def teach(model, output, data=None, callbacks=(), arguments=None, **changes):
+    """Fine-tune on sentiment, or other data; `arguments` are TrainingArguments'."""
+    options = {**SETTINGS, **changes, "training_arguments": CPU | (arguments or {}), "callbacks": callbacks}
     return finetune(model, data or sentiment(), output, **options)
 
 
@@ -69,8 +69,8 @@ def test_a_teacher_learns_is_saved_and_loads(tmp_path, pretrained):
 
 def test_interrupted_training_goes_on_and_ends_at_the_same_weights(tmp_path, pretrained):
     """Stops a resumed run from seeing other rows, or other dropout, than one that was not interrupted."""
-    teach(pretrained, tmp_path / "whole", save_steps=3)
-    steps = []
+    steps, often = [], {"save_steps": 3}
+    teach(pretrained, tmp_path / "whole", arguments=often)
 
     class Count(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -79,9 +79,9 @@ def test_interrupted_training_goes_on_and_ends_at_the_same_weights(tmp_path, pre
     resumed = tmp_path / "resumed"
     for step in (5, 13):  # in the first epoch of 8 steps, and in the second
         with pytest.raises(KeyboardInterrupt):
-            teach(pretrained, resumed, callbacks=[Count(), StopAt(step)], save_steps=3)
+            teach(pretrained, resumed, callbacks=[Count(), StopAt(step)], arguments=often)
         assert not resumed.exists()
-    teach(pretrained, resumed, callbacks=[Count()], save_steps=3)
+    teach(pretrained, resumed, callbacks=[Count()], arguments=often)
     assert steps == [1, 2, 3, 4, 5, *range(4, 14), *range(13, 17)]
     tiny.assert_same(weights(resumed), weights(tmp_path / "whole"))
 
@@ -98,7 +98,7 @@ def test_other_settings_or_data_start_again(tmp_path, pretrained):
 
         seen = []
         with pytest.raises(KeyboardInterrupt):
-            teach(pretrained, tmp_path / "teacher", data, [First()], save_steps=2, **changes)
+            teach(pretrained, tmp_path / "teacher", data, [First()], {"save_steps": 2}, **changes)
         return seen[0]
 
     assert first_step() == 1

@@ -123,12 +123,12 @@ class Progress(list):
 
     @property
     def reused(self):
-        """Names of stages, in order."""
+        """Names of the stages that were done before."""
         return [stage for stage, _, total in self if total == 0]
 
     @property
     def done(self):
-        """Names of stages, in order."""
+        """Names of the stages that did some work."""
         return list(dict.fromkeys(stage for stage, _, total in self if total > 0))
 
 

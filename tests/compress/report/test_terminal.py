@@ -92,10 +92,10 @@ def test_a_trainer_tells_its_steps_and_whether_it_goes_on(console):
     assert lines(console) == ["fine-tune: goes on from the checkpoint of step 4 of 9"]
 
 
-WIDE = {"latency_ms": {"median": 1234.5, "batch_size": 1}}
-WIDE |= {
-    "throughput_per_s": {"median": 123_456.0, "batch_size": 32},
+WIDE = {
     "name": "random split before distillation",
+    "latency_ms": {"median": 1234.5, "batch_size": 1},
+    "throughput_per_s": {"median": 123_456.0, "batch_size": 32},
 }
 
 

@@ -60,7 +60,7 @@ def folder(tmp_path_factory):
 
 
 TABLE = "--task csv --data reviews.csv --text-column review --label-column stars --max-length 12"
-# To begin with: of an option that is given twice, the second counts.
+# What commands begin with; of an option that is given twice, the second counts.
 TEACHER = "--teacher teacher --output x"
 COMPRESS = f"compress {TEACHER} --measure-length 8 {TABLE}"
 IMPORTANCE = f"importance {TEACHER}.safetensors {TABLE}"

@@ -53,6 +53,11 @@ def make_model(folder: Path, model=None) -> Path:
     return folder
 
 
+@pytest.fixture
+def folder(tmp_path):
+    return make_model(tmp_path / "model")
+
+
 def change_config(folder: Path, **values) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
@@ -66,8 +71,7 @@ def make_rows(folder: Path, text: str, name: str = "rows.csv"):
 ROWS = "text,label\n" + "w1 w2,low\nw3,high\n" * 4
 
 
-def test_pickled_weights_are_never_read(tmp_path):
-    folder = make_model(tmp_path / "model")
+def test_pickled_weights_are_never_read(folder, tmp_path):
     (folder / "model.safetensors").unlink()
     for name in ("pytorch_model.bin", "model.pt"):
         (folder / name).write_bytes(pickle.dumps(Marker(tmp_path / "read")))
@@ -98,17 +102,10 @@ def test_the_way_from_a_pickle_to_safetensors_is_told_and_leads_there(tmp_path, 
     assert not (tmp_path / "read").exists()
 
 
-def test_code_beside_a_model_is_never_run(tmp_path):
-    folder = make_model(tmp_path / "model")
+def test_code_beside_a_model_is_never_run(folder, tmp_path):
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'read')!r}, 'w')")
-    change_config(
-        folder,
-        auto_map={
-            "AutoConfig": "evil.Config",
-            "AutoModelForSequenceClassification": "evil.Model",
-            "AutoTokenizer": ["evil.Tokenizer", None],
-        },
-    )
+    evil = {"AutoConfig": "evil.Config", "AutoModelForSequenceClassification": "evil.Model"}
+    change_config(folder, auto_map=evil | {"AutoTokenizer": ["evil.Tokenizer", None]})
     load_model(folder)
     change_config(folder, model_type="evil")
     with pytest.raises(UserError, match=r"config\.json is not the configuration of a model"):
@@ -129,24 +126,19 @@ def test_code_beside_a_model_is_never_run(tmp_path):
         ({"hidden_size": "8"}, r"config\.json is not the configuration of a model"),
         ({"architectures": "BertModel"}, "architectures must be a list of class names, found 'BertModel'"),
         ({"model_type": None}, "must say its model_type, found None"),
-        (
-            {"attn_implementation": "someone/kernel"},
-            "attn_implementation 'someone/kernel' is code to be fetched",
-        ),
+        ({"attn_implementation": "someone/kernel"}, "attn_implementation 'someone/kernel' is code to be"),
         ({"quantization_config": {"bits": 4}}, "quantization_config, found .*plain weights"),
         ({"add_cross_attention": True, "is_decoder": True}, "lack bert.*crossattention.* and .* more"),
     ],
 )
-def test_a_configuration_that_its_weights_contradict_is_refused(tmp_path, values, message):
-    folder = make_model(tmp_path / "model")
+def test_a_configuration_that_its_weights_contradict_is_refused(folder, values, message):
     change_config(folder, **values)
     with pytest.raises(UserError, match=message):
         load_model(folder)
 
 
-def test_notes_of_the_user_in_a_configuration_are_nobodys_business(tmp_path):
+def test_notes_of_the_user_in_a_configuration_are_nobodys_business(folder, tmp_path):
     """Stops a time stamp, or whatever else sizes nothing, from making a model be refused as hostile."""
-    folder = make_model(tmp_path / "model")
     notes = {"trained_at": 1764000000, "notes": {"rows": 10**12, "loss": float("inf")}, "task_id": [10**9]}
     change_config(folder, **notes)
     assert load_model(folder)[0].config.trained_at == 1764000000
@@ -156,16 +148,14 @@ def test_notes_of_the_user_in_a_configuration_are_nobodys_business(tmp_path):
 
 
 @pytest.mark.parametrize("key", ["position_buckets", "conv_kernel_size", "attention_head_size"])
-def test_what_is_read_without_being_declared_is_held_against_the_weights(tmp_path, key):
+def test_what_is_read_without_being_declared_is_held_against_the_weights(folder, key):
     """Stops a key that DeBERTa's code asks for, and its configuration's class lacks, from any size."""
-    folder = make_model(tmp_path / "model")
     change_config(folder, model_type="deberta-v2", **{key: 10**9})
     with pytest.raises(UserError, match=f"{key} is 1000000000, expected no more than"):
         load_model(folder)
 
 
-def test_weights_in_several_files_are_read_and_checked(tmp_path):
-    folder = make_model(tmp_path / "model")
+def test_weights_in_several_files_are_read_and_checked(folder):
     weights = load_file(folder / "model.safetensors")
     names = sorted(weights)
     parts = {"one.safetensors": names[::2], "two.safetensors": names[1::2]}
@@ -204,28 +194,28 @@ def test_the_modules_of_a_sentence_encoder_lie_in_its_folder(tmp_path):
         load_sentence_encoder(folder)
 
 
+LABELLED = {"input_ids": torch.arange(1, 9).view(2, 4), "labels": torch.tensor([0, 1])}
+
+
 def test_scores_of_another_model_are_refused():
     """Teachers of two tasks have the same shape: their scores used to pass for each other's."""
-    teacher, other = build(BertForSequenceClassification), build(BertForSequenceClassification, seed=1)
-    batch = {"input_ids": torch.arange(1, 9).view(2, 4), "labels": torch.tensor([0, 1])}
-    scores = compute_importance(teacher, [batch], model_name="mine")
+    teacher = build(BertForSequenceClassification)
+    scores = compute_importance(teacher, [LABELLED], model_name="mine")
     scores.check(teacher)
     scores.check(build(BertForSequenceClassification).bfloat16())
-    with pytest.raises(
-        UserError, match="scores of 'mine' were taken of a model of this shape with other weights"
+    for changes, message in (
+        ({"seed": 1}, "scores of 'mine' were taken of a model of this shape with other weights"),
+        ({"num_hidden_layers": 2}, "'mine' are for 3 layers of 64 neurons, but the model has 2 of 64"),
+        ({"intermediate_size": 48}, "'mine' are for 3 layers of 64 neurons, but the model has 3 of 48"),
     ):
-        scores.check(other)
-    with pytest.raises(UserError, match="'mine' are for 3 layers of 64 neurons, but the model has 2 of 64"):
-        scores.check(build(BertForSequenceClassification, num_hidden_layers=2))
-    with pytest.raises(UserError, match="'mine' are for 3 layers of 64 neurons, but the model has 3 of 48"):
-        scores.check(build(BertForSequenceClassification, intermediate_size=48))
+        with pytest.raises(UserError, match=message):
+            scores.check(build(BertForSequenceClassification, **changes))
 
 
 def test_saved_scores_know_their_model(tmp_path):
     teacher = build(BertForSequenceClassification)
-    batch = {"input_ids": torch.arange(1, 9).view(2, 4), "labels": torch.tensor([0, 1])}
     path = tmp_path / "scores.safetensors"
-    compute_importance(teacher, [batch]).save(path)
+    compute_importance(teacher, [LABELLED]).save(path)
     assert len(Importance.load(path).weights) == 64
     with pytest.raises(UserError, match="other weights"):
         adapt(build(BertForSequenceClassification, seed=1), Importance.load(path))
@@ -239,10 +229,9 @@ def test_a_tokenizer_of_more_ids_than_the_routing_table(tmp_path):
     tiny.tokenizer(folder, [*WORDS, "x", "y"]).save_pretrained(folder)
     with pytest.raises(UserError, match="has token ids from 0 to 26, but its model's vocabulary has 25"):
         load_model(folder)
+    message = r"input_ids must lie in \[0, 25\), .* routing tables, found .*own"
     for ids in ([[1, 26]], [[-1, 1]]):
-        with pytest.raises(
-            ValueError, match=r"input_ids must lie in \[0, 25\), .* routing tables, found .*own"
-        ):
+        with pytest.raises(ValueError, match=message):
             model(input_ids=torch.tensor(ids))
 
 
@@ -252,20 +241,17 @@ def test_a_moe_checkpoint_must_be_whole_and_its_tables_name_experts(tmp_path):
     weights = load_file(folder / "model.safetensors")
     table, expert = "bert.encoder.tables_LV", "bert.encoder.layer.0.ffn.w1_EFD"
 
-    def load_with(changed):
+    def load_with(changed, **options):
         save_file(changed, folder / "model.safetensors", {"format": "pt"})
-        return AutoModelForSequenceClassification.from_pretrained(folder)
+        return AutoModelForSequenceClassification.from_pretrained(folder, **options)
 
     for value in (2, -1):
-        with pytest.raises(
-            ValueError, match=rf"tables_LV must name experts in \[0, 2\), found {value} to {value}"
-        ):
+        message = rf"tables_LV must name experts in \[0, 2\), found {value} to {value}"
+        with pytest.raises(ValueError, match=message):
             load_with(weights | {table: torch.full_like(weights[table], value)})
     with pytest.raises(ValueError, match=f"has no {expert} .* it is not a whole MoEBert"):
         load_with({name: tensor for name, tensor in weights.items() if name != expert})
-    _, found = AutoModelForSequenceClassification.from_pretrained(
-        make_model(tmp_path / "whole", model), output_loading_info=True
-    )
+    _, found = load_with(weights, output_loading_info=True)
     assert not found["missing_keys"]
 
 
@@ -292,35 +278,27 @@ def test_a_label_unseen_in_training_is_named_with_its_place(tmp_path, name, text
         load_task("csv", tmp_path / "rows.csv", csv=CsvOptions(validation_file=tmp_path / name))
 
 
+ADAPT = "adapt --teacher model --random-split --no-fit --output x"
+TABLE = "--task csv --data rows.csv"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            "adapt --teacher model --random-split --no-fit --output x --seed 4294967296",
-            "--seed must be at most 4294967295",
-        ),
-        (
-            "evaluate --model model --task csv --data rows.csv --split-seed -1",
-            "--split-seed must not be negative",
-        ),
-        (
-            "adapt --teacher model --random-split --no-fit --experts 17 --output x",
-            "--experts must be 1 to the 16 neurons",
-        ),
-        (f"evaluate --model {'x' * 300} --task csv --data rows.csv", "there is no folder xxx"),
-        (
-            "finetune --model model --task csv --data rows.csv --output x --seed -1",
-            "--seed must be 0 to 4294967295",
-        ),
+        (f"{ADAPT} --seed 4294967296", "--seed must be at most 4294967295"),
+        (f"evaluate --model model {TABLE} --split-seed -1", "--split-seed must not be negative"),
+        (f"{ADAPT} --experts 17", "--experts must be 1 to the 16 neurons"),
+        (f"evaluate --model {'x' * 300} {TABLE}", "there is no folder xxx"),
+        (f"finetune --model model {TABLE} --output x --seed -1", "--seed must be 0 to 4294967295"),
         ("bench ffn --device tpu --toy", "device must be cpu or cuda, got 'tpu'"),
         ("bench plot rows.csv", "rows.csv is not a result file"),
         ("bench readme nowhere.md", "there is no file 'nowhere.md'"),
     ],
 )
+@pytest.mark.usefixtures("folder")
 def test_the_command_line_names_the_option(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "400")
-    make_model(tmp_path / "model")
     (tmp_path / "rows.csv").write_text(ROWS)
     result = CliRunner().invoke(app, arguments.split())
     assert result.exit_code == 2, result.exception
@@ -330,13 +308,15 @@ def test_the_command_line_names_the_option(tmp_path, monkeypatch, arguments, mes
 
 X = torch.randn(3, 5, 8)
 IDS = torch.zeros(3, 5, dtype=torch.int64)
-TABLE = torch.zeros(10, dtype=torch.int32)
-PLAN = RoutingPlan.from_expert_ids(torch.zeros(15, dtype=torch.int64), 2)
+ROUTES = torch.zeros(10, dtype=torch.int32)
+from_expert_ids, from_input_ids = RoutingPlan.from_expert_ids, RoutingPlan.from_input_ids
+PLAN = from_expert_ids(torch.zeros(15, dtype=torch.int64), 2)
 WEIGHTS = (torch.randn(2, 4, 8), torch.randn(2, 4), torch.randn(2, 8, 4), torch.randn(2, 8))
+SCORES = random_scores(3, 64)
 
 
 def hashed() -> MoEFFN:
-    return MoEFFN(8, 4, 2, router=HashRouter(TABLE, 2))
+    return MoEFFN(8, 4, 2, router=HashRouter(ROUTES, 2))
 
 
 def teacher():
@@ -366,47 +346,27 @@ def run_op(x=X.view(15, 8), plan=PLAN, **options):  # noqa: B008 - read only
         (lambda: run_op(norm=torch.ones(2, 8)), "norm must be a pair of tensors, .*, got Tensor"),
         (lambda: run_op(norm=(torch.ones(2, 8),)), "norm must be a pair of tensors"),
         (lambda: run_op(dropout_p="x"), "dropout_p must be a number, got str 'x'"),
-        (
-            lambda: RoutingPlan.from_expert_ids(IDS[0], 2.5),
-            "num_experts must be a whole number, got float 2.5",
-        ),
-        (
-            lambda: RoutingPlan.from_expert_ids(IDS[:, :0], 2),
-            "must give every token a slot, got shape .3, 0.",
-        ),
-        (lambda: RoutingPlan.from_input_ids(IDS, TABLE[None], 0), "num_experts must be at least 1, got 0"),
-        (lambda: RoutingPlan.from_input_ids(IDS, TABLE[None], 2, mask="x"), "mask must be a tensor, got str"),
+        (lambda: from_expert_ids(IDS[0], 2.5), "num_experts must be a whole number, got float 2.5"),
+        (lambda: from_expert_ids(IDS[:, :0], 2), "must give every token a slot, got shape .3, 0."),
+        (lambda: from_input_ids(IDS, ROUTES[None], 0), "num_experts must be at least 1, got 0"),
+        (lambda: from_input_ids(IDS, ROUTES[None], 2, mask="x"), "mask must be a tensor, got str"),
         (lambda: HashRouter([0, 1], 2), "table_V must be a tensor, got list"),
         (lambda: HashRouter(torch.zeros(4), 2), "table_V must be integer .*, got torch.float32"),
         (lambda: TokenGate(-8, 2), "hidden_size must be at least 1, got -8"),
         (lambda: TokenGate(8, 2)(X[..., :3]), "x must end in hidden_size=8, got shape"),
-        (
-            lambda: SentenceGate(8, 2)(X, mask_BS=IDS[:2]),
-            r"mask_BS must have shape \(3, 5\) .*, got \(2, 5\)",
-        ),
+        (lambda: SentenceGate(8, 2)(X, mask_BS=IDS[:2]), r"mask_BS must have shape \(3, 5\) .*, got \(2, 5"),
         (lambda: hash_random_tables(1, 3, 2, seed="x"), "seed must be a whole number, got str 'x'"),
         (lambda: hash_random_tables(1, 3, 2, seed=2**70), "seed must have at most 64 bits"),
         (lambda: replace_ffns(teacher(), None), "index_LEF must be a tensor, got NoneType"),
-        (
-            lambda: replace_ffns(teacher(), quarters(), tables_LV="x"),
-            "tables_LV must be a tensor, got str 'x'",
-        ),
+        (lambda: replace_ffns(teacher(), quarters(), tables_LV="x"), "tables_LV must be a tensor, got str"),
         (lambda: replace_ffns("bert", quarters()), "model must be a model of transformers, got str 'bert'"),
         (lambda: replace_ffns(teacher(), quarters(), seed="x"), "seed must be a whole number"),
         (lambda: to_moe(teacher(), quarters(), num_shared_neurons="x"), "num_shared_neurons must be a whole"),
         (lambda: adapt(teacher(), "scores.safetensors"), "importance must be an Importance, .*, got str"),
+        (lambda: adapt(teacher(), SCORES, num_experts="4"), "num_experts must be a whole number"),
+        (lambda: adapt(teacher(), SCORES, expert_size=1.5), "expert_size must be a whole number"),
         (
-            lambda: adapt(teacher(), random_scores(3, 64), num_experts="4"),
-            "num_experts must be a whole number",
-        ),
-        (
-            lambda: adapt(teacher(), random_scores(3, 64), expert_size=1.5),
-            "expert_size must be a whole number",
-        ),
-        (
-            lambda: adapt(
-                teacher(), random_scores(3, 64), routing="hash-balance", token_counts_V=[1] * VOCAB
-            ),
+            lambda: adapt(teacher(), SCORES, routing="hash-balance", token_counts_V=[1] * VOCAB),
             "token_counts_V must be a tensor, got list",
         ),
         (lambda: Importance(None, "m", "t", 1), "scores_LF must be a tensor, got NoneType"),

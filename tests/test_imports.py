@@ -12,10 +12,9 @@ from transformers import AutoModelForSequenceClassification
 
 import moebert_kernels
 from moebert_kernels import models
-from moebert_kernels.models import to_moe
 from tests import forked
 from tests.forked import BELOW_TRANSFORMERS
-from tests.tiny import LAYERS, build_family, quarters
+from tests.tiny import build_family, quartered
 
 SLOW = ("transformers", "datasets", "sklearn", "scipy", "pandas", "matplotlib", "triton", "torch._dynamo")
 
@@ -61,10 +60,7 @@ def test_help_comes_without_torch():
 
 def test_a_student_loads_where_transformers_comes_first(tmp_path):
     """Stops README's way to load a student from working in one order alone, or importing every family."""
-    torch.manual_seed(0)
-    index_LEF = torch.arange(8).view(1, 2, 4).repeat(LAYERS, 1, 1)
-    student = to_moe(build_family("Roberta"), index_LEF, num_shared_neurons=0)
-    student.save_pretrained(tmp_path)
+    quartered(build_family("Roberta")).save_pretrained(tmp_path)
     script = (
         "import sys, transformers.models.auto, moebert_kernels\n"
         "from transformers import AutoConfig, AutoModel\n"
@@ -78,8 +74,7 @@ def test_a_student_loads_where_transformers_comes_first(tmp_path):
 
 def test_a_pickle_of_a_student_is_read_where_nothing_is_imported(tmp_path):
     """Stops classes that are made when asked for from being missed by pickle, as in a pool's workers."""
-    student = to_moe(build_family("Bert", "ForSequenceClassification"), quarters(), num_shared_neurons=0)
-    torch.save(student, tmp_path / "model.pt")
+    torch.save(quartered(build_family("Bert", "ForSequenceClassification")), tmp_path / "model.pt")
     script = (
         "import sys, torch\n"
         "model = torch.load(sys.argv[1], weights_only=False)\n"
@@ -91,8 +86,7 @@ def test_a_pickle_of_a_student_is_read_where_nothing_is_imported(tmp_path):
 
 
 def test_a_student_loads_where_the_package_comes_first(tmp_path):
-    student = to_moe(build_family("Bert", "ForSequenceClassification"), quarters(), num_shared_neurons=0)
-    student.save_pretrained(tmp_path)
+    quartered(build_family("Bert", "ForSequenceClassification")).save_pretrained(tmp_path)
     script = (
         "import sys, torch, moebert_kernels\n"
         "from transformers import AutoModelForSequenceClassification as Auto\n"

@@ -23,11 +23,8 @@ def test_experts_that_are_all_the_dense_ffn_are_the_dense_ffn(norm_eps):
     table_V = hash_random_tables(1, 50, 4)[0]
     ffn = MoEFFN(8, 16, 4, router=HashRouter(table_V, 4), norm_eps=norm_eps)
     with torch.no_grad():
-        for e in range(4):
-            for ours, theirs in ((ffn.w1_EFD, fc1.weight), (ffn.bias1_EF, fc1.bias)):
-                ours[e] = theirs
-            for ours, theirs in ((ffn.w2_EDF, fc2.weight), (ffn.bias2_ED, fc2.bias)):
-                ours[e] = theirs
+        for weights, biases, layer in ((ffn.w1_EFD, ffn.bias1_EF, fc1), (ffn.w2_EDF, ffn.bias2_ED, fc2)):
+            weights[:], biases[:] = layer.weight, layer.bias
     x, input_ids = torch.randn(2, 5, 8), torch.randint(0, 50, (2, 5))
     expected = fc2(nn.functional.gelu(fc1(x)))
     if norm_eps is not None:
@@ -80,8 +77,8 @@ def test_a_sentence_gate_acts_and_learns_alike_alone_and_in_a_batch(lengths, ext
 
 def test_state_dict_round_trip_brings_the_routing_along():
     """The authors' tables were not saved: a reloaded model routed at random."""
-    make = lambda seed: MoEFFN(8, 6, 4, router=HashRouter(hash_random_tables(1, 50, 4, seed=seed)[0], 4))  # noqa: E731
-    first, second = make(0), make(1)
+    tables = (hash_random_tables(1, 50, 4, seed=seed)[0] for seed in (0, 1))
+    first, second = (MoEFFN(8, 6, 4, router=HashRouter(table_V, 4)) for table_V in tables)
     x, input_ids = torch.randn(2, 5, 8), torch.randint(0, 50, (2, 5))
     assert not torch.equal(first(x, input_ids=input_ids), second(x, input_ids=input_ids))
     second.load_state_dict(first.state_dict())
@@ -98,7 +95,7 @@ def test_state_dicts_with_former_names_load(norm_eps, bias):
     former = under_former_names(state)
     assert (former.keys() == state.keys()) == (norm_eps is None and not bias)
     wrapped.load_state_dict(former, strict=True)
-    assert all(torch.equal(tensor, state[name]) for name, tensor in wrapped.state_dict().items())
+    torch.testing.assert_close(wrapped.state_dict(), state, rtol=0, atol=0)
     if bias:
         former["1.b1_EF"] = torch.zeros(2, 5)
         with pytest.raises(RuntimeError, match=r"size mismatch for 1\.bias1_EF"):
@@ -152,10 +149,7 @@ def test_wrong_use_is_refused():
 @pytest.mark.parametrize(
     ("routing", "words"),
     [
-        (
-            (a_plan(3), a_plan(3)),
-            "got a tuple of length 2; RoutingPlan.from_input_ids gives one plan per layer",
-        ),
+        ((a_plan(3),) * 2, "got a tuple of length 2; RoutingPlan.from_input_ids gives one plan per layer"),
         ("hash-random", "got str"),
         (torch.zeros(3).long(), "got Tensor"),
     ],

@@ -68,52 +68,34 @@ def test_plans_of_all_layers_equal_one_plan_per_layer():
         assert torch.equal(plan.expert_ids_TK, alone.expert_ids_TK)
 
 
+TABLES = torch.zeros(1, 7, dtype=torch.int32)
+from_expert_ids, from_input_ids = RoutingPlan.from_expert_ids, RoutingPlan.from_input_ids
+
+
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
-        (lambda: RoutingPlan.from_expert_ids(torch.tensor([0, 4]), 4), ValueError, "expert_ids.*from 0 to 4"),
-        (lambda: RoutingPlan.from_expert_ids(torch.tensor([-2, 1]), 4), ValueError, "expert_ids.*from -2"),
-        (lambda: RoutingPlan.from_expert_ids(torch.tensor([0.0]), 4), TypeError, "expert_ids.*float32"),
+        (lambda: from_expert_ids(torch.tensor([0, 4]), 4), ValueError, "expert_ids.*from 0 to 4"),
+        (lambda: from_expert_ids(torch.tensor([-2, 1]), 4), ValueError, "expert_ids.*from -2"),
+        (lambda: from_expert_ids(torch.tensor([0.0]), 4), TypeError, "expert_ids.*float32"),
+        (lambda: from_expert_ids(torch.zeros(1, 1, 1).int(), 4), ValueError, "shape"),
+        (lambda: from_expert_ids(torch.tensor([0]), 0), ValueError, "num_experts.*0"),
         (
-            lambda: RoutingPlan.from_expert_ids(torch.zeros(1, 1, 1, dtype=torch.int32), 4),
-            ValueError,
-            "shape",
-        ),
-        (lambda: RoutingPlan.from_expert_ids(torch.tensor([0]), 0), ValueError, "num_experts.*0"),
-        (
-            lambda: RoutingPlan.from_expert_ids(
-                torch.zeros(8, 128, dtype=torch.long), 4
-            ),  # [batch, sequence]
+            lambda: from_expert_ids(torch.zeros(8, 128).long(), 4),  # [batch, sequence]
             ValueError,
             r"expert_ids.*at most num_experts=4.*\(8, 128\).*flatten batch and sequence",
         ),
-        (lambda: RoutingPlan.from_expert_ids([0, 1, 2], 4), TypeError, "expert_ids.*tensor, got list"),
-        (
-            lambda: RoutingPlan.from_input_ids(torch.tensor([0]), [[0]], 4),
-            TypeError,
-            "tables_LV.*tensor, got list",
-        ),
+        (lambda: from_expert_ids([0, 1, 2], 4), TypeError, "expert_ids.*tensor, got list"),
+        (lambda: from_input_ids(torch.tensor([0]), [[0]], 4), TypeError, "tables_LV.*tensor, got list"),
         (lambda: hash_random_tables(1, 100, 0), ValueError, "num_experts must be at least 1, got 0"),
         (lambda: hash_random_tables(0, 100, 4), ValueError, "num_layers must be at least 1, got 0"),
         (lambda: hash_random_tables(1, -1, 4), ValueError, "vocab_size must be at least 0, got -1"),
         (lambda: hash_balance_tables(1, torch.ones(9), 0), ValueError, "num_experts must be at least 1"),
         (lambda: hash_balance_tables(0, torch.ones(9), 4), ValueError, "num_layers must be at least 1"),
+        (lambda: from_input_ids(torch.tensor([7]), TABLES, 4), ValueError, r"input_ids.*\[0, 7\).*7"),
+        (lambda: from_input_ids(torch.tensor([1, 2]), TABLES, 4, torch.ones(3).bool()), ValueError, "mask"),
         (
-            lambda: RoutingPlan.from_input_ids(torch.tensor([7]), torch.zeros(1, 7, dtype=torch.int32), 4),
-            ValueError,
-            r"input_ids.*\[0, 7\).*7",
-        ),
-        (
-            lambda: RoutingPlan.from_input_ids(
-                torch.tensor([1, 2]), torch.zeros(1, 7, dtype=torch.int32), 4, torch.ones(3, dtype=torch.bool)
-            ),
-            ValueError,
-            "mask",
-        ),
-        (
-            lambda: RoutingPlan.from_input_ids(
-                torch.tensor([1, 2]), torch.zeros(1, 7, dtype=torch.int32), 4, torch.tensor([0.0, -1e4])
-            ),
+            lambda: from_input_ids(torch.tensor([1, 2]), TABLES, 4, torch.tensor([0.0, -1e4])),
             TypeError,
             "mask must be bool or integer",
         ),

@@ -9,10 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import BertConfig, BertTokenizerFast, PreTrainedModel
 
-from moebert_kernels.models import FAMILIES
+from moebert_kernels import hash_random_tables
+from moebert_kernels.models import FAMILIES, families, to_moe
 from moebert_kernels.models.families import Family
 
 VOCAB, LAYERS, HIDDEN, WIDTH = 100, 3, 32, 64
@@ -37,6 +39,7 @@ WORDS = tuple(f"w{i}" for i in range(VOCAB - len(SPECIAL_TOKENS)))
 
 SHARED, OWN = 6, 3  # neurons of an expert in `some_shared`
 
+HEADS = (None, *families.HEADS)
 FAMILY = {family.name: family for family in FAMILIES}
 each_family = list(FAMILY)
 PADDING = 1  # of the families' models, as most of them have it
@@ -65,6 +68,11 @@ def build(model_class: type[PreTrainedModel], seed: int = 0, **changes) -> PreTr
 def class_of(family: Family, head: str | None) -> type[PreTrainedModel]:
     """The dense class with that head, "ForMaskedLM" for example; None for the base model."""
     return family.model if head is None else next(c for c in family.heads if c.__name__.endswith(head))
+
+
+def auto_class(head: str | None) -> type:
+    """Of transformers, for models with that head."""
+    return getattr(transformers, f"AutoModel{head or ''}")
 
 
 def build_family(name: str, head: str | None = None, seed: int = 0, **changes) -> PreTrainedModel:
@@ -100,6 +108,19 @@ def quarters(num_layers: int = LAYERS) -> Tensor:
     return torch.arange(WIDTH).view(4, WIDTH // 4).expand(num_layers, 4, WIDTH // 4)
 
 
+def tables(routing: str, num_layers: int = LAYERS) -> Tensor | None:
+    """tables_LV for 4 experts, where that routing has to be given them."""
+    given = routing in ("hash-balance", "hash-affinity")
+    return hash_random_tables(num_layers, VOCAB, 4, seed=7) if given else None
+
+
+def quartered(dense: PreTrainedModel, routing: str = "hash-random", **options) -> PreTrainedModel:
+    """A model like it whose 4 experts have a quarter of the neurons each."""
+    num_layers = dense.config.num_hidden_layers
+    options = {"num_shared_neurons": 0, "tables_LV": tables(routing, num_layers), **options}
+    return to_moe(dense, quarters(num_layers), routing=routing, **options)
+
+
 def some_shared(num_experts: int = 4, num_shared: int = SHARED, num_own: int = OWN) -> Tensor:
     """index_LEF with the shared neurons anywhere but at the front, and not in the same places."""
     own = num_shared + torch.arange(num_experts * num_own).view(num_experts, num_own)
@@ -114,3 +135,29 @@ def batch(batch_size: int = 3, length: int = 9, seed: int = 0) -> dict[str, Tens
     attention_mask = torch.ones_like(input_ids)
     attention_mask[1, -4:] = 0
     return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def labels_for(head: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a model with that head, of two classes, is trained on beside a batch of those inputs."""
+    input_ids = inputs["input_ids"]
+    if head == "ForQuestionAnswering":
+        start_B = torch.zeros_like(input_ids[:, 0])
+        return {"start_positions": start_B, "end_positions": start_B + 2}
+    if head == "ForSequenceClassification":
+        return {"labels": torch.arange(len(input_ids)) % 2}
+    return {"labels": torch.arange(input_ids.numel()).view_as(input_ids) % 2}
+
+
+def gradients(model: PreTrainedModel, **inputs) -> dict[str, Tensor]:
+    """Those of the loss it tells, by the names of parameters, and the loss itself; dropout by one seed."""
+    model.zero_grad()
+    torch.manual_seed(0)
+    loss = model(**inputs).loss
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), **found}
+
+
+def assert_same(found, expected) -> None:
+    """Tensors, or mappings or sequences of them with the same names or places, bit for bit."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)

@@ -7,9 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from moebert_kernels.cli import app
 from moebert_kernels.cli_command import FAILED, INTERRUPTED
 from moebert_kernels.compress.data import files
 from moebert_kernels.compress.runs import pipeline
@@ -19,25 +17,17 @@ from tests import ROOT
 from tests.compress.toys import make_data, make_teacher
 from tests.full_disk import no_file_above
 
-TABLE = "--task csv --data rows.csv --batch-size 16 --max-length 16 --lr 1e-3"
-COMPRESS = f"compress --teacher teacher {TABLE} --epochs 1 --measure-length 8"
+ROWS = "--task csv --data rows.csv"
+TRAINING = f"{ROWS} --batch-size 16 --max-length 16 --lr 1e-3 --epochs 1"
+COMPRESS = f"compress --teacher teacher {TRAINING} --measure-length 8"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("endings")
     make_teacher(folder / "teacher")
-    data = make_data(n=60).train
-    rows = zip(data["text"], data["label"], strict=True)
-    (folder / "rows.csv").write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in rows))
+    make_data(n=60).train.to_csv(folder / "rows.csv", index=False)
     return folder
-
-
-@pytest.fixture
-def call(folder, monkeypatch):
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("COLUMNS", "200")
-    return lambda command: CliRunner().invoke(app, command.split())
 
 
 def assert_failed(result, *words):
@@ -50,14 +40,12 @@ def assert_failed(result, *words):
     assert "Traceback" not in result.output
 
 
-def test_a_full_disk_and_room_again(call, folder):
+def test_a_full_disk_and_room_again(call, run, folder):
     with no_file_above(200_000):
         result = call(f"{COMPRESS} --epochs 2 --output full")
     checkpoints = Path("full", "work", "student", "checkpoints-")
     assert_failed(result, f"cannot write to the folder {checkpoints}", "command again")
-    result = call(f"{COMPRESS} --epochs 2 --output full")
-    assert result.exit_code == 0, result.output
-    assert "evaluate student before distillation: reused" in result.stdout
+    assert "evaluate student before distillation: reused" in run(f"{COMPRESS} --epochs 2 --output full")
     assert (folder / "full" / "report.html").is_file()
 
 
@@ -71,10 +59,10 @@ def test_a_second_run_on_the_same_folder(call, folder):
     "command",
     [
         f"{COMPRESS} --output rows.csv/out",
-        f"importance --teacher teacher {TABLE.split(' --batch')[0]} --output rows.csv/scores.safetensors",
+        f"importance --teacher teacher {ROWS} --output rows.csv/scores.safetensors",
         "adapt --teacher teacher --random-split --no-fit --output rows.csv/adapted",
-        f"finetune --model teacher {TABLE} --epochs 1 --output rows.csv/fresh",
-        f"evaluate --model teacher {TABLE.split(' --batch')[0]} --output rows.csv/metrics.json",
+        f"finetune --model teacher {TRAINING} --output rows.csv/fresh",
+        f"evaluate --model teacher {ROWS} --output rows.csv/metrics.json",
     ],
 )
 def test_an_output_that_cannot_be_made(call, command):
@@ -84,7 +72,7 @@ def test_an_output_that_cannot_be_made(call, command):
 
 
 def test_metrics_are_printed_even_if_they_cannot_be_written(call):
-    result = call("evaluate --model teacher --task csv --data rows.csv --output rows.csv/metrics.json")
+    result = call(f"evaluate --model teacher {ROWS} --output rows.csv/metrics.json")
     assert "accuracy 0." in result.stdout
 
 
@@ -105,8 +93,7 @@ def test_what_cannot_be_read_is_named(call, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     monkeypatch.setattr(files.Path, "read_bytes", forbidden)
-    result = call(f"{COMPRESS} --output unread")
-    assert_failed(result, "cannot use rows.csv: Permission denied")
+    assert_failed(call(f"{COMPRESS} --output unread"), "cannot use rows.csv: Permission denied")
 
 
 def test_a_closed_pipe_is_nobodys_fault(call, monkeypatch):

@@ -1,14 +1,14 @@
 """A toy task of forty words, and what is needed to compress a model of it: teachers, rows, settings."""
 
-import json
-
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import BertForSequenceClassification, TrainerCallback, TrainingArguments
 
+from moebert_kernels.compress.data.files import read_json
 from moebert_kernels.compress.data.tasks import Task, TaskData
 from moebert_kernels.compress.runs.settings import CompressSettings
+from moebert_kernels.compress.training.trainer import DistillationTrainer
 from tests import tiny
 
 WORDS = [f"w{i}" for i in range(40)]
@@ -72,26 +72,64 @@ def arguments(tmp_path, **options):
     return TrainingArguments(**(defaults | options))
 
 
-def weights(output):
-    return {
-        name: load_file(output / where / "model.safetensors")
-        for name, where in (
-            ("kept", "student"),
-            ("fitted", "work/student/fitted"),
-            ("student", "work/student/distilled"),
-            ("random", "work/random/distilled"),
-        )
-    }
+def make_trainer(
+    folder,
+    tokenizer,
+    student=None,
+    teacher=None,
+    rows=None,
+    distill_weight=1.0,
+    layer_map=None,
+    pack=True,
+    **options,
+):
+    """`options` are TrainingArguments'."""
+    return DistillationTrainer(
+        student or toy_bert(1),
+        teacher or toy_bert(0),
+        args=arguments(folder, **options),
+        distill_weight=distill_weight,
+        layer_map=layer_map,
+        pack=pack,
+        train_dataset=rows or make_rows(),
+        processing_class=tokenizer,
+    )
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
 
 
 def assert_same_outcome(output, other):
-    for name, tensors in weights(output).items():
-        for key, value in weights(other)[name].items():
-            assert torch.equal(tensors[key], value), (name, key)
-    first, second = (json.loads((folder / "results.json").read_text()) for folder in (output, other))
+    for folder in ("student", "work/student/fitted", "work/student/distilled", "work/random/distilled"):
+        tiny.assert_same(weights(output / folder), weights(other / folder))
+    first, second = (read_json(folder / "results.json") for folder in (output, other))
     for key in ("fitting", "losses", "training_load_NLE"):
         assert first[key] == second[key]
     assert [m["quality"] for m in first["models"]] == [m["quality"] for m in second["models"]]
+
+
+class Progress(list):
+    """The calls that tell of progress; at a given one, (stage, done), the run is interrupted."""
+
+    def __init__(self, interrupted_at=None):
+        super().__init__()
+        self.interrupted_at = interrupted_at
+
+    def __call__(self, *call):
+        self.append(call)
+        if call[:2] == self.interrupted_at:
+            raise KeyboardInterrupt
+
+    @property
+    def reused(self):
+        """Names of the stages that were done before."""
+        return [stage for stage, _, total in self if total == 0]
+
+    @property
+    def done(self):
+        """Names of the stages that did some work."""
+        return list(dict.fromkeys(stage for stage, _, total in self if total > 0))
 
 
 class StopAt(TrainerCallback):

@@ -13,9 +13,8 @@ from moebert_kernels.models import (
     ffn_flops_per_token,
     parameters_used_per_token,
     replace_ffns,
-    to_moe,
 )
-from tests.tiny import HIDDEN, LAYERS, VOCAB, WIDTH, build, quarters
+from tests.tiny import HIDDEN, LAYERS, VOCAB, WIDTH, build, quartered, quarters
 
 
 def test_bert_base_and_its_moebert():
@@ -35,7 +34,7 @@ def test_every_further_expert_a_gate_uses_counts():
     size = WIDTH // 4
     expert = 2 * HIDDEN * size + size + 3 * HIDDEN
     for top_k in (1, 2, 4):
-        moe = to_moe(build(BertModel), quarters(), num_shared_neurons=0, routing="gate-token", top_k=top_k)
+        moe = quartered(build(BertModel), "gate-token", top_k=top_k)
         stored = count_parameters(build(BertModel)) + LAYERS * (3 * 3 * HIDDEN + 4 * HIDDEN)
         assert count_parameters(moe) == stored
         assert parameters_used_per_token(moe) == stored - LAYERS * (4 - top_k) * expert
@@ -50,7 +49,7 @@ def test_tied_parameters_count_once():
 
 def test_in_place_models_cost_what_their_own_class_does():
     dense = build(BertModel)
-    moe = to_moe(dense, quarters(), num_shared_neurons=0)
+    moe = quartered(dense)
     replace_ffns(dense, quarters())
     for cost in (count_parameters, parameters_used_per_token, ffn_flops_per_token, encoder_flops_per_token):
         assert cost(dense) == cost(moe)

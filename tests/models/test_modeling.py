@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,31 +19,20 @@ from transformers import (
     TrainingArguments,
 )
 
-from moebert_kernels import HashRouter, MoEFFN, RoutingPlan, hash_random_tables
+from moebert_kernels import HashRouter, MoEFFN, RoutingPlan
+from moebert_kernels.compress.training.distillation import without_dropout
 from moebert_kernels.models import (
     GATE_ROUTINGS,
     HASH_ROUTINGS,
     ROUTINGS,
     MoEBertConfig,
     MoEBertForSequenceClassification,
-    to_moe,
 )
-from tests.tiny import LAYERS, VOCAB, batch, build, quarters
+from tests.tiny import LAYERS, VOCAB, batch, build, gradients, quartered
 
 
-def moe_of(dense_class, routing: str = "hash-random", top_k: int = 1, seed: int = 0, **changes):
-    tables_LV = (
-        hash_random_tables(LAYERS, VOCAB, 4, seed=7) if routing in ("hash-balance", "hash-affinity") else None
-    )
-    return to_moe(
-        build(dense_class, **changes),
-        quarters(changes.get("num_hidden_layers", LAYERS)),
-        num_shared_neurons=0,
-        routing=routing,
-        tables_LV=tables_LV,
-        top_k=top_k,
-        seed=seed,
-    )
+def moe_of(dense_class, routing: str = "hash-random", top_k: int = 1, **changes):
+    return quartered(build(dense_class, **changes), routing, top_k=top_k)
 
 
 @pytest.mark.parametrize("routing", HASH_ROUTINGS)
@@ -60,15 +50,12 @@ def test_tokens_go_where_the_tables_say(routing):
 
 def test_the_plans_of_all_layers_are_built_once(monkeypatch):
     """Under checkpointing too: recomputation takes the plan it was given and does not route again."""
-    calls = []
-    original = RoutingPlan.from_input_ids
-    monkeypatch.setattr(
-        RoutingPlan, "from_input_ids", lambda *args, **kwargs: calls.append(args) or original(*args, **kwargs)
-    )
+    watched = Mock(wraps=RoutingPlan.from_input_ids)
+    monkeypatch.setattr(RoutingPlan, "from_input_ids", watched)
     model = moe_of(BertModel).train()
     model.gradient_checkpointing_enable()
     model(**batch())[0].sum().backward()
-    assert len(calls) == 1
+    watched.assert_called_once()
 
 
 def test_a_layer_equals_a_lone_moe_ffn_with_its_own_table():
@@ -103,20 +90,22 @@ def test_gates_route_every_real_token_to_k_experts(routing, top_k):
                 assert len(expert_ids_SK[real_S].unique(dim=0)) == 1
 
 
+@st.composite
+def padded_batches(draw):
+    """(input_ids, attention_mask, lengths) of sentences, padded to the longest or further."""
+    lengths = draw(st.lists(st.integers(1, 9), min_size=1, max_size=4))
+    shape = (len(lengths), max(lengths) + draw(st.integers(0, 5)))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    attention_mask = torch.arange(shape[1]) < torch.tensor(lengths).unsqueeze(1)
+    return torch.randint(VOCAB, shape, generator=generator), attention_mask.long(), lengths
+
+
 @settings(max_examples=12)
-@given(
-    routing=st.sampled_from(ROUTINGS),
-    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4),
-    extra=st.integers(0, 5),
-    seed=st.integers(0, 99),
-)
-def test_padding_changes_nothing(routing, lengths, extra, seed):
+@given(st.sampled_from(ROUTINGS), padded_batches())
+def test_padding_changes_nothing(routing, batch):
     """A sentence alone, without padding, gives what it gives in a padded batch, whatever pads it."""
     model = moe_of(BertForSequenceClassification, routing)
-    generator = torch.Generator().manual_seed(seed)
-    shape = (len(lengths), max(lengths) + extra)
-    input_ids = torch.randint(VOCAB, shape, generator=generator)
-    attention_mask = (torch.arange(shape[1]) < torch.tensor(lengths).unsqueeze(1)).long()
+    input_ids, attention_mask, lengths = batch
     with torch.no_grad():
         together = model(input_ids, attention_mask=attention_mask, output_hidden_states=True)
         other_padding = torch.where(attention_mask.bool(), input_ids, 0)
@@ -129,22 +118,12 @@ def test_padding_changes_nothing(routing, lengths, extra, seed):
 
 
 @settings(max_examples=10)
-@given(
-    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4),
-    extra=st.integers(0, 5),
-    top_k=st.integers(1, 2),
-    seed=st.integers(0, 99),
-)
-def test_sentence_gates_get_the_gradient_of_a_batch_from_its_sentences_one_by_one(
-    lengths, extra, top_k, seed
-):
+@given(padded_batches(), st.integers(1, 2))
+def test_sentence_gates_get_the_gradient_of_a_batch_from_its_sentences_one_by_one(batch, top_k):
     """The authors' gate-sentence learned nothing at batch size 1: it left its probability out."""
     model = moe_of(BertForSequenceClassification, "gate-sentence", top_k).double()
-    generator = torch.Generator().manual_seed(seed)
-    shape = (len(lengths), max(lengths) + extra)
-    input_ids = torch.randint(VOCAB, shape, generator=generator)
-    attention_mask = (torch.arange(shape[1]) < torch.tensor(lengths).unsqueeze(1)).long()
-    labels = torch.randint(2, (shape[0],), generator=generator)
+    input_ids, attention_mask, lengths = batch
+    labels = input_ids[:, 0] % 2
     gates = [layer.ffn.router.gate.weight for layer in model.bert.encoder.layer]
 
     def learned(rows: slice, length: int) -> list[torch.Tensor]:
@@ -152,7 +131,7 @@ def test_sentence_gates_get_the_gradient_of_a_batch_from_its_sentences_one_by_on
         loss = torch.nn.functional.cross_entropy(logits, labels[rows], reduction="sum")
         return list(torch.autograd.grad(loss, gates))
 
-    together = learned(slice(None), shape[1])
+    together = learned(slice(None), input_ids.shape[1])
     alone = [learned(slice(row, row + 1), length) for row, length in enumerate(lengths)]
     for gate, of_rows in zip(together, zip(*alone, strict=True), strict=True):
         assert bool(gate.abs().sum() > 0)
@@ -219,18 +198,17 @@ def test_a_token_id_beyond_the_tables_is_an_error():
     ],
 )
 def test_heads_add_the_balance_loss_while_a_gate_is_trained_and_only_then(dense_class, labels, changes):
-    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     inputs = batch()
     for routing in ("hash-random", "gate-token"):
-        model, routed = moe_of(dense_class, routing, **changes, **no_dropout), []
+        model, routed = moe_of(dense_class, routing, **changes), []
         model.config.balance_loss_weight = 0.5
         plain = model(**inputs, **labels).loss
-        model.train()
-        loss = model(**inputs, **labels, router_outputs=routed).loss
+        with without_dropout(model.train()):
+            loss = model(**inputs, **labels, router_outputs=routed).loss
+            assert torch.equal(model(**inputs, **labels, return_dict=False)[0], loss)
         if routing == "gate-token":
             plain = plain + 0.5 * sum(r.balance_loss for r in routed) / LAYERS
         torch.testing.assert_close(loss, plain)
-        assert torch.equal(model(**inputs, **labels, return_dict=False)[0], loss)
         assert model(**inputs).get("loss") is None
 
 
@@ -254,24 +232,19 @@ def test_heads_keep_the_signature_a_trainer_reads():
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_gradient_checkpointing_changes_no_gradient(routing, use_reentrant):
-    """Dropout on; the balance loss, which leaves each layer beside the hidden states, included."""
-    model, inputs = moe_of(BertForSequenceClassification, routing).train(), batch()
+    """Dropout on: for rows of a packed batch, too, recomputation draws what they had.
+
+    The balance loss, which leaves each layer beside the hidden states, is included.
+    """
+    model = moe_of(BertForSequenceClassification, routing).train()
     model.config.balance_loss_weight = 1.0
-
-    def gradients() -> dict[str, torch.Tensor]:
-        model.zero_grad()
-        torch.manual_seed(0)
-        routed = []
-        model(**inputs, labels=torch.tensor([0, 1, 1]), router_outputs=routed).loss.backward()
-        assert len(routed) == LAYERS
-        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-    expected = gradients()
+    inputs = {**batch(), "labels": torch.tensor([0, 1, 1])}
+    inputs["attention_mask"][2, 3:] = 0
+    expected = gradients(model, **inputs)
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-    actual = gradients()
-    assert actual.keys() == expected.keys()
-    for name, gradient in expected.items():
-        torch.testing.assert_close(actual[name], gradient, msg=name)
+    routed = []
+    torch.testing.assert_close(gradients(model, **inputs, router_outputs=routed), expected)
+    assert len(routed) == LAYERS
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -391,10 +364,7 @@ def test_a_plain_trainer_decays_of_the_experts_their_matrices_alone(routing, tmp
         ({"num_experts": 0}, "num_experts must be at least 1, got 0"),
         ({"expert_size": 0}, "expert_size must be at least 1"),
         ({"num_shared_neurons": 769}, r"num_shared_neurons must lie in \[0, expert_size=768\], got 769"),
-        (
-            {"routing": "random"},
-            "routing must be one of hash-random, hash-balance, hash-affinity, gate-token",
-        ),
+        ({"routing": "random"}, "must be one of hash-random, hash-balance, hash-affinity, gate-token"),
         ({"routing": "gate-token", "top_k": 5}, r"top_k must lie in \[1, num_experts=4\], got 5"),
         ({"top_k": 2}, "hash-random gives each token one expert: top_k must be 1, got 2"),
         ({"balance_loss_weight": -1.0}, "balance_loss_weight must not be negative"),

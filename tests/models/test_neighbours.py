@@ -8,13 +8,12 @@ from accelerate import cpu_offload, init_empty_weights, load_checkpoint_and_disp
 from transformers import AutoModelForSequenceClassification as Auto
 from transformers import BertForSequenceClassification
 
-from moebert_kernels.models import to_moe
-from tests.tiny import batch, build, quarters
+from tests.tiny import batch, build, quartered
 
 
 @pytest.fixture(scope="module")
 def student():
-    return to_moe(build(BertForSequenceClassification), quarters(), num_shared_neurons=0)
+    return quartered(build(BertForSequenceClassification))
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface
 
-from moebert_kernels.models import Pack, packed, packed_attention, to_moe
+from moebert_kernels.models import Pack, packed, packed_attention
 from moebert_kernels.models import pack as pack_module
 from moebert_kernels.models.pack import pack_if_worthwhile
-from tests.tiny import build_family, quarters
+from tests.tiny import build_family, quartered
 
 LENGTHS = (9, 3, 5, 1)
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "bincount")
@@ -70,7 +70,7 @@ class Waits(TorchDispatchMode):
 
 @pytest.mark.usefixtures("as_on_a_device")
 def test_a_pack_made_on_a_device_computes_the_same():
-    model, inputs = to_moe(build_family("Bert"), quarters(), num_shared_neurons=0), batch()
+    model, inputs = quartered(build_family("Bert")), batch()
     real = inputs["attention_mask"] != 0
     pack = pack_if_worthwhile(inputs["attention_mask"]).pack
     assert pack.windows is None
@@ -111,8 +111,7 @@ def test_places_that_are_read_are_asked_for_in_the_same_question():
 @pytest.mark.parametrize("routing", ["hash-random", "gate-sentence"])
 def test_attention_is_told_where_sequences_begin(routing, max_tokens):
     """Rows that no token has are sequences, too: no row may be left as memory was."""
-    dense = build_family("Bert", "ForSequenceClassification")
-    model, inputs = to_moe(dense, quarters(), num_shared_neurons=0, routing=routing), batch()
+    model, inputs = quartered(build_family("Bert", "ForSequenceClassification"), routing), batch()
     pack = Pack.from_mask(inputs["attention_mask"], max_tokens=max_tokens)
     with torch.no_grad():
         expected = model(**inputs, pack=False, output_hidden_states=True)
@@ -166,7 +165,7 @@ def test_transformers_flash_attention_is_told_where_sequences_begin(monkeypatch)
         assert kwargs["cu_seq_lens_k"] is begin
         return attend_by_sequence(q, k, v, begin, begin, longest, longest, scale=scaling).unsqueeze(0), None
 
-    model, inputs = to_moe(build_family("Bert"), quarters(), num_shared_neurons=0), batch()
+    model, inputs = quartered(build_family("Bert")), batch()
     expected = model(**inputs, pack=False)[0]
     monkeypatch.setattr(pack_module, "_on_host", lambda mask: False)
     before = AttentionInterface()["flash_attention_2"]
@@ -185,8 +184,7 @@ def test_transformers_flash_attention_is_told_where_sequences_begin(monkeypatch)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_cuda_real_tokens_get_what_they_get_in_the_padded_form(dtype):
     inputs = {name: value.cuda() for name, value in batch().items()}
-    model = to_moe(build_family("Bert", "ForSequenceClassification"), quarters(), num_shared_neurons=0)
-    model = model.to("cuda", dtype)
+    model = quartered(build_family("Bert", "ForSequenceClassification")).to("cuda", dtype)
     with torch.no_grad():
         expected, actual = model(**inputs, pack=False).logits, model(**inputs).logits
     tolerance = 1e-3 if dtype == torch.float32 else 0.1
@@ -196,8 +194,7 @@ def test_on_cuda_real_tokens_get_what_they_get_in_the_padded_form(dtype):
 @pytest.mark.gpu
 def test_on_cuda_a_bound_waits_for_nothing_and_can_be_captured():
     inputs = {name: value.cuda() for name, value in batch().items()}
-    model = to_moe(build_family("Bert", "ForSequenceClassification"), quarters(), num_shared_neurons=0)
-    model = model.to("cuda", torch.bfloat16)
+    model = quartered(build_family("Bert", "ForSequenceClassification")).to("cuda", torch.bfloat16)
 
     def run() -> torch.Tensor:
         return model(**inputs, pack=Pack.from_mask(inputs["attention_mask"], max_tokens=24)).logits

@@ -13,67 +13,35 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForMaskedLM,
-    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
     AutoTokenizer,
     BertForMaskedLM,
-    BertForQuestionAnswering,
     BertForSequenceClassification,
-    BertForTokenClassification,
     BertModel,
     pipeline,
 )
 
 from moebert_kernels import hash_random_tables
-from moebert_kernels.models import (
-    ROUTINGS,
-    MoEBertConfig,
-    MoEBertForSequenceClassification,
-    MoEBertModel,
-    to_moe,
-)
+from moebert_kernels.models import ROUTINGS, MoEBertConfig, MoEBertForSequenceClassification, MoEBertModel
 from tests import tiny
 from tests.former_names import under_former_names
-from tests.tiny import LAYERS, VOCAB, batch, build, quarters
-
-AUTO_CLASSES = [
-    (BertModel, AutoModel),
-    (BertForSequenceClassification, AutoModelForSequenceClassification),
-    (BertForTokenClassification, AutoModelForTokenClassification),
-    (BertForQuestionAnswering, AutoModelForQuestionAnswering),
-    (BertForMaskedLM, AutoModelForMaskedLM),
-]
+from tests.tiny import HEADS, LAYERS, VOCAB, assert_same, auto_class, batch, build, build_family, quartered
 
 
 def moe_of(dense_class, routing: str = "hash-random", **changes):
-    tables_LV = (
-        hash_random_tables(LAYERS, VOCAB, 4, seed=7) if routing in ("hash-balance", "hash-affinity") else None
-    )
-    return to_moe(
-        build(dense_class, **changes),
-        quarters(),
-        num_shared_neurons=0,
-        routing=routing,
-        tables_LV=tables_LV,
-        seed=5,
-    )
+    return quartered(build(dense_class, **changes), routing, seed=5)
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
-@pytest.mark.parametrize(("dense_class", "auto_class"), AUTO_CLASSES)
-def test_round_trip_is_bit_for_bit(dense_class, auto_class, routing, tmp_path):
+@pytest.mark.parametrize("head", HEADS)
+def test_round_trip_is_bit_for_bit(head, routing, tmp_path):
     """The authors' checkpoints lost their hash tables: a reloaded model routed at random."""
-    model, inputs = moe_of(dense_class, routing), batch()
+    model, inputs = quartered(build_family("Bert", head), routing), batch()
     model.save_pretrained(tmp_path)
-    reloaded = auto_class.from_pretrained(tmp_path)
+    reloaded = auto_class(head).from_pretrained(tmp_path)
     assert type(reloaded) is type(model)
     assert not reloaded.training
-    expected, actual = model.state_dict(), reloaded.state_dict()
-    assert actual.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert actual[name].dtype == tensor.dtype
-        assert torch.equal(actual[name], tensor), name
+    assert_same(reloaded.state_dict(), model.state_dict())
     # Not bit for bit: a loaded file is aligned in its own way, and a GEMM rounds by alignment.
     torch.testing.assert_close(reloaded(**inputs)[0], model(**inputs)[0])
     assert [path.name for path in tmp_path.iterdir() if path.suffix in (".bin", ".pt", ".pkl")] == []
@@ -84,26 +52,25 @@ def test_round_trip_is_bit_for_bit(dense_class, auto_class, routing, tmp_path):
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
-@pytest.mark.parametrize(("dense_class", "auto_class"), AUTO_CLASSES)
-def test_a_checkpoint_with_former_names_loads_bit_for_bit(dense_class, auto_class, routing, tmp_path):
+@pytest.mark.parametrize("head", HEADS)
+def test_a_checkpoint_with_former_names_loads_bit_for_bit(head, routing, tmp_path):
     """Students saved before parameters had today's names were refused as no whole models."""
-    model = moe_of(dense_class, routing)
+    model = quartered(build_family("Bert", head), routing)
     model.save_pretrained(tmp_path)
     expected = model.state_dict()
     stored = under_former_names(load_file(tmp_path / "model.safetensors"))
     assert len(stored.keys() - expected.keys()) == 4 * LAYERS
     save_file(stored, tmp_path / "model.safetensors")
-    loaded = auto_class.from_pretrained(tmp_path)
+    loaded = auto_class(head).from_pretrained(tmp_path)
     loaded.save_pretrained(tmp_path / "again")
-    again = auto_class.from_pretrained(tmp_path / "again")
+    again = auto_class(head).from_pretrained(tmp_path / "again")
     by_torch = copy.deepcopy(again)
     with torch.no_grad():
         for parameter in by_torch.parameters():
             parameter.zero_()
     by_torch.load_state_dict(under_former_names(expected), strict=True)
     for other in (loaded, again, by_torch):
-        assert other.state_dict().keys() == expected.keys()
-        assert all(torch.equal(other.state_dict()[name], tensor) for name, tensor in expected.items())
+        assert_same(other.state_dict(), expected)
     with safe_open(tmp_path / "again" / "model.safetensors", "pt") as file:
         assert not (stored.keys() - expected.keys()) & set(file.keys())
 
@@ -192,10 +159,8 @@ def test_tables_missing_from_a_checkpoint_are_those_of_the_seed(tmp_path):
 def folder(tmp_path):
     """A saved classifier with labels and the tokenizer it would come with."""
     tiny.tokenizer(tmp_path).save_pretrained(tmp_path / "model")
-    model = moe_of(
-        BertForSequenceClassification, id2label={0: "dull", 1: "fine"}, label2id={"dull": 0, "fine": 1}
-    )
-    model.save_pretrained(tmp_path / "model")
+    names = {"id2label": {0: "dull", 1: "fine"}, "label2id": {"dull": 0, "fine": 1}}
+    moe_of(BertForSequenceClassification, **names).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 

@@ -4,12 +4,13 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, BertModel
 
 from moebert_kernels.compress.experts.adaptation import adapt, random_scores
 from moebert_kernels.compress.experts.fitting import RARE, RIDGE, fit
+from moebert_kernels.compress.training.distillation import without_dropout
 from moebert_kernels.errors import UserError
 from moebert_kernels.models import (
     MoEBertConfig,
@@ -24,7 +25,7 @@ from moebert_kernels.models.surgery import to_moe
 from python_ref import fitting as ref
 from python_ref.ffn import activation
 from tests import tiny
-from tests.compress.experts.layers import calls_of, experts_of, tokens
+from tests.compress.experts.layers import batches, calls_of, experts_of, tokens
 from tests.tiny import OWN, SHARED
 
 
@@ -97,9 +98,8 @@ def test_what_cannot_be_tied_is_refused():
     teacher = tiny.build(BertModel)
     with pytest.raises(ValueError, match=r"num_shared_neurons must lie in \[0, 6\]"):
         to_moe(teacher, tiny.some_shared(), num_shared_neurons=7, tie_shared=True)
-    with pytest.raises(
-        ValueError, match="num_shared_neurons must be less than expert_size=9 with tie_shared"
-    ):
+    message = "num_shared_neurons must be less than expert_size=9 with tie_shared"
+    with pytest.raises(ValueError, match=message):
         MoEBertConfig(expert_size=9, num_shared_neurons=9, tie_shared=True)
     with pytest.raises(UserError, match="must be less than the expert size 8 to be tied"):
         adapt(teacher, random_scores(3, 64), expert_size=8, num_shared=8, tie_shared=True)
@@ -119,15 +119,9 @@ def test_adapt_ties_the_most_important():
 def test_training_moves_shared_neurons_by_what_all_tokens_say():
     """Their gradient is the sum of what the copies of an untied student get."""
     tied, untied = (model.train() for model in tied_and_untied())
-    labels = torch.tensor([0, 1, 1])
     for model in (tied, untied):
-        model.config.hidden_dropout_prob = 0.0
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-        for ffn in experts_of(model):
-            ffn.dropout = 0.0
-        model(**tiny.batch(), labels=labels).loss.backward()
+        with without_dropout(model):
+            model(**tiny.batch(), labels=torch.tensor([0, 1, 1])).loss.backward()
     for mine, theirs in zip(experts_of(tied), experts_of(untied), strict=True):
         index_EF = tiny.some_shared()[0]
         where = [(row == neuron).nonzero().item() for neuron in range(SHARED) for row in index_EF]
@@ -137,8 +131,13 @@ def test_training_moves_shared_neurons_by_what_all_tokens_say():
         torch.testing.assert_close(mine.shared_w1_CD.grad, summed, rtol=1e-3, atol=1e-5)
 
 
-def batches(count=3):
-    return [tiny.batch(batch_size=4, length=7 + i, seed=i) for i in range(count)]
+def strengths(a_TF, weight_T, expert_T, num_experts, ridge, rare):
+    """lambda_E: 0 for an expert without tokens."""
+    lambda_E = torch.zeros(num_experts, dtype=torch.float64)
+    for e in expert_T.unique():
+        mine = expert_T == e
+        lambda_E[e] = ref.strength(a_TF[mine], weight_T[mine], ridge, rare)
+    return lambda_E
 
 
 @torch.no_grad()
@@ -154,15 +153,7 @@ def fit_by_reference(student, teacher, rows):
         shared_TC = x_TD @ ffn.shared_w1_CD.T + ffn.shared_bias1_C
         own_TF = (ffn.w1_EFD[expert_T] @ x_TD[:, :, None])[:, :, 0] + ffn.bias1_EF[expert_T]
         a_TF = activation("gelu")(torch.cat([shared_TC, own_TF], 1))
-        lambda_E = torch.tensor(
-            [
-                ref.strength(a_TF[mine], weight_T[mine], RIDGE, RARE)
-                if (mine := expert_T == e).any()
-                else 0.0
-                for e in range(ffn.num_experts)
-            ],
-            dtype=torch.float64,
-        )
+        lambda_E = strengths(a_TF, weight_T, expert_T, ffn.num_experts, RIDGE, RARE)
         as_is = ffn.shared_w2_DC, ffn.w2_EDF, ffn.bias2_ED
         fitted = ref.fit_tied_output(a_TF, expert_T, s_TD - x_TD, weight_T, *as_is, lambda_E)
         for parameter, value in zip(as_is, fitted, strict=True):
@@ -182,44 +173,10 @@ def test_the_fit_is_the_reference(absent):
     before = copy.deepcopy(student)
     expected = fit_by_reference(copy.deepcopy(student), teacher, batches())
     fit(student, teacher, batches())
-    for name, value in expected.state_dict().items():
-        torch.testing.assert_close(student.state_dict()[name], value, rtol=1e-6, atol=1e-9, msg=name)
+    torch.testing.assert_close(student.state_dict(), expected.state_dict(), rtol=1e-6, atol=1e-9)
     if absent is not None:
         old, new = (experts_of(model)[0].w2_EDF[absent] for model in (before, student))
         assert torch.equal(old, new)
-
-
-@settings(max_examples=12)
-@given(
-    routing=st.sampled_from(["hash-random", "gate-token"]),
-    count=st.integers(1, 3),
-    ridge=st.floats(1e-6, 100),
-    seed=st.integers(0, 9),
-)
-def test_no_layer_is_worse_than_before_on_the_rows_it_saw(routing, count, ridge, seed):
-    teacher = tiny.build(BertForSequenceClassification, seed)
-    options = {"num_shared_neurons": SHARED, "tie_shared": True, "routing": routing, "seed": seed}
-    student = to_moe(teacher, tiny.some_shared(), **options)
-    found = fit(student, teacher, batches(count), ridge=ridge)
-    for cut, fitted in zip(found.cut_L, found.fitted_L, strict=True):
-        assert 0 <= fitted <= cut
-    assert all(bool(value.isfinite().all()) for value in student.parameters())
-
-
-@torch.no_grad()
-def test_what_was_lost_is_made_up_for_by_shared_and_own_together():
-    """Every neuron has a twin: half of them, most of these shared, can do all of it."""
-    teacher = tiny.build(BertForSequenceClassification)
-    half = tiny.WIDTH // 2
-    for ffn in find_ffns(teacher):
-        ffn.w1.weight[half:], ffn.w1.bias[half:] = ffn.w1.weight[:half], ffn.w1.bias[:half]
-    index_LEF = torch.arange(half).expand(tiny.LAYERS, 4, half)
-    student = to_moe(teacher, index_LEF, num_shared_neurons=half - 8, tie_shared=True)
-    rows = [tiny.batch(batch_size=16, length=30, seed=i) for i in range(4)]
-    found = fit(student, teacher, rows, ridge=1e-9, rare=1e-9)
-    assert min(found.cut_L) > 0.1
-    assert max(found.fitted_L) < 1e-6
-    torch.testing.assert_close(student(**rows[0]).logits, teacher(**rows[0]).logits, rtol=1e-2, atol=1e-2)
 
 
 @given(
@@ -240,13 +197,7 @@ def test_the_reference_is_the_minimum(rows, sizes, ridge, seed):
     expert_T = torch.randint(E, (rows,), generator=generator)
     weight_T = ref.token_weights(r_TD, 1e-3)
     as_is = randn(D, C), randn(E, D, F), randn(E, D)
-    lambda_E = torch.tensor(
-        [
-            ref.strength(a_TF[mine], weight_T[mine], ridge, ridge) if (mine := expert_T == e).any() else 0.0
-            for e in range(E)
-        ],
-        dtype=torch.float64,
-    )
+    lambda_E = strengths(a_TF, weight_T, expert_T, E, ridge, ridge)
 
     def formula(shared_DC, w2_EDF, b2_ED, penalty=1.0):
         total = 0.0

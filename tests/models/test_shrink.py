@@ -14,10 +14,9 @@ from moebert_kernels.models import (
     keep_layers,
     layers_of_equal_cost,
     narrow_ffns,
-    to_moe,
 )
 from moebert_kernels.models.families import find_base
-from tests.tiny import HIDDEN, LAYERS, WIDTH, batch, build_family, each_family
+from tests.tiny import HIDDEN, LAYERS, WIDTH, batch, build_family, each_family, quartered
 
 HEAD = "ForSequenceClassification"
 FEW = 24
@@ -76,12 +75,7 @@ def test_they_are_saved_and_loaded_as_models_of_transformers(name, how, tmp_path
 def test_what_is_made_of_a_frozen_teacher_can_be_trained():
     """Distillation freezes its teacher: the next student cut from it was frozen too, but for its experts."""
     teacher = build_family("Bert", HEAD).requires_grad_(False)
-    quarters_LEF = torch.arange(WIDTH).view(4, -1).expand(LAYERS, -1, -1)
-    for model in (
-        narrow_ffns(teacher, index_of_few()),
-        keep_layers(teacher, [1]),
-        to_moe(teacher, quarters_LEF, num_shared_neurons=0),
-    ):
+    for model in (narrow_ffns(teacher, index_of_few()), keep_layers(teacher, [1]), quartered(teacher)):
         assert all(parameter.requires_grad for parameter in model.parameters())
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
 

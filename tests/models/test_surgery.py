@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
     BertForMultipleChoice,
-    BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
     BertModel,
@@ -24,30 +24,25 @@ from moebert_kernels import MoEFFN, hash_random_tables
 from moebert_kernels.models import (
     ROUTINGS,
     MoEBertConfig,
-    MoEBertForMaskedLM,
-    MoEBertForQuestionAnswering,
     MoEBertForSequenceClassification,
     MoEBertForTokenClassification,
-    MoEBertModel,
     find_ffns,
     replace_ffns,
     to_moe,
 )
-from tests.tiny import HIDDEN, LAYERS, VOCAB, WIDTH, all_neurons, batch, build, quarters
-
-HEADS = [
-    (BertModel, MoEBertModel),
-    (BertForSequenceClassification, MoEBertForSequenceClassification),
-    (BertForTokenClassification, MoEBertForTokenClassification),
-    (BertForQuestionAnswering, MoEBertForQuestionAnswering),
-    (BertForMaskedLM, MoEBertForMaskedLM),
-]
-
-
-def tables(routing: str) -> torch.Tensor | None:
-    return (
-        hash_random_tables(LAYERS, VOCAB, 4, seed=7) if routing in ("hash-balance", "hash-affinity") else None
-    )
+from tests import tiny
+from tests.tiny import (
+    HIDDEN,
+    LAYERS,
+    VOCAB,
+    WIDTH,
+    all_neurons,
+    assert_same,
+    batch,
+    build,
+    quartered,
+    quarters,
+)
 
 
 def largest_difference(a, b, mask) -> float:
@@ -59,35 +54,10 @@ def largest_difference(a, b, mask) -> float:
     )
 
 
-@pytest.mark.parametrize(("dense_class", "moe_class"), HEADS)
-@pytest.mark.parametrize("num_experts", [1, 4])
-def test_experts_that_hold_every_neuron_are_the_teacher(dense_class, moe_class, num_experts):
-    teacher, inputs = build(dense_class), batch()
-    moe = to_moe(teacher, all_neurons(num_experts), num_shared_neurons=WIDTH)
-    assert type(moe) is moe_class
-    with torch.no_grad():
-        theirs = teacher(**inputs, output_hidden_states=True)
-        ours = moe(**inputs, output_hidden_states=True)
-    assert len(ours.hidden_states) == LAYERS + 1
-    assert largest_difference(ours, theirs, inputs["attention_mask"]) < 1e-5
-    for name in ("logits", "start_logits", "end_logits", "pooler_output"):
-        if name in theirs:
-            ours_real, theirs_real = ours[name], theirs[name]
-            if ours_real.shape[:2] == inputs["input_ids"].shape:
-                real = inputs["attention_mask"].bool()
-                ours_real, theirs_real = ours_real[real], theirs_real[real]
-            torch.testing.assert_close(ours_real, theirs_real, atol=1e-4, rtol=1e-4)
-
-
 def test_a_cut_layer_computes_the_neurons_of_its_index():
     """Each token equals the dense network with all but its expert's neurons switched off."""
     generator = torch.Generator().manual_seed(0)
-    index_LEF = torch.stack(
-        [
-            torch.stack([torch.randperm(WIDTH, generator=generator)[:10] for _ in range(4)])
-            for _ in range(LAYERS)
-        ]
-    )
+    index_LEF = torch.rand(LAYERS, 4, WIDTH, generator=generator).argsort(-1)[:, :, :10]
     teacher, inputs = build(BertModel), batch()
     moe, routed = to_moe(teacher, index_LEF, num_shared_neurons=0), []
     moe(**inputs, router_outputs=routed)
@@ -107,24 +77,18 @@ def test_to_moe_leaves_the_teacher_and_the_random_state_alone(routing):
     teacher = build(BertForSequenceClassification, num_labels=3)
     before, config_before = copy.deepcopy(teacher.state_dict()), teacher.config.to_dict()
     random_state = torch.get_rng_state()
-    moes = [
-        to_moe(
-            teacher, quarters(), num_shared_neurons=0, routing=routing, tables_LV=tables(routing), seed=seed
-        )
-        for seed in (5, 5, 6)
-    ]
+    moes = [quartered(teacher, routing, seed=seed) for seed in (5, 5, 6)]
     assert torch.equal(torch.get_rng_state(), random_state)
     assert teacher.config.to_dict() == config_before
-    assert all(torch.equal(before[name], tensor) for name, tensor in teacher.state_dict().items())
     assert [type(layer) for layer in teacher.bert.encoder.layer] == [BertLayer] * LAYERS
     first, again, other = (moe.state_dict() for moe in moes)
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    if routing not in ("hash-balance", "hash-affinity"):
+    assert_same(first, again)
+    if tiny.tables(routing) is None:
         assert any(not torch.equal(first[name], other[name]) for name in first)
-    moes[0].bert.encoder.layer[0].ffn.w1_EFD.data.zero_()
-    assert torch.equal(
-        before["bert.embeddings.word_embeddings.weight"], teacher.bert.embeddings.word_embeddings.weight
-    )
+    with torch.no_grad():
+        for parameter in moes[0].parameters():
+            parameter.zero_()
+    assert_same(teacher.state_dict(), before)
 
 
 def test_to_moe_keeps_labels_problem_type_mode_dtype_and_attention():
@@ -139,16 +103,13 @@ def test_to_moe_keeps_labels_problem_type_mode_dtype_and_attention():
         hidden_act="gelu_new",
     )
     teacher = teacher.to(torch.bfloat16).train()
-    moe = to_moe(teacher, quarters(), num_shared_neurons=0, seed=11)
+    moe = quartered(teacher, seed=11)
     config = moe.config
     assert isinstance(config, MoEBertConfig)
-    assert config.id2label == {0: "no", 1: "maybe", 2: "yes"}
-    assert config.label2id == teacher.config.label2id
-    assert config.problem_type == "multi_label_classification"
-    assert config._attn_implementation == "eager"
+    kept = ("id2label", "label2id", "problem_type", "intermediate_size", "_attn_implementation")
+    assert all(getattr(config, name) == getattr(teacher.config, name) for name in kept)
     assert (config.num_experts, config.expert_size, config.num_shared_neurons) == (4, WIDTH // 4, 0)
     assert (config.routing, config.top_k, config.hash_seed) == ("hash-random", 1, 11)
-    assert config.intermediate_size == WIDTH
     assert moe.training
     assert moe.dtype == torch.bfloat16
     ffn = moe.bert.encoder.layer[0].ffn
@@ -158,17 +119,14 @@ def test_to_moe_keeps_labels_problem_type_mode_dtype_and_attention():
 
 
 def test_to_moe_of_a_bert_without_pooler_has_none():
-    teacher = BertModel(build(BertModel).config, add_pooling_layer=False)
-    moe = to_moe(teacher, quarters(), num_shared_neurons=0)
-    assert moe.pooler is None
+    assert quartered(BertModel(build(BertModel).config, add_pooling_layer=False)).pooler is None
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_in_place_under_any_head_equals_to_moe_under_its_own(routing):
     teacher, inputs = build(BertForTokenClassification), batch()
-    options = {"routing": routing, "tables_LV": tables(routing), "seed": 3}
-    moe = to_moe(teacher, quarters(), num_shared_neurons=0, **options)
-    replace_ffns(teacher, quarters(), **options)
+    moe = quartered(teacher, routing, seed=3)
+    replace_ffns(teacher, quarters(), routing=routing, tables_LV=tiny.tables(routing), seed=3)
     ours, theirs = [], []
     expected = moe(**inputs, router_outputs=ours)
     actual = teacher(**inputs, router_outputs=theirs)
@@ -191,8 +149,6 @@ def test_in_place_under_a_head_without_a_class_of_its_own():
 
 def test_in_place_saved_model_is_reloaded_by_the_auto_class(tmp_path):
     """A model cut in place was saved as a "bert" and came back dense, with random weights."""
-    from transformers import AutoModelForSequenceClassification
-
     model, inputs = build(BertForSequenceClassification), batch()
     replace_ffns(model, quarters())
     model.save_pretrained(tmp_path)
@@ -289,11 +245,8 @@ def test_a_real_pretrained_bert_keeps_its_output():
     assert isinstance(teacher.config, BertConfig)
     index_LEF = torch.arange(1536).expand(6, 4, 1536)
     moe = to_moe(teacher, index_LEF, num_shared_neurons=1536)
-    inputs = tokenizer(
-        ["Return the number of items.", "Raised when an operation runs out of memory; not often seen."],
-        padding=True,
-        return_tensors="pt",
-    )
+    texts = ["Return the number of items.", "Raised when an operation runs out of memory; not often seen."]
+    inputs = tokenizer(texts, padding=True, return_tensors="pt")
     with torch.no_grad():
         expected = teacher(**inputs, output_hidden_states=True)
         actual = moe(**inputs, output_hidden_states=True)

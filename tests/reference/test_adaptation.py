@@ -7,10 +7,7 @@ from hypothesis import strategies as st
 
 from python_ref.adaptation import adapt_ffn, split_neurons
 from python_ref.ffn import dense_ffn, moe_ffn
-
-
-def randn(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from tests.reference.draws import randn
 
 
 def random_ffn(hidden: int, neurons: int) -> tuple[torch.Tensor, ...]:

@@ -7,10 +7,7 @@ import torch
 from torch.nn import functional
 
 from python_ref.distillation import layer_loss, prediction_loss, symmetric_kl, total_loss
-
-
-def randn(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from tests.reference.draws import randn
 
 
 def log(*probabilities: float) -> list[float]:

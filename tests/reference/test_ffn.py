@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from python_ref.ffn import activation, dense_ffn, moe_ffn
+from tests.reference.draws import randn
 
 TORCH_ACTIVATIONS = {
     "gelu": nn.GELU(),
@@ -14,10 +15,6 @@ TORCH_ACTIVATIONS = {
     "relu": nn.ReLU(),
     "silu": nn.SiLU(),
 }
-
-
-def randn(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def random_experts(num_experts: int, hidden: int, neurons: int) -> list[torch.Tensor]:
@@ -33,9 +30,8 @@ def test_activation_is_torchs_up_to_six_sigma(name: str):
     ours = activation(name)(h)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-14)
     upstream = randn(241)
-    torch.testing.assert_close(
-        torch.autograd.grad(ours, h, upstream), torch.autograd.grad(theirs, h, upstream), rtol=0, atol=1e-14
-    )
+    grads = [torch.autograd.grad(y, h, upstream) for y in (ours, theirs)]
+    torch.testing.assert_close(*grads, rtol=0, atol=1e-14)
 
 
 def test_gelu_is_the_erf_form():
@@ -88,9 +84,14 @@ class TestByHand:
     )
     # z_0 = (2, 1), (0, 1), (14, 1); z_1 = (5, 3), (5, 9), (5, 21)
     x = torch.tensor([[1.0, 2.0], [-1.0, 4.0], [7.0, 8.0]])
+    one_each = torch.tensor([[0], [1], [-1]])
     ln_w = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     ln_b = torch.tensor([[10.0, 20.0], [0.0, 0.5]])
-    one_each = torch.tensor([[0], [1], [-1]])
+    residual = torch.tensor([[0.0, 3.0], [0.0, 0.0], [3.0, 4.0]])
+
+    def normed(self, **options):
+        options |= {"residual_TD": self.residual, "ln_w_ED": self.ln_w, "ln_b_ED": self.ln_b}
+        return moe_ffn(self.x, self.one_each, *self.weights, activation="relu", **options)
 
     def test_gate_weighs_each_slot(self):
         ids = torch.tensor([[0, 1], [1, -1], [-1, -1]])
@@ -106,53 +107,24 @@ class TestByHand:
         assert y.tolist() == [[3.5, 2.0], [2.5, 4.5], [5.0, 21.0]]
 
     def test_norm_takes_the_experts_own_weights(self):
-        r = torch.tensor([[0.0, 3.0], [0.0, 0.0], [3.0, 4.0]])
-        y = moe_ffn(
-            self.x,
-            self.one_each,
-            *self.weights,
-            activation="relu",
-            residual_TD=r,
-            ln_w_ED=self.ln_w,
-            ln_b_ED=self.ln_b,
-            ln_eps=0.0,
-        )
-        # LN of (2, 4) and of (5, 9) is (-1, 1); then 1, 2, +10, +20 and 3, 4, +0, +0.5; no expert: r
+        y = self.normed(ln_eps=0.0)
+        # LN of (2, 4) and of (5, 9) is (-1, 1); then 1, 2, +10, +20 and 3, 4, +0, +0.5; no expert: residual
         assert y.tolist() == [[9.0, 22.0], [-3.0, 4.5], [3.0, 4.0]]
 
     def test_gate_comes_after_the_norm_and_spares_tokens_without_expert(self):
-        y = moe_ffn(
-            self.x,
-            self.one_each,
-            *self.weights,
-            gate_TK=torch.tensor([[0.5], [2.0], [9.0]]),
-            activation="relu",
-            residual_TD=torch.tensor([[0.0, 3.0], [0.0, 0.0], [3.0, 4.0]]),
-            ln_w_ED=self.ln_w,
-            ln_b_ED=self.ln_b,
-            ln_eps=0.0,
-        )
+        y = self.normed(gate_TK=torch.tensor([[0.5], [2.0], [9.0]]), ln_eps=0.0)
         assert y.tolist() == [[4.5, 11.0], [-6.0, 9.0], [3.0, 4.0]]
 
     def test_residual_is_the_input_unless_given(self):
-        y = moe_ffn(
-            self.x, self.one_each, *self.weights, activation="relu", ln_w_ED=self.ln_w, ln_eps=0.0
-        )  # token 1: LN of (5 - 1, 9 + 4) is (-1, 1), no norm bias; token 2: x
+        norm = {"ln_w_ED": self.ln_w, "ln_eps": 0.0}
+        y = moe_ffn(self.x, self.one_each, *self.weights, activation="relu", **norm)
+        # Token 1: LN of (5 - 1, 9 + 4) is (-1, 1), no norm bias; token 2: x
         assert y[1:].tolist() == [[-3.0, 4.0], [7.0, 8.0]]
 
     def test_eps_is_added_to_the_variance(self):
-        y = moe_ffn(
-            self.x[:1],
-            self.one_each[:1],
-            *self.weights,
-            activation="relu",
-            residual_TD=torch.tensor([[0.0, 3.0]]),
-            ln_w_ED=self.ln_w,
-            ln_b_ED=self.ln_b,
-            ln_eps=3.0,
-        )
+        y = self.normed(ln_eps=3.0)
         # (2, 4) has variance 1: (-1, 1) / sqrt(1 + 3)
-        assert y.tolist() == [[9.5, 21.0]]
+        assert y[0].tolist() == [9.5, 21.0]
 
 
 @given(

@@ -16,14 +16,20 @@ from python_ref.routing import (
     load_balance_loss,
     sort_by_expert,
 )
-
-
-def randn(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from tests.reference.draws import randn
 
 
 def tensor(values: list) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
+
+
+def assert_alike_alone(gate, x, w, mask):
+    """What a sentence is given in a batch, it is given alone; rows come sentence by sentence."""
+    together = gate(x, w, 1, mask)
+    length = x.shape[1]
+    for b in range(len(x)):
+        alone = gate(x[b : b + 1], w, 1, mask[b : b + 1])
+        torch.testing.assert_close(alone, tuple(part[length * b : length * (b + 1)] for part in together))
 
 
 def test_random_tables_differ_by_layer_and_repeat_by_seed():
@@ -91,13 +97,8 @@ class TestGateToken:
         torch.testing.assert_close(probs, tensor([[2 / 4, 1 / 4, 1 / 4], [1 / 5, 3 / 5, 1 / 5], third]))
 
     def test_tokens_come_sentence_by_sentence(self):
-        x, mask = randn(3, 4, 2), torch.ones(3, 4, dtype=torch.bool)
-        mask[1, 2:] = False
-        ids, gate, probs = gate_token(x, self.w, 1, mask)
-        for b in range(3):
-            own = gate_token(x[b : b + 1], self.w, 1, mask[b : b + 1])
-            for part, whole in zip(own, (ids, gate, probs), strict=True):
-                torch.testing.assert_close(part, whole[4 * b : 4 * b + 4])
+        mask = torch.arange(4) < torch.tensor([[4], [2], [4]])
+        assert_alike_alone(gate_token, randn(3, 4, 2), self.w, mask)
 
     def test_gradients_reach_gate_weights_through_the_chosen_probability(self):
         x, mask = randn(2, 3, 2).requires_grad_(), torch.tensor([[1, 1, 1], [1, 0, 0]])
@@ -120,12 +121,9 @@ class TestGateSentence:
     def test_a_sentence_gives_the_same_alone_as_in_a_batch(self):
         """Stops the authors' batch size 1, where the gate's probability was left out."""
         x, mask = randn(3, 5, 2), torch.arange(5) < torch.tensor([[5], [2], [3]])
-        ids, gate, probs = gate_sentence(x, self.w, 1, mask)
+        assert_alike_alone(gate_sentence, x, self.w, mask)
+        _, gate, _ = gate_sentence(x, self.w, 1, mask)
         assert (gate[mask.flatten()] < 1).all()
-        for b in range(3):
-            own = gate_sentence(x[b : b + 1], self.w, 1, mask[b : b + 1])
-            for part, whole in zip(own, (ids, gate, probs), strict=True):
-                torch.testing.assert_close(part, whole[5 * b : 5 * b + 5])
 
     def test_padding_enters_nothing(self):
         x, mask = randn(2, 4, 2), torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0]])

@@ -27,43 +27,19 @@ from moebert_kernels.errors import UserError
 from tests import tiny
 
 CONTEXT = "The \u201cNFL\u201d in 2016s.  A game\u2028of caf\u00e9s."
-SQUAD = {
-    "version": "v2.0",
-    "data": [
-        {
-            "title": "t",
-            "paragraphs": [
-                {
-                    "context": CONTEXT,
-                    "qas": [
-                        {
-                            "id": "q1",
-                            "question": "  When? ",
-                            "answers": [
-                                {"text": "2016", "answer_start": 13},
-                                {"text": "in 2016", "answer_start": 10},
-                            ],
-                            "is_impossible": False,
-                        },
-                        {
-                            "id": "q2",
-                            "question": "Who?",
-                            "answers": [],
-                            "plausible_answers": [{"text": "NFL", "answer_start": 5}],
-                            "is_impossible": True,
-                        },
-                    ],
-                }
-            ],
-        }
-    ],
-}
+ANSWERS = [{"text": "2016", "answer_start": 13}, {"text": "in 2016", "answer_start": 10}]
+ANSWERED = {"id": "q1", "question": "  When? ", "answers": ANSWERS, "is_impossible": False}
+UNANSWERED = {"id": "q2", "question": "Who?", "answers": [], "is_impossible": True}
+UNANSWERED["plausible_answers"] = [{"text": "NFL", "answer_start": 5}]
 
 
-def answered_only():
-    squad = copy.deepcopy(SQUAD)
-    squad["data"][0]["paragraphs"][0]["qas"].pop()
-    return squad
+def squad(*questions):
+    """What a file holds that asks them about one paragraph."""
+    paragraph = {"context": CONTEXT, "qas": [*copy.deepcopy(questions)]}
+    return {"version": "v2.0", "data": [{"title": "t", "paragraphs": [paragraph]}]}
+
+
+SQUAD = squad(ANSWERED, UNANSWERED)
 
 
 def write(folder, train, dev, version="v2.0"):
@@ -83,7 +59,7 @@ def test_files_are_read_as_published(tmp_path):
     assert second["answers"] == second["starts"] == []
     assert data.task.metric_names == ("exact_match", "f1", "best_exact_match", "best_f1")
     (tmp_path / "v1").mkdir()
-    write(tmp_path / "v1", answered_only(), answered_only(), "v1.1")
+    write(tmp_path / "v1", squad(ANSWERED), squad(ANSWERED), "v1.1")
     options = AnswerOptions(n_best=3)
     data = load_task("squad", tmp_path / "v1", answers=options)
     assert data.train.to_list() == [first]
@@ -107,20 +83,19 @@ def test_files_are_read_as_published(tmp_path):
     ],
 )
 def test_wrong_files_get_a_sentence(tmp_path, change, message):
-    write(tmp_path, change(json.dumps(SQUAD)), answered_only(), "v1.1")
+    write(tmp_path, change(json.dumps(SQUAD)), squad(ANSWERED), "v1.1")
     with pytest.raises(UserError, match=message):
         load_task("squad", tmp_path)
 
 
 def located(folder, context, answers):
     """The (answers, starts) of the training and the validation rows of one question, and the oddities."""
-    content = copy.deepcopy(answered_only())
-    (paragraph,) = content["data"][0]["paragraphs"]
+    both = squad(ANSWERED)
+    both["data"] += squad(ANSWERED)["data"]
+    (paragraph,), (other,) = (document["paragraphs"] for document in both["data"])
     paragraph["context"] = context
     paragraph["qas"][0]["answers"] = [{"text": text, "answer_start": start} for text, start in answers]
-    other = copy.deepcopy(answered_only()["data"][0])
-    other["paragraphs"][0]["qas"][0]["id"] = "q9"
-    both = content | {"data": [*content["data"], other]}
+    other["qas"][0]["id"] = "q9"
     data = load_task("squad", write(folder, both, both, "v1.1"))
     rows = [
         [(row["answers"], row["starts"]) for row in part.to_list()[:-1]]
@@ -168,7 +143,7 @@ def test_a_question_whose_answer_is_nowhere_is_not_trained_on(tmp_path, answer, 
 
 
 def test_a_file_without_a_single_answer_in_place_is_refused(tmp_path):
-    text = json.dumps(answered_only()).replace('"text": "', '"text": "un')
+    text = json.dumps(squad(ANSWERED)).replace('"text": "', '"text": "un')
     with pytest.raises(UserError, match=r"train-v1\.1\.json has no question whose answer is a part of its"):
         load_task("squad", write(tmp_path, text, text, "v1.1"))
 
@@ -235,29 +210,33 @@ def tokenizer(tmp_path_factory):
 
 def questions(*rows, **options):
     """Each row: question, context, answer texts; each answer begins where it first appears."""
-    columns = {
-        "question": [row[0] for row in rows],
-        "context": [row[1] for row in rows],
-        "answers": [row[2] for row in rows],
-        "starts": [[row[1].index(text) for text in row[2]] for row in rows],
-    }
+    found = [
+        {
+            "question": question,
+            "context": context,
+            "answers": answers,
+            "starts": [*map(context.index, answers)],
+        }
+        for question, context, answers in rows
+    ]
     metrics = ("exact_match", "f1")
     if options.get("may_be_absent"):
         metrics += ("best_exact_match", "best_f1")
     task = Task("squad", "question_answering", (), metrics, "f1", AnswerOptions(**options))
-    dataset = Dataset.from_dict(columns)
+    dataset = Dataset.from_list(found)
     return TaskData(task, dataset, dataset)
+
+
+def encode(tokenizer, rows, max_length=30, **options):
+    """The rows to validate on."""
+    return tokenize(questions(*rows, **options), tokenizer, max_length).validation_sets[""]
 
 
 def gold_outputs(rows):
     """Logits that are sure of each window's own labels."""
-    found = []
-    for ids, start, end in zip(
-        rows["input_ids"], rows["start_positions"], rows["end_positions"], strict=True
-    ):
-        output_S2 = np.zeros((len(ids), 2))
-        output_S2[start, 0] = output_S2[end, 1] = 9
-        found.append(output_S2)
+    found = [np.zeros((len(ids), 2)) for ids in rows["input_ids"]]
+    for output_S2, row in zip(found, rows, strict=True):
+        output_S2[row["start_positions"], 0] = output_S2[row["end_positions"], 1] = 9
     return found
 
 
@@ -272,9 +251,8 @@ def test_windows_overlap_and_know_their_answers(tokenizer):
     ]
     assert data.train["start_positions"][:] == [0, 5, 0]
     assert data.train["end_positions"][:] == [0, 6, 0]
-    assert set(data.train.column_names) == {
-        *("input_ids", "token_type_ids", "attention_mask", "start_positions", "end_positions")
-    }
+    inputs = {"input_ids", "token_type_ids", "attention_mask"}
+    assert set(data.train.column_names) == inputs | {"start_positions", "end_positions"}
 
 
 def test_an_answer_inside_a_word_is_trained_as_the_tokens_that_hold_it(tokenizer):
@@ -314,53 +292,45 @@ def test_gold_spans_are_extracted_whole_at_any_stride(tokenizer, rows, room, dat
     """An answer of up to doc_stride + 1 tokens is whole in some window, wherever the windows are cut."""
     doc_stride = data.draw(st.integers(4, room - 1))
     max_length = 3 + room + (3 + room) // 2  # the question may take a third of it
-    encoded = tokenize(
-        questions(*(("q", context, [answer]) for context, answer in rows), doc_stride=doc_stride, n_best=1),
-        tokenizer,
-        max_length,
-    ).validation_sets[""]
+    asked = [("q", context, [answer]) for context, answer in rows]
+    encoded = encode(tokenizer, asked, max_length, doc_stride=doc_stride, n_best=1)
     scores = encoded.score(gold_outputs(encoded.rows))
     assert scores == {"exact_match": 1.0, "f1": 1.0}
 
 
 def test_only_valid_spans_are_answers(tokenizer):
     """Not the question's tokens, none that end before they begin, none too long; the best of all windows."""
-    data = questions(("q", "w1 w2 w3 w4", ["w2 w3"]), max_answer_length=2, n_best=3)
-    encoded = tokenize(data, tokenizer, 30).validation_sets[""]
+    asked = [("q", "w1 w2 w3 w4", ["w2 w3"])]
     output_S2 = np.zeros((8, 2))  # [CLS] q [SEP] w1 w2 w3 w4 [SEP]
     output_S2[1] = 9  # in the question
     output_S2[3, 0], output_S2[6, 1] = 5, 5  # four words
     output_S2[4, 0], output_S2[5, 1] = 4, 4  # the answer
     output_S2[6, 0], output_S2[3, 1] = 2, 2  # backwards
-    assert encoded.score([output_S2])["exact_match"] == 1
-    data = questions(("q", "w1 w2 w3 w4", ["w2 w3"]), n_best=1, max_answer_length=2)
-    encoded = tokenize(data, tokenizer, 30).validation_sets[""]
-    assert encoded.score([output_S2]) == {"exact_match": 0, "f1": 0}  # its one span is too long
+    scores = {
+        n_best: encode(tokenizer, asked, max_answer_length=2, n_best=n_best).score([output_S2])
+        for n_best in (1, 3)
+    }
+    assert scores[3]["exact_match"] == 1
+    assert scores[1] == {"exact_match": 0, "f1": 0}  # its one span is too long
 
 
 def test_no_answer_is_given_beyond_the_threshold(tokenizer):
     """The null score is the lowest of a question's windows; the best threshold is found as well."""
-    rows = (("q", "w1 w2", ["w1"]), ("q", "w3 w4", []))
-
-    def score(threshold):
-        data = questions(*rows, may_be_absent=True, null_threshold=threshold)
-        encoded = tokenize(data, tokenizer, 30).validation_sets[""]
-        outputs = [np.zeros((6, 2)), np.zeros((6, 2))]  # [CLS] q [SEP] w1 w2 [SEP]
-        outputs[0][3] = 1.0  # span 2, none 1: margin -1
-        outputs[0][0] = 0.5
-        outputs[1][0] = 2.0  # none 4, span 1: margin 3
-        outputs[1][3, 0] = 1.0
-        return encoded.score(outputs)
-
+    asked = [("q", "w1 w2", ["w1"]), ("q", "w3 w4", [])]
+    outputs = [np.zeros((6, 2)), np.zeros((6, 2))]  # [CLS] q [SEP] w1 w2 [SEP]
+    outputs[0][3] = 1.0  # span 2, none 1: margin -1
+    outputs[0][0] = 0.5
+    outputs[1][0] = 2.0  # none 4, span 1: margin 3
+    outputs[1][3, 0] = 1.0
     best = {"best_exact_match": 1.0, "best_f1": 1.0}
-    assert score(0.0) == {"exact_match": 1.0, "f1": 1.0, **best}
-    assert score(-2.0) == {"exact_match": 0.5, "f1": 0.5, **best}
-    assert score(5.0) == {"exact_match": 0.5, "f1": 0.5, **best}
+    for threshold, right in ((0.0, 1.0), (-2.0, 0.5), (5.0, 0.5)):
+        encoded = encode(tokenizer, asked, may_be_absent=True, null_threshold=threshold)
+        assert encoded.score(outputs) == {"exact_match": right, "f1": right, **best}
 
 
 def test_the_null_score_is_the_lowest_of_all_windows(tokenizer):
-    data = questions(("q", "w1 w2 w3 w4 w5", ["w5"]), may_be_absent=True, doc_stride=0)
-    encoded = tokenize(data, tokenizer, 8).validation_sets[""]
+    asked = [("q", "w1 w2 w3 w4 w5", ["w5"])]
+    encoded = encode(tokenizer, asked, 8, may_be_absent=True, doc_stride=0)
     first, second = gold_outputs(encoded.rows)
     assert first[0].tolist() == [9, 9]  # this window is sure that it holds no answer
     assert encoded.score([first, second])["exact_match"] == 1

@@ -35,9 +35,12 @@ def about(subject, count):
 
 @pytest.fixture
 def library(tmp_path):
-    return write_library(
-        tmp_path, {"email": about("letter", 60), "json": about("object", 40), "csv": about("x", 9)}
-    )
+    packages = {"email": about("letter", 60), "json": about("object", 40), "csv": about("x", 9)}
+    return write_library(tmp_path, packages)
+
+
+def all_texts(data):
+    return [*data.train["text"], *data.validation["text"]]
 
 
 def test_the_real_task_is_sized_and_balanced(real):
@@ -90,18 +93,15 @@ def test_names_are_masked_wherever_they_stand(tmp_path):
     texts = {"f": "Parse an Email or emails with EmailMessage and json objects, as said before."}
     library = write_library(tmp_path, {"email": texts, "json": {"g": "Nothing is said here but five words."}})
     data = load_docstrings(num_packages=2, library=library)
-    texts = [*data.train["text"], *data.validation["text"]]
-    assert "Parse an *** or *** with *** and *** objects, as said before." in texts
+    assert "Parse an *** or *** with *** and *** objects, as said before." in all_texts(data)
 
 
 def test_text_of_two_packages_is_dropped_and_repeated_text_kept_once(tmp_path):
     shared, twice = "Return a copy of the object itself.", "Close the thing and all it holds."
     own = "Something only this package ever says."
-    library = write_library(
-        tmp_path, {"email": {"a": shared, "b": twice, "c": twice}, "json": {"a": shared, "d": own}}
-    )
-    data = load_docstrings(num_packages=2, library=library)
-    assert sorted([*data.train["text"], *data.validation["text"]]) == [twice, own]
+    packages = {"email": {"a": shared, "b": twice, "c": twice}, "json": {"a": shared, "d": own}}
+    data = load_docstrings(num_packages=2, library=write_library(tmp_path, packages))
+    assert sorted(all_texts(data)) == [twice, own]
 
 
 def test_a_package_has_its_limit_on_both_sides(library):
@@ -121,20 +121,17 @@ def test_a_library_without_sources_is_said_to_be_one(library):
 
 
 def test_tests_strangers_and_broken_files_are_not_read(tmp_path):
-    write_library(
-        tmp_path, {"email": about("letter", 1), "mine": about("own", 1), "email/test": about("test", 1)}
-    )
+    packages = {"email": about("letter", 1), "mine": about("own", 1), "email/test": about("test", 1)}
+    write_library(tmp_path, packages)
     (tmp_path / "json.py").write_text("def broken(:\n")
-    assert {(s.package, s.text) for s in standard_library_snippets(tmp_path)} == {
-        ("email", "This letter function number 0 does alpha.")
-    }
+    found = {(s.package, s.text) for s in standard_library_snippets(tmp_path)}
+    assert found == {("email", "This letter function number 0 does alpha.")}
 
 
 def test_nothing_is_imported_or_run(tmp_path):
     write_library(tmp_path, {"email": about("letter", 1)})
-    (tmp_path / "email" / "__init__.py").write_text(
-        '"""A module that must not be run."""\nraise SystemExit\n'
-    )
+    module = '"""A module that must not be run."""\nraise SystemExit\n'
+    (tmp_path / "email" / "__init__.py").write_text(module)
     assert [s.text for s in standard_library_snippets(tmp_path)] == ["A module that must not be run."]
 
 

@@ -102,11 +102,9 @@ def test_ones_own_table(tmp_path, has_validation):
 
 
 def test_tagged_words(tmp_path):
-    features = Features(
-        {"tokens": Sequence(Value("string")), "ner_tags": Sequence(ClassLabel(names=["O", "I-X"]))}
-    )
+    features = {"tokens": Sequence(Value("string")), "ner_tags": Sequence(ClassLabel(names=["O", "I-X"]))}
     rows = [{"tokens": ["a", "b"], "ner_tags": [1, 0]}, {"tokens": [], "ner_tags": []}]
-    named = Dataset.from_list(rows, features=features)
+    named = Dataset.from_list(rows, features=Features(features))
     data = load_task("conll", f"hub:{save(tmp_path / 'ner', {'train': named, 'validation': named})}")
     assert data.task.label_names == ("O", "B-X", "I-X")
     assert data.train.to_list() == [{"words": ["a", "b"], "label": [1, 0]}]

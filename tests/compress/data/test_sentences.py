@@ -43,11 +43,8 @@ def test_tables_of_sentences_and_of_scored_pairs(tmp_path):
     data = load_sentences(table, pairs=pairs, columns=columns)
     assert len(data.train) + len(data.validation) == 8
     assert "a, 3" in {*data.train["text"], *data.validation["text"]}
-    assert data.further_validation["pairs"].to_dict() == {
-        "text": ["a", "c"],
-        "text_pair": ["b", "d"],
-        "label": [1.5, 4.0],
-    }
+    expected = {"text": ["a", "c"], "text_pair": ["b", "d"], "label": [1.5, 4.0]}
+    assert data.further_validation["pairs"].to_dict() == expected
     assert data.task.main_metric == "spearman_pairs"
 
 

@@ -100,9 +100,8 @@ def test_scores_worked_by_hand():
     """Right: PER. A border off by one word, and a type confused, count as both wrong and missed."""
     gold = [["B-PER", "I-PER", "O", "B-LOC", "I-LOC"], ["B-ORG", "O", "O"]]
     predicted = [["B-PER", "I-PER", "O", "B-LOC", "O"], ["B-LOC", "O", "B-PER"]]
-    assert entity_scores(gold, predicted) == pytest.approx(
-        {"precision": 1 / 4, "recall": 1 / 3, "f1": 2 / 7, "accuracy": 5 / 8}
-    )
+    expected = {"precision": 1 / 4, "recall": 1 / 3, "f1": 2 / 7, "accuracy": 5 / 8}
+    assert entity_scores(gold, predicted) == pytest.approx(expected)
     assert entity_scores([["O"]], [["O"]]) == {"precision": 0, "recall": 0, "f1": 0, "accuracy": 1}
 
 
@@ -112,15 +111,12 @@ def tokenizer(tmp_path_factory):
     return tiny.tokenizer(tmp_path_factory.mktemp("words"), words, model_max_length=32)
 
 
-TASK = Task(
-    "conll", "token_classification", ("O", "B-A", "I-A"), ("precision", "recall", "f1", "accuracy"), "f1"
-)
+METRICS = ("precision", "recall", "f1", "accuracy")
+TASK = Task("conll", "token_classification", ("O", "B-A", "I-A"), METRICS, "f1")
 
 
 def tagged(*sentences):
-    rows = Dataset.from_dict(
-        {"words": [words for words, _ in sentences], "label": [tags for _, tags in sentences]}
-    )
+    rows = Dataset.from_list([{"words": words, "label": tags} for words, tags in sentences])
     return TaskData(TASK, rows, rows)
 
 
@@ -135,14 +131,10 @@ def test_the_first_token_of_a_word_carries_its_label(tokenizer):
 
 def outputs_of(rows, wrong=()):
     """Logits that say what the labels say; class 1 where there is none."""
-    found = []
-    for row, labels in enumerate(rows["labels"]):
-        classes = [1 if label < 0 else label for label in labels]
-        for at_row, at in wrong:
-            if at_row == row:
-                classes[at] = 0
-        found.append(np.eye(3)[classes])
-    return found
+    classes = [[1 if label < 0 else label for label in labels] for labels in rows["labels"]]
+    for row, at in wrong:
+        classes[row][at] = 0
+    return [np.eye(3)[row] for row in classes]
 
 
 @pytest.mark.parametrize("max_length", [3, 5, 32])
@@ -154,8 +146,7 @@ def test_long_sentences_are_scored_to_their_last_word(tokenizer, max_length):
     assert all(len(ids) <= max_length for ids in encoded.rows["input_ids"])
     labels = [label for labels in encoded.rows["labels"] for label in labels if label >= 0]
     assert labels == [1, 2, 0, 1, 2, 1]
-    perfect = {"precision": 1.0, "recall": 1.0, "f1": 1.0, "accuracy": 1.0}
-    assert encoded.score(outputs_of(encoded.rows)) == perfect
+    assert encoded.score(outputs_of(encoded.rows)) == dict.fromkeys(METRICS, 1.0)
     last = len(encoded.rows) - 1
     missed = encoded.score(outputs_of(encoded.rows, wrong=[(last, 1)]))
     assert missed == pytest.approx({"precision": 1.0, "recall": 2 / 3, "f1": 4 / 5, "accuracy": 6 / 7})
@@ -166,7 +157,6 @@ def test_labels_follow_the_models_order():
     assert data.train["label"][:] == [[1, 2]]
     assert data.task.label_names == ("I-A", "B-A", "O")
     wrong_head = BertConfig(id2label={0: "O", 1: "B-A", 2: "I-A"}, architectures=["BertForMaskedLM"])
-    with pytest.raises(
-        UserError, match=r"a BertForMaskedLM, but task conll needs a model \.\.\.ForTokenClass"
-    ):
+    message = r"a BertForMaskedLM, but task conll needs a model \.\.\.ForTokenClass"
+    with pytest.raises(UserError, match=message):
         match_labels(data, wrong_head)

@@ -7,9 +7,8 @@ from transformers import BertForQuestionAnswering, BertForSequenceClassification
 
 from moebert_kernels.compress.data.tasks import EncodedData, EncodedRows, Task
 from moebert_kernels.compress.evaluation.quality import batches, evaluate, expert_load, predict
-from moebert_kernels.models import to_moe
 from tests import tiny
-from tests.tiny import LAYERS, VOCAB, build, quarters
+from tests.tiny import LAYERS, VOCAB, build, quartered
 
 
 @pytest.fixture
@@ -69,9 +68,7 @@ def test_every_validation_set_is_scored_under_its_name(tokenizer):
 def test_expert_load_counts_real_tokens(tokenizer):
     rows = make_rows()
     tables_LV = torch.stack([torch.arange(VOCAB) * (layer + 1) % 4 for layer in range(LAYERS)]).int()
-    model = to_moe(
-        build(BertForSequenceClassification), quarters(), num_shared_neurons=0, tables_LV=tables_LV
-    )
+    model = quartered(build(BertForSequenceClassification), tables_LV=tables_LV)
     load = expert_load(model, batches(rows, tokenizer, batch_size=8))
     tokens = torch.tensor([token for ids in rows["input_ids"] for token in ids])
     for layer, shares in enumerate(load):

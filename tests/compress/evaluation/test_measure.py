@@ -54,29 +54,15 @@ def test_models_take_turns_and_warm_up_uncounted(clock):
 def test_latency_and_throughput_of_models_of_known_speed(clock):
     calls, progress = [], []
     models = {"slow": Recorder("slow", 0.002, calls, clock), "fast": Recorder("fast", 0.001, calls, clock)}
-    speed = measure(
-        models,
-        [[1, 2, 3]],
-        sequence_length=10,
-        throughput_batch_size=4,
-        rounds=5,
-        progress=lambda *call: progress.append(call),
-    )
+    how = {"sequence_length": 10, "throughput_batch_size": 4, "rounds": 5}
+    speed = measure(models, [[1, 2, 3]], **how, progress=lambda *call: progress.append(call))
     assert speed.dtype == "float32"
-    assert speed.models["slow"]["latency_ms"] == {
-        "median": pytest.approx(20),
-        "low": pytest.approx(20),
-        "high": pytest.approx(20),
-        "batch_size": 1,
-        "sequence_length": 10,
-    }
-    assert speed.models["fast"]["throughput_per_s"] == {
-        "median": pytest.approx(100),
-        "low": pytest.approx(100),
-        "high": pytest.approx(100),
-        "batch_size": 4,
-        "sequence_length": 10,
-    }
+    for figure, value, batch_size in (
+        (speed.models["slow"]["latency_ms"], 20, 1),
+        (speed.models["fast"]["throughput_per_s"], 100, 4),
+    ):
+        spread = dict.fromkeys(("median", "low", "high"), pytest.approx(value))
+        assert figure == {**spread, "batch_size": batch_size, "sequence_length": 10}
     assert {shape for _, shape in calls} == {(1, 10), (4, 10)}
     assert progress[0] == (1, 10)
     assert progress[-1] == (10, 10)
@@ -84,13 +70,8 @@ def test_latency_and_throughput_of_models_of_known_speed(clock):
 
 
 def test_slow_models_are_measured_less_often_but_three_times(clock):
-    calls = []
-    models = {"slow": Recorder("slow", 100.0, calls, clock)}
-    progress = []
-    inputs = packed_inputs([[1]], 1, 1)
-    seconds = time_models(
-        models, inputs, rounds=50, warmup=0, max_seconds=1, progress=lambda *call: progress.append(call)
-    )
+    models = {"slow": Recorder("slow", 100.0, [], clock)}
+    seconds = time_models(models, packed_inputs([[1]], 1, 1), rounds=50, warmup=0, max_seconds=1)
     assert seconds == {"slow": [100.0] * 3}
 
 

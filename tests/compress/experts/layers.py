@@ -4,6 +4,11 @@ import torch
 
 from moebert_kernels import MoEFFN
 from moebert_kernels.models import is_moe
+from tests import tiny
+
+
+def batches(count=3):
+    return [tiny.batch(batch_size=4, length=7 + i, seed=i) for i in range(count)]
 
 
 def experts_of(student):

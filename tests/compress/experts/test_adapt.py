@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from datasets import Dataset
@@ -18,6 +20,7 @@ from moebert_kernels.compress.scoring.token_scores import TokenScores
 from moebert_kernels.errors import UserError
 from python_ref import adaptation
 from tests import tiny
+from tests.compress.toys import Progress
 
 
 @pytest.mark.parametrize(
@@ -59,10 +62,7 @@ def test_the_split_equals_the_reference(data):
         ((2, 0, 0), "expert_size must be 1 to the dense width 10, got 0"),
         ((2, 4, 5), "num_shared must be 0 to the expert size 4, got 5"),
         ((2, 4, -1), "num_shared must be 0 to the expert size 4, got -1"),
-        (
-            (4, 4, 1),
-            "4 experts of 4 neurons, 1 of them shared, need 13 neurons, but the model's layers have 10",
-        ),
+        ((4, 4, 1), "4 experts of 4 neurons, 1 of them shared, need 13 neurons, but .* layers have 10"),
     ],
 )
 def test_sizes_that_do_not_fit_are_named(sizes, message):
@@ -110,9 +110,8 @@ VOCAB = 30
 @pytest.fixture
 def teacher():
     sizes = {**tiny.SMALLER, "vocab_size": VOCAB, "hidden_size": 8, "intermediate_size": 12}
-    return tiny.initialised(
-        BertForSequenceClassification, **sizes, num_labels=3, initializer_range=0.5
-    ).eval()
+    options = {"num_labels": 3, "initializer_range": 0.5}
+    return tiny.initialised(BertForSequenceClassification, **sizes, **options).eval()
 
 
 def test_one_expert_of_all_neurons_computes_what_the_teacher_does(teacher):
@@ -122,13 +121,11 @@ def test_one_expert_of_all_neurons_computes_what_the_teacher_does(teacher):
 
 
 def test_adapt_fills_in_the_papers_sizes_and_leaves_the_teacher(teacher):
-    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    before = copy.deepcopy(teacher.state_dict())
     moe = adapt(teacher, Importance(random_scores(2, 12), "m", "t", 1), num_experts=2)
     assert (moe.config.num_experts, moe.config.expert_size, moe.config.num_shared_neurons) == (2, 6, 4)
     assert moe.config.routing == "hash-random"
-    after = teacher.state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    tiny.assert_same(teacher.state_dict(), before)
 
 
 def test_experts_hold_the_neurons_of_the_split(teacher):
@@ -163,16 +160,8 @@ def test_affinity_takes_neurons_and_tables_from_one_split(teacher):
     importance = Importance(tokens.scores_LGF.sum(1), "m", "t", 1, tokens)
     counts_V = torch.arange(1, VOCAB + 1)
     sizes = {"num_experts": 4, "expert_size": 6, "num_shared": 2}  # more neurons than there are, if dealt out
-    done = []
-    moe = adapt(
-        teacher,
-        importance,
-        **sizes,
-        routing="hash-affinity",
-        seed=3,
-        token_counts_V=counts_V,
-        progress=lambda *now: done.append(now),
-    )
+    how, done = {"routing": "hash-affinity", "seed": 3, "token_counts_V": counts_V}, Progress()
+    moe = adapt(teacher, importance, **sizes, **how, progress=done)
     split = split_by_affinity(importance, counts_V, **sizes, seed=3)
     assert done == [(1, 2), (2, 2)]
     assert (moe.config.routing, moe.config.num_shared_neurons) == ("hash-affinity", 2)
@@ -184,15 +173,11 @@ def test_affinity_takes_neurons_and_tables_from_one_split(teacher):
 
 
 def test_affinity_says_what_it_lacks(teacher):
-    with pytest.raises(UserError, match="hash-affinity needs token_counts_V"):
-        adapt(teacher, random_scores(2, 12), routing="hash-affinity")
-    with pytest.raises(UserError, match="importance --per-token"):
-        adapt(teacher, random_scores(2, 12), routing="hash-affinity", token_counts_V=torch.ones(VOCAB).long())
-    with pytest.raises(UserError, match="expert_size must be 1 to the dense width 12, got 13"):
-        adapt(
-            teacher,
-            random_scores(2, 12),
-            expert_size=13,
-            routing="hash-affinity",
-            token_counts_V=torch.ones(VOCAB).long(),
-        )
+    counted = {"token_counts_V": torch.ones(VOCAB).long()}
+    for options, message in (
+        ({}, "hash-affinity needs token_counts_V"),
+        (counted, "importance --per-token"),
+        ({**counted, "expert_size": 13}, "expert_size must be 1 to the dense width 12, got 13"),
+    ):
+        with pytest.raises(UserError, match=message):
+            adapt(teacher, random_scores(2, 12), routing="hash-affinity", **options)

@@ -12,6 +12,7 @@ from moebert_kernels.compress.scoring.token_scores import TokenScores
 from moebert_kernels.errors import UserError
 from moebert_kernels.routing import hash_balance_tables
 from python_ref import affinity as ref
+from tests.compress.toys import Progress
 
 # Whole numbers, so that sums are exact in every order and ties fall the same way everywhere.
 
@@ -93,11 +94,8 @@ SIZES = {"num_experts": 4, "expert_size": 8, "num_shared": 3}
 
 
 def test_a_split_routes_every_id_shares_neurons_and_keeps_loads():
-    importance, counts_V = make_importance()
-    done = []
-    split = split_by_affinity(
-        importance, counts_V, **SIZES, max_load=1.15, progress=lambda *now: done.append(now)
-    )
+    (importance, counts_V), done = make_importance(), Progress()
+    split = split_by_affinity(importance, counts_V, **SIZES, max_load=1.15, progress=done)
     assert done == [(1, 3), (2, 3), (3, 3)]
     assert split.tables_LV.shape == (3, 300)
     assert split.tables_LV.dtype == torch.int32
@@ -111,10 +109,9 @@ def test_a_split_routes_every_id_shares_neurons_and_keeps_loads():
         assert float(shares_E.max()) <= 1.15 / 4
         shared = importance.scores_LF[layer].argsort(descending=True)[:3]
         assert torch.equal(split.index_LEF[layer, :, :3], shared.expand(4, 3))
-        captured_GE = ref.captured_scores(
-            importance.tokens.scores_LGF[layer].double(), split.index_LEF[layer]
-        )
-        total = total_value(captured_GE, table_V[:200]) / float(importance.tokens.scores_LGF[layer].sum())
+        scores_GF = importance.tokens.scores_LGF[layer].double()
+        captured_GE = ref.captured_scores(scores_GF, split.index_LEF[layer])
+        total = total_value(captured_GE, table_V[:200]) / float(scores_GF.sum())
         assert split.captured_LR[layer][-1] == pytest.approx(total, rel=1e-5)
         assert split.captured_LR[layer] == sorted(set(split.captured_LR[layer]))
         assert len(split.captured_LR[layer]) > 1

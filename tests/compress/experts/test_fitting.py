@@ -7,13 +7,7 @@ import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import (
-    BertForMaskedLM,
-    BertForQuestionAnswering,
-    BertForSequenceClassification,
-    BertForTokenClassification,
-    BertModel,
-)
+from transformers import BertForSequenceClassification, BertModel
 
 from moebert_kernels.compress.experts.fitting import RARE, RIDGE, fit, rows_to_fit
 from moebert_kernels.models import find_ffns, narrow_ffns, replace_ffns
@@ -21,19 +15,7 @@ from moebert_kernels.models.surgery import to_moe
 from python_ref import fitting as ref
 from python_ref.ffn import activation
 from tests import tiny
-from tests.compress.experts.layers import calls_of, experts_of, tokens
-
-HEADS = [
-    BertModel,
-    BertForSequenceClassification,
-    BertForTokenClassification,
-    BertForQuestionAnswering,
-    BertForMaskedLM,
-]
-
-
-def batches(count=3):
-    return [tiny.batch(batch_size=4, length=7 + i, seed=i) for i in range(count)]
+from tests.compress.experts.layers import batches, calls_of, experts_of, tokens
 
 
 def fit_by_reference(student, teacher, rows):
@@ -68,34 +50,36 @@ def fit_by_reference(student, teacher, rows):
 @torch.no_grad()
 def test_it_is_the_reference(routing):
     teacher = tiny.build(BertForSequenceClassification).double()
-    student = to_moe(teacher, tiny.quarters(), num_shared_neurons=0, routing=routing)
+    student = tiny.quartered(teacher, routing)
     expected = fit_by_reference(copy.deepcopy(student), teacher, batches())
     fit(student, teacher, batches())
-    for name, value in expected.state_dict().items():
-        torch.testing.assert_close(student.state_dict()[name], value, rtol=1e-6, atol=1e-9, msg=name)
+    torch.testing.assert_close(student.state_dict(), expected.state_dict(), rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", tiny.HEADS)
 def test_a_student_of_all_neurons_stays_as_it_is(head):
     """It does what its teacher does: there is nothing to change."""
-    teacher = tiny.build(head)
+    teacher = tiny.build_family("Bert", head)
     student = to_moe(teacher, tiny.all_neurons(), num_shared_neurons=tiny.WIDTH)
     before = copy.deepcopy(student.state_dict())
     found = fit(student, teacher, batches())
     assert max(found.cut_L) < 1e-10
-    for name, value in before.items():
-        torch.testing.assert_close(student.state_dict()[name], value, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(student.state_dict(), before, rtol=1e-5, atol=1e-5)
 
 
-def test_neurons_that_were_lost_to_others_like_them_are_made_up_for():
-    """Every neuron has a twin: half of them can do all of it, once the weights say so."""
+@pytest.mark.parametrize("tie_shared", [False, True], ids=["narrow", "tied"])
+def test_neurons_that_were_lost_to_others_like_them_are_made_up_for(tie_shared):
+    """Every neuron has a twin: half of them, most of these shared or all, can do all of it."""
     teacher = tiny.build(BertForSequenceClassification)
     half = tiny.WIDTH // 2
     with torch.no_grad():
         for ffn in find_ffns(teacher):
             ffn.w1.weight[half:], ffn.w1.bias[half:] = ffn.w1.weight[:half], ffn.w1.bias[:half]
-    index_LF = torch.arange(half).expand(tiny.LAYERS, half)
-    student = narrow_ffns(teacher, index_LF)
+    index_LEF = torch.arange(half).expand(tiny.LAYERS, 4, half)
+    if tie_shared:
+        student = to_moe(teacher, index_LEF, num_shared_neurons=half - 8, tie_shared=True)
+    else:
+        student = narrow_ffns(teacher, index_LEF[:, 0])
     rows = [tiny.batch(batch_size=16, length=30, seed=i) for i in range(4)]
     found = fit(student, teacher, rows, ridge=1e-9, rare=1e-9)
     assert min(found.cut_L) > 0.1
@@ -135,28 +119,32 @@ def test_reference_is_the_minimum(tokens, neurons, ridge, rare, seed):
         assert formula(*fitted) <= formula(*other) * (1 + 1e-9)
 
 
-@settings(max_examples=15)
+@settings(max_examples=27)
 @given(
-    routing=st.sampled_from(["hash-random", "gate-token", "gate-sentence", "narrow"]),
+    kind=st.sampled_from(["quarters", "quarters", "tied", "narrow"]),
+    routing=st.sampled_from(["hash-random", "gate-token", "gate-sentence"]),
     count=st.integers(1, 4),
     ridge=st.floats(1e-6, 100),
     seed=st.integers(0, 9),
     top_k=st.integers(1, 3),
 )
-def test_no_layer_is_worse_than_before_on_the_rows_it_saw(routing, count, ridge, seed, top_k):
+def test_no_layer_is_worse_than_before_on_the_rows_it_saw(kind, routing, count, ridge, seed, top_k):
     """Few tokens and experts without any included."""
     teacher = tiny.build(BertForSequenceClassification, seed)
-    if routing == "narrow":
+    options = {"routing": routing, "seed": seed}
+    if kind == "quarters" and routing.startswith("gate"):
+        options["top_k"] = top_k
+    if kind == "narrow":
         student = narrow_ffns(teacher, tiny.quarters()[:, seed % 4])
+    elif kind == "tied":
+        options |= {"num_shared_neurons": tiny.SHARED, "tie_shared": True}
+        student = to_moe(teacher, tiny.some_shared(), **options)
     else:
-        top_k = top_k if routing.startswith("gate") else 1
-        student = to_moe(
-            teacher, tiny.quarters(), num_shared_neurons=0, routing=routing, seed=seed, top_k=top_k
-        )
+        student = tiny.quartered(teacher, **options)
     found = fit(student, teacher, batches(count), ridge=ridge)
-    assert found.num_tokens == top_k * sum(int(b["attention_mask"].sum()) for b in batches(count)) or (
-        routing == "narrow"
-    )
+    if kind != "narrow":
+        real = sum(int(batch["attention_mask"].sum()) for batch in batches(count))
+        assert found.num_tokens == options.get("top_k", 1) * real
     for cut, fitted in zip(found.cut_L, found.fitted_L, strict=True):
         assert 0 <= fitted <= cut
     assert all(bool(value.isfinite().all()) for value in student.parameters())
@@ -167,11 +155,10 @@ def test_every_family_is_fitted_as_its_own_code_runs_it(family):
     """The errors that are told are those of the student when it runs as a whole."""
     changes = {"conv_kernel_size": 3} if family == "DebertaV2" else {}
     teacher = tiny.build_family(family, "ForSequenceClassification", **changes)
-    student = to_moe(teacher, tiny.quarters(), num_shared_neurons=0)
-    rows = [
-        {"input_ids": batch["input_ids"].clamp(min=2), "attention_mask": batch["attention_mask"]}
-        for batch in (tiny.batch(batch_size=8, length=20, seed=i) for i in range(3))
-    ]
+    student = tiny.quartered(teacher)
+    rows = [tiny.batch(batch_size=8, length=20, seed=i) for i in range(3)]
+    for batch in rows:
+        batch["input_ids"].clamp_(min=2)
     found = fit(student, teacher, rows)
     assert all(fitted < 0.9 * cut for cut, fitted in zip(found.cut_L, found.fitted_L, strict=True))
     for index, (dense, layer) in enumerate(zip(find_ffns(teacher), experts_of(student), strict=True)):
@@ -213,13 +200,11 @@ def test_padding_counts_nothing():
         rows = batches()
         for batch in rows:
             batch["input_ids"][batch["attention_mask"] == 0] = filler
-        student = to_moe(teacher, tiny.quarters(), num_shared_neurons=0)
+        student, narrow = tiny.quartered(teacher), narrow_ffns(teacher, tiny.quarters()[:, 0])
         fit(student, teacher, rows)
-        narrow = narrow_ffns(teacher, tiny.quarters()[:, 0])
         fit(narrow, teacher, rows)
         fitted.append([*student.parameters(), *narrow.parameters()])
-    for one, other in zip(*fitted, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(*fitted, rtol=1e-5, atol=1e-6)
 
 
 def test_the_same_rows_give_the_same_student_and_leave_the_rest_alone():
@@ -227,7 +212,7 @@ def test_the_same_rows_give_the_same_student_and_leave_the_rest_alone():
     before = copy.deepcopy(teacher.state_dict())
     students = []
     for _ in range(2):
-        student = to_moe(teacher, tiny.quarters(), num_shared_neurons=0)
+        student = tiny.quartered(teacher)
         cut = copy.deepcopy(student.state_dict())
         assert student.training
         calls = []
@@ -237,11 +222,10 @@ def test_the_same_rows_give_the_same_student_and_leave_the_rest_alone():
         assert calls[-1] == (3 * tiny.LAYERS, 3 * tiny.LAYERS)
         assert calls == sorted(calls)
         students.append(student.state_dict())
-    for name, value in students[0].items():
-        assert torch.equal(value, students[1][name]), name
-        changed = name.endswith(("w2_EDF", "bias2_ED"))
-        assert torch.equal(value, cut[name]) != changed, name
-    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    tiny.assert_same(*students)
+    changed = {name for name, value in student.state_dict().items() if not torch.equal(value, cut[name])}
+    assert changed == {name for name in cut if name.endswith(("w2_EDF", "bias2_ED"))}
+    tiny.assert_same(teacher.state_dict(), before)
     assert all("forward" not in module.__dict__ for module in [*teacher.modules(), *student.modules()])
 
 
@@ -250,11 +234,10 @@ def test_blocks_and_batches_change_nothing_but_rounding(monkeypatch):
     fitted = []
     for limit in (1, 1 << 20):
         monkeypatch.setattr("moebert_kernels.compress.experts.fitting._BLOCK_TOKENS", limit)
-        student = to_moe(teacher, tiny.quarters(), num_shared_neurons=0)
+        student = tiny.quartered(teacher)
         fit(student, teacher, batches())
-        fitted.append(student)
-    for one, other in zip(*(student.parameters() for student in fitted), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+        fitted.append(student.state_dict())
+    torch.testing.assert_close(*fitted, rtol=1e-9, atol=1e-12)
 
 
 def test_rows_are_as_many_as_memory_holds():
@@ -266,7 +249,7 @@ def test_rows_are_as_many_as_memory_holds():
 
 def test_what_does_not_fit_is_said():
     teacher = tiny.build(BertForSequenceClassification)
-    student = to_moe(teacher, tiny.quarters(), num_shared_neurons=0)
+    student = tiny.quartered(teacher)
     deeper = tiny.build(BertForSequenceClassification, num_hidden_layers=4)
     with pytest.raises(ValueError, match="the same number of layers, got 3 and 4"):
         fit(student, deeper, batches())
@@ -282,19 +265,18 @@ def test_a_gpu_fits_the_same(routing):
     teacher = tiny.build(BertForSequenceClassification)
     fitted = []
     for device in ("cpu", "cuda"):
-        student = to_moe(teacher.to(device), tiny.quarters(), num_shared_neurons=0, routing=routing)
+        student = tiny.quartered(teacher.to(device), routing)
         found = fit(student, teacher, batches())
-        fitted.append((found, student.to("cpu")))
+        fitted.append((found, student.to("cpu").state_dict()))
     (ours, there), (theirs, here) = fitted
     assert ours.fitted_L == pytest.approx(theirs.fitted_L, rel=1e-3)
-    for one, other in zip(there.parameters(), here.parameters(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(there, here, rtol=1e-2, atol=1e-3)
 
 
 def test_under_autocast_the_models_compute_in_bfloat16_and_the_sums_do_not():
     """Sums and solutions in bfloat16 would have lost the fit; what the models compute in it costs little."""
     teacher = tiny.build(BertForSequenceClassification)
-    student = to_moe(teacher, tiny.quarters(), num_shared_neurons=0, routing="hash-random")
+    student = tiny.quartered(teacher)
     plain = copy.deepcopy(student)
     fit(plain, teacher, batches())
     with torch.autocast("cpu", torch.bfloat16):

@@ -54,13 +54,8 @@ def test_long_work_in_a_file_says_how_far_it_is(console, monkeypatch):
         for step in range(1, 10):
             seconds += 25
             bars("distill", step, 2_000)
-    assert lines(console) == [
-        "distill ...",
-        "distill: 3 of 2,000",
-        "distill: 6 of 2,000",
-        "distill: 9 of 2,000",
-        "distill: 225.0 s",
-    ]
+    told = [f"distill: {step} of 2,000" for step in (3, 6, 9)]
+    assert lines(console) == ["distill ...", *told, "distill: 225.0 s"]
 
 
 def test_in_a_terminal_the_bar_stands_where_the_work_does():
@@ -97,6 +92,13 @@ def test_a_trainer_tells_its_steps_and_whether_it_goes_on(console):
     assert lines(console) == ["fine-tune: goes on from the checkpoint of step 4 of 9"]
 
 
+WIDE = {
+    "name": "random split before distillation",
+    "latency_ms": {"median": 1234.5, "batch_size": 1},
+    "throughput_per_s": {"median": 123_456.0, "batch_size": 32},
+}
+
+
 def results(latency):
     return {
         "task": {"name": "csv", "main_metric": "macro_f1", "validation_rows": 1000},
@@ -118,16 +120,8 @@ def results(latency):
 def test_results_table_has_every_column(console):
     console.print(results_table(results({"median": 6.523, "batch_size": 1})))
     text = console.file.getvalue()
-    for expected in (
-        "macro f1",
-        "0.500",
-        "22.7 M",
-        "17.4 M",
-        "3.54 M",
-        "6.52",
-        "batch 1",
-        "1,000 validation rows",
-    ):
+    figures = ("0.500", "22.7 M", "17.4 M", "3.54 M", "6.52")
+    for expected in ("macro f1", *figures, "batch 1", "1,000 validation rows"):
         assert expected in text
 
 
@@ -141,11 +135,9 @@ def test_results_without_speed_have_no_columns_for_it(console):
 
 def test_results_of_a_small_model_have_digits_and_fit_80_columns():
     """A model of a few thousand parameters had "0.0 M" of everything."""
-    found = results({"median": 1234.5, "batch_size": 1})
+    found = results(None)
     for entry in found["models"]:
-        entry["name"] = "random split before distillation"
-        entry |= {"parameters_used_per_token": 40_512, "ffn_flops_per_token": 512}
-        entry["throughput_per_s"] = {"median": 123_456.0, "batch_size": 32}
+        entry |= {"parameters_used_per_token": 40_512, "ffn_flops_per_token": 512, **WIDE}
     console = Console(file=io.StringIO(), width=80)
     console.print(results_table(found))
     assert "before distillation" in console.file.getvalue()
@@ -178,9 +170,8 @@ def test_a_count_has_three_digits_and_its_unit(count, text):
 
 def test_results_table_of_several_seeds_and_of_fewer_layers(console):
     found = results({"median": 6.523, "batch_size": 1})
-    found["models"].append(
-        found["models"][1] | {"name": "fewer layers", "kept_layers": [2, 4], "spread": {"macro_f1": 0.0123}}
-    )
+    changes = {"name": "fewer layers", "kept_layers": [2, 4], "spread": {"macro_f1": 0.0123}}
+    found["models"].append(found["models"][1] | changes)
     for model in found["models"]:
         model["encoder_flops_per_token"] = 10_616_832
     console.print(results_table(found))
@@ -193,11 +184,10 @@ def test_results_table_of_several_seeds_and_of_fewer_layers(console):
 
 def test_a_long_metric_leaves_room_for_the_figures():
     """The figures of a "spearman_pairs" were cut short at 80 columns."""
-    found = results({"median": 1234.5, "batch_size": 1})
+    found = results(None)
     found["task"]["main_metric"] = "spearman_pairs"
     for entry in found["models"]:
-        entry |= {"name": "random split before distillation", "quality": {"spearman_pairs": 0.5}}
-        entry["throughput_per_s"] = {"median": 123_456.0, "batch_size": 32}
+        entry |= {"quality": {"spearman_pairs": 0.5}, **WIDE}
     console = Console(file=io.StringIO(), width=80)
     console.print(results_table(found))
     text = console.file.getvalue()
@@ -207,24 +197,11 @@ def test_a_long_metric_leaves_room_for_the_figures():
 
 
 def test_environment_table_says_why_not(console):
-    environment = Environment(
-        "3.11.7",
-        "Linux x86_64",
-        {"torch": "2.11.0", "triton": None},
-        "Some CPU",
-        2,
-        2,
-        (),
-        None,
-        (Backend("Triton kernels", False, "[no] device"), Backend("PyTorch", True, "any device")),
-    )
+    versions = {"torch": "2.11.0", "triton": None}
+    backends = (Backend("Triton kernels", False, "[no] device"), Backend("PyTorch", True, "any device"))
+    environment = Environment("3.11.7", "Linux x86_64", versions, "Some CPU", 2, 2, (), None, backends)
     console.print(environment_table(environment))
     text = console.file.getvalue()
-    for expected in (
-        "not installed",
-        "not a git checkout",
-        "no accelerator",
-        "no: [no] device",
-        "yes: any device",
-    ):
+    absent = ("not installed", "not a git checkout", "no accelerator")
+    for expected in (*absent, "no: [no] device", "yes: any device"):
         assert expected in text

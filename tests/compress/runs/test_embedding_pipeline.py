@@ -7,11 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from datasets import Dataset
-from safetensors.torch import load_file
 from scipy.stats import spearmanr
 
+from moebert_kernels.compress.data.files import read_json
 from moebert_kernels.compress.data.sentences import load_sentences
 from moebert_kernels.compress.evaluation.likeness import embedding_likeness
 from moebert_kernels.compress.report.page import render_report
@@ -22,8 +21,9 @@ from moebert_kernels.compress.scoring.importance import Importance
 from moebert_kernels.compress.storage.sentence_encoder import load_sentence_encoder
 from moebert_kernels.errors import UserError
 from moebert_kernels.models import is_moe
-from tests.compress.toys import UNMEASURED
+from tests.compress.toys import UNMEASURED, Progress, weights
 from tests.sentence_encoders import TEXTS, make_folder
+from tests.tiny import assert_same
 
 SETTINGS = CompressSettings(epochs=3, batch_size=8, measure_length=8, learning_rate=3e-3, comparisons=())
 
@@ -54,7 +54,7 @@ def finished(folder):
 
 def test_results_say_what_the_student_is_worth(folder, finished):
     output, results, said = finished
-    assert json.loads((output / "results.json").read_text()) == json.loads(json.dumps(results))
+    assert read_json(output / "results.json") == json.loads(json.dumps(results))
     models = {model["name"]: model["quality"] for model in results["models"]}
     assert list(models) == ["teacher", "student before distillation", "student"]
     assert models["teacher"]["cosine"] == pytest.approx(1)
@@ -97,42 +97,28 @@ def test_sentence_transformers_finds_the_same(folder, finished):
 
 
 def test_interrupted_and_started_again_it_ends_the_same(folder, finished, tmp_path):
-    stop = ("distill student", 14)
-
-    def interrupt(stage, done, total):
-        if (stage, done) == stop:
-            raise KeyboardInterrupt
-
-    calls = []
-    run = (SETTINGS, make_data(folder), folder / "teacher", tmp_path / "out")
+    run, calls = (SETTINGS, make_data(folder), folder / "teacher", tmp_path / "out"), Progress()
     with pytest.raises(KeyboardInterrupt):
-        compress(*run, progress=interrupt)
-    results = compress(*run, progress=lambda *call: calls.append(call))
+        compress(*run, progress=Progress(("distill student", 14)))
+    results = compress(*run, progress=calls)
     names = stage_names(SETTINGS)
-    assert [name for name, _, total in calls if total == 0] == names[: names.index(stop[0])]
+    assert calls.reused == names[: names.index("distill student")]
     for key in ("losses", "training_load_NLE", "expert_load_LE"):
         assert results[key] == finished[1][key]
-    student, expected = (
-        load_file(out / "student" / "model.safetensors") for out in (tmp_path / "out", finished[0])
-    )
-    assert all(torch.equal(student[name], value) for name, value in expected.items())
+    assert_same(weights(tmp_path / "out" / "student"), weights(finished[0] / "student"))
 
 
 def test_a_changed_pooling_is_another_teacher(folder, tmp_path):
     """Its file lies in a folder of its own, which the fingerprint of a plain model does not see."""
     make_folder(tmp_path / "teacher", pooling="mean")
-    run = (
-        replace(SETTINGS, epochs=0.2, **UNMEASURED),
-        make_data(folder),
-        tmp_path / "teacher",
-        tmp_path / "out",
-    )
+    settings = replace(SETTINGS, epochs=0.2, **UNMEASURED)
+    run = (settings, make_data(folder), tmp_path / "teacher", tmp_path / "out")
     compress(*run)
     (tmp_path / "teacher" / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": "cls"}))
-    calls = []
+    calls = Progress()
     with pytest.warns(UserWarning, match="holds a run with other settings or data"):
-        compress(*run, progress=lambda *call: calls.append(call))
-    assert ("importance", 0, 0) not in calls
+        compress(*run, progress=calls)
+    assert "importance" not in calls.reused
     assert load_sentence_encoder(tmp_path / "out" / "student").pooling == "cls"
 
 
@@ -151,9 +137,8 @@ def test_another_routing_and_models_of_equal_cost(folder, tmp_path):
 def test_training_brings_embeddings_nearer_to_the_teachers(folder, tmp_path):
     """Unfitted: a tiny student that is fitted is as good as its teacher, and is kept as it was."""
     settings = replace(SETTINGS, epochs=1, routing="gate-sentence", fit=False, **UNMEASURED)
-    results = compress(
-        settings, load_sentences(folder / "sentences.txt"), folder / "teacher", tmp_path / "out"
-    )
+    data = load_sentences(folder / "sentences.txt")
+    results = compress(settings, data, folder / "teacher", tmp_path / "out")
     cosine = {model["name"]: model["quality"]["cosine"] for model in results["models"]}
     assert cosine["student before distillation"] + 0.01 < cosine["student"] < 1
 
@@ -162,10 +147,7 @@ def test_folders_that_are_no_teacher_are_refused(folder, finished, tmp_path):
     data = make_data(folder)
     for teacher, message in (
         (finished[0] / "student", "is a MoE already"),
-        (
-            tmp_path / "nowhere",
-            "there is no .*modules.json: give the folder of a sentence_transformers model",
-        ),
+        (tmp_path / "nowhere", "no .*modules.json: give the folder of a sentence_transformers model"),
     ):
         with pytest.raises(UserError, match=message):
             compress(SETTINGS, data, teacher, tmp_path / "out")

@@ -9,10 +9,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoTokenizer, BertForMaskedLM
 
-from moebert_kernels.compress.data.tasks import TaskData, tokenize
+from moebert_kernels.compress.data.files import read_json
+from moebert_kernels.compress.data.tasks import tokenize
 from moebert_kernels.compress.experts.adaptation import token_counts
 from moebert_kernels.compress.runs import run
 from moebert_kernels.compress.runs.pipeline import compress, stage_names
@@ -22,7 +22,16 @@ from moebert_kernels.compress.storage.artifacts import exclusive, fingerprint, r
 from moebert_kernels.compress.training import distillation as distill
 from moebert_kernels.errors import UserError
 from moebert_kernels.models import MoEBertForSequenceClassification
-from tests.compress.toys import SETTINGS, UNMEASURED, assert_same_outcome, make_data, make_teacher
+from tests.compress.toys import (
+    SETTINGS,
+    UNMEASURED,
+    Progress,
+    assert_same_outcome,
+    make_data,
+    make_teacher,
+    weights,
+)
+from tests.tiny import assert_same
 
 
 @pytest.fixture
@@ -33,21 +42,15 @@ def teacher(tmp_path):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """One whole run, not to be written to."""
-    folder = tmp_path_factory.mktemp("finished")
-    calls = []
-    results = compress(
-        SETTINGS,
-        make_data(),
-        make_teacher(folder / "teacher"),
-        folder / "out",
-        progress=lambda *call: calls.append(call),
-    )
+    folder, calls = tmp_path_factory.mktemp("finished"), Progress()
+    teacher = make_teacher(folder / "teacher")
+    results = compress(SETTINGS, make_data(), teacher, folder / "out", progress=calls)
     return folder / "out", results, calls
 
 
 def test_results_hold_what_the_report_needs(finished):
     output, results, _ = finished
-    assert json.loads((output / "results.json").read_text()) == json.loads(json.dumps(results))
+    assert read_json(output / "results.json") == json.loads(json.dumps(results))
     assert results["format"] == 1
     assert results["task"] == {
         "name": "toy",
@@ -57,18 +60,13 @@ def test_results_hold_what_the_report_needs(finished):
         "validation_rows": 24,
         "constant_score": pytest.approx(max(np.bincount(make_data().validation["label"])) / 24),
     }
-    assert results["settings"]["expert_size"] == 16
-    assert results["settings"]["num_shared"] == 11
-    assert results["settings"]["importance_rows"] == 48
-    assert results["settings"]["labels"] is results["settings"]["dropout"] is False
+    expected = {"expert_size": 16, "num_shared": 11, "importance_rows": 48, "labels": False, "dropout": False}
+    assert expected.items() <= results["settings"].items()
     models = {model["name"]: model for model in results["models"]}
-    assert list(models) == [
-        "teacher",
-        "student before distillation",
-        "student",
-        "random split before distillation",
-        "random split",
+    students = [
+        name for kept in ("student", "random split") for name in (f"{kept} before distillation", kept)
     ]
+    assert list(models) == ["teacher", *students]
     for model in models.values():
         assert 0 <= model["quality"]["accuracy"] <= 1
         assert model["latency_ms"]["batch_size"] == 1
@@ -111,11 +109,8 @@ def test_fit_is_told_of_and_the_better_student_is_kept(finished):
         assert distances["distilled"] == min(fitting["epochs"])
         nearer = min(("fitted", "distilled"), key=distances.__getitem__)
         assert fitting["kept"] == nearer
-    kept = load_file(output / "student" / "model.safetensors")
-    expected = load_file(
-        output / "work" / "student" / results["fitting"]["student"]["kept"] / "model.safetensors"
-    )
-    assert all(torch.equal(value, expected[name]) for name, value in kept.items())
+    kept = results["fitting"]["student"]["kept"]
+    assert_same(weights(output / "student"), weights(output / "work" / "student" / kept))
 
 
 @pytest.mark.parametrize("is_nearer", [True, False])
@@ -133,38 +128,34 @@ def test_what_is_kept_is_said_and_evaluated(teacher, tmp_path, monkeypatch, is_n
     assert results["fitting"]["student"]["divergence"]["distilled"] == (1.0 if is_nearer else 2.5)
     told = "as after epoch 1 of 2" if is_nearer else "as it began"
     assert f"distill student, kept {told}: " in " ".join(said)
-    student, expected = (
-        load_file(tmp_path / "out" / folder / "model.safetensors")
-        for folder in ("student", f"work/student/{kept}")
-    )
-    assert all(torch.equal(value, expected[name]) for name, value in student.items())
+    output = tmp_path / "out"
+    assert_same(weights(output / "student"), weights(output / "work" / "student" / kept))
 
 
 def test_without_training_it_ends_with_the_fit_and_goes_on_from_there(teacher, tmp_path):
     """Stops a student/ that is left from the run before, of the other kind."""
-    output, calls = tmp_path / "out", []
+    output = tmp_path / "out"
     trained = replace(SETTINGS, epochs=1, comparisons=("narrow", "layers"), **UNMEASURED)
     untrained = replace(trained, distill=False)
 
     def again(settings):
-        calls.clear()
-        results = compress(settings, make_data(), teacher, output, progress=lambda *call: calls.append(call))
+        calls = Progress()
+        results = compress(settings, make_data(), teacher, output, progress=calls)
         assert list(results["timings_s"]) == stage_names(settings)
-        return results, list(dict.fromkeys(name for name, _, total in calls if total > 0))
+        return results, calls.done
 
     results, done = again(untrained)
     assert done == stage_names(untrained)
     assert [m["name"] for m in results["models"]] == ["teacher", "student", "narrow FFN", "fewer layers"]
     assert list(results["fitting"]) == ["student", "narrow FFN"]
     assert results["losses"] == {}
-    fitted = load_file(output / "student" / "model.safetensors")
+    fitted = weights(output / "student")
     _, done = again(trained)
     assert "fit student" not in done
     assert "distill student" in done
     _, done = again(untrained)
     assert {name.split()[0] for name in done} <= {"save", "expert", "evaluate"}
-    now = load_file(output / "student" / "model.safetensors")
-    assert all(torch.equal(value, fitted[name]) for name, value in now.items())
+    assert_same(weights(output / "student"), fitted)
 
 
 def test_progress_tells_the_truth(finished):
@@ -188,9 +179,8 @@ def test_the_student_folder_holds_a_model_and_nothing_else(finished):
     assert {"config.json", "model.safetensors"} <= names
     training = ("optimizer", "scheduler", "rng_state", "training_args")
     assert not {name for name in names if name.startswith(training)}
-    assert set(load_file(output / "student" / "model.safetensors")) == set(
-        load_file(output / "work" / "student" / "adapted" / "model.safetensors")
-    )
+    adapted = weights(output / "work" / "student" / "adapted")
+    assert weights(output / "student").keys() == adapted.keys()
     assert not list((output / "work").rglob("checkpoint-*"))
     assert not list(output.rglob(".unfinished-*"))
 
@@ -198,72 +188,55 @@ def test_the_student_folder_holds_a_model_and_nothing_else(finished):
 def test_interrupted_and_started_again_it_ends_the_same(finished, teacher, tmp_path):
     """Three times, each further on. In other stages, and killed, in test_killed.py."""
     names, output = stage_names(SETTINGS), tmp_path / "out"
-
-    def begin(interrupted_at):
-        calls = []
-
-        def progress(*call):
-            calls.append(call)
-            if call[:2] == interrupted_at:
-                raise KeyboardInterrupt
-
-        compress(SETTINGS, make_data(), teacher, output, progress=progress)
-        return calls
-
     for interrupted_at in (("importance", 32), ("fit student", 2), ("distill student", 9)):
         with pytest.raises(KeyboardInterrupt):
-            begin(interrupted_at)
+            compress(SETTINGS, make_data(), teacher, output, progress=Progress(interrupted_at))
         assert not (output / "results.json").exists()
-    calls = begin(None)
+    calls = Progress()
+    compress(SETTINGS, make_data(), teacher, output, progress=calls)
     assert_same_outcome(finished[0], output)
-    reused = [name for name, done, total in calls if total == 0]
-    assert reused == names[: names.index("distill student")]
+    assert calls.reused == names[: names.index("distill student")]
     first_step = next(c for c in calls if c[0] == "distill student" and c[2] == 12)
     assert first_step[1] == 5  # the last checkpoint, not the start
 
 
 def test_unchanged_stages_are_reused_and_changed_ones_are_not(tmp_path):
     """And where there is something to learn, layers come nearer to the teacher's."""
-    teacher, calls = make_teacher(tmp_path / "teacher", initializer_range=0.2), []
+    teacher = make_teacher(tmp_path / "teacher", initializer_range=0.2)
     # Unfitted: where the fitted student is kept, what comes after has nothing new to work on.
     output, settings = tmp_path / "out", replace(SETTINGS, epochs=1, comparisons=(), fit=False)
 
-    def again(settings, data=None):
-        calls.clear()
-        compress(settings, data or make_data(), teacher, output, progress=lambda *call: calls.append(call))
-        return list(dict.fromkeys(name for name, _, total in calls if total > 0))
+    def again(data=None, **changes):
+        calls = Progress()
+        compress(replace(settings, **changes), data or make_data(), teacher, output, progress=calls)
+        return calls.done
 
     everything = stage_names(settings)
-    assert again(settings) == everything
-    curve = json.loads((output / "results.json").read_text())["losses"]["student"]
+    assert again() == everything
+    curve = read_json(output / "results.json")["losses"]["student"]
     assert curve[-1]["layer"] < 0.9 * curve[0]["layer"]
-    assert again(settings) == []
-    assert again(replace(settings, distill_weight=2.0)) == everything[4:]
-    assert again(replace(settings, distill_weight=2.0, **UNMEASURED)) == []
-    unmeasured = json.loads((output / "results.json").read_text())
+    assert again() == []
+    assert again(distill_weight=2.0) == everything[4:]
+    assert again(distill_weight=2.0, **UNMEASURED) == []
+    unmeasured = read_json(output / "results.json")
     assert unmeasured["measuring"] is None
     assert all(m["latency_ms"] is m["throughput_per_s"] is None for m in unmeasured["models"])
     assert "measure" not in unmeasured["timings_s"]
-    assert again(replace(settings, distill_weight=2.0, measure_length=8)) == ["measure"]
-    changed = make_data()
-    changed = TaskData(changed.task, changed.train, make_data(seed=1).validation)
+    changes = {"distill_weight": 2.0, "measure_length": 8}
+    assert again(**changes) == ["measure"]
+    changed = replace(make_data(), validation=make_data(seed=1).validation)
     evaluations = [name for name in everything if name.startswith("evaluate")]
-    assert again(replace(settings, distill_weight=2.0, measure_length=8), changed) == [
-        *evaluations,
-        "expert load",
-        "measure",
-    ]
+    assert again(changed, **changes) == [*evaluations, "expert load", "measure"]
     shutil.rmtree(output / "student")
-    assert again(replace(settings, distill_weight=2.0, measure_length=8), changed) == ["save student"]
+    assert again(changed, **changes) == ["save student"]
     shutil.rmtree(output / "work" / "student" / "distilled")
-    assert "distill student" in again(replace(settings, distill_weight=2.0, measure_length=8), changed)
+    assert "distill student" in again(changed, **changes)
 
 
 def test_regression_and_learned_gates_run_through(tmp_path):
     teacher = make_teacher(tmp_path / "teacher", num_labels=1)
-    settings = replace(
-        SETTINGS, epochs=1, routing="gate-token", top_k=2, comparisons=(), labels=True, **UNMEASURED
-    )
+    gated = {"routing": "gate-token", "top_k": 2, "labels": True}
+    settings = replace(SETTINGS, epochs=1, comparisons=(), **gated, **UNMEASURED)
     results = compress(settings, make_data(kind="regression"), teacher, tmp_path / "out")
     assert results["task"]["kind"] == "regression"
     assert set(results["models"][0]["quality"]) == {"pearson", "spearman"}
@@ -283,25 +256,23 @@ def test_balanced_hashing_counts_the_training_tokens(teacher, tmp_path):
 def test_affinity_makes_neurons_and_tables_together_and_is_served_as_any_hash(teacher, tmp_path):
     """The comparison keeps a drawn table: scores drawn at random know no tokens."""
     settings = replace(SETTINGS, epochs=0.1, routing="hash-affinity", **UNMEASURED)
-    calls = []
-    compress(settings, make_data(), teacher, tmp_path / "out", progress=lambda *call: calls.append(call))
+    output, calls = tmp_path / "out", Progress()
+    compress(settings, make_data(), teacher, output, progress=calls)
     assert ("adapt student", 1, 2) in calls
-    tokens = Importance.load(tmp_path / "out" / "importance.safetensors").tokens
+    tokens = Importance.load(output / "importance.safetensors").tokens
     assert tokens.group_V.shape == (45,)
-    student = MoEBertForSequenceClassification.from_pretrained(tmp_path / "out" / "student")
+    student = MoEBertForSequenceClassification.from_pretrained(output / "student")
     assert student.config.routing == "hash-affinity"
-    adapted = load_file(tmp_path / "out" / "work" / "student" / "adapted" / "model.safetensors")
+    adapted = weights(output / "work" / "student" / "adapted")
     tables_LV = student.bert.encoder.tables_LV
     assert torch.equal(adapted["bert.encoder.tables_LV"], tables_LV)
     counts_V = token_counts(tokenize(make_data(), AutoTokenizer.from_pretrained(teacher), 16).train, 45)
     for table_V in tables_LV.long():
         load_E = torch.zeros(4, dtype=torch.long).index_add_(0, table_V, counts_V)
         assert int(load_E.max()) <= 1.1 * int(counts_V.sum()) / 4
-    drawn = json.loads((tmp_path / "out" / "work" / "random" / "distilled" / "config.json").read_text())
-    assert drawn["routing"] == "hash-random"
-    compress(settings, make_data(), teacher, tmp_path / "out", progress=lambda *call: calls.append(call))
-    assert ("importance", 0, 0) in calls
-    assert ("adapt student", 0, 0) in calls
+    assert read_json(output / "work" / "random" / "distilled" / "config.json")["routing"] == "hash-random"
+    compress(settings, make_data(), teacher, output, progress=calls)
+    assert {"importance", "adapt student"} <= set(calls.reused)
 
 
 @pytest.mark.parametrize(
@@ -334,9 +305,9 @@ def test_what_cannot_work_is_said_before_any_work(teacher, tmp_path):
 
     refused("^teacher_dir: there is no folder", teacher=tmp_path / "nowhere")
     refused("not a model for classification", teacher=make_teacher(tmp_path / "mlm", head=BertForMaskedLM))
-    refused("need 142 neurons", settings=replace(SETTINGS, expert_size=40, num_shared=6))
-    affinity = replace(SETTINGS, routing="hash-affinity", expert_size=40, num_shared=6)
-    refused("need 142 neurons", settings=affinity)
+    for routing in ("hash-random", "hash-affinity"):
+        wide = replace(SETTINGS, routing=routing, expert_size=40, num_shared=6)
+        refused("need 142 neurons", settings=wide)
     refused("max_length is 64", settings=replace(SETTINGS, max_length=64))
     refused("has 2 outputs", data=make_data(kind="regression"))
     refused("already holds a model", output=teacher)

@@ -1,5 +1,7 @@
 """Text without labels: read, scored by the teacher's own predictions, compressed whatever the head is."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -19,14 +21,12 @@ from moebert_kernels.compress.runs.settings import CompressSettings
 from moebert_kernels.compress.scoring.importance import compute_importance
 from moebert_kernels.compress.scoring.teacher_loss import _roots, _yes_and_no_roots, prediction_shift_loss
 from moebert_kernels.errors import ArgumentError, UserError
-from tests.compress.toys import SETTINGS, WORDS, make_teacher
+from tests.compress.toys import SETTINGS, UNMEASURED, WORDS, make_teacher
 
+SEVERAL = {"num_labels": 3, "problem_type": "multi_label_classification"}
 HEADS = {
     "classes": (BertForSequenceClassification, {"num_labels": 5}),
-    "several": (
-        BertForSequenceClassification,
-        {"num_labels": 3, "problem_type": "multi_label_classification"},
-    ),
+    "several": (BertForSequenceClassification, SEVERAL),
     "numbers": (BertForSequenceClassification, {"num_labels": 1}),
     "tokens": (BertForTokenClassification, {"num_labels": 3}),
     "spans": (BertForQuestionAnswering, {}),
@@ -157,14 +157,7 @@ def test_teacher_and_text_in_student_out(tmp_path, texts, head):
 
 def test_text_is_enough_to_train_on(tmp_path, texts):
     """The teacher's layers and predictions take the place of labels."""
-    settings = CompressSettings(
-        epochs=1,
-        batch_size=SETTINGS.batch_size,
-        measure=False,
-        max_length=16,
-        comparisons=(),
-        routing="gate-token",
-    )
+    settings = replace(SETTINGS, epochs=1, comparisons=(), routing="gate-token", **UNMEASURED)
     folder = make_teacher(tmp_path / "teacher", BertForTokenClassification)
     results = compress(settings, load_texts(texts), folder, tmp_path / "out")
     for point in results["losses"]["student"]:

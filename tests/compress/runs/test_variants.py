@@ -6,15 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import BertForSequenceClassification
 
+from moebert_kernels.compress.data.files import read_json
 from moebert_kernels.compress.report.page import render_report
 from moebert_kernels.compress.runs.pipeline import compress, stage_names
 from moebert_kernels.compress.runs.variants import over_seeds
 from moebert_kernels.compress.scoring.importance import Importance
 from moebert_kernels.models import is_moe
-from tests.compress.toys import SETTINGS, UNMEASURED, make_data, make_teacher
+from tests.compress.toys import SETTINGS, UNMEASURED, Progress, make_data, make_teacher, weights
 
 # Unfitted: a tiny student that is fitted says what its teacher does, and training only moves it away.
 EVERYTHING = replace(
@@ -26,18 +26,15 @@ NAMES = ["student", "random split", "narrow FFN", "fewer layers"]
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """One whole run, not to be written to."""
-    folder = tmp_path_factory.mktemp("finished")
+    folder, calls = tmp_path_factory.mktemp("finished"), Progress()
     teacher = make_teacher(folder / "teacher")
-    calls = []
-    results = compress(
-        EVERYTHING, make_data(), teacher, folder / "out", progress=lambda *call: calls.append(call)
-    )
+    results = compress(EVERYTHING, make_data(), teacher, folder / "out", progress=calls)
     return folder, results, calls
 
 
 def test_all_of_them_stand_in_the_results_with_every_seed(finished):
     folder, results, calls = finished
-    assert json.loads((folder / "out" / "results.json").read_text()) == json.loads(json.dumps(results))
+    assert read_json(folder / "out" / "results.json") == json.loads(json.dumps(results))
     models = {model["name"]: model for model in results["models"]}
     assert list(models) == ["teacher", *(n for name in NAMES for n in (f"{name} before distillation", name))]
     assert "spread" not in models["teacher"]
@@ -62,15 +59,15 @@ def test_the_seeds_differ_and_the_first_is_kept(finished):
     for folder in ("student", "random", "narrow", "layers"):
         first = out / "student" if folder == "student" else out / "work" / folder / "distilled"
         second = out / "work" / folder / f"seed-{EVERYTHING.seed + 1}" / "distilled"
-        weights, others = (load_file(f / "model.safetensors") for f in (first, second))
-        assert any(not torch.equal(weights[name], others[name]) for name in weights)
+        ours, others = weights(first), weights(second)
+        assert any(not torch.equal(ours[name], others[name]) for name in ours)
 
 
 def test_the_costs_are_those_of_the_student(finished):
     models = {model["name"]: model for model in finished[1]["models"]}
     student, narrow, fewer = (models[name] for name in ("student", "narrow FFN", "fewer layers"))
-    assert narrow["encoder_flops_per_token"] == student["encoder_flops_per_token"]
-    assert narrow["ffn_flops_per_token"] == student["ffn_flops_per_token"]
+    for cost in ("encoder_flops_per_token", "ffn_flops_per_token"):
+        assert narrow[cost] == student[cost]
     # A layer of the teacher costs 16,384 and the student 20,480: one layer is nearer than two.
     assert student["encoder_flops_per_token"] == 20480
     assert fewer["encoder_flops_per_token"] == 16384
@@ -108,39 +105,24 @@ def test_the_report_shows_every_model_and_its_spread(finished):
 
 
 def test_interrupted_in_a_later_seed_it_goes_on_there_and_ends_the_same(finished, tmp_path):
-    interrupted_at, calls = "distill fewer layers seed 4", []
-
-    def interrupt(stage, done, total):
-        if (stage, done) == (interrupted_at, 2):
-            raise KeyboardInterrupt
-
     folder, results, _ = finished
+    run, calls = (EVERYTHING, make_data(), folder / "teacher", tmp_path / "out"), Progress()
     with pytest.raises(KeyboardInterrupt):
-        compress(EVERYTHING, make_data(), folder / "teacher", tmp_path / "out", progress=interrupt)
-    again = compress(
-        EVERYTHING,
-        make_data(),
-        folder / "teacher",
-        tmp_path / "out",
-        progress=lambda *call: calls.append(call),
-    )
-    reused = [stage for stage, _, total in calls if total == 0]
+        compress(*run, progress=Progress(("distill fewer layers seed 4", 2)))
+    again = compress(*run, progress=calls)
     names = stage_names(EVERYTHING)
-    assert reused == names[: names.index(interrupted_at)]
+    assert calls.reused == names[: names.index("distill fewer layers seed 4")]
     for key in ("quality", "spread", "seeds"):
         assert [m.get(key) for m in again["models"]] == [m.get(key) for m in results["models"]]
 
 
 def test_more_seeds_and_comparisons_leave_what_was_made(finished, tmp_path):
     """Who has a student may ask for company later: nothing is distilled twice."""
-    calls = []
 
     def run(**changes):
-        calls.clear()
-        settings = replace(EVERYTHING, **UNMEASURED, **changes)
-        data, teacher = make_data(), finished[0] / "teacher"
-        compress(settings, data, teacher, tmp_path / "out", progress=lambda *call: calls.append(call))
-        return {stage for stage, _, total in calls if total > 0}
+        settings, calls = replace(EVERYTHING, **UNMEASURED, **changes), Progress()
+        compress(settings, make_data(), finished[0] / "teacher", tmp_path / "out", progress=calls)
+        return set(calls.done)
 
     first = run(comparisons=(), seeds=1)
     assert run(comparisons=("narrow",), seeds=2).isdisjoint(first)
@@ -149,9 +131,8 @@ def test_more_seeds_and_comparisons_leave_what_was_made(finished, tmp_path):
 def test_a_narrow_model_has_as_many_neurons_as_a_token_meets(tmp_path):
     """Two experts of 16 for every token cost what 32 dense neurons do."""
     teacher = make_teacher(tmp_path / "teacher")
-    settings = replace(
-        SETTINGS, epochs=0.1, routing="gate-token", top_k=2, comparisons=("narrow",), **UNMEASURED
-    )
+    gated = {"routing": "gate-token", "top_k": 2}
+    settings = replace(SETTINGS, epochs=0.1, comparisons=("narrow",), **gated, **UNMEASURED)
     compress(settings, make_data(), teacher, tmp_path / "out")
     narrow = BertForSequenceClassification.from_pretrained(tmp_path / "out" / "work" / "narrow" / "distilled")
     assert narrow.config.intermediate_size == 32
@@ -161,11 +142,9 @@ def test_one_seed_is_its_own_mean():
     record = {"quality": {"accuracy": 0.1 + 0.2}, "parameters_stored": 5}
     assert over_seeds([record], [0]) is record
     other = {"quality": {"accuracy": 0.5}, "parameters_stored": 5}
-    both = over_seeds([record, other], [7, 8])
-    assert both["parameters_stored"] == 5
-    assert both["quality"] == {"accuracy": pytest.approx(0.4)}
-    assert both["spread"] == {"accuracy": pytest.approx(0.2 / 2**0.5)}
-    assert both["seeds"] == [
-        {"seed": 7, "quality": record["quality"]},
-        {"seed": 8, "quality": other["quality"]},
-    ]
+    assert over_seeds([record, other], [7, 8]) == {
+        "parameters_stored": 5,
+        "quality": {"accuracy": pytest.approx(0.4)},
+        "spread": {"accuracy": pytest.approx(0.2 / 2**0.5)},
+        "seeds": [{"seed": 7, "quality": record["quality"]}, {"seed": 8, "quality": other["quality"]}],
+    }

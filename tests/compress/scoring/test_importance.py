@@ -1,5 +1,6 @@
 import pickle
 import weakref
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -20,14 +21,12 @@ from moebert_kernels.models.surgery import find_ffns
 from python_ref.importance import importance_by_sample_gradients
 from tests import tiny
 
+SEVERAL_LABELS = {"num_labels": 3, "problem_type": "multi_label_classification"}
 HEADS = {
     "classification": (BertForSequenceClassification, {"num_labels": 3}),
     "regression": (BertForSequenceClassification, {"num_labels": 1}),
     "several numbers": (BertForSequenceClassification, {"num_labels": 2, "problem_type": "regression"}),
-    "several labels": (
-        BertForSequenceClassification,
-        {"num_labels": 3, "problem_type": "multi_label_classification"},
-    ),
+    "several labels": (BertForSequenceClassification, SEVERAL_LABELS),
     "question answering": (BertForQuestionAnswering, {}),
     "token classification": (BertForTokenClassification, {"num_labels": 4}),
     "masked LM": (BertForMaskedLM, {}),
@@ -59,10 +58,9 @@ def make_samples(kind, lengths, seed=0) -> list[dict[str, Tensor]]:
         sample = {"input_ids": draw(VOCAB - 1, length) + 1, "token_type_ids": draw(2, length)}
         if kind == "classification":
             sample["labels"] = draw(3)
-        elif kind == "regression":
-            sample["labels"] = torch.randn((), generator=generator, dtype=torch.float64)
-        elif kind == "several numbers":
-            sample["labels"] = torch.randn(2, generator=generator, dtype=torch.float64)
+        elif kind in ("regression", "several numbers"):
+            shape = () if kind == "regression" else (2,)
+            sample["labels"] = torch.randn(shape, generator=generator, dtype=torch.float64)
         elif kind == "several labels":
             sample["labels"] = draw(2, 3).double()
         elif kind == "question answering":
@@ -76,20 +74,15 @@ def make_samples(kind, lengths, seed=0) -> list[dict[str, Tensor]]:
 
 
 def collate(samples, padding=0):
-    longest = max(len(sample["input_ids"]) for sample in samples) + padding
-    batch = {}
-    for name in samples[0]:
-        per_token = samples[0][name].shape == samples[0]["input_ids"].shape and name != "several labels"
-        if per_token:
+    lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
+    longest = int(lengths.max()) + padding
+    batch = {"attention_mask": (torch.arange(longest) < lengths[:, None]).long()}
+    for name, first in samples[0].items():
+        rows = [sample[name] for sample in samples]
+        if first.shape == samples[0]["input_ids"].shape:
             fill = -100 if name == "labels" else 0
-            rows = [torch.full((longest,), fill, dtype=s[name].dtype) for s in samples]
-            for row, sample in zip(rows, samples, strict=True):
-                row[: len(sample[name])] = sample[name]
-        else:
-            rows = [sample[name] for sample in samples]
+            rows = [torch.nn.functional.pad(row, (0, longest - len(row)), value=fill) for row in rows]
         batch[name] = torch.stack(rows)
-    positions = torch.arange(longest)
-    batch["attention_mask"] = torch.stack([(positions < len(s["input_ids"])).long() for s in samples])
     return batch
 
 
@@ -134,13 +127,11 @@ def test_one_backward_per_batch_equals_the_definition(kind, lengths, sizes, padd
     assert importance.num_samples == len(lengths)
 
 
-def test_one_backward_pass_is_taken_per_batch(monkeypatch):
-    passes = []
-    backward = Tensor.backward
-    monkeypatch.setattr(Tensor, "backward", lambda self, *a, **k: (passes.append(1), backward(self, *a, **k)))
+def test_one_backward_pass_is_taken_per_batch():
     samples = make_samples("classification", [5] * 7)
-    compute_importance(make_model("classification"), split(samples, [3], 0))
-    assert len(passes) == 3
+    with patch.object(Tensor, "backward", autospec=True, side_effect=Tensor.backward) as backward:
+        compute_importance(make_model("classification"), split(samples, [3], 0))
+    assert backward.call_count == 3
 
 
 def test_feed_forward_in_chunks_gives_the_same_scores():
@@ -163,9 +154,8 @@ def test_the_model_is_scored_in_evaluation_mode_and_left_as_it_was():
     with torch.no_grad():
         importance = compute_importance(model, batches)
     assert torch.equal(importance.scores_LF, expected.scores_LF)
-    assert model.training
-    assert not model.bert.pooler.training
-    assert model.bert.encoder.training
+    modes = (model.training, model.bert.encoder.training, model.bert.pooler.training)
+    assert modes == (True, True, False)
     assert not any(p.requires_grad for p in model.bert.embeddings.parameters())
     assert all(p.requires_grad for p in model.bert.encoder.parameters())
     assert torch.equal(model.classifier.weight.grad, torch.ones_like(model.classifier.weight))
@@ -186,17 +176,20 @@ def test_the_model_is_left_as_it_was_when_scoring_fails():
     assert not find_ffns(model)[0].w1._forward_hooks
 
 
+@pytest.fixture(scope="module")
+def batches():
+    return split(make_samples("classification", [6] * 8), [3], 1)
+
+
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
-def test_narrow_models_are_scored_in_float32(dtype, rtol):
-    batches = split(make_samples("classification", [6] * 8), [3], 1)
+def test_narrow_models_are_scored_in_float32(batches, dtype, rtol):
     model = make_model("classification")
     expected = compute_importance(model, batches).scores_LF
     scores_LF = compute_importance(model.to(dtype), batches).scores_LF
     assert (scores_LF - expected).norm() < rtol * expected.norm()
 
 
-def test_autocast_leaves_the_sums_wide():
-    batches = split(make_samples("classification", [6] * 8), [3], 1)
+def test_autocast_leaves_the_sums_wide(batches):
     model = make_model("classification").float()
     expected = compute_importance(model, batches).scores_LF
     with torch.autocast("cpu", torch.bfloat16):

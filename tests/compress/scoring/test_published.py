@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from moebert_kernels.compress.experts.adaptation import split_neurons
 from moebert_kernels.compress.scoring.published import convert_published
@@ -34,16 +35,12 @@ def write(path, content, protocol=3):
 
 
 @given(
-    scores_LF=st.integers(1, 12).flatmap(
-        lambda width: st.lists(
-            # Few values, so that most neurons tie; 1e-45 is the least float32 above 0.
-            st.lists(
-                st.sampled_from([0.0, 1e-45, 0.5, 1.0, 111.97811889648438]), min_size=width, max_size=width
-            ),
-            min_size=1,
-            max_size=3,
-        )
-    ),
+    # Few values, so that most neurons tie; 1e-45 is the least float32 above 0.
+    scores_LF=arrays(
+        np.float64,
+        st.tuples(st.integers(1, 3), st.integers(1, 12)),
+        elements=st.sampled_from([0.0, 1e-45, 0.5, 1.0, 111.97811889648438]),
+    ).map(np.ndarray.tolist),
     num_experts=st.integers(1, 4),
     num_shared=st.integers(0, 4),
     protocol=st.sampled_from([2, 3, 4, 5]),
@@ -83,46 +80,31 @@ class _Call:
         return self.call
 
 
-def hostile(case, marker):
-    order = {"importance": [[1.0]], "idx": [[0]]}
-    command = f"touch {marker}"
-    return {
-        "os.system": lambda: {**order, "idx": _Call(os.system, command)},
-        "eval": lambda: _Call(eval, f"open({str(marker)!r}, 'w').close()"),
-        "protocol 0": lambda: f"cos\nsystem\n(S'{command}'\ntR.".encode(),
-        "instance": lambda: f"(S'{command}'\nios\nsystem\n.".encode(),
-        "object array": lambda: {**order, "importance": np.array([_Call(os.system, command)], dtype=object)},
-        "numpy array": lambda: {**order, "importance": np.ones((1, 1))},
-        "tensor": lambda: {**order, "importance": torch.ones(1, 1)},
-        "set": lambda: {**order, "idx": {1, 2}},
-        "persistent id": lambda: b"\x80\x03Pname\n.",
-        "extension": lambda: b"\x80\x03\x82\x01.",
-        "memo of 64 GiB": lambda: b"\x80\x03}r\xff\xff\xff\xff.",
-        "huge integer": lambda: {**order, "idx": [[1 << 80]]},
-    }[case]()
+ORDER = {"importance": [[1.0]], "idx": [[0]]}
+HOSTILE = {
+    "os.system": lambda file: {**ORDER, "idx": _Call(os.system, f"touch {file}")},
+    "eval": lambda file: _Call(eval, f"open({str(file)!r}, 'w').close()"),
+    "protocol 0": lambda file: f"cos\nsystem\n(S'touch {file}'\ntR.".encode(),
+    "instance": lambda file: f"(S'touch {file}'\nios\nsystem\n.".encode(),
+    "object array": lambda file: {
+        **ORDER,
+        "idx": np.array([_Call(os.system, f"touch {file}")], dtype=object),
+    },
+    "numpy array": lambda _: {**ORDER, "importance": np.ones((1, 1))},
+    "tensor": lambda _: {**ORDER, "importance": torch.ones(1, 1)},
+    "set": lambda _: {**ORDER, "idx": {1, 2}},
+    "persistent id": lambda _: b"\x80\x03Pname\n.",
+    "extension": lambda _: b"\x80\x03\x82\x01.",
+    "memo of 64 GiB": lambda _: b"\x80\x03}r\xff\xff\xff\xff.",
+    "huge integer": lambda _: {**ORDER, "idx": [[1 << 80]]},
+}
 
 
 @pytest.mark.parametrize("protocol", [2, 4])
-@pytest.mark.parametrize(
-    "case",
-    [
-        "os.system",
-        "eval",
-        "protocol 0",
-        "instance",
-        "object array",
-        "numpy array",
-        "tensor",
-        "set",
-        "persistent id",
-        "extension",
-        "memo of 64 GiB",
-        "huge integer",
-    ],
-)
+@pytest.mark.parametrize("case", HOSTILE)
 def test_pickles_that_hold_more_than_numbers_are_refused_and_run_nothing(tmp_path, case, protocol):
     marker = tmp_path / "ran"
-    path = write(tmp_path / "importance.pkl", hostile(case, marker), protocol)
+    path = write(tmp_path / "importance.pkl", HOSTILE[case](marker), protocol)
     older = case in ("protocol 0", "instance")
     words = "is not one of the published" if older else "is refused: its pickle has "
     with pytest.raises(UserError, match=rf"importance\.pkl {words}"):
@@ -149,14 +131,8 @@ def test_pickles_that_hold_more_than_numbers_are_refused_and_run_nothing(tmp_pat
         ({"importance": [[1.0]], "idx": [[0], [0]]}, "not two lists of layers"),
         ({"importance": [[1.0]], "idx": [[0.0]]}, "not two lists of layers"),
         ({"importance": [["a"]], "idx": [[0]]}, "not two lists of layers"),
-        (
-            {"importance": [[1.0, 0.5]], "idx": [[0, 0]]},
-            "idx of layer 0 does not name each of 2 neurons once",
-        ),
-        (
-            {"importance": [[1.0, 0.5]], "idx": [[0, 2]]},
-            "idx of layer 0 does not name each of 2 neurons once",
-        ),
+        ({"importance": [[1.0, 0.5]], "idx": [[0, 0]]}, "layer 0 does not name each of 2 neurons once"),
+        ({"importance": [[1.0, 0.5]], "idx": [[0, 2]]}, "layer 0 does not name each of 2 neurons once"),
         ({"importance": [[0.5, 1.0]], "idx": [[0, 1]]}, "layer 0 are not finite, falling"),
         ({"importance": [[1.0, -1.0]], "idx": [[0, 1]]}, "layer 0 are not finite, falling"),
         ({"importance": [[float("inf"), 1.0]], "idx": [[0, 1]]}, "layer 0 are not finite, falling"),

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from moebert_kernels.compress.data.batching import padded_batches
+from moebert_kernels.compress.data.files import read_json
 from moebert_kernels.compress.experts.adaptation import adapt
 from moebert_kernels.compress.scoring.importance import compute_importance
 from moebert_kernels.compress.scoring.losses import embedding_loss
@@ -69,7 +70,7 @@ def test_a_default_prompt_is_put_before_every_text(tmp_path):
     save_sentence_encoder(encoder, tmp_path / "saved")
     assert load_sentence_encoder(tmp_path / "saved").prompt == "w3 w4 "
 
-    config = json.loads((folder / "1_Pooling" / "config.json").read_text()) | {"include_prompt": False}
+    config = read_json(folder / "1_Pooling" / "config.json") | {"include_prompt": False}
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="leaves the prompt out of pooling"):
         load_sentence_encoder(folder)
@@ -88,15 +89,8 @@ def test_a_student_learns_the_embeddings_from_text_alone(routing, tmp_path):
     student = replace(teacher, model=adapt(teacher.model, importance, num_experts=4, routing=routing))
     before = embedding_loss(student.encode(TEXTS), teacher.encode(TEXTS))
     settings = DistillSettings(epochs=8, learning_rate=3e-3, batch_size=8)
-    found = distill(
-        student.model,
-        teacher.model,
-        rows,
-        teacher.tokenizer,
-        settings,
-        tmp_path / "checkpoints",
-        pooling=teacher.pool,
-    )
+    trained = (student.model, teacher.model, rows, teacher.tokenizer, settings, tmp_path / "checkpoints")
+    found = distill(*trained, pooling=teacher.pool)
     terms = {"layer", "embedding"} | ({"balance"} if routing.startswith("gate") else set())
     assert set(found.losses[0]) == {"step", "total", *terms}
     assert embedding_loss(student.encode(TEXTS), teacher.encode(TEXTS)) < 0.6 * before
@@ -130,12 +124,8 @@ def test_embedding_loss_of_unit_vectors_is_twice_one_minus_the_cosine():
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        (
-            "modules.json",
-            None,
-            r"there is no .*modules.json: give the folder of a sentence_transformers model",
-        ),
-        ("modules.json", "[", r"modules.json is not json"),
+        ("modules.json", None, "no .*modules.json: give the folder of a sentence_transformers model"),
+        ("modules.json", "[", "modules.json is not json"),
         ("modules.json", "{}", "modules.json must hold a JSON list"),
         ("modules.json", '[{"type": "a.Transformer"}, {"type": "a.Dense"}]', "found Transformer, Dense"),
         ("1_Pooling/config.json", '{"pooling_mode_max_tokens": true}', "pools by pooling_mode_max_tokens"),

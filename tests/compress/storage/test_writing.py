@@ -2,10 +2,10 @@
 
 import errno
 import os
-import re
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -34,6 +34,11 @@ from moebert_kernels.compress.training.finetuning import finetune
 from moebert_kernels.errors import OutputError, UserError
 from tests.compress.toys import SETTINGS, assert_same_outcome, make_data, make_teacher
 from tests.full_disk import no_file_above
+
+
+def failing(number):
+    """Takes the place of a function of the system, which fails with that error."""
+    return Mock(side_effect=OSError(number, os.strerror(number)))
 
 
 @contextmanager
@@ -85,10 +90,8 @@ def test_a_run_that_meets_a_full_disk_goes_on_when_there_is_room(teacher, tmp_pa
 
 
 def test_fine_tuning_that_meets_a_full_disk_goes_on(teacher, tmp_path):
-    with (
-        no_file_above(200_000),
-        pytest.raises(OutputError, match=r"cannot write to the folder .*fresh.*again"),
-    ):
+    message = r"cannot write to the folder .*fresh.*again"
+    with no_file_above(200_000), pytest.raises(OutputError, match=message):
         finetune(teacher, make_data(), tmp_path / "fresh", epochs=1, batch_size=8)
     assert not (tmp_path / "fresh").exists()
     finetune(teacher, make_data(), tmp_path / "fresh", epochs=1, batch_size=8)
@@ -126,11 +129,8 @@ def test_every_writer_leaves_what_was_there_when_it_cannot_write(name, write, tm
     write(room / name)
     before = {path: path.read_bytes() for path in room.rglob("*") if path.is_file()}
 
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     with monkeypatch.context() as patch:
-        patch.setattr(artifacts.os, "fsync", full)
+        patch.setattr(artifacts.os, "fsync", failing(errno.ENOSPC))
         with pytest.raises(OutputError) as told:
             write(room / name)
     assert str(told.value) == (
@@ -146,11 +146,8 @@ def test_an_interruption_is_told_even_if_its_time_cannot_be_noted(tmp_path, monk
     stage = Stage(tmp_path / "stage.json", "made from")
 
     def work():
-        monkeypatch.setattr(artifacts.os, "fsync", full)
+        monkeypatch.setattr(artifacts.os, "fsync", failing(errno.ENOSPC))
         raise KeyboardInterrupt
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, "full")
 
     with pytest.raises(KeyboardInterrupt):
         stage.run(work)
@@ -169,11 +166,9 @@ def test_an_interruption_is_told_even_if_its_time_cannot_be_noted(tmp_path, monk
     ],
 )
 def test_a_folder_without_permission(use, locked_up):
-    with as_nobody(), pytest.raises(OutputError) as told:
+    message = "^cannot write to the folder .*locked up.*: Permission denied; get the right"
+    with as_nobody(), pytest.raises(OutputError, match=message):
         use(locked_up)
-    assert re.match(
-        r"cannot write to the folder .*locked up.*: Permission denied; get the right", str(told.value)
-    )
     assert not list(locked_up.iterdir())
 
 
@@ -194,11 +189,8 @@ def test_a_workroom_holds_its_own_work_alone(tmp_path, monkeypatch):
         assert (room / "checkpoint-1").is_dir()
         raise KeyboardInterrupt
 
-    def killed(*_):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patched:  # while a call with other arguments clears it
-        patched.setattr(artifacts.shutil, "rmtree", killed)
+        patched.setattr(artifacts.shutil, "rmtree", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt), workroom(output, fingerprint(2)):
             pass
     with workroom(output, fingerprint(1)):
@@ -222,10 +214,7 @@ def test_a_file_where_a_folder_should_be(use, tmp_path):
 
 
 def test_a_lock_that_cannot_be_noted_on_a_full_disk(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "full")
-
-    monkeypatch.setattr(artifacts.os, "write", full)
+    monkeypatch.setattr(artifacts.os, "write", failing(errno.ENOSPC))
     with pytest.raises(OutputError, match="No space left"), exclusive(tmp_path):
         pass
     monkeypatch.undo()
@@ -234,14 +223,9 @@ def test_a_lock_that_cannot_be_noted_on_a_full_disk(tmp_path, monkeypatch):
 
 
 def test_a_file_system_without_locks_is_not_said_to_be_in_use(tmp_path, monkeypatch):
-    def unlockable(*_):
-        raise OSError(errno.ENOLCK, "no locks")
-
-    monkeypatch.setattr(artifacts.fcntl, "flock", unlockable)
-    with (
-        pytest.raises(OutputError, match="No locks available; give another output folder"),
-        exclusive(tmp_path),
-    ):
+    monkeypatch.setattr(artifacts.fcntl, "flock", failing(errno.ENOLCK))
+    message = "No locks available; give another output folder"
+    with pytest.raises(OutputError, match=message), exclusive(tmp_path):
         pass
 
 
@@ -270,12 +254,7 @@ def test_words_of_safetensors_and_torch_are_understood():
 
 
 def test_other_errors_pass_as_they_are():
-    for error in (
-        ValueError("shapes differ"),
-        RuntimeError("out of memory"),
-        KeyError("name"),
-        OSError("odd"),
-    ):
+    for error in (ValueError("shapes differ"), RuntimeError("no memory"), KeyError("name"), OSError("odd")):
         with pytest.raises(type(error)) as passed, writing(Path("out")):
             raise error
         assert passed.value is error

@@ -1,6 +1,7 @@
 """DistillationTrainer: a Trainer in every respect, with a teacher that stays out of the student."""
 
 import copy
+import math
 from pathlib import Path
 
 import pytest
@@ -21,22 +22,16 @@ from moebert_kernels.compress.training.trainer import DistillationTrainer
 from moebert_kernels.errors import UserError
 from moebert_kernels.models import to_moe
 from python_ref import distillation as ref
-from tests.compress.toys import StopAt, arguments, make_rows, toy_bert
+from tests.compress.toys import Progress, StopAt, arguments, make_rows, make_trainer, toy_bert
 from tests.former_names import under_former_names
+from tests.tiny import assert_same
+
+QUARTERS = torch.arange(64).view(4, 16).expand(2, 4, 16)
 
 
-def make_trainer(tmp_path, tokenizer, student=None, teacher=None, rows=None, distill_weight=1.0, **options):
-    return DistillationTrainer(
-        student or toy_bert(1),
-        teacher or toy_bert(0),
-        args=arguments(tmp_path, **options),
-        distill_weight=distill_weight,
-        train_dataset=rows or make_rows(),
-        processing_class=tokenizer,
-    )
-
-
-def training_logs(trainer):
+def logs_of_training(trainer):
+    """What it logs at each step; it is trained here."""
+    trainer.train()
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
@@ -66,12 +61,10 @@ def test_terms_are_those_of_the_reference_and_logged_each_by_itself(tmp_path, to
     with torch.no_grad():
         expected = expected_terms(student, teacher, dict(batch), kind)
     trainer = make_trainer(tmp_path, tokenizer, student, teacher, rows, distill_weight=3.0)
-    trainer.train()
-    (log,) = training_logs(trainer)
+    (log,) = logs_of_training(trainer)
+    expected["loss"] = expected["ce"] + 3 * (expected["layer"] + expected["prediction"])
     for name, value in expected.items():
         assert log[name] == pytest.approx(value.item(), rel=1e-4), name
-    total = expected["ce"] + 3 * (expected["layer"] + expected["prediction"])
-    assert log["loss"] == pytest.approx(total.item(), rel=1e-4)
     assert "balance" not in log
 
 
@@ -82,71 +75,50 @@ def test_a_student_of_fewer_layers_learns_from_those_it_is_mapped_to(tmp_path, t
     batch.pop("labels")
     with torch.no_grad():
         ours, theirs = (
-            m.eval()(**batch, output_hidden_states=True).hidden_states for m in (student, teacher)
+            model.eval()(**batch, output_hidden_states=True).hidden_states for model in (student, teacher)
         )
-    trainer = DistillationTrainer(
-        student,
-        teacher,
-        layer_map=[1, 3],
-        args=arguments(tmp_path),
-        train_dataset=rows,
-        processing_class=tokenizer,
-    )
-    trainer.train()
-    (log,) = training_logs(trainer)
+    (log,) = logs_of_training(make_trainer(tmp_path, tokenizer, student, teacher, rows, layer_map=[1, 3]))
     expected = ref.layer_loss(ours, [theirs[0], theirs[2], theirs[4]], batch["attention_mask"])
     assert log["layer"] == pytest.approx(expected.item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("layer_map", [[1], [0, 4], [-1, 2]])
-def test_a_map_that_does_not_fit_is_refused(tmp_path, layer_map):
-    with pytest.raises(ValueError, match="one of the teacher's layers, 0 to 3, for each of the model's 2"):
-        DistillationTrainer(
-            toy_bert(1), toy_bert(0, num_hidden_layers=4), layer_map=layer_map, args=arguments(tmp_path)
-        )
-    with pytest.raises(ValueError, match="same num_hidden_layers, got 2 and 4"):
-        DistillationTrainer(toy_bert(1), toy_bert(0, num_hidden_layers=4), args=arguments(tmp_path))
+@pytest.mark.parametrize("layer_map", [[1], [0, 4], [-1, 2], None])
+def test_a_map_that_does_not_fit_is_refused(tmp_path, tokenizer, layer_map):
+    message = "one of the teacher's layers, 0 to 3, for each of the model's 2"
+    if layer_map is None:
+        message = "same num_hidden_layers, got 2 and 4"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, tokenizer, teacher=toy_bert(0, num_hidden_layers=4), layer_map=layer_map)
 
 
 def test_logged_terms_are_means_over_the_steps_since_the_last_log(tmp_path, tokenizer):
-    every = make_trainer(tmp_path, tokenizer)
-    every.train()
-    third = make_trainer(tmp_path, tokenizer, logging_steps=3)
-    third.train()
-    (log,) = training_logs(third)
+    every = logs_of_training(make_trainer(tmp_path, tokenizer))
+    (third,) = logs_of_training(make_trainer(tmp_path, tokenizer, logging_steps=3))
     for name in ("loss", "ce", "layer", "prediction"):
-        assert log[name] == pytest.approx(sum(entry[name] for entry in training_logs(every)) / 3, rel=1e-4)
+        assert third[name] == pytest.approx(sum(entry[name] for entry in every) / 3, rel=1e-4)
 
 
 @pytest.mark.parametrize("head", ["sequence", "tokens"])
 def test_accumulated_batches_step_as_one_large_batch(tmp_path, tokenizer, head):
     """Means of means weigh a short sequence's tokens more: rows here differ in length and in labels."""
-    if head == "sequence":
-        make, rows = toy_bert, make_rows(16)
-    else:
-        make = lambda seed: toy_bert(seed, BertForTokenClassification, num_labels=3)  # noqa: E731
-        rows = make_rows(16).map(
-            lambda row: {"labels": [-100 if i % 3 == 0 else i % 3 for i in row["input_ids"]]}
-        )
+    rows, options = make_rows(16), {}
+    if head == "tokens":
+        options = {"head": BertForTokenClassification, "num_labels": 3}
+        rows = rows.map(lambda row: {"labels": [-100 if i % 3 == 0 else i % 3 for i in row["input_ids"]]})
     results = []
     for size, accumulation in ((16, 1), (4, 4)):
-        trainer = make_trainer(
-            tmp_path,
-            tokenizer,
-            make(1),
-            make(0),
-            rows,
-            per_device_train_batch_size=size,
-            gradient_accumulation_steps=accumulation,
-            optim="sgd",
-        )
+        how = {
+            "per_device_train_batch_size": size,
+            "gradient_accumulation_steps": accumulation,
+            "optim": "sgd",
+        }
+        models = toy_bert(1, **options), toy_bert(0, **options)
+        trainer = make_trainer(tmp_path, tokenizer, *models, rows, **how)
         if head == "tokens":
             trainer.data_collator = DataCollatorForTokenClassification(tokenizer)
-        trainer.train()
-        results.append((trainer.model.state_dict(), training_logs(trainer)))
-    (large, (large_log,)), (small, (small_log,)) = results
-    for name, value in large.items():
-        torch.testing.assert_close(small[name], value, msg=name)
+        results.append((logs_of_training(trainer), trainer.model.state_dict()))
+    ((large_log,), large), ((small_log,), small) = results
+    torch.testing.assert_close(small, large)
     for name in ("loss", "ce", "layer", "prediction", "grad_norm"):
         assert small_log[name] == pytest.approx(large_log[name], rel=1e-4), name
 
@@ -164,8 +136,7 @@ def test_of_tokens_without_a_label_no_prediction_is_distilled(tmp_path, tokenize
         logits = [model(**inputs).logits for model in (student, teacher)]
     labelled = (batch["labels"] != -100).long()
     assert labelled.sum() < batch["attention_mask"].sum()
-    trainer.train()
-    (log,) = training_logs(trainer)
+    (log,) = logs_of_training(trainer)
     expected = ref.prediction_loss("token_classification", *logits, labelled)
     assert log["prediction"] == pytest.approx(expected.item(), rel=1e-4)
 
@@ -179,7 +150,7 @@ def test_the_teacher_is_frozen_in_eval_mode_and_in_no_checkpoint(tmp_path, token
     trainer.train()
     assert not any(module.training for module in teacher.modules())
     assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
-    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    assert_same(teacher.state_dict(), before)
     assert set(student.state_dict()) == names
     checkpoint = last_checkpoint(tmp_path / "run")
     with safe_open(f"{checkpoint}/model.safetensors", "pt") as saved:
@@ -188,11 +159,8 @@ def test_the_teacher_is_frozen_in_eval_mode_and_in_no_checkpoint(tmp_path, token
 
 def test_a_student_equal_to_its_teacher_has_nothing_to_distil(tmp_path, tokenizer):
     """Embedding output included: with the teacher's dropout on, L_trm was never zero."""
-    teacher = toy_bert(0, dropout=0.5)
-    student = toy_bert(0)
-    trainer = make_trainer(tmp_path, tokenizer, student, teacher, make_rows(8))
-    trainer.train()
-    (log,) = training_logs(trainer)
+    student, teacher = toy_bert(0), toy_bert(0, dropout=0.5)
+    (log,) = logs_of_training(make_trainer(tmp_path, tokenizer, student, teacher, make_rows(8)))
     assert log["layer"] < 1e-10
     assert log["prediction"] < 1e-10
     assert log["loss"] == pytest.approx(log["ce"])
@@ -213,12 +181,9 @@ def test_question_answering_distils_start_and_end(tmp_path, tokenizer):
         (theirs.start_logits, theirs.end_logits),
         batch["attention_mask"],
     )
-    trainer.train()
-    (log,) = training_logs(trainer)
+    (log,) = logs_of_training(trainer)
     assert log["prediction"] == pytest.approx(expected.item(), rel=1e-3)
-    assert log["ce"] == pytest.approx(
-        torch.tensor(10.0).log().item(), abs=0.6
-    )  # about 10 positions, untrained
+    assert log["ce"] == pytest.approx(math.log(10), abs=0.6)  # about 10 positions, untrained
 
 
 def test_evaluation_asks_the_student_alone(tmp_path, tokenizer):
@@ -246,13 +211,10 @@ def test_mixed_precision_runs_both_models_low_and_the_losses_high(tmp_path, toke
         model.bert.encoder.layer[0].intermediate.register_forward_hook(
             lambda _module, _args, output, name=name: dtypes.update({name: output.dtype})
         )
-    trainer = make_trainer(tmp_path, tokenizer, student, teacher, bf16=True)
-    trainer.train()
+    lows = logs_of_training(make_trainer(tmp_path, tokenizer, student, teacher, bf16=True))
     assert dtypes == {"teacher": torch.bfloat16, "student": torch.bfloat16}
-    full = make_trainer(tmp_path, tokenizer)
-    full.train()
-    for low, high in zip(training_logs(trainer), training_logs(full), strict=True):
-        assert low["loss"] == pytest.approx(high["loss"], rel=0.05)
+    highs = logs_of_training(make_trainer(tmp_path, tokenizer))
+    assert [log["loss"] for log in lows] == pytest.approx([log["loss"] for log in highs], rel=0.05)
 
 
 @pytest.mark.parametrize("routing", ["hash-random", "gate-sentence"])
@@ -261,58 +223,40 @@ def test_real_tokens_alone_train_what_the_padded_form_does(tmp_path, tokenizer, 
     trained, shapes = {}, {True: set(), False: set()}
     for pack in (True, False):
         teacher = toy_bert(0)
-        index_LEF = torch.arange(64).view(4, 16).expand(2, 4, 16)
-        student = to_moe(toy_bert(1), index_LEF, num_shared_neurons=0, routing=routing)
+        student = to_moe(toy_bert(1), QUARTERS, num_shared_neurons=0, routing=routing)
         for model in (student, teacher):
             model.bert.encoder.layer[1].register_forward_pre_hook(
                 lambda _, args, pack=pack: shapes[pack].add(args[0].shape[0])
             )
-        trainer = DistillationTrainer(
-            student,
-            teacher,
-            args=arguments(tmp_path, optim="sgd", learning_rate=0.05),
-            train_dataset=make_rows(),
-            processing_class=tokenizer,
-            pack=pack,
-        )
-        trainer.train()
+        how = {"pack": pack, "optim": "sgd", "learning_rate": 0.05}
+        logs = logs_of_training(make_trainer(tmp_path, tokenizer, student, teacher, **how))
         assert teacher.config._attn_implementation == "sdpa"  # as it was
-        trained[pack] = student.state_dict(), [log["loss"] for log in training_logs(trainer)]
+        trained[pack] = student.state_dict(), [log["loss"] for log in logs]
     assert shapes == {True: {1}, False: {8}}
-    assert trained[True][1] == pytest.approx(trained[False][1], rel=1e-4)
-    for name, weight in trained[False][0].items():
-        torch.testing.assert_close(trained[True][0][name], weight, atol=1e-5, rtol=1e-4, msg=name)
+    (packed, losses), (padded, expected_losses) = trained[True], trained[False]
+    assert losses == pytest.approx(expected_losses, rel=1e-4)
+    torch.testing.assert_close(packed, padded, atol=1e-5, rtol=1e-4)
 
 
 def test_an_interrupted_run_ends_where_an_undisturbed_one_does(tmp_path, tokenizer):
     """Weights and loss curves, dropout on, stopped in the second epoch between two checkpoints."""
     rows, settings = make_rows(128), DistillSettings(epochs=3, batch_size=8, learning_rate=1e-3, seed=5)
 
-    def run(folder, callbacks=()):
+    def run(folder, **options):
         student = toy_bert(1, dropout=0.1)
-        log = distill(student, toy_bert(0), rows, tokenizer, settings, folder, callbacks=callbacks)
+        log = distill(student, toy_bert(0), rows, tokenizer, settings, folder, **options)
         return student.state_dict(), log.losses
 
     undisturbed, log = run(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "cut", [StopAt(23)])
+        run(tmp_path / "cut", callbacks=[StopAt(23)])
     assert Path(last_checkpoint(tmp_path / "cut")).name == "checkpoint-20"
-    calls = []
-    student = toy_bert(1, dropout=0.1)
-    resumed = distill(
-        student,
-        toy_bert(0),
-        rows,
-        tokenizer,
-        settings,
-        tmp_path / "cut",
-        progress=lambda *call: calls.append(call),
-    )
+    calls = Progress()
+    resumed, resumed_log = run(tmp_path / "cut", progress=calls)
     assert calls[0] == (20, 48)
     assert calls[-1] == (48, 48)
-    for name, value in student.state_dict().items():
-        assert torch.equal(value, undisturbed[name]), name
-    assert resumed.losses == log
+    assert_same(resumed, undisturbed)
+    assert resumed_log == log
     assert [entry["step"] for entry in log] == list(range(1, 49))
     for entry in log:
         assert entry["total"] == pytest.approx(entry["ce"] + entry["layer"] + entry["prediction"], rel=1e-4)
@@ -323,8 +267,7 @@ def test_a_run_resumes_from_a_checkpoint_with_former_names(tmp_path, tokenizer):
     rows, settings = make_rows(64), DistillSettings(epochs=5, batch_size=8, learning_rate=1e-3, seed=5)
 
     def run(folder, callbacks=()):
-        index_LEF = torch.arange(64).view(4, 16).expand(2, 4, 16)
-        student = to_moe(toy_bert(1, dropout=0.1), index_LEF, num_shared_neurons=0)
+        student = to_moe(toy_bert(1, dropout=0.1), QUARTERS, num_shared_neurons=0)
         distill(student, toy_bert(0), rows, tokenizer, settings, folder, callbacks=callbacks)
         return student.state_dict()
 
@@ -335,8 +278,7 @@ def test_a_run_resumes_from_a_checkpoint_with_former_names(tmp_path, tokenizer):
     former = under_former_names(load_file(weights))
     assert not former.keys() <= undisturbed.keys()
     save_file(former, weights)
-    for name, value in run(tmp_path / "cut").items():
-        assert torch.equal(value, undisturbed[name]), name
+    assert_same(run(tmp_path / "cut"), undisturbed)
 
 
 def test_a_fitted_student_is_trained_by_its_teacher_alone_unless_asked_otherwise():
@@ -364,8 +306,7 @@ def test_labels_that_are_not_wanted_are_not_read(tmp_path, tokenizer):
         found = distill(student, toy_bert(0), rows, tokenizer, settings, tmp_path / str(changed))
         assert "ce" not in found.losses[0]
         states.append(student.state_dict())
-    for name, value in states[0].items():
-        assert torch.equal(value, states[1][name]), name
+    assert_same(*states)
 
 
 def test_the_learning_rate_rises_as_long_as_is_said(tmp_path, tokenizer):
@@ -376,16 +317,15 @@ def test_the_learning_rate_rises_as_long_as_is_said(tmp_path, tokenizer):
             rates.append(optimizer.param_groups[0]["lr"])
 
     settings = DistillSettings(epochs=2, batch_size=8, learning_rate=1e-3, warmup=0.25)
-    distill(
-        toy_bert(1), toy_bert(0), make_rows(64), tokenizer, settings, tmp_path / "run", callbacks=[Rates()]
-    )
+    models, rows = (toy_bert(1), toy_bert(0)), make_rows(64)
+    distill(*models, rows, tokenizer, settings, tmp_path / "run", callbacks=[Rates()])
     assert rates[:5] == pytest.approx([0, 2.5e-4, 5e-4, 7.5e-4, 1e-3])
     assert rates[4:] == sorted(rates[4:], reverse=True)
 
 
 def test_divergence_is_said_in_words(tmp_path, tokenizer):
     settings = DistillSettings(epochs=1, batch_size=8, learning_rate=1e30)
-    with pytest.raises(UserError, match=r"diverged.*lower learning rate"):
+    with pytest.raises(UserError, match=r"diverged: the loss is .*lower learning rate"):
         distill(toy_bert(1), toy_bert(0), make_rows(64), tokenizer, settings, tmp_path / "run")
 
 

@@ -1,10 +1,8 @@
 import json
-import shutil
 
 import pytest
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -16,10 +14,12 @@ from transformers import (
 )
 
 from moebert_kernels.compress.data.batching import LengthGroupedSampler, RowCollator, padded_batches
+from moebert_kernels.compress.data.files import read_json
 from moebert_kernels.compress.data.tasks import Task, TaskData
 from moebert_kernels.compress.training.finetuning import finetune, last_checkpoint
 from moebert_kernels.errors import UserError
 from tests import tiny
+from tests.compress.toys import StopAt, weights
 
 WORDS = ["good", "bad", "a", "b", "c", "d"]
 SIZES = {**tiny.SMALLER, "vocab_size": 11, "num_hidden_layers": 1}
@@ -40,6 +40,12 @@ def pretrained(tmp_path, tokenizer):
     return folder
 
 
+def teach(model, output, data=None, callbacks=(), arguments=None, **changes):
+    """Fine-tune on sentiment, or other data; `arguments` are TrainingArguments'."""
+    options = {**SETTINGS, **changes, "training_arguments": CPU | (arguments or {}), "callbacks": callbacks}
+    return finetune(model, data or sentiment(), output, **options)
+
+
 def sentiment(num_rows=60):
     """The label is whether the text says good or bad."""
     filler = ["a", "b c", "d a b", "c c c d"]
@@ -49,60 +55,39 @@ def sentiment(num_rows=60):
     return TaskData(task, rows, rows.select(range(10)))
 
 
-class Interrupt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
-
-
 def test_a_teacher_learns_is_saved_and_loads(tmp_path, pretrained):
     output = tmp_path / "runs" / "teacher"
-    found = finetune(pretrained, sentiment(), output, **SETTINGS | {"epochs": 6}, training_arguments=CPU)
-    assert found == {"accuracy": 1.0, "macro_f1": 1.0}
+    assert teach(pretrained, output, epochs=6) == {"accuracy": 1.0, "macro_f1": 1.0}
     model = AutoModelForSequenceClassification.from_pretrained(output)
     assert model.config.id2label == {0: "bad", 1: "good"}
     assert model.config.problem_type == "single_label_classification"
-    encoded = AutoTokenizer.from_pretrained(output)(
-        ["b c good b c", "a bad a"], padding=True, return_tensors="pt"
-    )
+    texts = ["b c good b c", "a bad a"]
+    encoded = AutoTokenizer.from_pretrained(output)(texts, padding=True, return_tensors="pt")
     assert model.eval()(**encoded).logits.argmax(-1).tolist() == [1, 0]
     assert [path.name for path in output.parent.iterdir()] == ["teacher"]
 
 
 def test_interrupted_training_goes_on_and_ends_at_the_same_weights(tmp_path, pretrained):
     """Stops a resumed run from seeing other rows, or other dropout, than one that was not interrupted."""
-    arguments = {**CPU, "save_steps": 3}
-    finetune(pretrained, sentiment(), tmp_path / "whole", **SETTINGS, training_arguments=arguments)
-    steps = []
+    steps, often = [], {"save_steps": 3}
+    teach(pretrained, tmp_path / "whole", arguments=often)
 
     class Count(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             steps.append(state.global_step)
 
     resumed = tmp_path / "resumed"
-    for interrupt in (Interrupt(5), Interrupt(13)):  # in the first epoch of 8 steps, and in the second
+    for step in (5, 13):  # in the first epoch of 8 steps, and in the second
         with pytest.raises(KeyboardInterrupt):
-            finetune(
-                pretrained,
-                sentiment(),
-                resumed,
-                **SETTINGS,
-                training_arguments=arguments,
-                callbacks=[Count(), interrupt],
-            )
+            teach(pretrained, resumed, callbacks=[Count(), StopAt(step)], arguments=often)
         assert not resumed.exists()
-    finetune(pretrained, sentiment(), resumed, **SETTINGS, training_arguments=arguments, callbacks=[Count()])
+    teach(pretrained, resumed, callbacks=[Count()], arguments=often)
     assert steps == [1, 2, 3, 4, 5, *range(4, 14), *range(13, 17)]
-    whole, again = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "resumed"))
-    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    tiny.assert_same(weights(resumed), weights(tmp_path / "whole"))
 
 
 def test_other_settings_or_data_start_again(tmp_path, pretrained):
     """Stops a checkpoint of one run from being taken for the middle of another."""
-    arguments = {**CPU, "save_steps": 2}
 
     def first_step(data=None, **changes):
         class First(TrainerCallback):
@@ -113,21 +98,14 @@ def test_other_settings_or_data_start_again(tmp_path, pretrained):
 
         seen = []
         with pytest.raises(KeyboardInterrupt):
-            finetune(
-                pretrained,
-                data or sentiment(),
-                tmp_path / "teacher",
-                **SETTINGS | changes,
-                training_arguments=arguments,
-                callbacks=[First()],
-            )
+            teach(pretrained, tmp_path / "teacher", data, [First()], {"save_steps": 2}, **changes)
         return seen[0]
 
     assert first_step() == 1
     assert first_step() == 5
     assert first_step(lr=1e-3) == 1
     assert first_step(sentiment(62), lr=1e-3) == 1
-    config = json.loads((pretrained / "config.json").read_text()) | {"hidden_dropout_prob": 0.3}
+    config = read_json(pretrained / "config.json") | {"hidden_dropout_prob": 0.3}
     (pretrained / "config.json").write_text(json.dumps(config))
     assert first_step(sentiment(62), lr=1e-3) == 1
 
@@ -138,7 +116,7 @@ def test_a_folder_where_checkpoints_would_go_is_not_emptied(tmp_path, pretrained
     mine.mkdir(parents=True)
     (mine / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match=r"teacher\.unfinished holds notes, which no run .* rename it"):
-        finetune(pretrained, sentiment(), tmp_path / "teacher", **SETTINGS, training_arguments=CPU)
+        teach(pretrained, tmp_path / "teacher")
     assert [path.name for path in mine.parent.iterdir()] == ["notes"]
     assert (mine / "thesis.txt").read_text() == "years of work"
     assert not (tmp_path / "teacher").exists()
@@ -160,15 +138,12 @@ def test_regression_on_a_model_with_another_head(tmp_path, tokenizer):
     folder = tmp_path / "three labels"
     tiny.initialised(BertForSequenceClassification, **SIZES, num_labels=3).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    data = sentiment(24)
-    rows = data.train.remove_columns("label").add_column("label", [i % 2 + 0.5 for i in range(24)])
+    rows = sentiment(24).train.remove_columns("label").add_column("label", [i % 2 + 0.5 for i in range(24)])
     task = Task("csv", "regression", (), ("pearson", "spearman"), "pearson")
-    data = TaskData(task, rows, rows)
-    found = finetune(folder, data, tmp_path / "out", **SETTINGS, training_arguments=CPU)
+    found = teach(folder, tmp_path / "out", TaskData(task, rows, rows))
     assert found.keys() == {"pearson", "spearman"}
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["problem_type"] == "regression"
-    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").num_labels == 1
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert (model.config.problem_type, model.num_labels) == ("regression", 1)
 
 
 def test_wrong_input_gets_a_sentence_before_training(tmp_path, pretrained, tokenizer):
@@ -190,7 +165,6 @@ def test_wrong_input_gets_a_sentence_before_training(tmp_path, pretrained, token
     output.mkdir()
     with pytest.raises(UserError, match="exists already"):
         finetune(pretrained, data, output)
-    shutil.rmtree(output)
 
 
 @pytest.mark.parametrize("num_rows", [1, 7, 32, 1003])

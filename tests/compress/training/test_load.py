@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,13 +10,14 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import python_ref.routing as ref
+from moebert_kernels.compress.data.files import read_json
 from moebert_kernels.compress.evaluation.quality import batches, expert_load
 from moebert_kernels.compress.experts.adaptation import adapt, random_scores, token_counts
 from moebert_kernels.compress.training.distillation import DistillSettings, distill
 from moebert_kernels.compress.training.finetuning import last_checkpoint
 from moebert_kernels.compress.training.load import TrainingLoad
-from moebert_kernels.compress.training.trainer import DistillationTrainer
-from tests.compress.toys import StopAt, arguments, make_rows, toy_bert
+from tests.compress.toys import StopAt, make_rows, make_trainer, toy_bert
+from tests.tiny import assert_same
 
 SETTINGS = DistillSettings(epochs=3, batch_size=8, learning_rate=1e-3, seed=5)
 
@@ -37,12 +37,8 @@ def test_a_hash_gives_in_every_epoch_what_its_tables_say_of_the_rows(tmp_path, t
     """20 rows in batches of 8: a last, short batch, and padding in all of them."""
     rows, student = make_rows(20), make_student("hash-random")
     counts_V = token_counts(rows, 45)
-    expected_LE = torch.stack(
-        [
-            torch.zeros(4, dtype=torch.int64).index_add_(0, table_V.long(), counts_V)
-            for table_V in student.bert.encoder.tables_LV
-        ]
-    )
+    tables_LV = student.bert.encoder.tables_LV.long()
+    expected_LE = torch.zeros(2, 4).long().scatter_add_(1, tables_LV, counts_V.expand(2, -1))
     found = distill(student, toy_bert(0), rows, tokenizer, replace(SETTINGS, epochs=2), tmp_path / "run")
     shares_LE = expected_LE.double() / counts_V.sum()
     assert found.load_NLE == [shares_LE.tolist()] * 2
@@ -51,9 +47,8 @@ def test_a_hash_gives_in_every_epoch_what_its_tables_say_of_the_rows(tmp_path, t
 def test_balanced_tables_follow_the_training_rows_and_no_padding(tmp_path, tokenizer):
     """The authors counted [PAD] like a word: the most frequent of all had an expert nearly to itself."""
     rows = make_rows(96)
-    padded = rows.map(
-        lambda batch: dict(tokenizer.pad(batch, padding="max_length", max_length=20)), batched=True
-    )
+    to_20 = {"padding": "max_length", "max_length": 20}
+    padded = rows.map(lambda batch: dict(tokenizer.pad(batch, **to_20)), batched=True)
     assert {len(ids) for ids in padded["input_ids"]} == {20}
     counts_V = token_counts(padded, 45)
     assert torch.equal(counts_V, token_counts(rows, 45))
@@ -71,19 +66,9 @@ def test_accumulated_batches_count_as_their_rows_do(routing, top_k, tmp_path, to
     rows, student = make_rows(20), make_student(routing, top_k=top_k)
     expected_LE = expert_load(student, batches(rows, tokenizer))
     for size, accumulation in ((20, 1), (3, 4)):
-        trainer = DistillationTrainer(
-            student,
-            toy_bert(0),
-            args=arguments(
-                tmp_path,
-                per_device_train_batch_size=size,
-                gradient_accumulation_steps=accumulation,
-                learning_rate=0.0,
-                num_train_epochs=2,
-            ),
-            train_dataset=rows,
-            processing_class=tokenizer,
-        )
+        how = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+        how |= {"learning_rate": 0.0, "num_train_epochs": 2}
+        trainer = make_trainer(tmp_path, tokenizer, student, rows=rows, **how)
         trainer.train()
         torch.testing.assert_close(torch.tensor(trainer.load.shares()), torch.tensor([expected_LE] * 2))
 
@@ -94,11 +79,8 @@ def test_an_interrupted_run_reports_what_an_undisturbed_one_does(routing, stops,
     rows = make_rows(128)
 
     def run(folder, callbacks=()):
-        said = []
-        student = make_student(routing, dropout=0.1)
-        found = distill(
-            student, toy_bert(0), rows, tokenizer, SETTINGS, folder, callbacks=callbacks, say=said.append
-        )
+        said, models = [], (make_student(routing, dropout=0.1), toy_bert(0))
+        found = distill(*models, rows, tokenizer, SETTINGS, folder, callbacks=callbacks, say=said.append)
         return found, said
 
     undisturbed, said = run(tmp_path / "whole")
@@ -132,35 +114,22 @@ def test_a_checkpoint_at_the_end_of_an_epoch_holds_the_whole_of_it(tmp_path, tok
     """The Trainer goes on with the next epoch and never says that this one has ended."""
 
     def train(folder, resume=None, **options):
-        trainer = DistillationTrainer(
-            make_student("gate-token"),
-            toy_bert(0),
-            args=arguments(folder, num_train_epochs=2, save_strategy="epoch", seed=3, **options),
-            train_dataset=make_rows(24),
-            processing_class=tokenizer,
-        )
+        options |= {"num_train_epochs": 2, "save_strategy": "epoch", "seed": 3}
+        trainer = make_trainer(folder, tokenizer, make_student("gate-token"), **options)
         trainer.train(resume_from_checkpoint=resume)
         return trainer.load.counts_NLE
 
     first, second = train(tmp_path / "whole")
     checkpoint = tmp_path / "whole" / "run" / "checkpoint-3"
     for options in ({}, {"restore_callback_states_from_checkpoint": True}):
-        resumed = train(tmp_path / "again", str(checkpoint), **options)
-        assert torch.equal(resumed[0], first)
-        assert torch.equal(resumed[1], second)
-    state_path = Path(last_checkpoint(tmp_path / "again" / "run")) / "trainer_state.json"
-    saved = json.loads(state_path.read_text())["stateful_callbacks"]["TrainingLoad"]
+        assert_same(train(tmp_path / "again", str(checkpoint), **options), [first, second])
+    state = read_json(Path(last_checkpoint(tmp_path / "again" / "run")) / "trainer_state.json")
+    saved = state["stateful_callbacks"]["TrainingLoad"]
     assert saved["attributes"]["counts_NLE"] == [first.tolist(), second.tolist()]
 
 
 def test_a_second_run_of_a_trainer_begins_at_nothing(tmp_path, tokenizer):
-    trainer = DistillationTrainer(
-        make_student("hash-random"),
-        toy_bert(0),
-        args=arguments(tmp_path),
-        train_dataset=make_rows(16),
-        processing_class=tokenizer,
-    )
+    trainer = make_trainer(tmp_path, tokenizer, make_student("hash-random"), rows=make_rows(16))
     trainer.train()
     (first_LE,) = trainer.load.counts_NLE
     trainer.train()
@@ -180,13 +149,9 @@ def test_counting_reads_nothing_from_the_device():
 
 
 def test_a_student_without_experts_has_no_load(tmp_path, tokenizer):
-    said = []
-    settings = replace(SETTINGS, epochs=1)
-    found = distill(
-        toy_bert(1), toy_bert(0), make_rows(), tokenizer, settings, tmp_path / "run", say=said.append
-    )
-    assert found.load_NLE == []
-    assert said == []
+    said, models, settings = [], (toy_bert(1), toy_bert(0)), replace(SETTINGS, epochs=1)
+    found = distill(*models, make_rows(), tokenizer, settings, tmp_path / "run", say=said.append)
+    assert found.load_NLE == said == []
 
 
 @torch.no_grad()

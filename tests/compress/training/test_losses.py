@@ -98,11 +98,9 @@ def test_a_sequence_of_padding_alone_gives_no_nan(kind):
     shape = (2, 3) if kind == "question_answering" else (2, 3, 4)
     student = torch.randn(shape, requires_grad=True)
     teacher = torch.randn(shape)
-    pair = kind == "question_answering"
     mask_BS = torch.tensor([[0, 0, 0], [1, 1, 0]])
-    loss = prediction_loss(
-        kind, (student, student) if pair else student, (teacher, teacher) if pair else teacher, mask_BS
-    )
+    outputs = [(logits, logits) if kind == "question_answering" else logits for logits in (student, teacher)]
+    loss = prediction_loss(kind, *outputs, mask_BS)
     loss.backward()
     assert loss.isfinite()
     assert loss > 0
@@ -120,20 +118,15 @@ def test_losses_are_float32_for_half_inputs():
 def test_label_loss_is_the_heads_own():
     torch.manual_seed(0)
     logits, labels = torch.randn(4, 3), torch.tensor([0, 2, 1, -100])
-    torch.testing.assert_close(label_loss("classification", logits, labels), F.cross_entropy(logits, labels))
-    torch.testing.assert_close(
-        label_loss("classification", logits, labels, label_smoothing=0.1),
-        F.cross_entropy(logits, labels, label_smoothing=0.1),
-    )
+    for smoothing in (0.0, 0.1):
+        found = label_loss("classification", logits, labels, label_smoothing=smoothing)
+        torch.testing.assert_close(found, F.cross_entropy(logits, labels, label_smoothing=smoothing))
     scores = torch.randn(4)
-    torch.testing.assert_close(
-        label_loss("regression", logits[:, :1], scores), F.mse_loss(logits[:, 0], scores)
-    )
+    found = label_loss("regression", logits[:, :1], scores)
+    torch.testing.assert_close(found, F.mse_loss(logits[:, 0], scores))
     tokens, token_labels = torch.randn(2, 5, 3), torch.tensor([[0, 1, -100, 2, -100], [-100] * 5])
-    torch.testing.assert_close(
-        label_loss("token_classification", tokens, token_labels),
-        F.cross_entropy(tokens.view(-1, 3), token_labels.view(-1)),
-    )
+    found = label_loss("token_classification", tokens, token_labels)
+    torch.testing.assert_close(found, F.cross_entropy(tokens.view(-1, 3), token_labels.view(-1)))
     start, end = torch.randn(2, 5), torch.randn(2, 5)
     positions = torch.tensor([1, 5]), torch.tensor([4, 3])  # 5 lies outside: the span was cut off
     expected = (F.cross_entropy(start[:1], positions[0][:1]) + F.cross_entropy(end, positions[1])) / 2
@@ -147,13 +140,12 @@ def test_answers_are_chosen_among_real_positions(label_smoothing):
     start, end = torch.randn(2, 3, 6).unbind()
     mask = (torch.arange(6) < torch.tensor([[6], [2], [4]])).long()
     positions = torch.tensor([5, 1, 6]), torch.tensor([5, 0, 3])  # 6 lies outside
-    loss = label_loss("question_answering", (start, end), positions, mask, label_smoothing=label_smoothing)
+    smoothed = {"label_smoothing": label_smoothing}
+    loss = label_loss("question_answering", (start, end), positions, mask, **smoothed)
 
     def alone(logits, row, position):
-        length = int(mask[row].sum())
-        return F.cross_entropy(
-            logits[row : row + 1, :length], torch.tensor([position]), label_smoothing=label_smoothing
-        )
+        real = logits[row, : mask[row].sum()]
+        return F.cross_entropy(real, torch.tensor(position), **smoothed)
 
     expected = [
         torch.stack([alone(start, 0, 5), alone(start, 1, 1)]).mean(),
@@ -162,8 +154,7 @@ def test_answers_are_chosen_among_real_positions(label_smoothing):
     torch.testing.assert_close(loss, torch.stack(expected).mean())
     elsewhere = torch.where(mask.bool(), start, 99.0)
     torch.testing.assert_close(
-        label_loss("question_answering", (elsewhere, end), positions, mask, label_smoothing=label_smoothing),
-        loss,
+        label_loss("question_answering", (elsewhere, end), positions, mask, **smoothed), loss
     )
 
 
@@ -206,5 +197,5 @@ def test_several_labels_are_so_many_yes_or_no():
     found = prediction_loss(kind, student, teacher)
     torch.testing.assert_close(found, symmetric_kl(yes_or_no(student), yes_or_no(teacher)))
     assert torch.autograd.grad(found, student)[0].isfinite().all()
-    wanted = torch.nn.functional.cross_entropy(yes_or_no(student).flatten(0, 1), 1 - labels.long().flatten())
+    wanted = F.cross_entropy(yes_or_no(student).flatten(0, 1), 1 - labels.long().flatten())
     torch.testing.assert_close(label_loss(kind, student, labels), wanted)

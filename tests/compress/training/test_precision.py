@@ -2,22 +2,16 @@
 
 import pytest
 import torch
-from datasets import Dataset
 from torch import nn
-from transformers import BertForSequenceClassification, TrainerCallback
+from transformers import TrainerCallback
 
-from moebert_kernels.compress.data.tasks import Task, TaskData
 from moebert_kernels.compress.training import precision
 from moebert_kernels.compress.training.distillation import DistillSettings, distill
 from moebert_kernels.compress.training.finetuning import finetune
 from moebert_kernels.errors import UserError
-from tests import tiny
-from tests.tiny import build
+from tests.compress.toys import make_data, make_rows, make_teacher, toy_bert
 
-
-@pytest.fixture
-def tokenizer(tmp_path):
-    return tiny.tokenizer(tmp_path, "abcdefgh", model_max_length=16)
+in_both = pytest.mark.parametrize(("bf16", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
 
 
 class Watch(TrainerCallback):
@@ -36,15 +30,11 @@ class Watch(TrainerCallback):
         control.should_training_stop = True
 
 
-@pytest.mark.parametrize(("bf16", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
+@in_both
 def test_distillation_computes_as_asked_and_keeps_float32_weights(tmp_path, tokenizer, bf16, dtype):
-    rows = Dataset.from_dict(
-        {"input_ids": [[2, 5, 6, 3]] * 8, "attention_mask": [[1] * 4] * 8, "labels": [0, 1] * 4}
-    )
-    watch = Watch()
-    student, teacher = build(BertForSequenceClassification, 1), build(BertForSequenceClassification, 0)
+    watch, student = Watch(), toy_bert(1)
     settings = DistillSettings(epochs=1, batch_size=4, bf16=bf16)
-    distill(student, teacher, rows, tokenizer, settings, tmp_path / "run", callbacks=[watch])
+    distill(student, toy_bert(0), make_rows(8), tokenizer, settings, tmp_path / "run", callbacks=[watch])
     assert watch.dtypes == {dtype}
     assert watch.weights == {torch.float32}
     watch.dtypes.clear()
@@ -52,24 +42,11 @@ def test_distillation_computes_as_asked_and_keeps_float32_weights(tmp_path, toke
     assert watch.dtypes == {torch.float32}  # stops it from being evaluated, and timed, as it was trained
 
 
-@pytest.mark.parametrize(("bf16", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
-def test_finetuning_computes_as_asked_and_keeps_float32_weights(tmp_path, tokenizer, bf16, dtype):
-    build(BertForSequenceClassification).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    rows = Dataset.from_dict({"text": ["a b", "c d"] * 4, "label": [0, 1] * 4})
-    task = Task("csv", "classification", ("no", "yes"), ("accuracy",), "accuracy")
-    watch = Watch()
-    finetune(
-        tmp_path / "model",
-        TaskData(task, rows, rows),
-        tmp_path / "teacher",
-        epochs=1,
-        batch_size=4,
-        max_length=8,
-        bf16=bf16,
-        training_arguments={"disable_tqdm": True},
-        callbacks=[watch],
-    )
+@in_both
+def test_finetuning_computes_as_asked_and_keeps_float32_weights(tmp_path, bf16, dtype):
+    watch, model = Watch(), make_teacher(tmp_path / "model")
+    settings = {"epochs": 1, "batch_size": 4, "bf16": bf16, "training_arguments": {"disable_tqdm": True}}
+    finetune(model, make_data(8), tmp_path / "teacher", **settings, callbacks=[watch])
     assert dtype in watch.dtypes  # evaluation afterwards is in float32
     assert (torch.bfloat16 in watch.dtypes) == bf16
     assert watch.weights == {torch.float32}

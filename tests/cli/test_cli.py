@@ -9,7 +9,6 @@ import pickle
 import re
 import shutil
 import signal
-import subprocess
 import sys
 
 import pytest
@@ -339,14 +338,33 @@ def test_wrong_usage_is_refused_before_anything_is_imported(call, monkeypatch, c
         assert word in result.stderr
 
 
-def test_a_process_of_its_own_says_it_on_stderr():
+def in_a_process_of_its_own(folder, *words):
+    """How the command ends, and what it prints on its two outputs; a fork of this process, which has imported
+    everything."""
+    paths = folder / "output", folder / "errors"
+    child = os.fork()
+    if child == 0:
+        code = 99
+        try:
+            sys.stdout, sys.stderr = (path.open("w") for path in paths)
+            sys.argv = ["moebert", *words]
+            cli.main()
+        except SystemExit as left:
+            code = left.code
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), *(path.read_text() for path in paths)
+
+
+def test_a_process_of_its_own_says_it_on_stderr(tmp_path):
     """What the tests above see through a runner, once for real: stderr, exit code, standard output empty."""
-    command = ["moebert_kernels.cli", "evaluate", "--model", "x", "--task", "csv", "--data", "y.csv"]
-    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True)
-    assert done.returncode == USER_ERROR
-    assert done.stdout == ""
-    assert "y.csv" in done.stderr
-    assert "Traceback" not in done.stderr
+    command = "evaluate --model x --task csv --data y.csv"
+    code, output, errors = in_a_process_of_its_own(tmp_path, *command.split())
+    assert (code, output) == (USER_ERROR, "")
+    assert "y.csv" in errors
+    assert "Traceback" not in errors
 
 
 def test_ctrl_c_says_how_to_go_on(call, monkeypatch):
@@ -362,20 +380,8 @@ def test_ctrl_c_says_how_to_go_on(call, monkeypatch):
 def test_being_terminated_is_like_ctrl_c(tmp_path, monkeypatch):
     """A scheduler or `timeout` sends SIGTERM, which ends a process without a word by default."""
     monkeypatch.setattr(demo, "run_demo", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
-    monkeypatch.setattr(sys, "argv", ["moebert", "demo"])
-    told = tmp_path / "told"
-    child = os.fork()  # which has imported everything
-    if child == 0:
-        try:
-            sys.stderr = told.open("w")
-            cli.main()
-        except SystemExit as left:
-            sys.stderr.flush()
-            os._exit(left.code)
-        finally:
-            os._exit(99)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == INTERRUPTED
-    assert told.read_text().strip() == "interrupted; run the same command again to go on"
+    code, _, errors = in_a_process_of_its_own(tmp_path, "demo")
+    assert (code, errors.strip()) == (INTERRUPTED, "interrupted; run the same command again to go on")
 
 
 def test_a_defect_keeps_its_traceback(call, monkeypatch):

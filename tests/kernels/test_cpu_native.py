@@ -14,17 +14,7 @@ from moebert_kernels.kernels.call import Gradients
 from moebert_kernels.kernels.cpu import rows
 from moebert_kernels.ops import backends, operator
 from tests.cases import Case, any_experts, expert_ids, tensors
-from tests.kernels.checks import (
-    FORMS,
-    arguments,
-    assert_equal,
-    call,
-    errors,
-    inputs,
-    plan_of,
-    reference,
-    run,
-)
+from tests.kernels.checks import FORMS, arguments, assert_equal, call, errors, inputs, plan_of, reference, run
 
 pytestmark = pytest.mark.skipif(not native.status().cpu, reason=native.status().cpu_detail)
 

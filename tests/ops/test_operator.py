@@ -87,10 +87,7 @@ def test_low_precision_is_as_good_as_plain_torch(dtype, norm):
 
 @pytest.mark.parametrize(
     ("case", "dtype"),
-    [
-        (WHOLE, torch.float64),
-        (Case(40, D=8, F=8, E=2, C=16, norm=True, routing="dropped"), torch.float32),
-    ],
+    [(WHOLE, torch.float64), (Case(40, D=8, F=8, E=2, C=16, norm=True, routing="dropped"), torch.float32)],
     ids=str,
 )
 def test_any_subset_of_inputs_may_require_grad(case, dtype):

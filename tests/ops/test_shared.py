@@ -7,16 +7,7 @@ from moebert_kernels import HashRouter, MoEFFN, hash_random_tables
 from moebert_kernels.kernels import torch as plain
 from python_ref.adaptation import tie_shared
 from tests.cases import SHARING, Case, expert_ids
-from tests.kernels.checks import (
-    SHARED,
-    call,
-    check,
-    inputs,
-    plan_of,
-    reference,
-    run,
-    shared_of,
-)
+from tests.kernels.checks import SHARED, call, check, inputs, plan_of, reference, run, shared_of
 
 
 @pytest.mark.parametrize("case", SHARING, ids=str)

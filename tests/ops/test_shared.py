@@ -96,16 +96,12 @@ def test_a_layer_is_one_with_copies_of_what_is_shared(options):
     tied = make_layer(**options)
     copies = MoEFFN(8, 12, 4, router=tied.router, **options)
     shared, own = tie_shared(copies.w1_EFD, copies.bias1_EF, copies.w2_EDF, 8)
-    names = ("w1_EFD", "bias1_EF", "w2_EDF"), ("shared_w1_CD", "shared_bias1_C", "shared_w2_DC")
-    for name, of_own, shared_name, of_shared in zip(names[0], own, names[1], shared, strict=True):
-        if of_own is None:
-            continue
-        getattr(copies, name)[(slice(None),) * (1 + (name == "w2_EDF")) + (slice(8),)] = of_shared
-        getattr(tied, name).copy_(of_own)
-        getattr(tied, shared_name).copy_(of_shared)
-    for name in ("bias2_ED", "layernorm_weight_ED", "layernorm_bias_ED"):
-        if getattr(tied, name) is not None:
-            getattr(tied, name).copy_(getattr(copies, name))
+    copies.w1_EFD[:, :8], copies.w2_EDF[:, :, :8] = shared[0], shared[2]
+    if copies.bias1_EF is not None:
+        copies.bias1_EF[:, :8] = shared[1]
+    state = copies.state_dict() | dict(zip(("w1_EFD", "bias1_EF", "w2_EDF"), own, strict=True))
+    state |= zip(("shared_w1_CD", "shared_bias1_C", "shared_w2_DC"), shared, strict=True)
+    tied.load_state_dict({name: tensor for name, tensor in state.items() if tensor is not None})
     x, ids = torch.randn(3, 7, 8), torch.randint(50, (3, 7))
     torch.testing.assert_close(tied(x, input_ids=ids), copies(x, input_ids=ids))
 

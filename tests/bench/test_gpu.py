@@ -5,9 +5,7 @@ That its parts run at all shows `bash bench/gpu.sh first --dry-run`, in tests/te
 
 import argparse
 import json
-import os
 import re
-import subprocess
 import sys
 import textwrap
 import time
@@ -22,6 +20,7 @@ from bench.cases import FFNCase, expert_ids
 from bench.gpu import CALLS, FIRST, RESERVE_S, Host, Part, StandIn, chosen, command_of, files_of, go_through
 from bench.results import read
 from tests import ROOT
+from tests.forked import python
 
 
 class Scripted(StandIn):
@@ -193,9 +192,7 @@ def test_what_a_killed_run_had_measured_can_be_read(tmp_path):
                 yield row
         write(sys.argv[1], run, killed())
     """
-    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
-    assert done.returncode == -9
+    assert python("-c", textwrap.dedent(script), tmp_path).returncode == -9
     assert [path.name for path in tmp_path.iterdir()] == ["ffn-cpu.jsonl"]
     found = read(tmp_path / "ffn-cpu.jsonl")
     assert [row.entry for row in found.rows] == ["moebert_kernels", "moebert_kernels tied"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import itertools
 import weakref
 
 import pytest
@@ -67,9 +68,8 @@ def test_case(case, dtype, poisoned_memory):
 @pytest.mark.parametrize("routing", ["dropped", "skewed", "middle empty"])
 @pytest.mark.parametrize("norm", [False, True])
 def test_bert_base_sizes(dtype, routing, norm, poisoned_memory):
-    case = bert_base(1025, routing, gate=True, norm=norm)
-    slack = slack_of_long_sums(case) if dtype == "float32" else (0.0, 0.0)
-    check(case, DTYPES[dtype], "cuda", neighbours=FEW_NEIGHBOURS, slack=slack)
+    case, dtype = bert_base(1025, routing, gate=True, norm=norm), DTYPES[dtype]
+    check(case, dtype, "cuda", neighbours=FEW_NEIGHBOURS, slack=slack_of_long_sums(case, dtype))
 
 
 @pytest.mark.parametrize(("arithmetic", "size"), table_entries())
@@ -79,17 +79,13 @@ def test_committed_config(arithmetic, size, poisoned_memory, monkeypatch):
 
     family = configs.family(torch.device("cuda", torch.cuda.current_device()))
     use_config(configs.TABLE.get((family, arithmetic, size), configs.SAFE), monkeypatch)
-    case = Case(517, D=200, F=328, K=2, routing="dropped", gate=True)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", arithmetic == "tf32")
+    wide = Case(517, D=200, F=328, K=2, routing="dropped", gate=True)
     skewed = Case(700, D=264, F=136, routing="skewed")
-    if arithmetic == "tf32":
-        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
-        for c in (case, skewed):
-            check(c, torch.float32, "cuda", neighbours=FEW_NEIGHBOURS, slack=TF32_SLACK)
-        return
-    for dtype in (torch.float16, torch.bfloat16) if arithmetic == "half" else (torch.float32,):
-        for c in (case, skewed):
-            slack = slack_of_long_sums(c) if dtype == torch.float32 else (0.0, 0.0)
-            check(c, dtype, "cuda", neighbours=FEW_NEIGHBOURS, slack=slack)
+    dtypes = (torch.float16, torch.bfloat16) if arithmetic == "half" else (torch.float32,)
+    for dtype, case in itertools.product(dtypes, (wide, skewed)):
+        slack = TF32_SLACK if arithmetic == "tf32" else slack_of_long_sums(case, dtype)
+        check(case, dtype, "cuda", neighbours=FEW_NEIGHBOURS, slack=slack)
 
 
 def test_float64_takes_the_pytorch_path():

@@ -41,11 +41,14 @@ PLAN_FIELDS = [field.name for field in dataclasses.fields(RoutingPlan)]
 
 @pytest.fixture(autouse=True)
 def kernels_and_ieee():
-    """A fallback to PyTorch would pass most of these tests: it may not happen. Nor may stray TF32."""
+    """A fallback to PyTorch would pass most of these tests: it may not happen. Nor may stray TF32, which
+    pytest's monkeypatch cannot switch off again: the switch is no attribute that the module's object has."""
     from moebert_kernels.kernels import triton as kernels
 
     assert backends.on_cuda(torch.empty(0, device="cuda")) is kernels
     assert not torch.backends.cuda.matmul.allow_tf32
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def table_entries():
@@ -79,7 +82,7 @@ def test_committed_config(arithmetic, size, poisoned_memory, monkeypatch):
 
     family = configs.family(torch.device("cuda", torch.cuda.current_device()))
     use_config(configs.TABLE.get((family, arithmetic, size), configs.SAFE), monkeypatch)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", arithmetic == "tf32")
+    torch.backends.cuda.matmul.allow_tf32 = arithmetic == "tf32"
     wide = Case(517, D=200, F=328, K=2, routing="dropped", gate=True)
     skewed = Case(700, D=264, F=136, routing="skewed")
     dtypes = (torch.float16, torch.bfloat16) if arithmetic == "half" else (torch.float32,)

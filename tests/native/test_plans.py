@@ -231,8 +231,7 @@ def test_an_unusable_extension_is_one_warning_and_a_reason(extension_import, out
         warnings.simplefilter("error")
         assert native_plans.from_expert_ids(ids_LS, 2) is None
         status = native.status()
-    assert not status.cpu
-    assert not status.cuda
+    assert (status.cpu, status.cuda) == (False, False)
     assert status.cpu_detail == status.cuda_detail == status.rows_detail
     assert "_native" in status.cpu_detail
 

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import library
 from torch.nn import functional
@@ -33,15 +33,16 @@ TIED = dataclasses.replace(SMALL, C=4)
 
 
 @given(
-    st.sampled_from([0, 1, 2, 7, 17]),
-    st.integers(1, 5),
-    st.integers(1, 3),
-    st.booleans(),
-    st.booleans(),
-    st.booleans(),
-    st.sampled_from(["gelu", "gelu_tanh", "relu", "silu"]),
-    st.integers(0, 1000),
+    T=st.sampled_from([0, 1, 2, 7, 17]),
+    E=st.integers(1, 5),
+    K=st.integers(1, 3),
+    norm=st.booleans(),
+    gate=st.booleans(),
+    bias=st.booleans(),
+    activation=st.sampled_from(["gelu", "gelu_tanh", "relu", "silu"]),
+    seed=st.integers(0, 1000),
 )
+@example(T=9, E=3, K=1, norm=False, gate=True, bias=False, activation="gelu", seed=0)
 def test_values_and_gradients_equal_the_reference(T, E, K, norm, gate, bias, activation, seed):
     case = Case(T, 6, 5, E, min(K, E), activation=activation, bias=bias, gate=gate, norm=norm)
     t, ids_TK = inputs(case, torch.float64, "cpu", seed=seed), any_experts(case, seed=seed)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from bench.cases import ROUTINGS, Case, expert_ids, tensors
 
-__all__ = ["CASES", "ROUTINGS", "SHARING", "Case", "bert_base", "expert_ids", "tensors"]
+__all__ = ["CASES", "ROUTINGS", "SHARING", "Case", "any_experts", "bert_base", "expert_ids", "tensors"]
 
 # Tile sides under test are 16 or 32: 15, 16, 17 and 33 lie around a boundary, 13 and 37 are primes.
 CASES = (
@@ -46,3 +49,9 @@ SHARING = (
 def bert_base(T: int, routing: str = "uniform", **options) -> Case:
     """What the paper's encoder runs: BERT-base with four experts of 768 neurons."""
     return Case(T, D=768, F=768, E=4, routing=routing, **options)
+
+
+def any_experts(case: Case, *, seed: int = 0) -> Tensor:
+    """Experts [T, K] that no router would choose: a token may have one twice, or none."""
+    g = torch.Generator().manual_seed(seed)
+    return torch.randint(-1, case.E, (case.T, case.K), generator=g)

@@ -91,10 +91,10 @@ def _far_from_identity(model: PreTrainedModel) -> PreTrainedModel:
     return model.eval()
 
 
-def tokenizer(folder: Path, words=WORDS, **options) -> BertTokenizerFast:
+def tokenizer(folder: Path, words=WORDS, special_tokens=SPECIAL_TOKENS, **options) -> BertTokenizerFast:
     """One token for each of the words, which are kept in words.txt, after the special ones."""
     path = folder / "words.txt"
-    path.write_text("\n".join([*SPECIAL_TOKENS, *words]), encoding="utf-8")
+    path.write_text("\n".join([*special_tokens, *words]), encoding="utf-8")
     return BertTokenizerFast(str(path), **options)
 
 

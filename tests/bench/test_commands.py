@@ -9,7 +9,6 @@ import sys
 from dataclasses import asdict, replace
 
 import pytest
-import torch
 
 from bench import suite
 from bench.cases import FFNCase, Request
@@ -46,44 +45,32 @@ def invoke(capsys, monkeypatch):
     return invoke
 
 
-@pytest.fixture
-def _threads_as_before():
-    threads, cpus = torch.get_num_threads(), os.sched_getaffinity(0)
-    yield
-    torch.set_num_threads(threads)
-    os.sched_setaffinity(0, cpus)
-
-
-@pytest.mark.usefixtures("_threads_as_before")
 def test_a_benchmark_on_the_users_shapes(tmp_path, invoke):
     shapes = ["--experts", "5", "--tokens", "10,20"]
     status, said = invoke("dispatch", "--toy", "--device", "cpu", *shapes, "--out", str(tmp_path))
     assert status == 0, said
     assert re.search(r"T=10.*T=20", said)
-    status, said = invoke("plot", str(tmp_path / "dispatch-cpu.jsonl"), "--out", str(tmp_path / "again.png"))
+    results, plot = tmp_path / "dispatch-cpu.jsonl", tmp_path / "again.png"
+    status, said = invoke("plot", str(results), "--out", str(plot))
     assert status == 0, said
-    assert (tmp_path / "again.png").stat().st_size > 1000
-    assert '"E": 5' in (tmp_path / "dispatch-cpu.jsonl").read_text()
+    assert plot.stat().st_size > 1000
+    assert '"E": 5' in results.read_text()
+
+
+NO_NUMBERS = ("12,many", "0", "-4", "", "8,,9")
+NUMBERS = "argument --tokens: expected whole numbers from 1 with commas between them"
+NUMBER = "argument --expert-size: expected a whole number from 1"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        *(
-            (
-                ["ffn", "--tokens", tokens],
-                f"argument --tokens: expected whole numbers from 1 with commas between them, got '{tokens}'",
-            )
-            for tokens in ("12,many", "0", "-4", "", "8,,9")
-        ),
+        *((["ffn", "--tokens", wrong], f"{NUMBERS}, got '{wrong}'") for wrong in NO_NUMBERS),
         (["ffn", "--toy", "--experts", "3", "--top-k", "4"], "at most the number of experts, 3, got 4"),
         (["ffn", "--device", "gpu"], "device must be cpu or cuda, got 'gpu'"),
-        (
-            ["ffn", "--dtype", "float32,"],
-            "argument --dtype: expected words with commas between them, got 'float32,'",
-        ),
-        (["ffn", "--limit", "-1"], "argument --limit: expected seconds, 0 or more, got '-1'"),
+        (["ffn", "--dtype", "a,"], "argument --dtype: expected words with commas between them, got 'a,'"),
         (["ffn", "--only", "a,"], "argument --only: expected words with commas between them, got 'a,'"),
+        (["ffn", "--limit", "-1"], "argument --limit: expected seconds, 0 or more, got '-1'"),
         (["ffn", "--peer-path", "nowhere"], "argument --peer-path: there is no folder 'nowhere'"),
         (["ffn", "--toy", "--device", "cpu", "--out", "pyproject.toml/out"], "Not a directory"),
         (["ffn", "--sequence", "8"], "ffn has no --sequence; its shapes are chosen by --tokens, --hidden"),
@@ -96,13 +83,7 @@ def test_a_benchmark_on_the_users_shapes(tmp_path, invoke):
         (["ffn", "--dtype", "int8"], "--dtype must be among float32, bfloat16, float16, got int8"),
         (["ffn", "--shape", "tiny"], "--shape must be among bert-base, minilm, got tiny"),
         (["model", "--toy", "--device", "cpu", "--text", "nowhere.txt"], "cannot read the text nowhere.txt"),
-        *(
-            (
-                ["ffn", "--expert-size", size],
-                f"argument --expert-size: expected a whole number from 1, got '{size}'",
-            )
-            for size in ("0", "x")
-        ),
+        *((["ffn", "--expert-size", wrong], f"{NUMBER}, got '{wrong}'") for wrong in ("0", "x")),
         (["ffn", "--skew", "flat"], "--skew must be among balanced, zipf, skewed, got flat"),
         (["ffn", "--passes", "up"], "--passes must be among"),
         (["dispatch", "--passes", "forward"], "--passes must be among dispatch, got forward"),
@@ -131,20 +112,13 @@ def test_without_a_command_there_is_help(invoke):
     assert all(re.search(rf"^ +{name}\b", said, re.MULTILINE) for name in (*OPS, "all", "readme", "plot"))
 
 
-def results(op="ffn", device_type="cpu", device="cpu", rows=()):
-    environment = {"cpu": "A Processor", "versions": {"torch": "2.11.0"}, "commit": "0123456789ab"}
-    run = Run(
-        op=op,
-        device_type=device_type,
-        device=device,
-        threads=2,
-        cpus=(0, 1),
-        settings={},
-        environment=environment,
-        ceilings={"bfloat16": Ceiling(1e12, 1e11)},
-        busy_cpus=0.0,
-        started="2026-01-02T03:04:05+00:00",
-    )
+ENVIRONMENT = {"cpu": "A Processor", "versions": {"torch": "2.11.0"}, "commit": "0123456789ab"}
+
+
+def results(rows=(), device_type="cpu", device="cpu"):
+    how = {"threads": 2, "cpus": (0, 1), "settings": {}, "environment": ENVIRONMENT, "busy_cpus": 0.0}
+    how |= {"ceilings": {"bfloat16": Ceiling(1e12, 1e11)}, "started": "2026-01-02T03:04:05+00:00"}
+    run = Run("ffn", device_type, device, **how)
     return Results(run, tuple(rows))
 
 
@@ -281,12 +255,7 @@ def test_the_demonstration_has_a_table_of_its_own(tmp_path):
     speed = {"median": 2.0, "low": 1.0, "high": 3.0, "batch_size": 1, "sequence_length": 64}
     results = {
         "task": {"main_metric": "accuracy", "validation_rows": 1076},
-        "environment": {
-            "cpu": "some CPU",
-            "threads": 2,
-            "versions": {"torch": "2.11.0"},
-            "commit": "abc1234",
-        },
+        "environment": ENVIRONMENT | {"threads": 2},
         "timings_s": {"importance": 60.0, "measure": 30.0},
         "models": [
             {
@@ -303,7 +272,7 @@ def test_the_demonstration_has_a_table_of_its_own(tmp_path):
     (tmp_path / "demo.json").write_text(json.dumps(results))
     filled = update(text, tmp_path)
     assert "| student | 0.812 | 22.70 M | 17.40 M | 3.54 M | 2.00 ms | 2 |" in filled
-    assert "commit abc1234; the stages took 1.5 minutes" in filled
+    assert "commit 0123456789ab; the stages took 1.5 minutes" in filled
 
 
 def test_committed_tables_show_the_committed_results():
@@ -331,48 +300,43 @@ def test_every_package_is_installed():
     assert sorted(setuptools["packages"]) == sorted(found)
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+
+
+@needs_bash
 @pytest.mark.parametrize("script", ["cpu.sh", "gpu.sh"])
 def test_scripts_parse(script):
     subprocess.run(["bash", "-n", str(ROOT / "bench" / script)], check=True)
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def cpu_script(*options, python="false"):
+    """Ended, with what is given for Python in its place."""
+    command, env = ["bash", "bench/cpu.sh", *options], os.environ | {"PYTHON": python}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+
+
+@needs_bash
 @pytest.mark.parametrize("wrong", [["--fast"], ["--only", "ffn,models"]])
 def test_the_cpu_script_refuses_what_it_does_not_know(wrong):
-    command = ["bash", "bench/cpu.sh", *wrong]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = cpu_script(*wrong)
     assert done.returncode == 2
     assert re.search(r"unknown (option: --fast|part: models)$", done.stderr.strip())
     assert "--dry-run  tiny sizes" in done.stderr
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+@needs_bash
 def test_the_cpu_script_calls_each_part(tmp_path):
     """`echo` for Python shows the commands, which must be ones that this version understands."""
     text = tmp_path / "text.txt"
     text.write_text("a b c\n" * 32)
-    done = subprocess.run(
-        ["bash", "bench/cpu.sh", "--dry-run", "--text", str(text), "--out", str(tmp_path)],
-        cwd=ROOT,
-        env=os.environ | {"PYTHON": "echo"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = cpu_script("--dry-run", "--text", str(text), "--out", str(tmp_path), python="echo")
+    assert done.returncode == 0, done.stderr
     commands = [line for line in done.stdout.splitlines() if line.startswith("-m bench ")]
     assert [line.split()[2] for line in commands] == ["ffn", "ffn", "dispatch", "model", "importance"]
     assert "--norm --shape bert-base,minilm" in commands[0]
     assert f"--text {text}" in commands[3]
     assert re.findall(r"(\w+): done", done.stdout) == ["ffn", "dispatch", "model", "importance"]
-    parts = subprocess.run(
-        ["bash", "bench/cpu.sh", "--dry-run", "--only", "model,dispatch"],
-        cwd=ROOT,
-        env=os.environ | {"PYTHON": "false"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    parts = cpu_script("--dry-run", "--only", "model,dispatch")
     assert parts.returncode == 1
     assert re.findall(r"(\w+): FAILED", parts.stdout) == ["model", "dispatch"]
 

@@ -5,9 +5,7 @@ That its parts run at all shows `bash bench/gpu.sh first --dry-run`, in tests/te
 
 import argparse
 import json
-import os
 import re
-import subprocess
 import sys
 import textwrap
 import time
@@ -22,6 +20,7 @@ from bench.cases import FFNCase, expert_ids
 from bench.gpu import CALLS, FIRST, RESERVE_S, Host, Part, StandIn, chosen, command_of, files_of, go_through
 from bench.results import read
 from tests import ROOT
+from tests.forked import python
 
 
 class Scripted(StandIn):
@@ -61,39 +60,34 @@ def test_what_a_part_leaves_of_its_time_is_the_next_ones():
     assert machine.given["tiles"] > 400
 
 
+def became(machine):
+    """What became of each part of the first call."""
+    return {outcome.part: outcome.became for outcome in go_through(FIRST, 480, machine)}
+
+
 def test_a_part_that_fails_stops_no_other():
-    machine = Scripted(seconds=2, codes={"ffn": 1, "machine": 2})
-    became = {outcome.part: outcome.became for outcome in go_through(FIRST, 480, machine)}
-    assert became == {
-        "machine": "failed (2)",
-        "smoke": "ok",
-        "ffn": "failed (1)",
-        "kernels": "ok",
-        "tests": "ok",
-        "tiles": "ok",
-    }
+    found = became(Scripted(seconds=2, codes={"ffn": 1, "machine": 2}))
+    of_others = dict.fromkeys(("smoke", "kernels", "tests", "tiles"), "ok")
+    assert found == of_others | {"machine": "failed (2)", "ffn": "failed (1)"}
 
 
 def test_without_a_device_nothing_else_is_tried():
     """A newcomer without a GPU was told that the layer is wrong."""
-    machine = Scripted(seconds=2, codes={"machine": gpu.NO_DEVICE})
-    became = {outcome.became for outcome in go_through(FIRST, 480, machine)}
-    assert became == {"failed (3)", "not run, since machine failed (3)"}
+    found = became(Scripted(seconds=2, codes={"machine": gpu.NO_DEVICE}))
+    assert {*found.values()} == {"failed (3)", "not run, since machine failed (3)"}
 
 
 def test_nothing_is_timed_of_a_layer_that_is_wrong():
     machine = Scripted(seconds=2, codes={"smoke": 1})
-    became = [outcome.became for outcome in go_through(FIRST, 480, machine)]
-    assert became == ["ok", "failed (1)", *["not run, since smoke failed (1)"] * 4]
+    assert [*became(machine).values()] == ["ok", "failed (1)", *["not run, since smoke failed (1)"] * 4]
     assert list(machine.given) == ["machine", "smoke"]
 
 
 def test_a_smoke_test_without_enough_time_stops_nothing():
     """It has found nothing wrong, and the benchmarks verify what they time."""
-    machine = Scripted(seconds=100)
-    became = [outcome.became for outcome in go_through(FIRST, 480, machine)]
-    assert became[:2] == ["cut off", "cut off"]
-    assert not any(text.startswith("not run") for text in became)
+    found = became(Scripted(seconds=100))
+    assert found["machine"] == found["smoke"] == "cut off"
+    assert not any(text.startswith("not run") for text in found.values())
 
 
 def test_no_more_files_than_come_back():
@@ -132,14 +126,9 @@ def test_wrong_options_are_told_before_any_time_is_spent(wrong, message, capsys)
 
 def test_the_commands_of_the_parts_exist(tmp_path):
     """An option that is gone would waste a GPU's time."""
-    options = argparse.Namespace(
-        out=str(tmp_path),
-        peer_path=str(tmp_path),
-        kernels=str(tmp_path / "kernels.zip"),
-        tests=None,
-        commit="abc",
-        dry_run=False,
-    )
+    (tmp_path / "kernels.zip").touch()
+    given = ["--peer-path", str(tmp_path), "--kernels", str(tmp_path / "kernels.zip"), "--commit", "abc"]
+    options = gpu.parse(["first", "--out", str(tmp_path / "out"), *given])
     for part in {part.name: part for parts, _ in CALLS.values() for part in parts}.values():
         command = command_of(part, 30.0, options)
         assert command is not None, part.name
@@ -157,9 +146,7 @@ def test_the_commands_of_the_parts_exist(tmp_path):
 
 @pytest.fixture
 def host(tmp_path):
-    options = argparse.Namespace(
-        out=str(tmp_path), peer_path=None, kernels=None, tests=None, commit=None, dry_run=True
-    )
+    options = gpu.parse(["first", "--out", str(tmp_path), "--dry-run"])
     with (tmp_path / "gpu.log").open("ab") as log:
         yield Host(options, log)
 
@@ -205,9 +192,7 @@ def test_what_a_killed_run_had_measured_can_be_read(tmp_path):
                 yield row
         write(sys.argv[1], run, killed())
     """
-    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
-    assert done.returncode == -9
+    assert python("-c", textwrap.dedent(script), tmp_path).returncode == -9
     assert [path.name for path in tmp_path.iterdir()] == ["ffn-cpu.jsonl"]
     found = read(tmp_path / "ffn-cpu.jsonl")
     assert [row.entry for row in found.rows] == ["moebert_kernels", "moebert_kernels tied"]
@@ -271,13 +256,8 @@ def test_a_wrong_case_hides_none_of_the_others(tmp_path):
     judge("second", lambda: (["dw1 of expert 0"], {}))
     judge("third", lambda: 1 / 0)
     judge("fourth", lambda: ([], {}))
-    found = [json.loads(line) for line in (tmp_path / "smoke.jsonl").read_text().splitlines()]
-    assert [line["wrong"] for line in found] == [
-        [],
-        ["dw1 of expert 0"],
-        ["ZeroDivisionError: division by zero"],
-        [],
-    ]
+    wrong = [json.loads(line)["wrong"] for line in (tmp_path / "smoke.jsonl").read_text().splitlines()]
+    assert wrong == [[], ["dw1 of expert 0"], ["ZeroDivisionError: division by zero"], []]
     assert not judge.all_right
 
 

@@ -38,6 +38,11 @@ STREAMED = Tile(128, 256, 64, 8, 5, stream_k=True)
 MEASURED = Ceiling(780e12, 4.24e12)
 
 
+def on_h200(case, pass_="forward"):
+    """Microseconds; None for what is not predicted."""
+    return pass_us(case, "NVIDIA H200", MEASURED, pass_)
+
+
 @pytest.fixture(autouse=True)
 def plain_kernels(monkeypatch):
     """What is recorded and predicted, where Triton compiles and where it interprets."""
@@ -192,16 +197,12 @@ def test_kernels_are_as_recorded():
 
 @pytest.mark.parametrize("pass_", ["forward", "forward+backward"])
 def test_passes_are_as_recorded(pass_):
-    rows = [
-        row
-        for row in read(RESULTS / "h200" / "ffn-plain.jsonl").rows
-        if (row.entry, row.pass_) == ("moebert_kernels", pass_)
-    ]
+    rows = read(RESULTS / "h200" / "ffn-plain.jsonl").rows
+    rows = [row for row in rows if (row.entry, row.pass_) == ("moebert_kernels", pass_)]
     assert sorted(row.case["T"] for row in rows) == list(TIMED_TOKENS)
     for row in rows:
-        microseconds = pass_us(FFNCase(row.case["T"]), "NVIDIA H200", MEASURED, pass_)
-        limit = 1.08 if row.case["T"] >= 4096 else 1.13
-        assert 1 / limit < microseconds * 1e-6 / row.seconds.median < limit, row.case["T"]
+        T, limit = row.case["T"], 1.08 if row.case["T"] >= 4096 else 1.13
+        assert 1 / limit < on_h200(FFNCase(T), pass_) * 1e-6 / row.seconds.median < limit, T
 
 
 def test_tiles_are_as_recorded():
@@ -253,21 +254,18 @@ def test_nothing_is_predicted_of_warp_specialised_kernels(monkeypatch):
     pingpong = ["scatter_pingpong", "gather_backward_pingpong", "scatter_pingpong"]
     assert unknown(large, "forward+backward") == pingpong
     assert unknown(replace(large, E=9, T=32768), "forward") == unknown(FFNCase(4096), "forward") == []
-    assert pass_us(large, "NVIDIA H200", MEASURED, "forward") is None
+    assert on_h200(large) is None
 
 
 def test_results_carry_predictions_for_known_cards_alone():
     case = FFNCase(64)
-    assert pass_us(case, "NVIDIA H200", MEASURED, "forward") < pass_us(
-        case, "NVIDIA H100 80GB HBM3", Ceiling(665e12, 3e12), "forward"
-    )
+    assert on_h200(case) < pass_us(case, "NVIDIA H100 80GB HBM3", Ceiling(665e12, 3e12), "forward")
     assert pass_us(case, "NVIDIA A100", MEASURED, "forward") is None
     assert card_of("cpu") is None
     for unknown in ({"dtype": "float32"}, {"gate": True}, {"K": 2}, {"activation": "relu"}, {"D": 312}):
-        assert pass_us(replace(case, **unknown), "NVIDIA H200", MEASURED, "forward") is None
-    assert pass_us(case, "NVIDIA H200", MEASURED, "dispatch+forward") is None
-    skewed = replace(case, T=16384, routing="skewed")
-    assert pass_us(skewed, "NVIDIA H200", MEASURED, "forward") > 80
+        assert on_h200(replace(case, **unknown)) is None
+    assert on_h200(case, "dispatch+forward") is None
+    assert on_h200(replace(case, T=16384, routing="skewed")) > 80
     assert predicted((), case, torch.device("cpu"), MEASURED) == []
 
 
@@ -308,9 +306,7 @@ def test_code_is_as_it_compiles_today():
 
 
 def test_every_committed_tile_has_its_code():
-    for T in TIMED_TOKENS:
-        for role in ROLES:
-            assert (role, committed(role, T)) in codes()
+    assert {(role, committed(role, T)) for T in TIMED_TOKENS for role in ROLES} <= codes().keys()
 
 
 def test_plain_programs_take_a_tile_each():

@@ -3,6 +3,7 @@
 import itertools
 import sys
 from dataclasses import asdict
+from functools import partial
 
 import pytest
 import torch
@@ -226,17 +227,16 @@ def test_a_wrong_dispatch_is_seen(broken):
 
     inputs = DISPATCH.make_inputs(DispatchCase(20, E=3, L=2, V=50), CPU, 0)
     entry = DISPATCH.entries(None)[0]
-    outputs = entry.restore(entry.bind(inputs, "dispatch")())
+    outputs = {name: v.clone() for name, v in entry.restore(entry.bind(inputs, "dispatch")()).items()}
     expected = DISPATCH.reference(inputs, "dispatch", entry.work)
     assert DISPATCH.check(outputs, expected, inputs, entry.work)
-    order = outputs["order"].clone()
+    order, ends = outputs["order"], outputs["ends"]
     if broken == "order":
         outputs["order"] = order.flip(1)
     elif broken == "permutation":
         order[1, 0] = order[1, 1]
-        outputs["order"] = order
     else:
-        outputs["ends"] = outputs["ends"] + 1
+        ends += 1
     with pytest.raises(DidNotRun, match=r"^wrong: its "):
         DISPATCH.check(outputs, expected, inputs, entry.work)
 
@@ -286,52 +286,50 @@ def test_spread_is_median_and_deciles():
 CUDA = torch.device("cuda")
 
 
-def test_peers_from_source(tmp_path):
+@pytest.fixture
+def load_peer(monkeypatch):
+    """`load` of a package toy_peer, which is forgotten in the end."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield partial(load, "toy_peer", "toy_peer")
+    sys.modules.pop("toy_peer", None)
+
+
+def test_peers_from_source(tmp_path, load_peer):
     with pytest.raises(DidNotRun, match="needs a source tree: --peer-path FOLDER that holds toy_peer/"):
-        load("toy_peer", "toy_peer", None, CUDA)
+        load_peer(None, CUDA)
     with pytest.raises(DidNotRun, match="there is no package toy_peer below"):
-        load("toy_peer", "toy_peer", str(tmp_path), CUDA)
+        load_peer(str(tmp_path), CUDA)
     package = tmp_path / "toy_peer"
     package.mkdir()
     (package / "__init__.py").write_text("raise OSError('needs a driver')")
     with pytest.raises(DidNotRun, match="toy_peer cannot be imported: OSError: needs a driver"):
-        load("toy_peer", "toy_peer", str(tmp_path), CUDA)
+        load_peer(str(tmp_path), CUDA)
     (package / "__init__.py").write_text("ANSWER = 42")
-    try:
-        assert load("toy_peer", "toy_peer", str(tmp_path), CUDA).ANSWER == 42
-    finally:
-        sys.path.remove(str(tmp_path))
-        del sys.modules["toy_peer"]
+    assert load_peer(str(tmp_path), CUDA).ANSWER == 42
 
 
-def test_a_tree_is_imported_wherever_its_kernels_run(tmp_path, monkeypatch):
+def test_a_tree_is_imported_wherever_its_kernels_run(tmp_path, load_peer, monkeypatch):
     """What is wrong with a tree is to be seen before there is a GPU; Triton's interpreter needs none."""
     with pytest.raises(DidNotRun, match="needs a CUDA device"):
-        load("toy_peer", "toy_peer", None, CPU)
+        load_peer(None, CPU)
     with pytest.raises(DidNotRun, match="there is no package toy_peer below"):
-        load("toy_peer", "toy_peer", str(tmp_path), CPU)
+        load_peer(str(tmp_path), CPU)
     package = tmp_path / "triton" / "python" / "triton_kernels" / "toy_peer"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")
-    try:
-        monkeypatch.setenv("TRITON_INTERPRET", "0")
-        with pytest.raises(DidNotRun, match="needs a CUDA device"):
-            load("toy_peer", "toy_peer", str(tmp_path), CPU)
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
-        assert load("toy_peer", "toy_peer", str(tmp_path), CPU).__name__ == "toy_peer"
-        with pytest.raises(DidNotRun, match="needs a CUDA device"):
-            load("toy_peer", "toy_peer", str(tmp_path), CPU, interpreted=False)
-    finally:
-        sys.path.remove(str(package.parent))
-        del sys.modules["toy_peer"]
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(DidNotRun, match="needs a CUDA device"):
+        load_peer(str(tmp_path), CPU)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert load_peer(str(tmp_path), CPU).__name__ == "toy_peer"
+    with pytest.raises(DidNotRun, match="needs a CUDA device"):
+        load_peer(str(tmp_path), CPU, interpreted=False)
 
 
-def test_a_package_from_elsewhere_is_not_the_peer(tmp_path):
+def test_a_package_from_elsewhere_is_not_the_peer(tmp_path, load_peer, monkeypatch):
     """An unofficial package of the peer's name may be installed: figures must not be its."""
-    (tmp_path / "json").mkdir()
-    (tmp_path / "json" / "__init__.py").write_text("")
-    try:
-        with pytest.raises(DidNotRun, match=r"json was imported from .*, not from"):
-            load("json", "json", str(tmp_path), CUDA)
-    finally:
-        sys.path.remove(str(tmp_path))
+    (tmp_path / "toy_peer").mkdir()
+    (tmp_path / "toy_peer" / "__init__.py").write_text("")
+    monkeypatch.setitem(sys.modules, "toy_peer", sys.modules["json"])
+    with pytest.raises(DidNotRun, match=r"toy_peer was imported from .*json.*, not from"):
+        load_peer(str(tmp_path), CUDA)

@@ -4,12 +4,10 @@ The peers themselves need their sources and, but for scattermoe in Triton's inte
 `bash bench/gpu.sh second --dry-run --only peers --peer-path FOLDER` runs what can run.
 """
 
-import os
 import sys
 from dataclasses import replace
 
 import pytest
-import torch
 
 from bench import ceilings
 from bench.baselines import from_source
@@ -67,16 +65,6 @@ FILES = {
     "triton_kernels/tensor.py": TENSOR,
     "triton_kernels/matmul.py": MATMUL,
 }
-
-
-@pytest.fixture(autouse=True)
-def _threads_as_before():
-    threads = torch.get_num_threads()
-    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
-    yield
-    torch.set_num_threads(threads)
-    if cpus is not None:
-        os.sched_setaffinity(0, cpus)
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ from transformers import BertTokenizerFast
 from moebert_kernels.export.graph import write_graph
 from moebert_kernels.export.heads import ExportedModel
 from moebert_kernels.models import to_moe
-from tests.tiny import PADDING, VOCAB, WORDS, build_family, quarters
+from tests import tiny
+from tests.tiny import PADDING, VOCAB, build_family, quarters
 
 
 def student(name: str, head: str | None, routing: str = "hash-random", top_k: int = 1, **changes):
@@ -77,7 +78,5 @@ def session(path: Path) -> onnxruntime.InferenceSession:
 
 def tokenizer(folder: Path) -> BertTokenizerFast:
     """Whole words w0, w1, ...; its padding token has the id of `tiny.build_family`."""
-    words = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    path = folder / "vocab.txt"
-    path.write_text("\n".join(words))
-    return BertTokenizerFast(str(path), model_max_length=38)
+    special_tokens = ("[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]")
+    return tiny.tokenizer(folder, special_tokens=special_tokens, model_max_length=38)

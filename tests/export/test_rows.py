@@ -121,7 +121,7 @@ def test_the_model_stays_as_it_is():
     before = copy.deepcopy(model.state_dict())
     ExportedModel(model).eval()
     assert all(module.training for module in model.modules())
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["Bert", "MPNet"])

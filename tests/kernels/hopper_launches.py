@@ -13,10 +13,12 @@ from triton.runtime.driver import driver
 
 from bench import standin
 from bench.ahead import as_on
-from moebert_kernels.kernels.call import NUM_TENSORS, Call, Gradients
+from moebert_kernels.kernels.call import NUM_TENSORS, Gradients
 from moebert_kernels.kernels.triton import backend, hopper, replay
 from moebert_kernels.kernels.triton.configs import Config, Tile
 from moebert_kernels.kernels.triton.launch import recorded
+from tests.cases import Case
+from tests.kernels.checks import arguments, inputs, plan_of
 
 SMALL = Tile(64, 64, 32, 4, 2)
 ROLES = ("up", "down", "down_backward", "up_backward")
@@ -43,20 +45,10 @@ def told(value):
     return value if isinstance(value, (int, float)) else str(value)
 
 
-def case(
-    T=300, E=2, D=128, F=256, K=1, dtype=torch.bfloat16, C=0, gate=False, bias=True, norm=False, **options
-):
-    def empty(*shape, dtype=dtype):
-        return torch.empty(shape, dtype=dtype)
-
-    plan = (empty(*shape, dtype=torch.int32) for shape in ((T, K), (T * K,), (T * K,), (E + 1,)))
-    ids, order, inverse, offsets = plan
-    b1, b2 = (empty(E, F), empty(E, D)) if bias else (None, None)
-    gates = empty(T, K, dtype=torch.float32) if gate else None
-    norms = (empty(E, D), empty(E, D), empty(T, D)) if norm else (None,) * 3
-    shared = (empty(C, D), empty(C), empty(D, C)) if C else (None,) * 3
-    experts = empty(E, F, D), b1, empty(E, D, F), b2
-    return Call(empty(T, D), ids, order, inverse, offsets, *experts, gates, *norms, None, *shared, **options)
+def call_of(dtype=torch.bfloat16, **changes):
+    case = Case(**{"T": 300, "E": 2, "D": 128, "F": 256} | changes)
+    t, plan = inputs(case, dtype, "cpu"), plan_of(case, "cpu")
+    return arguments(t, plan, norm=case.norm, gate=case.gate)._replace(activation=case.activation)
 
 
 def passes(call):
@@ -147,8 +139,8 @@ if __name__ == "__main__":
 
     configs.select = lambda *_: CONFIG
     with as_on("sm_90", 132):
-        chosen = {name: names(case(**sizes)) for name, sizes in CASES.items()}
-        arguments = both_ways(case(), there)
+        chosen = {name: names(call_of(**changes)) for name, changes in CASES.items()}
+        arguments = both_ways(call_of(), there)
         w = torch.empty(4, 128, 128, dtype=torch.bfloat16)
         reached = {}
         for stride in (2**16, 2**20):  # of 4096 rows

@@ -10,13 +10,14 @@ import gc
 import weakref
 from contextlib import nullcontext
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
 from tests.cases import Case
-from tests.kernels.checks import call, inputs, leaves, outputs, plan_of, send_to, use_config
+from tests.kernels.checks import assert_equal, call, inputs, leaves, outputs, plan_of, send_to, use_config
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::DeprecationWarning")
 pytest.importorskip("triton", reason="the kernels are written in Triton")
@@ -28,26 +29,19 @@ from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from moebert_kernels.kernels import triton as kernels  # noqa: E402
 from moebert_kernels.kernels.triton import direct, grouped, norm, replay, rows, wgrad  # noqa: E402
-from moebert_kernels.kernels.triton.configs import Config, Tile  # noqa: E402
 from moebert_kernels.ops import backends  # noqa: E402
+from tests.kernels.tiles import PLAIN, STREAMED  # noqa: E402
 
 TENSOR_MAP = object()
 
 
 @pytest.fixture
 def no_device(monkeypatch):
-    """A driver that makes of a descriptor what it was given."""
-    made = []
-
-    def fill(*arguments):
-        made.append(arguments)
-        return TENSOR_MAP
-
+    """A driver in a GPU's place; what makes its tensor maps."""
+    fill = Mock(return_value=TENSOR_MAP)
     fake = SimpleNamespace(utils=SimpleNamespace(fill_tma_descriptor=fill), get_current_stream=lambda _: 99)
-    before = driver._active
-    driver.set_active(fake)
-    yield made
-    driver._active = before
+    monkeypatch.setattr(driver, "_active", fake)
+    return fill
 
 
 def compiled(described):
@@ -82,7 +76,8 @@ def test_the_c_function_gets_what_triton_would_give_it(described, no_device):
     assert len(calls) == 2
     assert calls[0] == calls[1]
     if described:
-        assert [*map(repr, no_device[0])] == [repr(v) for v in no_device[1]]
+        by_triton, by_us = no_device.call_args_list
+        assert repr(by_triton) == repr(by_us)
 
 
 @pytest.mark.parametrize(
@@ -106,10 +101,6 @@ KERNELS = [
     for name, value in vars(module).items()
     if name.endswith("_kernel") and value.fn.__module__ == module.__name__
 ]
-
-SQUARE = Tile(16, 16, 16, 4, 2)
-PLAIN = Config(SQUARE, SQUARE, SQUARE, SQUARE, SQUARE)
-STREAMED = dataclasses.replace(PLAIN, stream_k=True, tma=True)
 
 
 def at(address, shape, dtype):
@@ -217,8 +208,7 @@ def test_repeated_calls_compute_what_passes_as_written_do(name, as_if_compiled, 
     monkeypatch.setattr(replay, "_INTERPRETED", True)
     expected = [compute(seed) for seed in (0, 1)]
     for seed, result in results:
-        for name, value in expected[seed].items():
-            assert torch.equal(result[name], value), f"{name} of seed {seed}"
+        assert_equal(result, expected[seed])
 
 
 def test_tensor_maps_are_made_once_for_an_address(as_if_compiled, monkeypatch):
@@ -255,9 +245,7 @@ def test_arguments_of_another_layout_are_copied(form, as_if_compiled, monkeypatc
     with torch.no_grad():
         expected = call(case, t, plan)
         for _ in range(2):
-            assert torch.equal(
-                call(case, {name: moved(tensor) for name, tensor in t.items()}, plan), expected
-            )
+            assert_equal(call(case, {name: moved(tensor) for name, tensor in t.items()}, plan), expected)
     assert as_if_compiled.starts
 
 
@@ -273,7 +261,7 @@ def test_direct_calls_and_the_operator_have_plans_in_common(order, as_if_compile
         for _ in range(2):
             with watched():
                 found = outputs(call(case, t, plan), t)
-            assert all(torch.equal(found[name], value) for name, value in expected.items())
+            assert_equal(found, expected)
     assert as_if_compiled.starts
 
 
@@ -287,34 +275,34 @@ def test_a_plan_keeps_no_memory(as_if_compiled, monkeypatch):
         call(case, leaves(t), plan)
         with torch.no_grad():
             call(case, t, plan)
-    sizes = [
-        tensor.untyped_storage().nbytes()
-        for form in backends._forms.values()
-        for known in form.kept.values()
-        for tensor in known.forms
-        if tensor is not None
-    ]
-    assert sizes
-    assert not any(sizes)
+    plans = [plan for form in backends._forms.values() for plan in form.kept.values()]
+    tensors = [tensor for plan in plans for tensor in plan.forms if tensor is not None]
+    assert {tensor.untyped_storage().nbytes() for tensor in tensors} == {0}
     del t
     gc.collect()
     assert [storage() for storage in kept] == [None] * len(kept)
 
 
+def sums(tensors, options):
+    """A pass of one kernel."""
+    return (rows.over_experts(tensors[0], 2, torch.float32),)
+
+
+def check_sums(plans):
+    x = torch.randn(8, 16)
+    for _ in range(3):
+        (y,) = replay.repeated(sums, [x], (), plans)
+        torch.testing.assert_close(y, x.view(4, 2, 16).sum(1))
+
+
 def test_a_pass_that_computes_outside_of_its_kernels_is_refused(as_if_compiled):
     """A sum in PyTorch between two launches would not be repeated."""
-    x = torch.randn(8, 16)
 
     def with_a_sum(tensors, options):
-        return (rows.over_experts(tensors[0] + 1, 2, torch.float32),)
+        return sums([tensors[0] + 1], options)
 
-    def without(tensors, options):
-        return (rows.over_experts(tensors[0], 2, torch.float32),)
-
-    plans = {}
-    for _ in range(3):
-        (y,) = replay.repeated(without, [x], (), plans)
-        torch.testing.assert_close(y, x.view(4, 2, 16).sum(1))
+    x, plans = torch.randn(8, 16), {}
+    check_sums(plans)
     replay.repeated(with_a_sum, [x], (), plans)
     with pytest.raises(AssertionError, match="aten::add"):
         replay.repeated(with_a_sum, [x], (), plans)
@@ -322,14 +310,7 @@ def test_a_pass_that_computes_outside_of_its_kernels_is_refused(as_if_compiled):
 
 def test_what_only_triton_can_start_is_run_as_written(as_if_compiled, monkeypatch):
     monkeypatch.setattr(direct, "entry", lambda *_: None)
-    x, plans = torch.randn(8, 16), {}
-
-    def sums(tensors, options):
-        return (rows.over_experts(tensors[0], 2, torch.float32),)
-
-    for _ in range(3):
-        (y,) = replay.repeated(sums, [x], (), plans)
-        torch.testing.assert_close(y, x.view(4, 2, 16).sum(1))
+    check_sums({})
     assert not as_if_compiled.starts
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import itertools
 import weakref
 
 import pytest
@@ -15,8 +16,10 @@ from tests.kernels.checks import (
     FEW_NEIGHBOURS,
     FORMS,
     arguments,
+    assert_equal,
     call,
     check,
+    experts_of,
     inputs,
     leaves,
     outputs,
@@ -38,11 +41,14 @@ PLAN_FIELDS = [field.name for field in dataclasses.fields(RoutingPlan)]
 
 @pytest.fixture(autouse=True)
 def kernels_and_ieee():
-    """A fallback to PyTorch would pass most of these tests: it may not happen. Nor may stray TF32."""
+    """A fallback to PyTorch would pass most of these tests: it may not happen. Nor may stray TF32, which
+    pytest's monkeypatch cannot switch off again: the switch is no attribute that the module's object has."""
     from moebert_kernels.kernels import triton as kernels
 
     assert backends.on_cuda(torch.empty(0, device="cuda")) is kernels
     assert not torch.backends.cuda.matmul.allow_tf32
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def table_entries():
@@ -65,9 +71,8 @@ def test_case(case, dtype, poisoned_memory):
 @pytest.mark.parametrize("routing", ["dropped", "skewed", "middle empty"])
 @pytest.mark.parametrize("norm", [False, True])
 def test_bert_base_sizes(dtype, routing, norm, poisoned_memory):
-    case = bert_base(1025, routing, gate=True, norm=norm)
-    slack = slack_of_long_sums(case) if dtype == "float32" else (0.0, 0.0)
-    check(case, DTYPES[dtype], "cuda", neighbours=FEW_NEIGHBOURS, slack=slack)
+    case, dtype = bert_base(1025, routing, gate=True, norm=norm), DTYPES[dtype]
+    check(case, dtype, "cuda", neighbours=FEW_NEIGHBOURS, slack=slack_of_long_sums(case, dtype))
 
 
 @pytest.mark.parametrize(("arithmetic", "size"), table_entries())
@@ -77,17 +82,13 @@ def test_committed_config(arithmetic, size, poisoned_memory, monkeypatch):
 
     family = configs.family(torch.device("cuda", torch.cuda.current_device()))
     use_config(configs.TABLE.get((family, arithmetic, size), configs.SAFE), monkeypatch)
-    case = Case(517, D=200, F=328, K=2, routing="dropped", gate=True)
+    torch.backends.cuda.matmul.allow_tf32 = arithmetic == "tf32"
+    wide = Case(517, D=200, F=328, K=2, routing="dropped", gate=True)
     skewed = Case(700, D=264, F=136, routing="skewed")
-    if arithmetic == "tf32":
-        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
-        for c in (case, skewed):
-            check(c, torch.float32, "cuda", neighbours=FEW_NEIGHBOURS, slack=TF32_SLACK)
-        return
-    for dtype in (torch.float16, torch.bfloat16) if arithmetic == "half" else (torch.float32,):
-        for c in (case, skewed):
-            slack = slack_of_long_sums(c) if dtype == torch.float32 else (0.0, 0.0)
-            check(c, dtype, "cuda", neighbours=FEW_NEIGHBOURS, slack=slack)
+    dtypes = (torch.float16, torch.bfloat16) if arithmetic == "half" else (torch.float32,)
+    for dtype, case in itertools.product(dtypes, (wide, skewed)):
+        slack = TF32_SLACK if arithmetic == "tf32" else slack_of_long_sums(case, dtype)
+        check(case, dtype, "cuda", neighbours=FEW_NEIGHBOURS, slack=slack)
 
 
 def test_float64_takes_the_pytorch_path():
@@ -105,8 +106,7 @@ def test_twenty_runs_are_bitwise_equal(T):
     first = run(case, t)
     for i in range(20):
         run(others[i % 3], t)
-        for name, value in run(case, t).items():
-            assert torch.equal(value, first[name]), f"{name} differs in run {i}"
+        assert_equal(run(case, t), first)
 
 
 @pytest.mark.parametrize(
@@ -160,8 +160,7 @@ def test_graph_replays_with_other_routing_in_the_same_buffers(T, norm):
             getattr(plan, field).copy_(getattr(other, field))
         graph.replay()
         replayed = {name: value.clone() for name, value in captured.items()}
-        for name, value in step().items():
-            assert torch.equal(replayed[name], value), f"{name} after {routing}"
+        assert_equal(replayed, step())
 
 
 def test_a_graph_draws_a_new_dropout_mask_on_every_replay():
@@ -180,9 +179,8 @@ def test_a_graph_draws_a_new_dropout_mask_on_every_replay():
 
 def test_compiles_whole_and_once_for_all_token_counts():
     case = Case(8, D=64, F=96, norm=True)
-    weights = inputs(case, torch.bfloat16, "cuda")
-    names = ("w1", "b1", "w2", "b2", "ln_w", "ln_b")
-    w = {n: weights[n].requires_grad_() for n in names}
+    t = leaves(inputs(case, torch.bfloat16, "cuda"))
+    weights = [*experts_of(t), t["ln_w"], t["ln_b"]]
     graphs = []
 
     def count(graph, _inputs):
@@ -191,7 +189,7 @@ def test_compiles_whole_and_once_for_all_token_counts():
 
     def layer(x, ids):
         plan = RoutingPlan.from_expert_ids(ids, case.E)
-        return moe_ffn(x, plan, w["w1"], w["b1"], w["w2"], w["b2"], norm=(w["ln_w"], w["ln_b"]))
+        return moe_ffn(x, plan, *weights[:4], norm=(t["ln_w"], t["ln_b"]))
 
     torch._dynamo.reset()
     counted = torch.compile(layer, fullgraph=True, backend=count)
@@ -199,15 +197,10 @@ def test_compiles_whole_and_once_for_all_token_counts():
     for T in (5, 9, 33, 64, 1000):
         x = torch.randn(T, case.D, device="cuda", dtype=torch.bfloat16)
         ids = torch.randint(-1, case.E, (T,), device="cuda")
-        expected = layer(x, ids)
-        expected_grads = torch.autograd.grad(expected.float().sum(), list(w.values()))
-        torch.testing.assert_close(counted(x, ids), expected)
-        y = compiled(x, ids)
-        torch.testing.assert_close(y, expected)
-        for name, a, b in zip(
-            names, torch.autograd.grad(y.float().sum(), list(w.values())), expected_grads, strict=True
-        ):
-            torch.testing.assert_close(a, b, msg=lambda m, name=name: f"d{name}: {m}")
+        expected, y = layer(x, ids), compiled(x, ids)
+        torch.testing.assert_close([counted(x, ids), y], [expected, expected])
+        grads = [torch.autograd.grad(of.float().sum(), weights) for of in (y, expected)]
+        torch.testing.assert_close(*grads)
     assert len(graphs) <= 2
 
 
@@ -231,11 +224,10 @@ def test_repeated_calls_compute_what_passes_as_written_do(T, norm, poisoned_memo
         first = [run(case, t) for t in draws]
     for _ in range(2):
         for t, expected in zip(draws, first, strict=True):
-            for name, value in run(case, {k: v.clone() for k, v in t.items()}).items():
-                assert torch.equal(value, expected[name]), name
+            assert_equal(run(case, {k: v.clone() for k, v in t.items()}), expected)
     with torch.no_grad():
-        results = [call(case, draws[0], plan_of(case, "cuda")) for _ in range(4)]
-    assert all(torch.equal(y, results[0]) for y in results)
+        first, *others = (call(case, draws[0], plan_of(case, "cuda")) for _ in range(4))
+    assert_equal(others, [first] * 3)
 
 
 def test_kernels_are_started_directly():
@@ -254,17 +246,10 @@ def test_autocast_equals_explicit_casts():
     layer = MoEFFN(64, 96, 4, norm_eps=1e-12, device="cuda")
     x = torch.randn(50, 64, device="cuda")
     plan = RoutingPlan.from_expert_ids(torch.arange(50, device="cuda") % 4, 4)
-    half = {n: p.detach().bfloat16() for n, p in layer.named_parameters() if not n.startswith("layernorm")}
-    expected = moe_ffn(
-        x.bfloat16(),
-        plan,
-        half["w1_EFD"],
-        half["bias1_EF"],
-        half["w2_EDF"],
-        half["bias2_ED"],
-        norm=(layer.layernorm_weight_ED, layer.layernorm_bias_ED),
-        residual_TD=x,
-    )
+    weights = (layer.w1_EFD, layer.bias1_EF, layer.w2_EDF, layer.bias2_ED)
+    norm = (layer.layernorm_weight_ED, layer.layernorm_bias_ED)
+    half = [weight.detach().bfloat16() for weight in weights]
+    expected = moe_ffn(x.bfloat16(), plan, *half, norm=norm, residual_TD=x)
     for _ in range(2):
         with torch.autocast("cuda", torch.bfloat16):
             y = layer(x, routing=plan)
@@ -305,16 +290,14 @@ def test_any_stream_will_do():
         late = {k: v + 0 for k, v in t.items()}
         result = run(case, late)
     side.synchronize()
-    for name, value in result.items():
-        assert torch.equal(value, expected[name]), name
+    assert_equal(result, expected)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_tensors_of_a_device_that_is_not_the_current_one():
     case = Case(33, gate=True, norm=True)
-    expected = run(case, inputs(case, torch.float32, "cuda:0"))
-    for name, value in run(case, inputs(case, torch.float32, "cuda:1")).items():
-        assert torch.equal(value.cpu(), expected[name].cpu()), name
+    on_each = (run(case, inputs(case, torch.float32, device)) for device in ("cuda:0", "cuda:1"))
+    assert_equal(*({name: value.cpu() for name, value in of_one.items()} for of_one in on_each))
 
 
 @pytest.mark.slow

@@ -1,18 +1,15 @@
 """Warp-specialised kernels: who gets them, what they are handed, their barriers; on a GPU, their results."""
 
 import json
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from tests import ROOT
 from tests.cases import Case
-from tests.kernels.checks import check, inputs, recorded, run, use_config
+from tests.forked import compiling, python
+from tests.kernels.checks import assert_equal, check, inputs, recorded, run, use_config
 from tests.kernels.protocol import Program
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
@@ -33,41 +30,37 @@ PINGPONG = {
 PLAIN = {name: [kernel.removesuffix("_pingpong") for kernel in kernels] for name, kernels in PINGPONG.items()}
 
 
-def script(name, *arguments):
+def script(name):
     """What a script of this folder prints, in a process whose Triton compiles."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(Path(__file__).with_name(name)), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = python("-m", f"tests.kernels.{name}", imported=("torch", "triton"), environment=compiling())
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
 def launches():
-    return script("hopper_launches.py")
+    return script("hopper_launches")
 
 
 def test_calls_that_do_not_fit_get_the_plain_kernels(launches):
     """A gate, shared neurons, a tile that overhangs: the specialised kernels would compute something else."""
-    chosen = {**launches["chosen"]}
-    for name in ("fits", "norm", "two experts a token", "float16", "relu", "no bias", "8 experts"):
-        assert chosen.pop(name) == PINGPONG, name
-    for name in ("shared", "float32", "9 experts", "hidden size of 160", "160 neurons"):
-        assert chosen.pop(name) == PLAIN, name
-    assert chosen.pop("gate") == {
-        "inference": ["gather_pingpong", "scatter"],
-        "forward": ["gather", "scatter"],
-        "backward": ["gather_backward", "scatter_pingpong"],
+    specialised = ("fits", "norm", "two experts a token", "float16", "relu", "no bias", "8 experts")
+    plain = ("shared", "float32", "9 experts", "hidden size of 160", "160 neurons")
+    assert launches["chosen"] == {
+        **dict.fromkeys(specialised, PINGPONG),
+        **dict.fromkeys(plain, PLAIN),
+        "gate": {
+            "inference": ["gather_pingpong", "scatter"],
+            "forward": ["gather", "scatter"],
+            "backward": ["gather_backward", "scatter_pingpong"],
+        },
+        "hidden size of 192": {  # can be added up in whole steps, but has no whole columns
+            "inference": ["gather_pingpong", "scatter"],
+            "forward": ["gather", "scatter"],
+            "backward": ["gather_backward_pingpong", "scatter"],
+        },
+        "no token": {"inference": [], "forward": [], "backward": []},
     }
-    # 192 can be added up in whole steps, but has no whole columns.
-    assert chosen.pop("hidden size of 192") == {
-        "inference": ["gather_pingpong", "scatter"],
-        "forward": ["gather", "scatter"],
-        "backward": ["gather_backward_pingpong", "scatter"],
-    }
-    assert chosen.pop("no token") == {"inference": [], "forward": [], "backward": []}
-    assert not chosen
 
 
 def test_rows_whose_offsets_need_more_than_32_bits_are_not_gathered(launches):
@@ -114,7 +107,7 @@ def test_the_machine_code_is_that_which_was_measured():
         pytest.skip("another compiler")
     rows = map(json.loads, (ROOT / "bench" / "results" / "h200" / "specialised.jsonl").open(encoding="utf-8"))
     measured = {row["variant"].split()[0]: row["machine_code"] for row in rows if "machine_code" in row}
-    assert script("hopper_code.py") == measured
+    assert script("hopper_code") == measured
 
 
 @pytest.mark.parametrize("gathered", [False, True])
@@ -211,8 +204,7 @@ def test_runs_are_bitwise_equal_and_started_directly(monkeypatch):
     first = run(cases[0], t)
     for i in range(20):
         run(cases[1 + i % 2], t)
-        for name, value in run(cases[0], t).items():
-            assert torch.equal(value, first[name]), f"{name} differs in run {i}"
+        assert_equal(run(cases[0], t), first)
     plans = [plan for form in backends._forms.values() for plan in form.kept.values()]
     assert plans
     assert all(plan.whole for plan in plans)

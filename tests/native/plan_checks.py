@@ -1,4 +1,4 @@
-"""What a routing plan must be, by torch.sort alone, and ids to try a builder with."""
+"""What a routing plan must be, by torch.sort alone, and ids to try a builder with; a size is (L, S, E)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,37 @@ def assert_same_plans(plans, expected):
         assert torch.equal(found.cpu(), wanted), name
 
 
-def random_ids(generator, shape, limit, dtype, *, manner, outside):
+def check_slots(plans, ids_LS, num_experts):
+    """Plans from expert ids."""
+    assert_same_plans(plans, sorted_plans(ids_LS, num_experts))
+    assert plans.num_invalid is None
+
+
+def check_tokens(plans, token_case, num_experts):
+    """Plans from token ids, tables and a mask."""
+    expert_ids_LT, num_invalid = looked_up(*token_case)
+    assert_same_plans(plans, sorted_plans(expert_ids_LT, num_experts))
+    assert plans.num_invalid == num_invalid
+
+
+def random_slots(size, dtype, *, seed, manner="even", outside=True):
+    """Expert ids [L, S]."""
+    *shape, num_experts = size
+    generator = torch.Generator().manual_seed(seed)
+    return _random_ids(generator, shape, num_experts, dtype, manner, outside)
+
+
+def random_tokens(size, dtype, *, seed, vocab_size=1000, manner="even", outside=True, masked=True):
+    """Token ids [T], tables [L, V] and a mask [T] or None, for S = T."""
+    num_layers, num_tokens, num_experts = size
+    generator = torch.Generator().manual_seed(seed)
+    ids_T = _random_ids(generator, (num_tokens,), vocab_size, dtype, manner, outside)
+    tables_LV = _random_ids(generator, (num_layers, vocab_size), num_experts, torch.int32, "even", outside)
+    mask_T = torch.rand(num_tokens, generator=generator) < 0.7 if masked else None
+    return ids_T, tables_LV, mask_T
+
+
+def _random_ids(generator, shape, limit, dtype, manner, outside):
     """Ids in [0, limit): even, mostly the first, or all the same; `outside` puts some out of range."""
     ids = torch.randint(limit, shape, generator=generator)
     if manner == "skewed":

@@ -7,7 +7,7 @@ import torch
 
 from moebert_kernels import native
 from moebert_kernels.routing import native_plans
-from tests.native.plan_checks import assert_same_plans, looked_up, random_ids, sorted_plans
+from tests.native.plan_checks import check_slots, check_tokens, random_slots, random_tokens
 
 pytestmark = [
     pytest.mark.gpu,
@@ -41,16 +41,6 @@ def to_host(plans):
     return native_plans.PlanTensors(*(None if t is None else t.cpu() for t in plans))
 
 
-def token_case(num_layers, num_tokens, num_experts, dtype, *, seed, outside=True, masked=True):
-    generator = torch.Generator().manual_seed(seed)
-    ids_T = random_ids(generator, (num_tokens,), 1000, dtype, manner="even", outside=outside)
-    tables_LV = random_ids(
-        generator, (num_layers, 1000), num_experts, torch.int32, manner="even", outside=outside
-    )
-    mask_T = torch.rand(num_tokens, generator=generator) < 0.7 if masked else None
-    return ids_T, tables_LV, mask_T
-
-
 def on_device(*tensors):
     return [t if t is None else t.pin_memory().to("cuda", non_blocking=True) for t in tensors]
 
@@ -59,59 +49,49 @@ def on_device(*tensors):
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("manner", ["even", "one"])
 def test_plans_from_expert_ids_equal_a_stable_sort(size, dtype, manner):
-    num_layers, num_slots, num_experts = size
-    generator = torch.Generator().manual_seed(1)
-    ids_LS = random_ids(generator, (num_layers, num_slots), num_experts, dtype, manner=manner, outside=True)
-    plans = to_host(native_plans.from_expert_ids(*on_device(ids_LS), num_experts))
-    assert_same_plans(plans, sorted_plans(ids_LS, num_experts))
-    assert plans.num_invalid is None
+    ids_LS = random_slots(size, dtype, seed=1, manner=manner)
+    plans = native_plans.from_expert_ids(*on_device(ids_LS), size[2])
+    check_slots(to_host(plans), ids_LS, size[2])
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("masked", [False, True])
 def test_plans_from_input_ids_equal_lookup_and_stable_sort(size, dtype, masked):
-    num_layers, num_tokens, num_experts = size
-    ids_T, tables_LV, mask_T = token_case(num_layers, num_tokens, num_experts, dtype, seed=2, masked=masked)
-    plans = to_host(native_plans.from_input_ids(*on_device(ids_T, tables_LV, mask_T), num_experts))
-    expert_ids_LT, num_invalid = looked_up(ids_T, tables_LV, mask_T)
-    assert_same_plans(plans, sorted_plans(expert_ids_LT, num_experts))
-    assert plans.num_invalid == num_invalid
+    case = random_tokens(size, dtype, seed=2, masked=masked)
+    plans = native_plans.from_input_ids(*on_device(*case), size[2])
+    check_tokens(to_host(plans), case, size[2])
 
 
 @pytest.mark.parametrize("num_tokens", [500, 20_000])
 def test_a_captured_plan_follows_its_inputs(num_tokens):
     """Replay must route anew: no count may be baked into the graph, whichever number of launches it holds."""
-    first = token_case(12, num_tokens, 4, torch.int64, seed=3)
-    ids_T, tables_LV, mask_T = on_device(*first)
+    size = (12, num_tokens, 4)
+    buffers = on_device(*random_tokens(size, torch.int64, seed=3))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        plans = native_plans.from_input_ids(ids_T, tables_LV, mask_T, 4)
+        plans = native_plans.from_input_ids(*buffers, 4)
     for seed in (4, 5):
-        case = token_case(12, num_tokens, 4, torch.int64, seed=seed)
-        for buffer, value in zip((ids_T, tables_LV, mask_T), on_device(*case), strict=True):
+        case = random_tokens(size, torch.int64, seed=seed)
+        for buffer, value in zip(buffers, on_device(*case), strict=True):
             buffer.copy_(value)
         for tensor in plans:
             tensor.fill_(-7)
         graph.replay()
-        expert_ids_LT, num_invalid = looked_up(*case)
-        found = to_host(plans)
-        assert_same_plans(found, sorted_plans(expert_ids_LT, 4))
-        assert found.num_invalid == num_invalid
+        check_tokens(to_host(plans), case, 4)
 
 
 @pytest.mark.parametrize("num_tokens", [8192, 65_536])
 def test_twenty_runs_on_another_stream_agree_bit_for_bit(num_tokens):
-    ids_T, tables_LV, mask_T = on_device(*token_case(12, num_tokens, 4, torch.int64, seed=6))
+    case = on_device(*random_tokens((12, num_tokens, 4), torch.int64, seed=6))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        runs = [native_plans.from_input_ids(ids_T, tables_LV, mask_T, 4) for _ in range(20)]
+        runs = [native_plans.from_input_ids(*case, 4) for _ in range(20)]
     torch.cuda.set_sync_debug_mode("default")
     stream.synchronize()
     for run in runs[1:]:
-        for name, found, first in zip(run._fields, run, runs[0], strict=True):
-            assert torch.equal(found, first), name
+        torch.testing.assert_close(run, runs[0], rtol=0, atol=0)
 
 
 @pytest.mark.slow

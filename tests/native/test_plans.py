@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
-import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,7 +20,14 @@ from hypothesis import strategies as st
 from moebert_kernels import native
 from moebert_kernels.addresses import address
 from moebert_kernels.routing import native_plans
-from tests.native.plan_checks import assert_same_plans, looked_up, random_ids, sorted_plans
+from tests.native.plan_checks import (
+    assert_same_plans,
+    check_slots,
+    check_tokens,
+    random_slots,
+    random_tokens,
+    sorted_plans,
+)
 
 needs_extension = pytest.mark.skipif(not native.status().cpu, reason=native.status().cpu_detail)
 
@@ -43,33 +53,16 @@ cases = {
 
 @needs_extension
 @given(**cases)
-def test_plans_from_expert_ids_equal_a_stable_sort(size, dtype, manner, outside, seed):
-    num_layers, num_slots, num_experts = size
-    generator = torch.Generator().manual_seed(seed)
-    ids_LS = random_ids(
-        generator, (num_layers, num_slots), num_experts, dtype, manner=manner, outside=outside
-    )
-    plans = native_plans.from_expert_ids(ids_LS, num_experts)
-    assert_same_plans(plans, sorted_plans(ids_LS, num_experts))
-    assert plans.num_invalid is None
+def test_plans_from_expert_ids_equal_a_stable_sort(size, **how):
+    ids_LS = random_slots(size, **how)
+    check_slots(native_plans.from_expert_ids(ids_LS, size[2]), ids_LS, size[2])
 
 
 @needs_extension
 @given(**cases, vocab_size=st.sampled_from([1, 2, 50, 1000]), masked=st.booleans())
-def test_plans_from_input_ids_equal_lookup_and_stable_sort(
-    size, dtype, manner, outside, seed, vocab_size, masked
-):
-    num_layers, num_tokens, num_experts = size
-    generator = torch.Generator().manual_seed(seed)
-    ids_T = random_ids(generator, (num_tokens,), vocab_size, dtype, manner=manner, outside=outside)
-    tables_LV = random_ids(
-        generator, (num_layers, vocab_size), num_experts, torch.int32, manner="even", outside=outside
-    )
-    mask_T = torch.rand(num_tokens, generator=generator) < 0.7 if masked else None
-    plans = native_plans.from_input_ids(ids_T, tables_LV, mask_T, num_experts)
-    expert_ids_LT, num_invalid = looked_up(ids_T, tables_LV, mask_T)
-    assert_same_plans(plans, sorted_plans(expert_ids_LT, num_experts))
-    assert plans.num_invalid == num_invalid
+def test_plans_from_input_ids_equal_lookup_and_stable_sort(size, **how):
+    case = random_tokens(size, **how)
+    check_tokens(native_plans.from_input_ids(*case, size[2]), case, size[2])
 
 
 @pytest.fixture
@@ -80,32 +73,26 @@ def restored_threads():
 
 
 @needs_extension
-@pytest.mark.parametrize(
-    ("num_layers", "num_slots", "num_experts"), [(1, 200_003, 4), (3, 70_001, 4), (2, 131_072, 200)]
-)
-def test_thread_count_does_not_change_a_plan(restored_threads, num_layers, num_slots, num_experts):
+@pytest.mark.parametrize("size", [(1, 200_003, 4), (3, 70_001, 4), (2, 131_072, 200)])
+def test_thread_count_does_not_change_a_plan(restored_threads, size):
     """From 65536 slots on the work is shared; one layer is then cut into chunks whose sums must join."""
-    generator = torch.Generator().manual_seed(3)
-    ids_LS = random_ids(
-        generator, (num_layers, num_slots), num_experts, torch.int64, manner="even", outside=True
-    )
-    expected = sorted_plans(ids_LS, num_experts)
+    ids_LS = random_slots(size, torch.int64, seed=3)
+    expected = sorted_plans(ids_LS, size[2])
     for num_threads in (1, 2, 3, 5):
         torch.set_num_threads(num_threads)
-        assert_same_plans(native_plans.from_expert_ids(ids_LS, num_experts), expected)
+        assert_same_plans(native_plans.from_expert_ids(ids_LS, size[2]), expected)
 
 
 @needs_extension
 def test_strided_inputs_are_read_as_they_look():
     ids_LS = torch.arange(24, dtype=torch.int64).remainder(5).reshape(8, 3).t()
-    assert_same_plans(native_plans.from_expert_ids(ids_LS, 4), sorted_plans(ids_LS, 4))
+    check_slots(native_plans.from_expert_ids(ids_LS, 4), ids_LS, 4)
 
     ids_T = torch.tensor([3, 9, 1, 9, 0, 9, 2, 9])[::2]
     tables_LV = torch.tensor([[0, 1], [1, 0], [2, 2], [0, 3]], dtype=torch.int32).t()
     mask_T = torch.tensor([True, False, True, False, False, False, True, False])[::2]
-    expert_ids_LT, _ = looked_up(ids_T, tables_LV, mask_T)
-    plans = native_plans.from_input_ids(ids_T, tables_LV, mask_T, 4)
-    assert_same_plans(plans, sorted_plans(expert_ids_LT, 4))
+    case = ids_T, tables_LV, mask_T
+    check_tokens(native_plans.from_input_ids(*case, 4), case, 4)
 
 
 @needs_extension
@@ -124,22 +111,19 @@ def test_the_interpreter_runs_on_while_a_plan_is_built(restored_threads):
     """Releasing the GIL lets a training loop go on while a collating thread builds the next batch's plan."""
     torch.set_num_threads(1)
     ids_LS = torch.randint(4, (4, 1 << 21))
+
+    def build():
+        start = time.perf_counter()
+        native_plans.from_expert_ids(ids_LS, 4)
+        return start, time.perf_counter()
+
     for _attempt in range(5):
-        span = []
-        builder = threading.Thread(
-            target=lambda span=span: (
-                span.append(time.perf_counter()),
-                native_plans.from_expert_ids(ids_LS, 4),
-                span.append(time.perf_counter()),
-            )
-        )
-        ticks = []
-        builder.start()
-        while builder.is_alive():
-            ticks.append(time.perf_counter())
-            time.sleep(0)
-        builder.join()
-        start, end = span
+        with ThreadPoolExecutor() as pool:
+            building, ticks = pool.submit(build), []
+            while not building.done():
+                ticks.append(time.perf_counter())
+                time.sleep(0)
+        start, end = building.result()
         fifth = (end - start) / 5
         if any(start + fifth < tick < end - fifth for tick in ticks):
             return
@@ -156,11 +140,7 @@ def test_what_the_native_part_does_not_serve_is_left_to_pytorch():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (
-            {"input_ids_T": torch.zeros(2, 2, dtype=torch.int64)},
-            ValueError,
-            r"input_ids_T must have shape \[T\]",
-        ),
+        ({"input_ids_T": torch.zeros(2, 2).long()}, ValueError, r"input_ids_T must have shape \[T\]"),
         ({"tables_LV": torch.zeros(4, dtype=torch.int32)}, ValueError, r"tables_LV must have shape \[L, V\]"),
         ({"tables_LV": torch.zeros(1, 4)}, TypeError, "tables_LV must be int32"),
         ({"mask_T": torch.ones(3)}, TypeError, "mask_T must be bool"),
@@ -222,22 +202,15 @@ def extension_import(monkeypatch):
     """Lets a test decide how importing the extension ends."""
 
     def set_outcome(outcome):
-        def import_module(name):
-            if isinstance(outcome, Exception):
-                raise outcome
-            return outcome
+        monkeypatch.setattr(importlib, "import_module", Mock(side_effect=repeat(outcome)))
+        forget()
 
-        monkeypatch.setattr(importlib, "import_module", import_module)
+    def forget():
         native._load.cache_clear()
         native._warn_once.cache_clear()
 
     yield set_outcome
-    native._load.cache_clear()
-    native._warn_once.cache_clear()
-
-
-class OldExtension:
-    ABI_VERSION = -1
+    forget()
 
 
 @pytest.mark.parametrize(
@@ -245,7 +218,7 @@ class OldExtension:
     [
         (ModuleNotFoundError("No module named 'moebert_kernels._native'"), "was never built"),
         (ImportError("undefined symbol: _ZN"), "does not load .ImportError: undefined symbol"),
-        (OldExtension, "has interface -1"),
+        (SimpleNamespace(ABI_VERSION=-1), "has interface -1"),
     ],
 )
 def test_an_unusable_extension_is_one_warning_and_a_reason(extension_import, outcome, reason):
@@ -258,8 +231,7 @@ def test_an_unusable_extension_is_one_warning_and_a_reason(extension_import, out
         warnings.simplefilter("error")
         assert native_plans.from_expert_ids(ids_LS, 2) is None
         status = native.status()
-    assert not status.cpu
-    assert not status.cuda
+    assert (status.cpu, status.cuda) == (False, False)
     assert status.cpu_detail == status.cuda_detail == status.rows_detail
     assert "_native" in status.cpu_detail
 

@@ -5,38 +5,48 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import library
+from torch.nn import functional
 
 from moebert_kernels import RoutingPlan, moe_ffn
 from moebert_kernels.ops.operator import ffn
-from tests.kernels.checks import FORMS, arguments
-from tests.ops.calls import INPUTS, make_inputs, ours, reference, used
+from tests.cases import Case, any_experts, expert_ids
+from tests.kernels.checks import (
+    FORMS,
+    arguments,
+    assert_equal,
+    call,
+    experts_of,
+    inputs,
+    leaves,
+    outputs,
+    plan_of,
+    reference,
+    run,
+)
+
+SMALL = Case(9, D=6, F=5, E=3, routing="dropped", gate=True)
+WHOLE = dataclasses.replace(SMALL, K=2, norm=True)
+TIED = dataclasses.replace(SMALL, C=4)
 
 
 @given(
-    st.sampled_from([0, 1, 2, 7, 17]),
-    st.integers(1, 5),
-    st.integers(1, 3),
-    st.booleans(),
-    st.booleans(),
-    st.sampled_from(["gelu", "gelu_tanh", "relu", "silu"]),
-    st.integers(0, 1000),
+    T=st.sampled_from([0, 1, 2, 7, 17]),
+    E=st.integers(1, 5),
+    K=st.integers(1, 3),
+    norm=st.booleans(),
+    gate=st.booleans(),
+    bias=st.booleans(),
+    activation=st.sampled_from(["gelu", "gelu_tanh", "relu", "silu"]),
+    seed=st.integers(0, 1000),
 )
-def test_values_and_gradients_equal_the_reference(T, E, K, norm, gate, activation, seed):
-    t, ids = make_inputs(T, 6, 5, E, min(K, E), seed=seed)
-    y = ours(t, RoutingPlan.from_expert_ids(ids, E), norm=norm, gate=gate, activation=activation)
-    expected = reference(t, ids, norm=norm, gate=gate, activation=activation)
-    torch.testing.assert_close(y, expected)
-    if T == 0:
-        return
-    dy = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    names = used(norm, gate)
-    ours_grads = torch.autograd.grad(y, [t[n] for n in names], dy, materialize_grads=True)
-    ref_grads = torch.autograd.grad(expected, [t[n] for n in names], dy, materialize_grads=True)
-    for name, a, b in zip(names, ours_grads, ref_grads, strict=True):
-        torch.testing.assert_close(a, b, msg=lambda m, name=name: f"gradient of {name}: {m}")
+@example(T=9, E=3, K=1, norm=False, gate=True, bias=False, activation="gelu", seed=0)
+def test_values_and_gradients_equal_the_reference(T, E, K, norm, gate, bias, activation, seed):
+    case = Case(T, 6, 5, E, min(K, E), activation=activation, bias=bias, gate=gate, norm=norm)
+    t, ids_TK = inputs(case, torch.float64, "cpu", seed=seed), any_experts(case, seed=seed)
+    torch.testing.assert_close(run(case, t, ids_TK), reference(case, t, ids_TK))
 
 
 def test_erf_and_tanh_gelu_are_told_apart():
@@ -55,104 +65,79 @@ def test_erf_and_tanh_gelu_are_told_apart():
 @pytest.mark.parametrize("norm", [False, True])
 def test_low_precision_is_as_good_as_plain_torch(dtype, norm):
     """Per output, rms error against float64 at most 1.5 times that of torch's own modules in this dtype."""
-    t64, ids = make_inputs(64, 32, 48, 3, 1, low=0)
-    t = {k: v.detach().to(dtype) for k, v in t64.items()}
-    exact = reference({k: v.double() for k, v in t.items()}, ids, norm=norm, gate=False)
-    y = ours(t, RoutingPlan.from_expert_ids(ids, 3), norm=norm, gate=False)
+    case = Case(64, D=32, F=48, E=3, norm=norm)
+    t, ids_TK = inputs(case, dtype, "cpu"), expert_ids(case)
+    y = call(case, t, plan_of(case, "cpu"))
     assert y.dtype == dtype
     plain = torch.empty_like(y)
-    for e in range(3):
-        rows = ids[:, 0] == e
-        h = torch.nn.functional.gelu(torch.nn.functional.linear(t["x"][rows], t["w1"][e], t["b1"][e]))
-        z = torch.nn.functional.linear(h, t["w2"][e], t["b2"][e])
+    for e in range(case.E):
+        rows = ids_TK[:, 0] == e
+        h = functional.gelu(functional.linear(t["x"][rows], t["w1"][e], t["b1"][e]))
+        z = functional.linear(h, t["w2"][e], t["b2"][e])
         if norm:
             u = z + t["residual"][rows]
-            z = torch.nn.functional.layer_norm(u, (32,), t["ln_w"][e], t["ln_b"][e], 1e-12)
+            z = functional.layer_norm(u, (case.D,), t["ln_w"][e], t["ln_b"][e], 1e-12)
         plain[rows] = z
 
     def rms_error(value):
         return (value.double() - exact).square().mean().sqrt()
 
+    exact = reference(case, t)["y"]
     assert rms_error(y) <= 1.5 * rms_error(plain)
 
 
-def test_any_subset_of_inputs_may_require_grad():
-    t, ids = make_inputs(9, 6, 5, 3, 2)
-    plan = RoutingPlan.from_expert_ids(ids, 3)
-    full = torch.autograd.grad(
-        ours(t, plan, norm=True, gate=True).square().sum(), [t[n] for n in INPUTS], retain_graph=True
-    )
-    wanted = dict(zip(INPUTS, full, strict=True))
-    for subset in itertools.chain(itertools.combinations(INPUTS, 1), itertools.combinations(INPUTS, 2)):
-        part = {n: v.detach().requires_grad_(n in subset) for n, v in t.items()}
-        y = ours(part, plan, norm=True, gate=True)
-        for name, grad in zip(
-            subset, torch.autograd.grad(y.square().sum(), [part[n] for n in subset]), strict=True
-        ):
-            torch.testing.assert_close(grad, wanted[name], msg=lambda m, s=subset: f"{s}: {m}")
-
-
-def test_nothing_needs_biases():
-    t, ids = make_inputs(9, 6, 5, 3, 1)
-    t |= {"b1": None, "b2": None}
-    plan = RoutingPlan.from_expert_ids(ids, 3)
-    y = ours(t, plan, norm=False, gate=True)
-    expected = reference(t, ids, norm=False, gate=True)
-    torch.testing.assert_close(y, expected)
-    names = ["x", "w1", "w2", "gate"]
-    for a, b in zip(
-        torch.autograd.grad(y.sum(), [t[n] for n in names]),
-        torch.autograd.grad(expected.sum(), [t[n] for n in names]),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [(WHOLE, torch.float64), (Case(40, D=8, F=8, E=2, C=16, norm=True, routing="dropped"), torch.float32)],
+    ids=str,
+)
+def test_any_subset_of_inputs_may_require_grad(case, dtype):
+    t, plan = inputs(case, dtype, "cpu"), plan_of(case, "cpu")
+    everything = run(case, t)
+    names = [name for name in t if name != "dy"]
+    for wanted in (c for n in (1, 2) for c in itertools.combinations(names, n)):
+        part = leaves(t, wanted)
+        found = outputs(call(case, part, plan), part)
+        torch.testing.assert_close(found, {name: everything[name] for name in found})
 
 
 def test_a_second_backward_sees_the_same_saved_tensors():
     """A peer wrote into what it had saved, so that the second backward was wrong."""
-    t, ids = make_inputs(9, 6, 5, 3, 2)
-    y = ours(t, RoutingPlan.from_expert_ids(ids, 3), norm=True, gate=True).sum()
-    first = torch.autograd.grad(y, [t[n] for n in INPUTS], retain_graph=True)
-    second = torch.autograd.grad(y, [t[n] for n in INPUTS])
-    for a, b in zip(first, second, strict=True):
-        assert torch.equal(a, b)
+    t = leaves(inputs(WHOLE, torch.float64, "cpu"))
+    y = call(WHOLE, t, plan_of(WHOLE, "cpu")).sum()
+    wanted = [tensor for tensor in t.values() if tensor.requires_grad]
+    first = torch.autograd.grad(y, wanted, retain_graph=True)
+    assert_equal(torch.autograd.grad(y, wanted), first)
 
 
 def test_strides_do_not_matter():
-    t, ids = make_inputs(9, 6, 5, 3, 1)
-    plan = RoutingPlan.from_expert_ids(ids, 3)
-    y = ours(t, plan, norm=True, gate=True)
-    strided = dict(t, x=t["x"].detach().T.contiguous().T.requires_grad_())
-    y_strided = ours(strided, plan, norm=True, gate=True)
-    assert torch.equal(y, y_strided)
-    dy = torch.randn(6, 9, dtype=torch.float64).T
-    (a,) = torch.autograd.grad(y, t["x"], dy.contiguous())
-    (b,) = torch.autograd.grad(y_strided, strided["x"], dy)
-    torch.testing.assert_close(a, b)
+    t = inputs(WHOLE, torch.float64, "cpu")
+    strided = leaves(t | {name: t[name].T.contiguous().T for name in ("x", "dy")})
+    assert not strided["x"].is_contiguous()
+    found, expected = outputs(call(WHOLE, strided, plan_of(WHOLE, "cpu")), strided), run(WHOLE, t)
+    assert_equal(found["y"], expected["y"])
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_token_without_expert_is_skipped():
-    t, ids = make_inputs(5, 6, 5, 3, 1)
-    ids[:] = -1
-    plan = RoutingPlan.from_expert_ids(ids, 3)
-    assert torch.equal(ours(t, plan, norm=False, gate=True), torch.zeros(5, 6, dtype=torch.float64))
-    y = ours(t, plan, norm=True, gate=True)
-    assert torch.equal(y, t["residual"])
-    (dresidual,) = torch.autograd.grad(y.sum(), t["residual"])
-    assert torch.equal(dresidual, torch.ones_like(dresidual))
+    case = dataclasses.replace(WHOLE, routing="nobody")
+    t = inputs(case, torch.float64, "cpu")
+    assert not run(dataclasses.replace(case, norm=False), t)["y"].any()
+    found = run(case, t)
+    assert_equal([found["y"], found["dresidual"]], [t["residual"], t["dy"]])
 
 
 def test_dropout_is_the_same_in_backward_and_follows_the_seed():
-    t, ids = make_inputs(40, 6, 5, 3, 1, low=0)
-    plan = RoutingPlan.from_expert_ids(ids, 3)
+    case = Case(40, D=6, F=5, E=3, norm=True)
+    t, plan = leaves(inputs(case, torch.float64, "cpu")), plan_of(case, "cpu")
 
-    def run(seed, x):
+    def dropping(seed, x):
         torch.manual_seed(seed)
-        return ours(dict(t, x=x), plan, norm=True, gate=False, dropout_p=0.3)
+        return call(case, t | {"x": x}, plan, dropout_p=0.3)
 
-    assert torch.equal(run(1, t["x"]), run(1, t["x"]))
-    assert not torch.equal(run(1, t["x"]), run(2, t["x"]))
-    assert torch.autograd.gradcheck(lambda x: run(1, x), (t["x"],))
+    assert torch.equal(dropping(1, t["x"]), dropping(1, t["x"]))
+    assert not torch.equal(dropping(1, t["x"]), dropping(2, t["x"]))
+    assert torch.autograd.gradcheck(lambda x: dropping(1, x), (t["x"],))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -167,57 +152,55 @@ def test_dropout_zeroes_its_share_and_keeps_the_mean(dtype):
     assert (y < 0).double().mean().item() == pytest.approx(0.25, abs=0.01)
 
 
-@pytest.mark.parametrize("device_dtype", [torch.bfloat16, torch.float16])
-def test_autocast_casts_as_linear_does(device_dtype):
-    t, ids = make_inputs(9, 6, 5, 3, 1, dtype=torch.float32)
-    plan = RoutingPlan.from_expert_ids(ids, 3)
-    with torch.autocast("cpu", dtype=device_dtype):
-        plain = ours(t, plan, norm=False, gate=True)
-        normed = ours(t, plan, norm=True, gate=True)
-    assert plain.dtype == device_dtype
-    assert normed.dtype == torch.float32
-    grads = torch.autograd.grad(normed.sum() + plain.float().sum(), [t[n] for n in INPUTS])
-    assert all(g.dtype == torch.float32 for g in grads)
-    low = {k: v.detach().to(device_dtype) for k, v in t.items()}
-    assert torch.equal(plain, ours(low | {"gate": t["gate"].detach()}, plan, norm=False, gate=True))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", [SMALL, TIED], ids=str)
+def test_autocast_casts_as_linear_does(case, dtype):
+    normed = dataclasses.replace(case, norm=True)
+    t, plan = leaves(inputs(normed, torch.float32, "cpu")), plan_of(case, "cpu")
+    with torch.autocast("cpu", dtype=dtype):
+        y, y_normed = call(case, t, plan), call(normed, t, plan)
+    assert (y.dtype, y_normed.dtype) == (dtype, torch.float32)
+    wanted = [tensor for tensor in t.values() if tensor.requires_grad]
+    grads = torch.autograd.grad(y_normed.sum() + y.float().sum(), wanted)
+    assert {grad.dtype for grad in grads} == {torch.float32}
+    low = {name: tensor.detach().to(dtype) for name, tensor in t.items()}
+    assert_equal(y, call(case, low | {"gate": t["gate"].detach()}, plan))
 
 
 @pytest.mark.parametrize("form", range(len(FORMS)))
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_opcheck_is_clean(form, dtype):
+@pytest.mark.parametrize("C", [0, 4])
+def test_opcheck_is_clean(C, dtype, form):
     """Every form in every dtype, and each of the two with one expert for a token or two."""
-    K, form = 1 + (form + (dtype == torch.float32)) % 2, FORMS[form]
-    t, ids = make_inputs(9, 6, 5, 3, K, dtype=dtype)
-    plan = RoutingPlan.from_expert_ids(ids, 3)
+    K = 1 + (form + (dtype == torch.float32)) % 2
+    case = dataclasses.replace(WHOLE, K=K, C=C)
+    t, plan = leaves(inputs(case, dtype, "cpu")), plan_of(case, "cpu")
     # The last check compares gradients of its own compilation: for them 16 bits are too few.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    library.opcheck(
-        ffn, (*arguments(t, plan, **form), True), test_utils=checks[: 3 if dtype == torch.bfloat16 else 4]
-    )
-    fixed = {k: v.detach() for k, v in t.items()}
-    library.opcheck(ffn, (*arguments(fixed, plan, **form), False))
+    training = (*arguments(t, plan, **FORMS[form]), True)
+    library.opcheck(ffn, training, test_utils=checks[: 3 if dtype == torch.bfloat16 else 4])
+    if C == 0:  # inference keeps nothing, of shared neurons either
+        fixed = {name: tensor.detach() for name, tensor in t.items()}
+        library.opcheck(ffn, (*arguments(fixed, plan, **FORMS[form]), False))
 
 
 @pytest.mark.slow
 def test_compiles_whole_and_once_for_all_token_counts():
-    t, _ = make_inputs(4, 6, 5, 3, 1, dtype=torch.float32)
-    weights = [t[n] for n in ("w1", "b1", "w2", "b2")]
+    t = leaves(inputs(Case(4, D=6, F=5, E=3, norm=True), torch.float32, "cpu"))
     frames = []
 
     def count(graph, _inputs):
         frames.append(graph)
         return graph
 
-    @torch.compile(fullgraph=True, backend=count, dynamic=None)
     def layer(x, ids):
         plan = RoutingPlan.from_expert_ids(ids, 3)
-        return moe_ffn(x, plan, *weights, norm=(t["ln_w"], t["ln_b"]))
+        return moe_ffn(x, plan, *experts_of(t), norm=(t["ln_w"], t["ln_b"]))
 
+    compiled = torch.compile(layer, fullgraph=True, backend=count, dynamic=None)
     for T in (5, 9, 33, 64, 100):
         x, ids = torch.randn(T, 6), torch.randint(-1, 3, (T,))
-        plan = RoutingPlan.from_expert_ids(ids, 3)
-        expected = moe_ffn(x, plan, *weights, norm=(t["ln_w"], t["ln_b"]))
-        torch.testing.assert_close(layer(x, ids), expected)
+        torch.testing.assert_close(compiled(x, ids), layer(x, ids))
     assert len(frames) <= 2
 
 
@@ -228,29 +211,25 @@ WRONG = {
     "w2": ({"w2": torch.zeros(3, 5, 6)}, "w2_EDF must have shape"),
     "b1": ({"b1": torch.zeros(3, 6)}, "b1_EF must have shape"),
     "gate": ({"gate": torch.zeros(9, 2)}, "gate_TK must have shape"),
-    "dtype": (
-        {"w1": torch.zeros(3, 5, 6, dtype=torch.float64)},
-        "x_TD must have|w1_EFD must have x_TD's dtype",
-    ),
+    "dtype": ({"w1": torch.zeros(3, 5, 6).double()}, "x_TD must have|w1_EFD must have x_TD's dtype"),
 }
 
 
-@pytest.mark.parametrize("case", WRONG)
-def test_wrong_arguments_are_named(case):
-    changes, words = WRONG[case]
-    t, ids = make_inputs(9, 6, 5, 3, 1, dtype=torch.float32)
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_arguments_are_named(wrong):
+    changes, words = WRONG[wrong]
     with pytest.raises(ValueError, match=words):
-        ours(t | changes, RoutingPlan.from_expert_ids(ids, 3), norm=False, gate=True)
+        call(SMALL, inputs(SMALL, torch.float32, "cpu") | changes, plan_of(SMALL, "cpu"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("norm", [False, True])
 def test_a_plan_of_another_device_or_form_is_refused(dtype, norm):
     """Stops its tables from being read through a null or a foreign pointer, which ends the process."""
-    t, ids = make_inputs(9, 6, 5, 3, 1, dtype=dtype)
-    plan = RoutingPlan.from_expert_ids(ids, 3)
+    case = dataclasses.replace(SMALL, gate=False, norm=norm)
+    t, plan = inputs(case, dtype, "cpu"), plan_of(case, "cpu")
     with pytest.raises(ValueError, match="plan is on meta, but w1_EFD is on cpu"):
-        ours(t, RoutingPlan.from_expert_ids(ids.to("meta"), 3), norm=norm, gate=False)
+        call(case, t, plan_of(case, "meta"))
     for changes, words in (
         ({"inverse_S": plan.inverse_S.to("meta")}, "plan is on meta, but w1_EFD is on cpu"),
         ({"order_S": plan.order_S.long()}, r"plan\.order_S must be int32, got torch\.int64"),
@@ -258,17 +237,19 @@ def test_a_plan_of_another_device_or_form_is_refused(dtype, norm):
         ({"offsets_E1": plan.offsets_E1.float()}, r"plan\.offsets_E1 must be int32"),
     ):
         with pytest.raises(ValueError, match=words):
-            ours(t, dataclasses.replace(plan, **changes), norm=norm, gate=False)
+            call(case, t, dataclasses.replace(plan, **changes))
 
 
-def test_wrong_options_are_named():
-    t, ids = make_inputs(9, 6, 5, 3, 1)
-    plan = RoutingPlan.from_expert_ids(ids, 3)
-    with pytest.raises(ValueError, match="activation must be one of gelu"):
-        ours(t, plan, norm=False, gate=True, activation="swish")
-    with pytest.raises(ValueError, match=r"dropout_p=0\.1 needs norm"):
-        ours(t, plan, norm=False, gate=True, dropout_p=0.1)
-    with pytest.raises(ValueError, match="residual_TD"):
-        ours(t, plan, norm=False, gate=True, residual_TD=t["residual"])
-    with pytest.raises(ValueError, match=r"dropout_p must lie in \[0, 1\), got 1"):
-        ours(t, plan, norm=True, gate=True, dropout_p=1)
+@pytest.mark.parametrize(
+    ("norm", "options", "words"),
+    [
+        (False, {"activation": "swish"}, "activation must be one of gelu"),
+        (False, {"dropout_p": 0.1}, r"dropout_p=0\.1 needs norm"),
+        (False, {"residual_TD": torch.zeros(9, 6)}, "residual_TD"),
+        (True, {"dropout_p": 1}, r"dropout_p must lie in \[0, 1\), got 1"),
+    ],
+)
+def test_wrong_options_are_named(norm, options, words):
+    case = dataclasses.replace(SMALL, norm=norm)
+    with pytest.raises(ValueError, match=words):
+        call(case, inputs(case, torch.float32, "cpu"), plan_of(case, "cpu"), **options)

@@ -1,6 +1,7 @@
 """What watches calls - tracers, counters, modes, transforms - sees the operator, and the same numbers."""
 
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,13 +11,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from moebert_kernels import RoutingPlan, moe_ffn
+from moebert_kernels import moe_ffn
 from moebert_kernels.ops.operator import ffn
-from tests.kernels.checks import arguments
-from tests.ops.calls import make_inputs
+from tests.cases import Case, expert_ids
+from tests.kernels.checks import arguments, assert_equal, inputs, leaves, plan_of
 
-T, D, F, E, K = 9, 6, 5, 3, 2
-USED = int((make_inputs(T, D, F, E, K)[1] >= 0).sum())  # by tokens that have an expert
+CASE = Case(9, D=6, F=5, E=3, K=2, routing="dropped", gate=True, norm=True)
+USED = int((expert_ids(CASE) >= 0).sum())  # slots, of CASE.T * CASE.K
+SLOT_FLOPS = 2 * CASE.D * CASE.F  # in one GEMM
 NAMES = ("x", "w1", "b1", "w2", "b2", "ln_w", "ln_b")
 # With row kernels, and in plain PyTorch.
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -25,7 +27,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.fixture
 def layer():
     """A function of tensors alone; without norm it leaves the last two be."""
-    plan = RoutingPlan.from_expert_ids(make_inputs(T, D, F, E, K)[1], E)
+    plan = plan_of(CASE, "cpu")
 
     def call(x, w1, b1, w2, b2, ln_w=None, ln_b=None, **options):
         return moe_ffn(x, plan, w1, b1, w2, b2, norm=None if ln_w is None else (ln_w, ln_b), **options)
@@ -33,13 +35,13 @@ def layer():
     return call
 
 
-def leaves(dtype, seed=0):
-    t, _ = make_inputs(T, D, F, E, K, seed=seed, dtype=dtype)
+def layer_inputs(dtype, seed=0):
+    t = leaves(inputs(CASE, dtype, "cpu", seed=seed))
     return tuple(t[name] for name in NAMES)
 
 
-def gradients(y, inputs):
-    return torch.autograd.grad(y.square().sum(), inputs)
+def gradients(y, tensors):
+    return torch.autograd.grad(y.square().sum(), tensors)
 
 
 @DTYPES
@@ -47,17 +49,15 @@ def gradients(y, inputs):
 @pytest.mark.parametrize("grad", [False, True])
 def test_a_trace_computes_and_learns_as_the_layer(layer, dtype, norm, grad):
     """A trace held the addresses of the example's buffers: off by 6 on the very same input, once NaN."""
-    inputs, others = (leaves(dtype, seed)[: 7 if norm else 5] for seed in (0, 1))
+    tensors, others = (layer_inputs(dtype, seed)[: 7 if norm else 5] for seed in (0, 1))
     with warnings.catch_warnings(), torch.set_grad_enabled(grad):
         warnings.simplefilter("ignore")  # shapes that are checked in Python, and that tracing is deprecated
-        traced = torch.jit.trace(layer, inputs)
+        traced = torch.jit.trace(layer, tensors)
     assert any("moebert_kernels::ffn" in str(node) for node in traced.graph.nodes())
-    for tensors in (inputs, others):
-        assert torch.equal(traced(*tensors), layer(*tensors))
-        for a, b in zip(
-            gradients(traced(*tensors), tensors), gradients(layer(*tensors), tensors), strict=True
-        ):
-            torch.testing.assert_close(a, b)
+    for given in (tensors, others):
+        found, expected = traced(*given), layer(*given)
+        assert torch.equal(found, expected)
+        torch.testing.assert_close(gradients(found, given), gradients(expected, given))
 
 
 @DTYPES
@@ -65,101 +65,93 @@ def test_a_trace_computes_and_learns_as_the_layer(layer, dtype, norm, grad):
 @pytest.mark.parametrize("forward_counted", [False, True])
 def test_flops_are_counted(layer, dtype, norm, forward_counted):
     """2 GEMMs forward and 4 backward, 2 per multiply-add, for padding none; the counter read 0."""
-    inputs = leaves(dtype)[: 7 if norm else 5]
-    one = 2 * USED * D * F
-    assert USED < T * K
+    tensors = layer_inputs(dtype)[: 7 if norm else 5]
+    assert USED < CASE.T * CASE.K
     counter = FlopCounterMode(display=False)
-    if forward_counted:
-        with counter:
-            y = layer(*inputs)
-        assert counter.get_total_flops() == 2 * one
-    else:
-        y = layer(*inputs)
+    with counter if forward_counted else nullcontext():
+        y = layer(*tensors)
+    assert counter.get_total_flops() == (2 * USED * SLOT_FLOPS if forward_counted else 0)
     with counter:
         y.sum().backward()
-    assert counter.get_total_flops() == 4 * one
+    assert counter.get_total_flops() == 4 * USED * SLOT_FLOPS
 
 
 def test_flops_are_counted_where_there_are_no_values():
     """On the meta device nobody knows which tokens are padding: all count."""
-    x, *weights = (t.detach().to("meta") for t in leaves(torch.float32)[:5])
-    plan = RoutingPlan.from_expert_ids(torch.full((T, K), -1, device="meta"), E)
+    x, *weights = (t.detach().to("meta") for t in layer_inputs(torch.float32)[:5])
     counter = FlopCounterMode(display=False)
     with counter:
-        moe_ffn(x, plan, *weights)
-    assert counter.get_total_flops() == 2 * 2 * T * K * D * F
+        moe_ffn(x, plan_of(CASE, "meta"), *weights)
+    assert counter.get_total_flops() == 2 * CASE.T * CASE.K * SLOT_FLOPS
 
 
 def test_flops_of_what_is_not_wanted_are_not_counted(layer):
-    x, *weights = (t.detach() for t in leaves(torch.float32))
+    x, *weights = (t.detach() for t in layer_inputs(torch.float32))
     counter = FlopCounterMode(display=False)
     y = layer(x.requires_grad_(), *weights)
     with counter:
         y.sum().backward()
-    assert counter.get_total_flops() == 2 * 2 * USED * D * F
+    assert counter.get_total_flops() == 2 * USED * SLOT_FLOPS
+
+
+SEEN: list[str] = []
+
+
+@pytest.fixture
+def seen():
+    """What those below were told of."""
+    SEEN.clear()
+    return SEEN
 
 
 class Dispatched(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.seen = set()
-
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen.add(func.name())
+        SEEN.append(func.name())
         return func(*args, **(kwargs or {}))
 
 
 class Called(TorchFunctionMode):
-    def __init__(self):
-        super().__init__()
-        self.seen = set()
-
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        self.seen.add(str(func))
+        SEEN.append(str(func))
         return func(*args, **(kwargs or {}))
-
-
-@DTYPES
-def test_modes_see_the_operator(layer, dtype):
-    inputs = leaves(dtype)
-    with Dispatched() as dispatched:
-        layer(*inputs).sum().backward()
-    assert {"moebert_kernels::ffn", "moebert_kernels::ffn_backward"} <= dispatched.seen
-    with Called() as called:
-        layer(*inputs)
-    assert "moebert_kernels.ffn.default" in called.seen
-
-
-def test_the_operator_is_traced_by_make_fx(layer):
-    inputs = leaves(torch.float32)
-    graph = make_fx(lambda *tensors: layer(*tensors))(*inputs)
-    assert any(node.target is torch.ops.moebert_kernels.ffn.default for node in graph.graph.nodes)
-    others = leaves(torch.float32, seed=1)
-    assert torch.equal(graph(*others), layer(*others))
 
 
 class Subclass(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        seen.append(str(func))
+        SEEN.append(str(func))
         return super().__torch_function__(func, types, args, kwargs or {})
 
 
-seen: list[str] = []
+@DTYPES
+def test_modes_see_the_operator(layer, dtype, seen):
+    tensors = layer_inputs(dtype)
+    with Dispatched():
+        layer(*tensors).sum().backward()
+    assert {"moebert_kernels::ffn", "moebert_kernels::ffn_backward"} <= {*seen}
+    with Called():
+        layer(*tensors)
+    assert "moebert_kernels.ffn.default" in seen
 
 
 @pytest.mark.parametrize("which", range(len(NAMES)))
-def test_a_subclass_sees_the_operator_whichever_argument_it_is(layer, which):
-    inputs = [t.detach() for t in leaves(torch.float32)]
-    inputs[which] = inputs[which].as_subclass(Subclass)
-    seen.clear()
-    layer(*inputs)
+def test_a_subclass_sees_the_operator_whichever_argument_it_is(layer, which, seen):
+    tensors = [t.detach() for t in layer_inputs(torch.float32)]
+    tensors[which] = tensors[which].as_subclass(Subclass)
+    layer(*tensors)
     assert "moebert_kernels.ffn.default" in seen
+
+
+def test_the_operator_is_traced_by_make_fx(layer):
+    graph = make_fx(lambda *tensors: layer(*tensors))(*layer_inputs(torch.float32))
+    assert any(node.target is torch.ops.moebert_kernels.ffn.default for node in graph.graph.nodes)
+    others = layer_inputs(torch.float32, seed=1)
+    assert torch.equal(graph(*others), layer(*others))
 
 
 @DTYPES
 def test_vmap_maps(layer, dtype):
-    x, *weights = (t.detach() for t in leaves(dtype))
+    x, *weights = (t.detach() for t in layer_inputs(dtype))
     x_BTD = torch.stack([x, x + 1])
     mapped = torch.vmap(lambda x: layer(x, *weights))(x_BTD)
     torch.testing.assert_close(mapped, torch.stack([layer(x, *weights) for x in x_BTD]))
@@ -169,49 +161,46 @@ def test_vmap_maps(layer, dtype):
 @pytest.mark.parametrize("which", [0, 1, 6])
 def test_forward_mode_is_refused(layer, dtype, which):
     """The tangent came out as None or 0, in silence."""
-    inputs = [t.detach() for t in leaves(dtype)]
+    tensors = [t.detach() for t in layer_inputs(dtype)]
     with forward_ad.dual_level():
-        layer(*inputs)  # no tangent: nothing to refuse
-        dual = list(inputs)
-        dual[which] = forward_ad.make_dual(inputs[which], torch.ones_like(inputs[which]))
+        layer(*tensors)  # no tangent: nothing to refuse
+        dual = list(tensors)
+        dual[which] = forward_ad.make_dual(tensors[which], torch.ones_like(tensors[which]))
         with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
             layer(*dual)
 
     def of_one(t):
-        return layer(*inputs[:which], t, *inputs[which + 1 :])
+        return layer(*tensors[:which], t, *tensors[which + 1 :])
 
     with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
-        torch.func.jvp(of_one, (inputs[which],), (torch.ones_like(inputs[which]),))
+        torch.func.jvp(of_one, (tensors[which],), (torch.ones_like(tensors[which]),))
 
 
 @DTYPES
 @pytest.mark.parametrize("loss", [torch.sum, lambda y: y.square().sum()])
 def test_a_second_derivative_is_refused(layer, dtype, loss):
     """It came out as 0 where the loss was linear in the output, as of a gradient penalty."""
-    inputs = leaves(dtype)
-    (dx,) = torch.autograd.grad(loss(layer(*inputs)), inputs[0], create_graph=True)
-    (plain,) = torch.autograd.grad(loss(layer(*inputs)), inputs[0])
+    tensors = layer_inputs(dtype)
+    (dx,) = torch.autograd.grad(loss(layer(*tensors)), tensors[0], create_graph=True)
+    (plain,) = torch.autograd.grad(loss(layer(*tensors)), tensors[0])
     assert torch.equal(dx, plain)
     with pytest.raises(NotImplementedError, match="no second derivative"):
-        (dx.square().sum() + inputs[0].sum()).backward()
+        (dx.square().sum() + tensors[0].sum()).backward()
 
 
 def test_meta_tensors_have_shapes(layer):
     """Backward as well; nothing is computed."""
-    plan = RoutingPlan(
-        *(torch.empty(s, dtype=torch.int32, device="meta") for s in ((T, K), T * K, T * K, E + 1))
-    )
-    t = dict(zip(NAMES, (v.detach().to("meta").requires_grad_() for v in leaves(torch.float32)), strict=True))
-    y = moe_ffn(t["x"], plan, t["w1"], t["b1"], t["w2"], t["b2"], norm=(t["ln_w"], t["ln_b"]))
-    grads = torch.autograd.grad(y.sum(), list(t.values()))
-    assert [g.shape for g in grads] == [v.shape for v in t.values()]
+    x, *weights, ln_w, ln_b = tensors = [
+        t.detach().to("meta").requires_grad_() for t in layer_inputs(torch.float32)
+    ]
+    y = moe_ffn(x, plan_of(CASE, "meta"), *weights, norm=(ln_w, ln_b))
+    assert [g.shape for g in torch.autograd.grad(y.sum(), tensors)] == [t.shape for t in tensors]
 
 
 def test_an_untraced_forward_can_be_differentiated_later():
     """The operator called for inference keeps nothing: its backward computes the pre-activations again."""
-    t, ids = make_inputs(T, D, F, E, K, dtype=torch.float32)
-    call = arguments(t, RoutingPlan.from_expert_ids(ids, E), norm=True, gate=True)
-    wanted = list(t.values())
+    t = leaves(inputs(CASE, torch.float32, "cpu"))
+    call = arguments(t, plan_of(CASE, "cpu"), norm=True, gate=True)
+    wanted = [tensor for tensor in t.values() if tensor.requires_grad]
     kept, again = (torch.autograd.grad(ffn(*call, keep)[0].sum(), wanted) for keep in (True, False))
-    for a, b in zip(kept, again, strict=True):
-        assert torch.equal(a, b)
+    assert_equal(again, kept)

@@ -59,9 +59,10 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """What is imported stays: every training collects garbage, and would go through all of it each time."""
+    """What is imported stays: garbage is collected by every training, and by compilers' many objects."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 20, 100)
     if _interpreting() and "triton" in sys.modules:
         hasten()
 

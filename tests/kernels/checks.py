@@ -11,6 +11,7 @@ and hardly ever 1.5 times that: at N = 32 no further allowance is needed, in any
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -205,15 +206,22 @@ def check(
     """Forward and backward of a case against float64, beside plain torch in the same dtype on this device."""
     t = inputs(case, dtype, device)
     ours = errors(run(case, t), reference(case, t), expert_ids(case), case.E)
-    assert_as_good_as(plain_errors(case, t, neighbours), ours, slack)
+    switch = torch.backends.cuda.matmul.fp32_precision
+    assert_as_good_as(_plain_errors(case, dtype, device, neighbours, switch), ours, slack)
+
+
+@functools.cache
+def _plain_errors(case: Case, dtype: torch.dtype, device: str, neighbours: int, switch: str) -> Errors:
+    """`plain_errors` of a case, asked for with every config; `switch` is that of torch for float32."""
+    return plain_errors(case, inputs(case, dtype, device), neighbours)
 
 
 def slack_of_long_sums(case: Case, dtype: torch.dtype) -> tuple[float, float]:
     """What two float32 GEMMs that add up in one chain may be off, where torch's may add up in several.
 
-    In 16 bits, whose own roundings are coarser by far, none.
+    Nothing in 16 bits, whose own roundings are coarser by far.
 
-    The weight gradients' do; the others have two chains, and are off by less.
+    The GEMMs of weight gradients add up so; the others have two chains, and are off by less.
 
     The k-th partial sum of terms of random sign and size s is about s sqrt(k), and rounding it adds at most
     u s sqrt(k / 3), u = 2^-24, in the mean. Over n terms that makes u s n / sqrt(6), or relative to the sum,

@@ -1,6 +1,5 @@
 """Triton is optional: the package imports and computes without it."""
 
-import subprocess
 import sys
 import warnings
 
@@ -8,6 +7,7 @@ import torch
 
 from moebert_kernels.kernels import torch as plain
 from moebert_kernels.ops import backends
+from tests.forked import python
 
 WITHOUT_TRITON = """
 import sys
@@ -20,7 +20,7 @@ MoEFFN(8, 8, 2)(torch.randn(3, 8), routing=plan).sum().backward()
 
 
 def test_import_and_use_without_triton():
-    done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True)
+    done = python("-c", WITHOUT_TRITON)
     assert done.returncode == 0, done.stderr
 
 

@@ -5,8 +5,8 @@ the results of `make demo`, kept as demo.json, or `fit`, `packing`, `choices` or
 `bench.fit` and so on, or `quality-STUDY` for a study of `bench.quality`, `quality-likeness-STUDY` for how
 alike its students and their teachers are, or `quality-settings` for what its studies change, or
 `machine-TABLE` for a table of `bench.predictions`, or `specialised` for that of `bench.specialised`, or
-`serve`, `serve-all`, `serve-speedup` and `serve-quality` for `python -m bench serve`. What was never measured
-says so.
+`serve`, `serve-more`, `serve-speedup` and `serve-quality` for `python -m bench serve`. What was never
+measured says so.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def update(text: str, folder: str | Path) -> str:
             content = specialised.table(Path(folder))
         elif name.startswith("machine-"):
             content = machine(name.removeprefix("machine-"), Path(folder))
-        elif name in ("serve", "serve-all", "serve-speedup", "serve-quality"):
+        elif name in ("serve", "serve-more", "serve-speedup", "serve-quality"):
             content = serve(name, Path(folder), results)
         elif name.startswith("quality-"):
             content = quality(Path(folder) / "quality" / f"{name.removeprefix('quality-')}.jsonl")
@@ -155,7 +155,7 @@ def machine(name: str, folder: Path) -> str:
 
 
 def serve(name: str, folder: Path, results: Iterable[Results]) -> str:
-    """Tables of `python -m bench serve`: its main ones, all of them, or what the graphs answer."""
+    """Tables of `python -m bench serve`: its main ones, the others, or what the graphs answer."""
     from .serving import quality, tables  # they know of models, and what those import
 
     if name == "serve-quality":
@@ -168,7 +168,7 @@ def serve(name: str, folder: Path, results: Iterable[Results]) -> str:
         return f"*`python -m bench serve`: {NOT_MEASURED}.*"
     if name == "serve-speedup":
         return f"{markdown(tables.speedup_table(found[0]))}\n\n{provenance(found[0], tables.SPEEDUP_LEGEND)}"
-    drawn = tables.main_tables(found[0]) if name == "serve" else tables.all_tables(found[0])
+    drawn = tables.main_tables(found[0]) if name == "serve" else tables.more_tables(found[0])
     return "\n\n".join(
         [*map(markdown, drawn), provenance(found[0], f"{tables.LEGEND}. {tables.AIMS_LEGEND}")]
     )

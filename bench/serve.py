@@ -31,7 +31,7 @@ from .run import Settings, describe_run
 from .serving.contenders import MODELS, TIED, Contender, load_module, prepare
 from .serving.picture import draw
 from .serving.rounds import Workers, take_turns, workers
-from .serving.tables import AIMS_LEGEND, LEGEND, all_tables
+from .serving.tables import AIMS_LEGEND, LEGEND, main_tables, more_tables
 from .serving.worker import RUNTIMES, Feed
 from .tables import plain_text
 from .text import read_batch
@@ -109,7 +109,7 @@ def measure(
             say(f"{draw(results, out, out / f'{slug(run)}.svg')} drawn")
         except NotDrawn as error:
             say(f"no picture: {error}")
-    for table in all_tables(results):
+    for table in (*main_tables(results), *more_tables(results)):
         say(f"\n{plain_text(table)}")
     say(f"\n{LEGEND}. {AIMS_LEGEND.replace('**', '')}")
     return results

@@ -30,6 +30,7 @@ from moebert_kernels.cli_options import (
     Seeds,
     Teacher,
     compress_settings,
+    model_folder,
 )
 from moebert_kernels.compress import defaults
 
@@ -229,7 +230,7 @@ def importance(
     output: Annotated[Path, typer.Option("--output", help="File to write, .safetensors.")],
     data: DataOptions,
     run: RunOptions,
-    teacher: Annotated[Path | None, typer.Option("--teacher", help="Folder of the fine-tuned model.")] = None,
+    teacher: Annotated[Path | None, model_folder("--teacher", help="Folder of the fine-tuned model.")] = None,
     convert: Annotated[
         Path | None,
         typer.Option("--convert", help="Instead: a .pkl that the paper's authors published, to convert."),
@@ -333,7 +334,7 @@ def adapt(
 @_command("distill", by_many=True)
 def distill(
     student: Annotated[
-        Path, typer.Option("--student", help="Folder of the MoE, as `moebert adapt` writes it.")
+        Path, model_folder("--student", help="Folder of the MoE, as `moebert adapt` writes it.")
     ],
     teacher: Teacher,
     output: Annotated[Path, typer.Option("--output", help="Folder of the distilled model.")],
@@ -371,13 +372,13 @@ def distill(
 
 @_command("evaluate")
 def evaluate(
-    model: Annotated[Path, typer.Option("--model", help="Folder of a fine-tuned model, dense or MoE.")],
+    model: Annotated[Path, model_folder("--model", help="Folder of a fine-tuned model, dense or MoE.")],
     data: DataOptions,
     run: RunOptions,
     pairs: ScoredPairs = None,
     teacher: Annotated[
         Path | None,
-        typer.Option("--teacher", help="Of rows without labels: the model whose answers to them are right."),
+        model_folder("--teacher", help="Of rows without labels: the model whose answers to them are right."),
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", help="A json file to write the metrics to, in full precision.")
@@ -407,7 +408,7 @@ def evaluate(
         artifacts.write_json(output, metrics)
 
 
-@_command("export")
+@_command("export", names={"model": "MODEL"})
 def export(
     model: Annotated[
         Path,
@@ -416,6 +417,8 @@ def export(
             help="Folder of a model and its tokenizer, with experts or dense, as transformers or "
             "sentence_transformers saves it.",
             show_default=False,
+            exists=True,
+            file_okay=False,
         ),
     ],
     output: Annotated[Path, typer.Option("--output", help="Folder to write; new or empty.")],

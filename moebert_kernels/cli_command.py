@@ -7,8 +7,8 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Callable
-from types import FrameType
+from collections.abc import Callable, Mapping
+from types import FrameType, MappingProxyType
 from typing import Any
 
 import typer
@@ -37,7 +37,7 @@ def run_app(app: typer.Typer) -> None:
 
 
 def command(
-    app: typer.Typer, name: str, *, by_many: bool = False
+    app: typer.Typer, name: str, *, by_many: bool = False, names: Mapping[str, str] = MappingProxyType({})
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a command.
 
@@ -45,6 +45,7 @@ def command(
         app: to register it with.
         name: as it is typed.
         by_many: whether several processes can do it together, started by torchrun or accelerate.
+        names: what arguments of the library are called here, but for those that are options of that name.
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
@@ -61,7 +62,7 @@ def command(
                 _say_once("interrupted; run the same command again to go on")
                 raise typer.Exit(INTERRUPTED) from None
             except (ValueError, OSError) as error:
-                sentence, code = _explain(error)
+                sentence, code = _explain(error, lambda argument: names.get(argument) or option_of(argument))
                 _say_once(sentence, style="red")
                 raise typer.Exit(code) from None
 
@@ -99,7 +100,7 @@ def _run(name: str, by_many: bool, work: Callable[[], None]) -> None:
         work()
 
 
-def _explain(error: ValueError | OSError) -> tuple[str, int]:
+def _explain(error: ValueError | OSError, name_of: Callable[[str], str]) -> tuple[str, int]:
     """What to say of an error, and the exit code; a defect of ours is raised again."""
     from moebert_kernels.compress.storage.writing import explain
     from moebert_kernels.errors import OutputError, UserError
@@ -107,7 +108,7 @@ def _explain(error: ValueError | OSError) -> tuple[str, int]:
     known = error if isinstance(error, UserError) else explain(error)
     if known is None:
         raise error
-    return known.told(option_of), FAILED if isinstance(known, OutputError) else USER_ERROR
+    return known.told(name_of), FAILED if isinstance(known, OutputError) else USER_ERROR
 
 
 def _say_once(sentence: str, style: str | None = None) -> None:

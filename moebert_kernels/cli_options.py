@@ -437,10 +437,11 @@ Seeds = Annotated[
     int,
     typer.Option("--seeds", help="How many seeds to make each model with, to give mean and spread."),
 ]
+model_folder = functools.partial(typer.Option, exists=True, file_okay=False)  # said before any import
 Teacher = Annotated[
     Path,
-    typer.Option(
-        "--teacher", help="Folder of the fine-tuned model and its tokenizer, as transformers saves."
+    model_folder(
+        "--teacher", help="Folder of the fine-tuned model and its tokenizer, as transformers saves it."
     ),
 ]
 

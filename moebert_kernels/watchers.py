@@ -25,3 +25,10 @@ def unwatched(tensors: Sequence[Tensor | None]) -> bool:
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch.jit.is_tracing()
     )
+
+
+def differentiated_by_transform(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether one of torch.func's transforms takes the gradient of a tensor."""
+    return not torch.compiler.is_compiling() and any(
+        t is not None and torch._C._functorch.is_gradtrackingtensor(t) for t in tensors
+    )

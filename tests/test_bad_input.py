@@ -288,7 +288,7 @@ TABLE = "--task csv --data rows.csv"
         (f"{ADAPT} --seed 4294967296", "--seed must be at most 4294967295"),
         (f"evaluate --model model {TABLE} --split-seed -1", "--split-seed must not be negative"),
         (f"{ADAPT} --experts 17", "--experts must be 1 to the 16 neurons"),
-        (f"evaluate --model {'x' * 300} {TABLE}", "there is no folder xxx"),
+        (f"evaluate --model {'x' * 300} {TABLE}", "does not exist"),
         (f"finetune --model model {TABLE} --output x --seed -1", "--seed must be 0 to 4294967295"),
         ("bench ffn --device tpu --toy", "device must be cpu or cuda, got 'tpu'"),
         ("bench plot rows.csv", "rows.csv is not a result file"),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from ..results import Results, Row
 from ..tables import NOTHING, Line, Table, duration, half_width
 from .aims import Reached, reached
 from .contenders import EXPERTS_OF, FORMS, PRECISIONS
 
+_MAIN = ("torch", "onnxruntime")
 TITLES = {"minilm": "MiniLM", "bert-base": "BERT-base", "toy": "toy"}
 LEGEND = "Median of a call, ± half the distance of the 10th and 90th percentile; sequences/s in brackets"
 SPEEDUP_LEGEND = "Ratios of medians; the teacher's graph as exporters write it, which computes padding"
@@ -45,12 +46,6 @@ def aim_tables(results: Results) -> Iterator[Table]:
                     yield Table(title, (*FORMS, "aim"), tuple(map(_aim_line, found)), ())
 
 
-def all_tables(results: Results) -> Iterator[Table]:
-    """Every time and every aim."""
-    yield from time_tables(results)
-    yield from aim_tables(results)
-
-
 def speedup_table(results: Results) -> Table:
     """How many times as fast ours is as its teacher, whose graph computes padding: settings by cases."""
     shapes = by_shape(results)
@@ -58,7 +53,7 @@ def speedup_table(results: Results) -> Table:
         (shape, row.case["runtime"], row.case["precision"])
         for shape, rows in shapes.items()
         for row in rows
-        if row.entry == "ours" and row.case["runtime"] in ("torch", "onnxruntime")
+        if row.entry == "ours" and row.case["runtime"] in _MAIN
     )
     cases = list(dict.fromkeys(row.case["case"] for row in results.rows))
 
@@ -91,10 +86,20 @@ def speedup_table(results: Results) -> Table:
 
 def main_tables(results: Results) -> Iterator[Table]:
     """Times in PyTorch and ONNX Runtime, and the aims in int8."""
-    rows = tuple(row for row in results.rows if row.case["runtime"] in ("torch", "onnxruntime"))
-    told = Results(results.run, rows)
+    told = _in_runtimes(results, lambda runtime: runtime in _MAIN)
     yield from time_tables(told)
     yield from (table for table in aim_tables(told) if table.title.endswith("int8"))
+
+
+def more_tables(results: Results) -> Iterator[Table]:
+    """Times in the other runtimes, and all aims but those."""
+    yield from time_tables(_in_runtimes(results, lambda runtime: runtime not in _MAIN))
+    shown = {table.title for table in main_tables(results)}
+    yield from (table for table in aim_tables(results) if table.title not in shown)
+
+
+def _in_runtimes(results: Results, choose: Callable[[str], bool]) -> Results:
+    return Results(results.run, tuple(row for row in results.rows if choose(row.case["runtime"])))
 
 
 def by_shape(results: Results) -> dict[str, list[Row]]:

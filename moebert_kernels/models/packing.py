@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from threading import Lock
 from typing import Any, Literal, cast
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,9 @@ from moebert_kernels.models.pack import Pack, pack_if_worthwhile
 from moebert_kernels.models.packed_attention import PACKED_SDPA, attention_arguments, can_attend_to_rows
 
 _PER_TOKEN = ("input_ids", "inputs_embeds", "token_type_ids", "task_type_ids", "position_ids")
-_entered: WeakSet[nn.Module] = WeakSet()  # the base models that some `packed` is for
+# The base models that some `packed` is for, how many are, in all threads, and what ends it.
+_entered: WeakKeyDictionary[nn.Module, tuple[int, ExitStack]] = WeakKeyDictionary()
+_entering = Lock()
 
 
 def why_not_packed(model: nn.Module) -> str | None:
@@ -76,10 +79,25 @@ def packed(model: nn.Module) -> Iterator[None]:
     if reason is not None:
         raise ValueError(f"batches of {type(model).__name__} cannot be packed: {reason}")
     base, family = _base_of(model)
-    if is_moe(base.config) or base in _entered:
+    if is_moe(base.config):
         yield
         return
+    with _entering:
+        users, hooked = _entered.get(base) or (0, _hooked(base, family))
+        _entered[base] = users + 1, hooked
+    try:
+        yield
+    finally:
+        with _entering:
+            users, hooked = _entered.pop(base)
+            if users > 1:
+                _entered[base] = users - 1, hooked
+            else:
+                hooked.close()
 
+
+def _hooked(base: PreTrainedModel, family: Family) -> ExitStack:
+    """Have a base model called with rows until that is closed."""
     names = argument_names(family)
 
     def before(base: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -93,19 +111,14 @@ def packed(model: nn.Module) -> Iterator[None]:
         pack = kwargs.get("pack")
         return output if pack is None else to_padded(base, output, pack)
 
-    implementation = base.config._attn_implementation
-    handles = [
+    hooked = ExitStack()
+    hooked.callback(setattr, base.config, "_attn_implementation", base.config._attn_implementation)
+    for hook in (
         base.register_forward_pre_hook(before, with_kwargs=True),
         base.register_forward_hook(after, with_kwargs=True),
-    ]
-    _entered.add(base)
-    try:
-        yield
-    finally:
-        _entered.discard(base)
-        for handle in handles:
-            handle.remove()
-        base.config._attn_implementation = implementation
+    ):
+        hooked.callback(hook.remove)
+    return hooked
 
 
 def argument_names(family: Family) -> tuple[str, ...]:

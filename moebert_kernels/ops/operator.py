@@ -23,7 +23,7 @@ from moebert_kernels.ops import flops
 from moebert_kernels.ops.arguments import check_call, check_kinds
 from moebert_kernels.ops.backends import Form, form_of
 from moebert_kernels.routing.plan import RoutingPlan
-from moebert_kernels.watchers import unwatched
+from moebert_kernels.watchers import differentiated_by_transform, unwatched
 
 
 def moe_ffn(
@@ -75,7 +75,7 @@ def moe_ffn(
     Raises:
         TypeError: an argument is of another kind.
         ValueError: shapes, dtypes, devices or options do not fit; the message names the argument.
-        NotImplementedError: an argument has a forward-mode tangent.
+        NotImplementedError: an argument has a forward-mode tangent, or is differentiated by `torch.func`.
     """
     check_kinds(x_TD, plan, w1_EFD, b1_EF, w2_EDF, b2_ED, gate_TK, norm, residual_TD, dropout_p, shared)
     shared_w1_CD, shared_b1_C, shared_w2_DC = shared or (None, None, None)
@@ -116,6 +116,11 @@ def moe_ffn(
     if not ((x_TD.is_cpu or x_TD.is_cuda) and unwatched(tensors)):
         check_call(call)
         _refuse_tangents(tensors)
+        if differentiated_by_transform(tensors):
+            raise NotImplementedError(
+                "moe_ffn cannot be differentiated by transforms (torch.func.grad, vjp, jacrev): "
+                "use torch.autograd.grad or backward()"
+            )
         # A trace holds for both, and is compared with one made without gradients.
         return ffn(*call, training and not torch.jit.is_tracing())[0]
     form = form_of(call)

@@ -222,8 +222,6 @@ def test_published_importance_converts(run, folder):
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        (f"{COMPRESS} --teacher nowhere", ["--teacher: there is no folder nowhere"]),
-        (f"{COMPRESS} --teacher reviews.csv", ["--teacher: reviews.csv is a file"]),
         (f"compress {TEACHER} --task sst2 --data nowhere", ["--data: nowhere", "train.tsv"]),
         (f"compress {TEACHER} --task csv --data nowhere.csv", ["--data: nowhere.csv"]),
         (f"{COMPRESS} --validation-data nowhere.csv", ["--validation-data: nowhere.csv is not a file"]),
@@ -307,7 +305,7 @@ def test_published_importance_converts(run, folder):
         ),
         (f"{ADAPT} --no-fit --output teacher", ["already holds a model"]),
         (f"distill --student teacher {TEACHER} {TABLE}", ["--student: ", "no experts", "moebert adapt"]),
-        (f"{EVALUATE} --model nowhere {TABLE}", ["--model: there is no folder nowhere"]),
+        ("export plain --output x", ["MODEL: plain"]),
         (f"{FINETUNE} --model nowhere/at/all", ["--model: there is no folder nowhere/at/all", "the hub"]),
         (f"{FINETUNE} --output teacher", ["--output: teacher exists already"]),
     ],
@@ -326,6 +324,10 @@ def test_wrong_input_gets_one_sentence(call, folder, command, words):
         ("compress --output x", ["--teacher"]),
         (f"compress {TEACHER} --task sst", ["--task", "'sst' is not one of"]),
         (f"compress {TEACHER} --epochs many", ["--epochs", "valid number"]),
+        (f"{COMPRESS} --teacher nowhere", ["--teacher", "'nowhere' does not exist"]),
+        (f"{COMPRESS} --teacher reviews.csv", ["--teacher", "'reviews.csv' is a file"]),
+        (f"{EVALUATE} --model nowhere {TABLE}", ["--model", "'nowhere' does not exist"]),
+        ("export nowhere --output x", ["MODEL", "'nowhere' does not exist"]),
         ("bench ffn --tokens x", ["--tokens", "'x'"]),
         ("squeeze", ["squeeze"]),
     ],
@@ -360,7 +362,7 @@ def in_a_process_of_its_own(folder, *words):
 
 def test_a_process_of_its_own_says_it_on_stderr(tmp_path):
     """What the tests above see through a runner, once for real: stderr, exit code, standard output empty."""
-    command = "evaluate --model x --task csv --data y.csv"
+    command = "evaluate --model . --task csv --data y.csv"
     code, output, errors = in_a_process_of_its_own(tmp_path, *command.split())
     assert (code, output) == (USER_ERROR, "")
     assert "y.csv" in errors
@@ -539,8 +541,8 @@ def test_texts_are_scored_against_a_teacher(run, folder):
         (f"{EMBED} --data s.txt", ["--data: s.txt is not a file"]),
         (f"{EMBED} --data {__file__}", [f"--data: {__file__} must be named .csv"]),
         (
-            f"{EMBED} --data sentences.txt --teacher nowhere",
-            ["--teacher: there is no nowhere/modules.json"],
+            f"{EMBED} --data sentences.txt --teacher mine",
+            ["--teacher: there is no mine/modules.json"],
         ),
         (f"{EMBED} --data sentences.txt --pairs mine", ["--pairs: mine/train.tsv is not a file"]),
     ],

@@ -283,6 +283,21 @@ def test_a_dense_model_packs_where_it_is_told_to(name):
         assert not ours[inputs["attention_mask"] == 0].any()
 
 
+def test_whoever_leaves_first_ends_nobody_elses_packing():
+    """Of two threads with one teacher, the second's batches were computed padded once the first had done."""
+    dense, inputs = build_family("Bert", "ForSequenceClassification"), batch_of(mask_of(9, 3, 5))
+    with packed(dense):
+        first, second = packed(dense), packed(dense)
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert is_packed(dense, **inputs)
+    assert is_packed(dense, **inputs)
+    second.__exit__(None, None, None)
+    assert not is_packed(dense, **inputs)
+    assert dense.config._attn_implementation == "sdpa"
+
+
 def test_a_dense_model_that_cannot_pack_says_why():
     for model, message in (
         (build_family("MPNet"), "MPNetModel cannot be packed: the attention of MPNet is its own"),

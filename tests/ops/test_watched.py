@@ -159,7 +159,7 @@ def test_vmap_maps(layer, dtype):
 
 @DTYPES
 @pytest.mark.parametrize("which", [0, 1, 6])
-def test_forward_mode_is_refused(layer, dtype, which):
+def test_forward_mode_and_transforms_are_refused(layer, dtype, which):
     """The tangent came out as None or 0, in silence."""
     tensors = [t.detach() for t in layer_inputs(dtype)]
     with forward_ad.dual_level():
@@ -174,6 +174,9 @@ def test_forward_mode_is_refused(layer, dtype, which):
 
     with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
         torch.func.jvp(of_one, (tensors[which],), (torch.ones_like(tensors[which]),))
+    # Of which PyTorch said that an autograd.Function lacks a method.
+    with pytest.raises(NotImplementedError, match="cannot be differentiated by transforms"):
+        torch.func.grad(lambda t: of_one(t).sum())(tensors[which])
 
 
 @DTYPES

@@ -33,6 +33,8 @@ from moebert_kernels.kernels.triton import configs, ffn, norm
 from moebert_kernels.kernels.triton.configs import Config
 from moebert_kernels.kernels.triton.launch import Launch, recorded
 
+from .machine_code import Instructions
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -52,27 +54,6 @@ ARCHITECTURES = {
 _INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma.sync": "mma.sync"}
 # Of one multiprocessor, the same in all three generations; tensor memory is Blackwell's.
 _WARPS, _PROGRAMS, _TENSOR_COLUMNS = 64, 32, 512
-
-
-@dataclass(frozen=True)
-class Instructions:
-    """What one thread executes around its products, by where it stands in the machine code.
-
-    Attributes:
-        before: up to the loop of products.
-        step: of that loop, for each BLOCK_K.
-        after: once the loop is left.
-        after_memory: of these, loads, stores and shuffles.
-        again: of these, what a loop of its own repeats.
-        again_memory: loads, stores and shuffles of that loop.
-    """
-
-    before: int
-    step: float
-    after: int
-    after_memory: int
-    again: int
-    again_memory: int
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,28 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class Code:
+class Instructions:
+    """What one thread executes around its products, by where it stands in the machine code.
+
+    Attributes:
+        before: up to the loop of products.
+        step: of that loop, for each BLOCK_K.
+        after: once the loop is left.
+        after_memory: of these, loads, stores and shuffles.
+        again: of these, what a loop of its own repeats.
+        again_memory: loads, stores and shuffles of that loop.
+    """
+
+    before: int
+    step: float
+    after: int
+    after_memory: int
+    again: int
+    again_memory: int
+
+
+@dataclass(frozen=True)
+class Code(Instructions):
     """One kernel's binary.
 
     Attributes:
@@ -45,19 +66,12 @@ class Code:
         shared_bytes: of a program.
         programs: resident on a multiprocessor at once.
         asynchronous: multiplies by wgmma, not by mma.sync.
-        before, step, after, after_memory, again, again_memory: of `binaries.Instructions`.
     """
 
     registers: int
     shared_bytes: int
     programs: int
     asynchronous: bool
-    before: int
-    step: float
-    after: int
-    after_memory: int
-    again: int
-    again_memory: int
 
 
 @cache
@@ -88,11 +102,11 @@ def compiled(candidate: Any) -> Code:
     if reading.around is None:
         raise RuntimeError(f"{reading.kernel} has no products")
     return Code(
-        reading.registers,
-        reading.shared_bytes,
-        reading.programs,
-        "wgmma" in reading.instructions,
         **asdict(reading.around),
+        registers=reading.registers,
+        shared_bytes=reading.shared_bytes,
+        programs=reading.programs,
+        asynchronous="wgmma" in reading.instructions,
     )
 
 

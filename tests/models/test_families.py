@@ -168,7 +168,7 @@ def test_gradient_checkpointing_changes_no_gradient(name, routing):
 def test_compiles_as_one_graph(name):
     moe, inputs, routed = quartered(build_family(name, "ForMaskedLM", num_hidden_layers=2)), batch(), []
     expected = moe(**inputs, pack=False).logits
-    compiled = torch.compile(moe, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(moe, fullgraph=True, backend="eager")
     actual = compiled(**inputs, router_outputs=routed).logits
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
     assert len(routed) == 2

@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import product
 from typing import Any
 
@@ -26,6 +27,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
+from triton.runtime.cache import get_cache_key
 from triton.runtime.jit import create_function_from_signature
 
 from moebert_kernels.kernels.call import Call
@@ -88,8 +90,8 @@ class Reading:
     around: Instructions | None
 
 
-def compiled(launch: Launch, arch: str) -> Any:
-    """One recorded launch, compiled for `arch` by Triton."""
+def _request(launch: Launch, arch: str) -> tuple[Any, GPUTarget, dict[str, Any]]:
+    """What Triton compiles for a recorded launch: source, target and options."""
     target = GPUTarget("cuda", ARCHITECTURES[arch].capability, 32)
     backend = make_backend(target)
     binder = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
@@ -103,8 +105,25 @@ def compiled(launch: Launch, arch: str) -> Any:
         from triton.experimental.gluon._runtime import GluonASTSource
 
         kind = GluonASTSource
-    source = kind(launch.kernel, signature, constants, attributes)
-    return triton.compile(source, target=target, options=parsed.__dict__)
+    return kind(launch.kernel, signature, constants, attributes), target, parsed.__dict__
+
+
+def compiled(launch: Launch, arch: str) -> Any:
+    """One recorded launch, compiled for `arch` by Triton."""
+    source, target, options = _request(launch, arch)
+    return triton.compile(source, target=target, options=options)
+
+
+def key_of(launch: Launch, arch: str) -> str:
+    """Triton's own key of that binary.
+
+    Another one if anything differs that it depends on: the kernel and all that it calls, what is known of its
+    arguments, options, Triton, ptxas.
+    """
+    source, target, options = _request(launch, arch)
+    backend = make_backend(target)
+    options = backend.parse_options(options | source.parse_options())
+    return sha256(get_cache_key(source, backend, options, env_vars={}).encode()).hexdigest()
 
 
 def read(launch: Launch, arch: str, *, code: bool = True) -> Reading:

@@ -27,7 +27,6 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
-from triton.runtime.cache import get_cache_key
 from triton.runtime.jit import create_function_from_signature
 
 from moebert_kernels.kernels.call import Call
@@ -115,15 +114,16 @@ def compiled(launch: Launch, arch: str) -> Any:
 
 
 def key_of(launch: Launch, arch: str) -> str:
-    """Triton's own key of that binary.
+    """A key of that binary, made of Triton's own but for how Triton itself was built.
 
-    Another one if anything differs that it depends on: the kernel and all that it calls, what is known of its
-    arguments, options, Triton, ptxas.
+    Another one if anything differs that it depends on: the source of the kernel and of all that it calls, and
+    the line where it stands; what is known of its arguments; options; the versions of Triton and ptxas.
     """
     source, target, options = _request(launch, arch)
     backend = make_backend(target)
-    options = backend.parse_options(options | source.parse_options())
-    return sha256(get_cache_key(source, backend, options, env_vars={}).encode()).hexdigest()
+    parsed = backend.parse_options(options | source.parse_options())
+    parts = triton.__version__, source.hash(), backend.hash(), parsed.hash()
+    return sha256("-".join(parts).encode()).hexdigest()
 
 
 def read(launch: Launch, arch: str, *, code: bool = True) -> Reading:

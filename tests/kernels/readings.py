@@ -3,8 +3,8 @@
     python -m tests.kernels.readings
 
 compiles all of them, two minutes, and writes readings.json anew. The tests read it: a kernel is compiled
-again where Triton's key of its binary is not that which was recorded, so that nothing that changed is taken
-for what it was.
+again where the key of its binary is not that which was recorded, so that nothing that changed is taken for
+what it was.
 """
 
 from __future__ import annotations

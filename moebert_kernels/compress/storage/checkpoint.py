@@ -149,8 +149,9 @@ def check_model_folder(folder: Path) -> None:
         raise UserError(f"{folder} is a file: give the folder of a saved transformers model")
     if not (folder / _CONFIG).is_file():
         student = folder / "student"
-        meant = f"{student}, for instance" if (student / _CONFIG).is_file() else "a saved transformers model"
-        raise UserError(f"{folder} holds no {_CONFIG}: give the folder of {meant}")
+        there = (student / _CONFIG).is_file()
+        meant = f"{student}, for instance" if there else "the folder of a saved transformers model"
+        raise UserError(f"{folder} holds no {_CONFIG}: give {meant}")
 
 
 def cause_of(error: BaseException) -> str:

@@ -114,15 +114,17 @@ def compiled(launch: Launch, arch: str) -> Any:
 
 
 def key_of(launch: Launch, arch: str) -> str:
-    """A key of that binary, made of Triton's own but for how Triton itself was built.
+    """A key of that reading, made of Triton's own of the binary but for how Triton itself was built.
 
     Another one if anything differs that it depends on: the source of the kernel and of all that it calls, and
-    the line where it stands; what is known of its arguments; options; the versions of Triton and ptxas.
+    the line where it stands; what is known of its arguments; options; the versions of Triton and ptxas; and
+    what a multiprocessor has.
     """
     source, target, options = _request(launch, arch)
     backend = make_backend(target)
     parsed = backend.parse_options(options | source.parse_options())
-    parts = triton.__version__, source.hash(), backend.hash(), parsed.hash()
+    has = (ARCHITECTURES[arch], configs.REGISTERS, _WARPS, _PROGRAMS, _TENSOR_COLUMNS)
+    parts = triton.__version__, source.hash(), backend.hash(), parsed.hash(), str(has)
     return sha256("-".join(parts).encode()).hexdigest()
 
 

@@ -29,6 +29,9 @@ def unwatched(tensors: Sequence[Tensor | None]) -> bool:
 
 def differentiated_by_transform(tensors: Sequence[Tensor | None]) -> bool:
     """Whether one of torch.func's transforms takes the gradient of a tensor."""
-    return not torch.compiler.is_compiling() and any(
-        t is not None and torch._C._functorch.is_gradtrackingtensor(t) for t in tensors
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return False
+    # Within a transform everything is of its kind of tensor, whether it is differentiated or not.
+    return any(
+        t is not None and t.requires_grad and torch._C._functorch.is_gradtrackingtensor(t) for t in tensors
     )

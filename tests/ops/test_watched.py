@@ -179,6 +179,17 @@ def test_forward_mode_and_transforms_are_refused(layer, dtype, which):
         torch.func.grad(lambda t: of_one(t).sum())(tensors[which])
 
 
+def test_what_a_transform_does_not_differentiate_is_computed(layer):
+    """Within torch.func.grad every tensor is a wrapped one; a head over frozen experts must be trainable."""
+    x, *weights = (t.detach() for t in layer_inputs(torch.float32))
+    expected = layer(x, *weights).sum()
+
+    def through(scale):
+        return (layer(x * 1.0, *weights) * scale).sum()
+
+    torch.testing.assert_close(torch.func.grad(through)(torch.tensor(2.0)), expected)
+
+
 @DTYPES
 @pytest.mark.parametrize("loss", [torch.sum, lambda y: y.square().sum()])
 def test_a_second_derivative_is_refused(layer, dtype, loss):

@@ -46,6 +46,7 @@ def loads(bin_G: Tensor, weight_G: Tensor, num_bins: int) -> Tensor:
     return torch.zeros(num_bins, dtype=torch.int64).index_add_(0, bin_G, weight_G)
 
 
+@np.errstate(invalid="ignore")  # of a single bin no price is too high: it is infinite
 def _by_prices(value_GE: Tensor, weight_G: Tensor, capacity: int) -> Tensor:
     """Let bins that are too heavy raise their price one after the other; some may stay too heavy."""
     num_bins = value_GE.shape[1]
